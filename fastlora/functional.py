@@ -1,0 +1,133 @@
+"""`lora_linear`: checks its arguments, then calls the operator."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from fastlora import ops as _ops  # noqa: F401  (registers the operators)
+from fastlora import plans
+from fastlora.dropout import keep_mask, new_seed
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Return ``x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`` (LoRA, Hu et al., arXiv:2106.09685).
+
+    Shapes: ``x`` [..., K], ``weight`` [N, K], ``lora_A`` [R, K], ``lora_B`` [N, R], ``bias``
+    [N]; returns [..., N] in the dtype of ``x``. Any strides; any rank R ≥ 1; nothing is modified.
+    Dtypes: ``x``, ``weight`` and ``bias`` all float32, bfloat16, float16 or (implementations
+    "torch" and "reference") float64; ``lora_A`` and ``lora_B`` the same, or both float32 under
+    a bfloat16 or float16 base. Under autocast x, weight and bias are cast to its dtype.
+
+    ``scaling`` is alpha / r. Dropout with probability ``dropout_p`` acts on the input of the
+    low-rank path when ``training``; its seed comes from torch's generator for ``x.device``.
+    ``impl`` is "auto" (choose), "triton", "torch" or "reference"; a named one never falls back.
+
+    Differentiable in x, lora_A and lora_B, and in weight and bias where they require grad.
+    Raises TypeError or ValueError naming the argument that is wrong, and RuntimeError when the
+    named implementation cannot run here.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
+    _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    impl = plans.resolve(impl, x)
+    seed = new_seed(x.device) if training and dropout_p > 0.0 else None
+    x_2d = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if impl == "reference":
+        y = _reference(x_2d, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
+    else:
+        y, _ = torch.ops.fastlora.lora_linear(
+            x_2d, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl
+        )
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _reference(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p):
+    from fastlora import reference
+
+    mask = None
+    if seed is not None:
+        mask = keep_mask(seed, range(x.shape[0]), x.shape[1], dropout_p)
+    return reference.lora_linear(
+        x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p, mask=mask
+    )
+
+
+def _autocast(x, weight, lora_A, lora_B, bias):
+    dtype = torch.get_autocast_dtype(x.device.type)
+    if x.dtype == torch.float64:  # autocast leaves float64 alone
+        return x, weight, lora_A, lora_B, bias
+    if lora_A.dtype != torch.float32:  # float32 adapters are kept: the operator takes them
+        lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    return x.to(dtype), weight.to(dtype), lora_A, lora_B, None if bias is None else bias.to(dtype)
+
+
+def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
+    if x.dim() < 1:
+        raise ValueError("x must have at least one dimension ([..., K]), got a scalar")
+    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must be 2-D, got shape {tuple(tensor.shape)}")
+    k, n, r = x.shape[-1], weight.shape[0], lora_A.shape[0]
+    if weight.shape[1] != k:
+        raise ValueError(
+            f"weight must be [N, {k}] to match x {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    if r < 1:
+        raise ValueError(f"lora_A must have rank at least 1, got shape {tuple(lora_A.shape)}")
+    if lora_A.shape[1] != k:
+        raise ValueError(
+            f"lora_A must be [R, {k}] to match x {tuple(x.shape)}, got {tuple(lora_A.shape)}"
+        )
+    if lora_B.shape[0] != n or lora_B.shape[1] != r:
+        raise ValueError(
+            f"lora_B must be [{n}, {r}] to match weight {tuple(weight.shape)} and lora_A "
+            f"{tuple(lora_A.shape)}, got {tuple(lora_B.shape)}"
+        )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != n):
+        raise ValueError(f"bias must be [{n}] to match weight, got {tuple(bias.shape)}")
+    _check_dtypes(x, weight, lora_A, lora_B, bias)
+    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
+    if bias is not None and bias.device != x.device:
+        raise ValueError(f"bias is on {bias.device}, but x is on {x.device}")
+    if not isinstance(scaling, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"scaling must be a number, got {type(scaling).__name__}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+
+
+def _check_dtypes(x, weight, lora_A, lora_B, bias):
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight must have the dtype of x ({x.dtype}), got {weight.dtype}")
+    if bias is not None and bias.dtype != x.dtype:
+        raise TypeError(f"bias must have the dtype of x ({x.dtype}), got {bias.dtype}")
+    mixed = x.dtype in (torch.bfloat16, torch.float16)
+    allowed = (x.dtype, torch.float32) if mixed else (x.dtype,)
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if tensor.dtype not in allowed:
+            names = " or ".join(str(d) for d in allowed)
+            raise TypeError(f"{name} must be {names} for x of {x.dtype}, got {tensor.dtype}")
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(
+            f"lora_B must have the dtype of lora_A ({lora_A.dtype}), got {lora_B.dtype}"
+        )

@@ -1,0 +1,115 @@
+"""The ``torch.library`` operators behind `lora_linear`: schema, fake, autograd, bodies.
+
+``fastlora::lora_linear`` returns y and what backward needs of the low-rank path (s);
+``fastlora::lora_linear_backward`` returns the gradients of x and of the adapters. Both take
+2-D tensors and the name of an implementation, already chosen. The gradients of a trained base
+weight and bias are plain products and are written in the autograd formula.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlora import torch_impl
+from fastlora.dropout import keep_mask, kept_scale
+
+_lib = torch.library.Library("fastlora", "DEF")
+_lib.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
+    "Tensor? seed, float scaling, float dropout_p, str impl) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
+    "Tensor s, Tensor? seed, float scaling, float dropout_p, str impl, "
+    "bool need_x, bool need_A, bool need_B) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _body(impl: str):
+    if impl == "triton":
+        import fastlora_kernels
+
+        return fastlora_kernels
+    return torch_impl
+
+
+@torch.library.impl(_lib, "lora_linear", "CompositeExplicitAutograd")
+def _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl):
+    return _body(impl).forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
+
+
+@torch.library.impl(_lib, "lora_linear_backward", "CompositeExplicitAutograd")
+def _backward(
+    dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, impl, need_x, need_A, need_B
+):
+    needs = (need_x, need_A, need_B)
+    grads = _body(impl).backward(
+        dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, needs
+    )
+    # An operator returns tensors: an empty one stands for a gradient nobody asked for.
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@torch.library.register_fake("fastlora::lora_linear", lib=_lib)
+def _forward_fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl):
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return y, x.new_empty(x.shape[0], lora_A.shape[0], dtype=lora_A.dtype)
+
+
+@torch.library.register_fake("fastlora::lora_linear_backward", lib=_lib)
+def _backward_fake(
+    dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, impl, need_x, need_A, need_B
+):
+    return (
+        x.new_empty(x.shape) if need_x else dy.new_empty(0),
+        lora_A.new_empty(lora_A.shape) if need_A else dy.new_empty(0),
+        lora_B.new_empty(lora_B.shape) if need_B else dy.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, lora_A, lora_B, bias, seed, ctx.scaling, ctx.dropout_p, ctx.impl = inputs
+    s = output[1]
+    ctx.mark_non_differentiable(s)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, lora_A, lora_B, seed, s)
+
+
+def _autograd(ctx, dy, _):
+    if dy is None:
+        return (None,) * 9
+    x, weight, lora_A, lora_B, seed, s = ctx.saved_tensors
+    need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
+    dx = da = db = None
+    if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
+        dx, da, db = _differentiable_grads(ctx, dy, x, weight, lora_A, lora_B, seed)
+    elif need_x or need_A or need_B:
+        needs = (need_x, need_A, need_B)
+        grads = torch.ops.fastlora.lora_linear_backward(
+            dy, x, weight, lora_A, lora_B, s, seed, ctx.scaling, ctx.dropout_p, ctx.impl, *needs
+        )
+        dx, da, db = (g if needed else None for g, needed in zip(grads, needs, strict=True))
+    dw = dy.t() @ x if need_weight else None
+    dbias = dy.sum(0) if need_bias else None
+    return dx, dw, da, db, dbias, None, None, None, None
+
+
+def _differentiable_grads(ctx, dy, x, weight, lora_A, lora_B, seed):
+    keep = None
+    if seed is not None:
+        keep = keep_mask(seed, range(x.shape[0]), x.shape[1], ctx.dropout_p)
+        keep = keep.to(lora_A.dtype) * kept_scale(ctx.dropout_p)
+    x_hat = x.to(lora_A.dtype) if keep is None else x.to(lora_A.dtype) * keep
+    dy_scaled = dy.to(lora_B.dtype) * ctx.scaling
+    ds = dy_scaled @ lora_B
+    low_rank = ds @ lora_A if keep is None else (ds @ lora_A) * keep
+    dx = dy @ weight + low_rank.to(x.dtype)
+    return dx, ds.t() @ x_hat, dy_scaled.t() @ (x_hat @ lora_A.t())
+
+
+torch.library.register_autograd(
+    "fastlora::lora_linear", _autograd, setup_context=_setup_context, lib=_lib
+)

@@ -1,0 +1,68 @@
+"""The oracle: a LoRA linear layer in plain torch, and its gradients in closed form.
+
+Nothing here is fast and nothing else in the package imports it except by name; tests compare
+every implementation with it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Return ``x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`` step by step, as PEFT computes it.
+
+    Shapes: x [..., K], weight [N, K], lora_A [R, K], lora_B [N, R], bias [N]; the result is
+    [..., N] in the dtype of ``x``. ``mask`` has the shape of ``x`` and is true where dropout
+    keeps an element; ``None`` keeps all. The low-rank path runs in the adapters' dtype.
+    Differentiable by autograd.
+    """
+    x_hat = _drop(x, mask, dropout_p).to(lora_A.dtype)
+    low_rank = F.linear(F.linear(x_hat, lora_A), lora_B) * scaling
+    return (F.linear(x, weight, bias) + low_rank).to(x.dtype)
+
+
+def lora_linear_grads(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Return the gradients of :func:`lora_linear` for an upstream ``dy`` [M, N], written out.
+
+    ``x`` is [M, K]. Keys: ``x``, ``weight``, ``lora_A``, ``lora_B``, ``bias``. Meant for
+    float64; no step is rounded to anything but the inputs' dtype.
+    """
+    x_hat = _drop(x, mask, dropout_p)
+    s = x_hat @ lora_A.T  # [M, K] @ [K, R]
+    ds = scaling * (dy @ lora_B)  # [M, N] @ [N, R]
+    return {
+        "x": dy @ weight + _drop(ds @ lora_A, mask, dropout_p),
+        "weight": dy.T @ x,
+        "lora_A": ds.T @ x_hat,
+        "lora_B": scaling * (dy.T @ s),
+        "bias": dy.sum(0),
+    }
+
+
+def _drop(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    if mask is None:
+        return x
+    return x * mask * (1.0 / (1.0 - p) if p < 1.0 else 0.0)

@@ -1,0 +1,41 @@
+"""Packaging: one distribution, two import packages (fastlora and fastlora_kernels)."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fastlora/__init__.py").read_text())[1]
+
+PEFT = ["peft>=0.17"]
+FINETUNE = ["transformers>=4.56", "accelerate", "matplotlib", "tqdm"]
+DEMO = ["gguf", "PyYAML"]
+BENCH = ["pytest-benchmark", "peft>=0.17", "matplotlib"]
+TEST = ["pytest", "pytest-benchmark", "hypothesis", *PEFT, *FINETUNE, *DEMO]
+
+setup(
+    name="fastlora-kernels",
+    version=VERSION,
+    description="A LoRA linear layer that costs what the frozen layer costs, in Triton.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["fastlora", "fastlora_kernels"],
+    package_dir={"fastlora_kernels": "kernels/fastlora_kernels"},
+    install_requires=[
+        "torch>=2.8",
+        "triton>=3.4; platform_system == 'Linux'",
+        "safetensors",
+        "numpy",
+    ],
+    extras_require={
+        "peft": PEFT,
+        "finetune": FINETUNE,
+        "demo": [*FINETUNE, *DEMO],
+        "bench": BENCH,
+        "test": TEST,
+        "dev": [*TEST, "ruff", "pre-commit"],
+    },
+)
