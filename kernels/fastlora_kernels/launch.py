@@ -1,0 +1,73 @@
+"""How a kernel is launched: on the tensors' own device, in the interpreter, or only recorded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.runtime.interpreter import InterpretedFunction
+
+from fastlora_kernels import interpreter
+from fastlora_kernels.configs import Chip, Config
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+# Read once by Triton when a kernel is decorated; later changes of the variable have no effect.
+INTERPRETED = isinstance(_probe, InterpretedFunction)
+if INTERPRETED:
+    interpreter.install()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch as it was asked for: what ahead-of-time compilation needs to know of it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    config: Config
+
+
+_recorded: list[Call] | None = None
+_recorded_chip: Chip | None = None
+
+
+@contextlib.contextmanager
+def recording(chip: Chip) -> Iterator[list[Call]]:
+    """Collect the launches made inside, as for ``chip``, and run none of them."""
+    global _recorded, _recorded_chip
+    _recorded, _recorded_chip = calls, _ = [], chip
+    try:
+        yield calls
+    finally:
+        _recorded = _recorded_chip = None
+
+
+def chip_of(device: torch.device) -> Chip:
+    """Return what configs need to know of ``device``."""
+    if _recorded_chip is not None:
+        return _recorded_chip
+    return Chip.of(device)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], config: Config, **args: Any) -> None:
+    """Run ``kernel`` over ``grid`` with ``config``'s warps and stages; nothing if it is empty."""
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        _recorded.append(Call(kernel, grid, args, config))
+        return
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    device = next(value.device for value in args.values() if isinstance(value, torch.Tensor))
+    # Triton launches on the current device, which need not be the tensors'.
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](**args, **options)

@@ -1,0 +1,162 @@
+"""y = x wᵀ + scale · dropout'(s bᵀ) + bias: the forward product, and dx with other names.
+
+One accumulator: the low-rank product comes first, is scaled and masked in float32, and the main
+loop adds the frozen product to it. y is written once and never read.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora_kernels import configs
+from fastlora_kernels.configs import Config
+from fastlora_kernels.dropout import keep_tile, kept_scale, threshold
+from fastlora_kernels.launch import chip_of, launch
+from fastlora_kernels.tiles import dot, low_rank_precision, triton_dtype, wrapped
+
+
+@triton.jit
+def product_kernel(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    b_ptr,
+    bias_ptr,
+    seed_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_bn,
+    stride_br,
+    stride_bias,
+    scale,
+    drop_below,
+    HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    group = tl.program_id(0) // (GROUP_M * tiles_n)
+    group_m = min(tiles_m - group * GROUP_M, GROUP_M)
+    within = tl.program_id(0) % (GROUP_M * tiles_n)
+    pid_m = group * GROUP_M + within % group_m
+    pid_n = within // group_m
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = wrapped(offs_m, M)
+    columns = wrapped(offs_n, N)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < R
+        s = tl.load(s_ptr + rows[:, None] * R + offs_r[None, :], mask=mask_r[None, :], other=0.0)
+        b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r.to(tl.int64)[:, None] * stride_br
+        b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0)
+        acc = dot(s, b, acc, PRECISION)  # [BLOCK_M, BLOCK_R] @ [BLOCK_R, BLOCK_N]
+    acc *= tl.cast(scale, ACC)
+    if HAS_DROPOUT:
+        keep = keep_tile(seed_ptr, offs_m, pid_n * BLOCK_N, N, drop_below, BLOCK_N)
+        acc *= keep.to(ACC)
+
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
+    w_ptrs = w_ptr + columns[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
+    step_x = tl.cast(BLOCK_K, tl.int64) * stride_xk
+    step_w = tl.cast(BLOCK_K, tl.int64) * stride_wk
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            mask_k = offs_k < K - k
+            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
+        acc = dot(x, w, acc, "ieee")  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
+        x_ptrs += step_x
+        w_ptrs += step_w
+
+    mask_n = offs_n < N
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns * stride_bias, mask=mask_n, other=0.0)
+        acc += bias.to(ACC)[None, :]
+    y_ptrs = y_ptr + rows[:, None] * N + offs_n[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & mask_n[None, :])
+
+
+def product(
+    x: Tensor,
+    w: Tensor,
+    s: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    seed: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    config: Config | None = None,
+) -> Tensor:
+    """Return ``x wᵀ + scaling · dropout'(s bᵀ) + bias`` [M, N] in the dtype of x, contiguous.
+
+    ``x`` [M, K], ``w`` [N, K], ``b`` [N, R] and ``bias`` [N] of any strides; ``s`` [M, R]
+    contiguous. ``s`` and ``b`` share a dtype: that of x, or float32. With a ``seed`` ([1],
+    int64) the low-rank product is masked at (m, n) and scaled by 1 / (1 - dropout_p).
+    """
+    (M, K), N, R = x.shape, w.shape[0], s.shape[1]
+    config = config or configs.default_config("product", x.dtype, R, chip_of(x.device))
+    y = x.new_empty(M, N)
+    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    launch(
+        product_kernel,
+        (tiles,),
+        config,
+        x_ptr=x,
+        w_ptr=w,
+        s_ptr=s,
+        b_ptr=b,
+        bias_ptr=bias,
+        seed_ptr=seed,
+        y_ptr=y,
+        M=M,
+        N=N,
+        K=K,
+        R=R,
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        stride_wn=w.stride(0),
+        stride_wk=w.stride(1),
+        stride_bn=b.stride(0),
+        stride_br=b.stride(1),
+        stride_bias=0 if bias is None else bias.stride(0),
+        scale=scaling if seed is None else scaling * kept_scale(dropout_p),
+        drop_below=threshold(dropout_p),
+        HAS_BIAS=bias is not None,
+        HAS_DROPOUT=seed is not None,
+        EVEN_K=K % config.block_k == 0,
+        PRECISION=low_rank_precision(x.dtype),
+        ACC=triton_dtype(x.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_R=configs.block_r(R),
+        GROUP_M=config.group_m,
+    )
+    return y

@@ -1,0 +1,118 @@
+"""s = dropout(x) aᵀ: one read of x, dropout drawn in the kernel."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora_kernels import configs
+from fastlora_kernels.configs import Config
+from fastlora_kernels.dropout import keep_tile, kept_scale, threshold
+from fastlora_kernels.launch import chip_of, launch
+from fastlora_kernels.tiles import dot, low_rank_precision, triton_dtype, wrapped
+
+
+@triton.jit
+def shrink_kernel(
+    x_ptr,
+    a_ptr,
+    seed_ptr,
+    s_ptr,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_ar,
+    stride_ak,
+    scale,
+    drop_below,
+    HAS_DROPOUT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_k = tl.arange(0, BLOCK_K)
+    rows = wrapped(offs_m, M)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
+    a_ptrs = (
+        a_ptr
+        + wrapped(offs_r, R)[None, :] * stride_ar
+        + offs_k.to(tl.int64)[:, None] * stride_ak
+    )
+    step_x = tl.cast(BLOCK_K, tl.int64) * stride_xk
+    step_a = tl.cast(BLOCK_K, tl.int64) * stride_ak
+
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            a = tl.load(a_ptrs)
+        else:
+            mask_k = offs_k < K - k
+            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+            a = tl.load(a_ptrs, mask=mask_k[:, None], other=0.0)
+        if HAS_DROPOUT:
+            keep = keep_tile(seed_ptr, offs_m, k, K, drop_below, BLOCK_K)
+            x = (x.to(ACC) * keep.to(ACC)).to(x.dtype)
+        acc = dot(x, a, acc, PRECISION)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_R]
+        x_ptrs += step_x
+        a_ptrs += step_a
+    if HAS_DROPOUT:
+        acc *= tl.cast(scale, ACC)
+
+    s_ptrs = s_ptr + rows[:, None] * R + offs_r[None, :]
+    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+    tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=mask)
+
+
+def shrink(
+    x: Tensor,
+    a: Tensor,
+    seed: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    config: Config | None = None,
+) -> Tensor:
+    """Return ``dropout(x) aᵀ`` [M, R] in the dtype of a, contiguous.
+
+    ``x`` [M, K] and ``a`` [R, K] of any strides; a's dtype is that of x, or float32. Dropout
+    acts where a ``seed`` ([1], int64) is given.
+    """
+    (M, K), R = x.shape, a.shape[0]
+    config = config or configs.default_config("shrink", x.dtype, R, chip_of(x.device))
+    s = x.new_empty(M, R, dtype=a.dtype)
+    block_r = configs.block_r(R)
+    launch(
+        shrink_kernel,
+        (triton.cdiv(M, config.block_m), triton.cdiv(R, block_r)),
+        config,
+        x_ptr=x,
+        a_ptr=a,
+        seed_ptr=seed,
+        s_ptr=s,
+        M=M,
+        K=K,
+        R=R,
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        stride_ar=a.stride(0),
+        stride_ak=a.stride(1),
+        scale=kept_scale(dropout_p),
+        drop_below=threshold(dropout_p),
+        HAS_DROPOUT=seed is not None,
+        EVEN_K=K % config.block_k == 0,
+        PRECISION=low_rank_precision(x.dtype),
+        ACC=triton_dtype(x.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        BLOCK_R=block_r,
+    )
+    return s
