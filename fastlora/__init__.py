@@ -1,8 +1,25 @@
 """fastlora: a LoRA linear layer that costs what the frozen layer costs."""
 
+from fastlora.adapters import load_adapter, save_adapter
+from fastlora.config import LoRAConfig
 from fastlora.functional import lora_linear
+from fastlora.inject import InjectReport, inject
 from fastlora.layer import LoRALinear
+from fastlora.model import delete_adapter, disable_adapters, merge, set_adapter, unmerge
 
 __version__ = "0.1.0"
 
-__all__ = ["LoRALinear", "lora_linear"]
+__all__ = [
+    "InjectReport",
+    "LoRAConfig",
+    "LoRALinear",
+    "delete_adapter",
+    "disable_adapters",
+    "inject",
+    "load_adapter",
+    "lora_linear",
+    "merge",
+    "save_adapter",
+    "set_adapter",
+    "unmerge",
+]

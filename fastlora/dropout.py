@@ -3,8 +3,9 @@
 Element (m, k) of an [M, K] input belongs to group ``i = m * ceil(K / 4) + k // 4``. SplitMix64
 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) hashes
 ``seed + i * GAMMA`` to 64 bits, the group's four elements take 16 of them each, lowest first, and
-one is kept when its bits are at least ``threshold(p)``. Every implementation on every device
-draws this same mask: `fastlora_kernels.dropout` is its twin in Triton.
+one is kept when its bits, as a signed integer, are at least ``lowest_kept(p)``. Every
+implementation on every device draws this same mask: `fastlora_kernels.dropout` is the twin of
+this file in Triton.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def new_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def threshold(p: float) -> int:
-    """Return the number of the 65,536 equally likely bit patterns that drop an element."""
-    return min(round(p * 65536), 65535)
+def lowest_kept(p: float) -> int:
+    """Return the lowest 16-bit signed integer that keeps an element: p to within 1 / 131,072."""
+    return min(round(p * 65536), 65535) - 32768
 
 
 def kept_scale(p: float) -> float:
@@ -48,7 +49,7 @@ def keep_mask(seed: Tensor, rows: range, columns: int, p: float) -> Tensor:
     z = _xor_shifted(z, 27).mul_(MIX_2)
     z = _xor_shifted(z, 31)
     bits = z.view(torch.int16).view(len(rows), GROUP * groups)[:, :columns]
-    return bits >= threshold(p) - 32768
+    return bits >= lowest_kept(p)
 
 
 def _xor_shifted(z: Tensor, shift: int) -> Tensor:

@@ -346,7 +346,11 @@ def unsupported(module: nn.Module) -> str | None:
             return f"is a {kind.__name__}, whose forward is not that of nn.Linear"
         if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
             return "belongs to nn.MultiheadAttention, which reads its weight and never calls it"
-    weight = module.weight
+    if "forward" in vars(module):  # it would be copied, and run in place of LoRALinear's
+        return "has a forward set on the object itself, as accelerate's hooks do"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "computes its weight: it is parametrized or weight-normalised"
     if weight.dtype not in DTYPES or type(weight.data) is not torch.Tensor:
         return f"has a weight of {type(weight.data).__name__} {weight.dtype}, not a dense float"
     return None

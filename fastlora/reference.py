@@ -29,7 +29,7 @@ def lora_linear(
     keeps an element; ``None`` keeps all. The low-rank path runs in the adapters' dtype.
     Differentiable by autograd.
     """
-    x_hat = _drop(x, mask, dropout_p).to(lora_A.dtype)
+    x_hat = _drop(x.to(lora_A.dtype), mask, dropout_p)
     low_rank = F.linear(F.linear(x_hat, lora_A), lora_B) * scaling
     return (F.linear(x, weight, bias) + low_rank).to(x.dtype)
 

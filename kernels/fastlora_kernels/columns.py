@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels import configs
 from fastlora_kernels.configs import Config
-from fastlora_kernels.dropout import keep_tile, kept_scale, threshold
-from fastlora_kernels.launch import chip_of, launch
-from fastlora_kernels.tiles import dot, low_rank_precision, sum_dtype, triton_dtype
+from fastlora_kernels.dropout import keep_tile, kept_scale, lowest_kept
+from fastlora_kernels.launch import chip_of, config_for, launch
+from fastlora_kernels.tiles import dot, sum_dtype, triton_dtype
 
 # Programs wanted for each processor, by splitting the rows.
 PROGRAMS = 4
@@ -41,11 +40,10 @@ def columns_kernel(
     stride_bc,
     stride_or,
     stride_oc,
-    drop_below,
+    keep_from,
     NEED_OUTER: tl.constexpr,
     NEED_INNER: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -75,14 +73,14 @@ def columns_kernel(
         t = tl.load(t_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
         mask_mr = mask_m[:, None] & mask_r[None, :]
         if HAS_DROPOUT:
-            keep = keep_tile(seed_ptr, offs_m, pid_c * BLOCK_C, C, drop_below, BLOCK_C)
+            keep = keep_tile(seed_ptr, offs_m, pid_c * BLOCK_C, C, keep_from, BLOCK_C)
             t = (t.to(ACC) * keep.to(ACC)).to(t.dtype)
         if NEED_OUTER:
             s = tl.load(s_ptr + rows[:, None] * R + ranks[None, :], mask=mask_mr, other=0.0)
-            outer = dot(tl.trans(t), s, outer, PRECISION)  # [BLOCK_C, BLOCK_M] @ [BLOCK_M, BLOCK_R]
+            outer = dot(tl.trans(t), s, outer)  # [BLOCK_C, BLOCK_M] @ [BLOCK_M, BLOCK_R]
         if NEED_INNER:
             inner = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
-            inner = dot(t, b, inner, PRECISION)  # [BLOCK_M, BLOCK_C] @ [BLOCK_C, BLOCK_R]
+            inner = dot(t, b, inner)  # [BLOCK_M, BLOCK_C] @ [BLOCK_C, BLOCK_R]
             inner_row = pid_c.to(tl.int64) * M + rows
             tl.store(inner_ptr + inner_row[:, None] * R + ranks[None, :], inner, mask=mask_mr)
     if NEED_OUTER:
@@ -123,8 +121,8 @@ def ds_db(
 
     ``dy`` [M, N] and ``b`` [N, R] of any strides, ``s`` [M, R] contiguous; one read of dy.
     """
-    config = config or configs.default_config("columns", dy.dtype, s.shape[1], chip_of(dy.device))
     (M, N), R = dy.shape, b.shape[1]
+    config = config or config_for("columns", dy, R, b.dtype, False)
     acc = {"dtype": sum_dtype(dy.dtype), "device": dy.device}
     splits, rows = _split(M, N, R, config, chip_of(dy.device).processors)
     inner = torch.empty(triton.cdiv(N, config.block_n), M, R, **acc) if need_ds else None
@@ -147,7 +145,7 @@ def da(
     ``ds`` [M, R] is contiguous. Dropout acts where a ``seed`` ([1], int64) is given.
     """
     (M, K), R = x.shape, ds.shape[1]
-    config = config or configs.default_config("columns", x.dtype, R, chip_of(x.device))
+    config = config or config_for("columns", x, R, ds.dtype, seed is not None)
     splits, rows = _split(M, K, R, config, chip_of(x.device).processors)
     outer = torch.empty(splits, R, K, dtype=sum_dtype(x.dtype), device=x.device)
     _columns(x, ds, None, seed, outer, None, rows, dropout_p, (K, 1), config)
@@ -157,7 +155,7 @@ def da(
 
 def _split(M: int, C: int, R: int, config: Config, processors: int) -> tuple[int, int]:
     """Return into how many programs the rows are split, and the rows of each."""
-    tiles = triton.cdiv(C, config.block_n) * triton.cdiv(R, configs.block_r(R))
+    tiles = triton.cdiv(C, config.block_n) * triton.cdiv(R, config.rank_tile(R))
     blocks = max(1, triton.cdiv(M, config.block_m))
     wanted = max(1, min(blocks, PROGRAMS * processors // max(1, tiles)))
     rows = triton.cdiv(blocks, wanted) * config.block_m
@@ -166,7 +164,7 @@ def _split(M: int, C: int, R: int, config: Config, processors: int) -> tuple[int
 
 def _columns(t, s, b, seed, outer, inner, rows, dropout_p, outer_strides, config) -> None:
     (M, C), R = t.shape, s.shape[1]
-    block_r = configs.block_r(R)
+    block_r = config.rank_tile(R)
     launch(
         columns_kernel,
         (triton.cdiv(C, config.block_n), max(1, triton.cdiv(M, rows)), triton.cdiv(R, block_r)),
@@ -187,11 +185,10 @@ def _columns(t, s, b, seed, outer, inner, rows, dropout_p, outer_strides, config
         stride_bc=0 if b is None else b.stride(0),
         stride_or=outer_strides[0],
         stride_oc=outer_strides[1],
-        drop_below=threshold(dropout_p),
+        keep_from=lowest_kept(dropout_p),
         NEED_OUTER=outer is not None,
         NEED_INNER=inner is not None,
         HAS_DROPOUT=seed is not None,
-        PRECISION=low_rank_precision(t.dtype),
         ACC=triton_dtype(t.dtype),
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_n,

@@ -31,57 +31,85 @@ class Config:
 
     ``block_m`` rows; ``block_n`` columns of the output, or of the tall input that is read once;
     ``block_k`` of the reduced dimension where there is one; ``group_m`` row tiles share a pass
-    over the columns.
+    over the columns. ``block_r`` is the widest tile of the rank: a higher rank takes several.
     """
 
     block_m: int
     block_n: int
     block_k: int = 16
+    block_r: int = 128
     group_m: int = 8
     num_warps: int = 4
     num_stages: int = 3
 
+    def rank_tile(self, r: int) -> int:
+        """Return the rank tile for rank r: a power of two that ``tl.dot`` takes."""
+        return min(max(16, 1 << (r - 1).bit_length()), self.block_r)
 
-def block_r(r: int) -> int:
-    """Return the rank tile: a power of two that ``tl.dot`` takes; ranks above 128 take several."""
-    return min(max(16, 1 << (r - 1).bit_length()), 128)
+
+def kind_of(base: torch.dtype, adapter: torch.dtype) -> str:
+    """Return which products a kernel makes: "16" bits, "mixed" (float32 adapters) or "32" bits."""
+    if base.itemsize > 2:
+        return "32"
+    return "16" if adapter == base else "mixed"
 
 
-def is_valid(config: Config, itemsize: int, r: int, chip: Chip) -> bool:
-    """Return whether ``config`` can run on ``chip`` for elements of ``itemsize`` bytes and rank r.
+def is_valid(config: Config, kernel: str, kind: str, r: int, dropout: bool, chip: Chip) -> bool:
+    """Return whether ``config`` can run ``kernel`` ("product", "shrink", "columns") on ``chip``.
 
-    Tiles must be powers of two of at least 16 and the pipeline, ``num_stages`` steps of both
-    operands of the larger product, must fit the shared memory of a block.
+    Tiles must be powers of two of at least 16; the pipeline, ``num_stages`` steps of both
+    operands, must fit a block's shared memory; and a thread must hold its accumulators in
+    registers, fewer of them where it also draws a dropout mask of the same tile.
     """
-    blocks = (config.block_m, config.block_n, config.block_k)
-    if any(b < 16 or b & (b - 1) for b in blocks):
+    m, n, k, r_tile = config.block_m, config.block_n, config.block_k, config.rank_tile(r)
+    if any(b < 16 or b & (b - 1) for b in (m, n, k, r_tile)):
         return False
-    product = (config.block_m + config.block_n) * config.block_k
-    column = config.block_m * (config.block_n + block_r(r))
-    step = product if config.block_k > 16 else column
-    return step * itemsize * config.num_stages <= chip.shared_memory
+    wide = 2 if kind == "16" else 4
+    base = 4 if kind == "32" else 2
+    step = {
+        "product": (m + n) * k * base,
+        "shrink": m * k * base + r_tile * k * wide,
+        "columns": m * n * base + m * r_tile * wide,
+    }[kernel]
+    accumulators = {"product": m * n, "shrink": m * r_tile, "columns": n * r_tile}[kernel]
+    most = 128
+    if dropout:
+        most = 32 if kernel == "shrink" else 64
+    elif kind == "mixed" and chip.capability < (9, 0):
+        most = 64  # before wgmma the operands of a product pass through registers too
+    fits = accumulators <= most * 32 * config.num_warps
+    return fits and step * config.num_stages <= chip.shared_memory
 
 
-# Per kernel and element size in bytes, best first: the first valid one runs. None is measured yet.
-DEFAULTS: dict[tuple[str, int], tuple[Config, ...]] = {
-    ("product", 2): (
-        Config(128, 256, 64, num_warps=8, num_stages=3),
-        Config(128, 128, 64, num_warps=8, num_stages=3),
-        Config(128, 128, 32, num_warps=8, num_stages=3),
+# By kernel and kind, best first: the first valid one runs. None is measured yet.
+DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
+    ("product", "16"): (
+        Config(128, 256, 64, block_r=32, num_warps=8, num_stages=3),
+        Config(128, 128, 64, block_r=32, num_warps=8, num_stages=3),
+        Config(128, 128, 32, block_r=32, num_warps=8, num_stages=3),
     ),
-    ("product", 4): (Config(64, 64, 32, num_warps=4, num_stages=2),),
-    ("shrink", 2): (Config(64, 16, 128, num_warps=4, num_stages=4), Config(64, 16, 64)),
-    ("shrink", 4): (Config(32, 16, 64, num_warps=4, num_stages=3),),
-    ("columns", 2): (
-        Config(64, 128, num_warps=4, num_stages=3),
-        Config(32, 64, num_warps=4, num_stages=3),
+    ("product", "mixed"): (
+        Config(128, 256, 64, block_r=16, num_warps=8, num_stages=3),
+        Config(128, 128, 64, block_r=16, num_warps=8, num_stages=3),
+        Config(128, 128, 32, block_r=16, num_warps=8, num_stages=3),
     ),
-    ("columns", 4): (Config(32, 64, num_warps=4, num_stages=2),),
+    ("product", "32"): (Config(64, 64, 32, block_r=32, num_warps=4, num_stages=2),),
+    ("shrink", "16"): (
+        Config(64, 16, 64, num_warps=4, num_stages=4),
+        Config(64, 16, 64, num_warps=8, num_stages=4),
+    ),
+    ("shrink", "mixed"): (Config(64, 16, 64, block_r=32, num_warps=8, num_stages=3),),
+    ("shrink", "32"): (Config(32, 16, 64, block_r=32, num_warps=4, num_stages=3),),
+    ("columns", "16"): (
+        Config(64, 128, block_r=64, num_warps=4, num_stages=3),
+        Config(32, 128, block_r=64, num_warps=4, num_stages=3),
+    ),
+    ("columns", "mixed"): (Config(32, 128, block_r=16, num_warps=8, num_stages=3),),
+    ("columns", "32"): (Config(32, 64, block_r=16, num_warps=4, num_stages=2),),
 }
 
 
-def default_config(kernel: str, dtype: torch.dtype, r: int, chip: Chip) -> Config:
-    """Return the first valid config of ``kernel`` ("product", "shrink" or "columns")."""
-    # The interpreter also takes float64, for checking gradients; it has no limits to respect.
-    itemsize = min(dtype.itemsize, 4)
-    return next(c for c in DEFAULTS[kernel, itemsize] if is_valid(c, itemsize, r, chip))
+def default_config(kernel: str, kind: str, r: int, dropout: bool, chip: Chip) -> Config:
+    """Return the first valid config of ``kernel`` for this kind of product, rank and chip."""
+    candidates = DEFAULTS[kernel, kind]
+    return next(c for c in candidates if is_valid(c, kernel, kind, r, dropout, chip))

@@ -1,7 +1,8 @@
 """The dropout mask, drawn from a seed and a position inside any kernel (twin: fastlora.dropout).
 
 Element (m, k) of an [M, K] tensor belongs to group ``m * ceil(K / 4) + k // 4``; SplitMix64 of
-``seed + group * GAMMA`` gives the group 64 bits, 16 an element, lowest first.
+``seed + group * GAMMA`` gives the group 64 bits, 16 an element, lowest first; an element is kept
+when they are, as a signed integer, at least ``lowest_kept(p)``.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ MIX_1: tl.constexpr = tl.constexpr(0xBF58476D1CE4E5B9)
 MIX_2: tl.constexpr = tl.constexpr(0x94D049BB133111EB)
 
 
-def threshold(p: float) -> int:
-    """Return how many of the 65,536 equally likely 16-bit patterns drop an element."""
-    return min(round(p * 65536), 65535)
+def lowest_kept(p: float) -> int:
+    """Return the lowest 16-bit signed integer that keeps an element."""
+    return min(round(p * 65536), 65535) - 32768
 
 
 def kept_scale(p: float) -> float:
@@ -25,7 +26,7 @@ def kept_scale(p: float) -> float:
 
 
 @triton.jit
-def keep_tile(seed_ptr, offs_m, start_k, K, threshold, BLOCK_K: tl.constexpr):
+def keep_tile(seed_ptr, offs_m, start_k, K, lowest_kept, BLOCK_K: tl.constexpr):
     """Return the tile [BLOCK_M, BLOCK_K] of the mask from column start_k (a multiple of 4)."""
     groups = start_k // 4 + tl.arange(0, BLOCK_K // 4)
     position = offs_m.to(tl.int64)[:, None] * tl.cdiv(K, 4) + groups[None, :]
@@ -35,7 +36,7 @@ def keep_tile(seed_ptr, offs_m, start_k, K, threshold, BLOCK_K: tl.constexpr):
     z = z ^ (z >> 31)
     low = z.to(tl.uint32)
     high = (z >> 32).to(tl.uint32)
-    even = tl.join(low & 0xFFFF, high & 0xFFFF)
-    odd = tl.join(low >> 16, high >> 16)
+    even = tl.join(low.to(tl.int16), high.to(tl.int16))
+    odd = tl.join((low >> 16).to(tl.int16), (high >> 16).to(tl.int16))
     bits = tl.join(even, odd)  # [BLOCK_M, BLOCK_K / 4, 2, 2], last dimension fastest
-    return tl.reshape(bits, (offs_m.shape[0], BLOCK_K)) >= threshold
+    return tl.reshape(bits, (offs_m.shape[0], BLOCK_K)) >= lowest_kept

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from fastlora_kernels import interpreter
-from fastlora_kernels.configs import Chip, Config
+from fastlora_kernels.configs import Chip, Config, default_config, kind_of
 
 
 @triton.jit
@@ -56,6 +57,12 @@ def chip_of(device: torch.device) -> Chip:
     if _recorded_chip is not None:
         return _recorded_chip
     return Chip.of(device)
+
+
+def config_for(kernel: str, x: Tensor, r: int, adapter: torch.dtype, dropout: bool) -> Config:
+    """Return the default config of ``kernel`` for a tensor of the base and one of an adapter."""
+    kind = kind_of(x.dtype, adapter)
+    return default_config(kernel, kind, r, dropout, chip_of(x.device))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, **args: Any) -> None:

@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels import configs
 from fastlora_kernels.configs import Config
-from fastlora_kernels.dropout import keep_tile, kept_scale, threshold
-from fastlora_kernels.launch import chip_of, launch
-from fastlora_kernels.tiles import dot, low_rank_precision, triton_dtype, wrapped
+from fastlora_kernels.dropout import keep_tile, kept_scale, lowest_kept
+from fastlora_kernels.launch import config_for, launch
+from fastlora_kernels.tiles import dot, dot_16, triton_dtype, wrapped
 
 
 @triton.jit
@@ -39,11 +38,10 @@ def product_kernel(
     stride_br,
     stride_bias,
     scale,
-    drop_below,
+    keep_from,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -71,10 +69,13 @@ def product_kernel(
         s = tl.load(s_ptr + rows[:, None] * R + offs_r[None, :], mask=mask_r[None, :], other=0.0)
         b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r.to(tl.int64)[:, None] * stride_br
         b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0)
-        acc = dot(s, b, acc, PRECISION)  # [BLOCK_M, BLOCK_R] @ [BLOCK_R, BLOCK_N]
+        if s.dtype == x_ptr.dtype.element_ty:
+            acc = dot(s, b, acc)  # [BLOCK_M, BLOCK_R] @ [BLOCK_R, BLOCK_N]
+        else:
+            acc = dot_16(s, b, acc)
     acc *= tl.cast(scale, ACC)
     if HAS_DROPOUT:
-        keep = keep_tile(seed_ptr, offs_m, pid_n * BLOCK_N, N, drop_below, BLOCK_N)
+        keep = keep_tile(seed_ptr, offs_m, pid_n * BLOCK_N, N, keep_from, BLOCK_N)
         acc *= keep.to(ACC)
 
     offs_k = tl.arange(0, BLOCK_K)
@@ -90,7 +91,7 @@ def product_kernel(
             mask_k = offs_k < K - k
             x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
-        acc = dot(x, w, acc, "ieee")  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
+        acc = dot(x, w, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
         x_ptrs += step_x
         w_ptrs += step_w
 
@@ -121,7 +122,7 @@ def product(
     int64) the low-rank product is masked at (m, n) and scaled by 1 / (1 - dropout_p).
     """
     (M, K), N, R = x.shape, w.shape[0], s.shape[1]
-    config = config or configs.default_config("product", x.dtype, R, chip_of(x.device))
+    config = config or config_for("product", x, R, b.dtype, seed is not None)
     y = x.new_empty(M, N)
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     launch(
@@ -147,16 +148,15 @@ def product(
         stride_br=b.stride(1),
         stride_bias=0 if bias is None else bias.stride(0),
         scale=scaling if seed is None else scaling * kept_scale(dropout_p),
-        drop_below=threshold(dropout_p),
+        keep_from=lowest_kept(dropout_p),
         HAS_BIAS=bias is not None,
         HAS_DROPOUT=seed is not None,
         EVEN_K=K % config.block_k == 0,
-        PRECISION=low_rank_precision(x.dtype),
         ACC=triton_dtype(x.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        BLOCK_R=configs.block_r(R),
+        BLOCK_R=config.rank_tile(R),
         GROUP_M=config.group_m,
     )
     return y

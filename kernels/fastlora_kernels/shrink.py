@@ -7,11 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels import configs
 from fastlora_kernels.configs import Config
-from fastlora_kernels.dropout import keep_tile, kept_scale, threshold
-from fastlora_kernels.launch import chip_of, launch
-from fastlora_kernels.tiles import dot, low_rank_precision, triton_dtype, wrapped
+from fastlora_kernels.dropout import keep_tile, kept_scale, lowest_kept
+from fastlora_kernels.launch import config_for, launch
+from fastlora_kernels.tiles import dot, triton_dtype, wrapped
 
 
 @triton.jit
@@ -28,10 +27,9 @@ def shrink_kernel(
     stride_ar,
     stride_ak,
     scale,
-    drop_below,
+    keep_from,
     HAS_DROPOUT: tl.constexpr,
     EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -43,9 +41,7 @@ def shrink_kernel(
     rows = wrapped(offs_m, M)
     x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
     a_ptrs = (
-        a_ptr
-        + wrapped(offs_r, R)[None, :] * stride_ar
-        + offs_k.to(tl.int64)[:, None] * stride_ak
+        a_ptr + wrapped(offs_r, R)[None, :] * stride_ar + offs_k.to(tl.int64)[:, None] * stride_ak
     )
     step_x = tl.cast(BLOCK_K, tl.int64) * stride_xk
     step_a = tl.cast(BLOCK_K, tl.int64) * stride_ak
@@ -60,9 +56,9 @@ def shrink_kernel(
             x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
             a = tl.load(a_ptrs, mask=mask_k[:, None], other=0.0)
         if HAS_DROPOUT:
-            keep = keep_tile(seed_ptr, offs_m, k, K, drop_below, BLOCK_K)
+            keep = keep_tile(seed_ptr, offs_m, k, K, keep_from, BLOCK_K)
             x = (x.to(ACC) * keep.to(ACC)).to(x.dtype)
-        acc = dot(x, a, acc, PRECISION)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_R]
+        acc = dot(x, a, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_R]
         x_ptrs += step_x
         a_ptrs += step_a
     if HAS_DROPOUT:
@@ -87,9 +83,9 @@ def shrink(
     acts where a ``seed`` ([1], int64) is given.
     """
     (M, K), R = x.shape, a.shape[0]
-    config = config or configs.default_config("shrink", x.dtype, R, chip_of(x.device))
+    config = config or config_for("shrink", x, R, a.dtype, seed is not None)
     s = x.new_empty(M, R, dtype=a.dtype)
-    block_r = configs.block_r(R)
+    block_r = config.rank_tile(R)
     launch(
         shrink_kernel,
         (triton.cdiv(M, config.block_m), triton.cdiv(R, block_r)),
@@ -106,10 +102,9 @@ def shrink(
         stride_ar=a.stride(0),
         stride_ak=a.stride(1),
         scale=kept_scale(dropout_p),
-        drop_below=threshold(dropout_p),
+        keep_from=lowest_kept(dropout_p),
         HAS_DROPOUT=seed is not None,
         EVEN_K=K % config.block_k == 0,
-        PRECISION=low_rank_precision(x.dtype),
         ACC=triton_dtype(x.dtype),
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,

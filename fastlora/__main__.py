@@ -1,0 +1,77 @@
+"""The command line: ``python -m fastlora finetune`` and ``python -m fastlora info``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+
+from fastlora import finetune
+from fastlora.finetune import Settings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand and return the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    options = vars(_parser().parse_args(argv))
+    if options.pop("command") == "info":
+        from fastlora import info
+
+        return info.main() or 0
+    options["target_modules"] = _target_modules(options["target_modules"])
+    try:
+        finetune.run(Settings(**options))
+    except finetune.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastlora", description="LoRA linear layers that cost what frozen ones cost."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="say what runs here: versions, device, implementations")
+    train = commands.add_parser(
+        "finetune",
+        help="fine-tune a language model on your own lines of text",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = train.add_argument
+    add("--model", required=True, help="Hugging Face folder or id, or a folder with one .gguf")
+    add("--data", required=True, help='JSONL: "prompt" and "response", or "text", on each line')
+    add("--output", default=Settings.output, help="folder for the adapter, curve and metrics")
+    add("--ask", help="a question to answer before and after")
+    add("--r", type=int, default=Settings.r, help="rank")
+    add("--alpha", type=float, default=Settings.alpha, help="scaling is alpha / r")
+    add("--dropout", type=float, default=Settings.dropout, help="on the adapters' input")
+    add(
+        "--target-modules",
+        nargs="+",
+        default=[Settings.target_modules],
+        metavar="NAME",
+        help="layer names, one regular expression, or all-linear",
+    )
+    add("--steps", type=int, default=Settings.steps, help="optimizer steps")
+    add("--batch-size", type=int, default=Settings.batch_size, help="examples a step")
+    add("--seq-len", type=int, default=Settings.seq_len, help="tokens kept of each example")
+    add("--lr", type=float, default=Settings.lr, help="peak learning rate")
+    add("--held-out", type=float, default=Settings.held_out, help="fraction never trained on")
+    add("--seed", type=int, default=Settings.seed, help="decides order, split, start and dropout")
+    add("--dtype", choices=finetune.DTYPES, default=Settings.dtype, help="of the frozen model")
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--save-every", type=int, default=Settings.save_every, help="steps between checkpoints")
+    add("--restart", action="store_true", help="begin again, whatever --output holds")
+    return parser
+
+
+def _target_modules(values: list[str]) -> str | tuple[str, ...]:
+    if len(values) == 1 and (values[0] == "all-linear" or not re.fullmatch(r"\w+", values[0])):
+        return values[0]
+    return tuple(values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""Adapters in files: PEFT's adapter_config.json beside adapter_model.safetensors, both ways.
+
+A file is not trusted: it is compared with the model and the config, header first, and nothing in
+the model changes before all of it has been found good. Nothing is imported, fetched or unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import stat
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.config import LoRAConfig
+from fastlora.hyperparameters import default_adapter_dtype
+from fastlora.inject import InjectReport, Plan, apply, features, plan
+from fastlora.layer import DEFAULT_ADAPTER
+from fastlora.model import records, tensors_of, unwrapped
+from fastlora.trainable import TrainableModule
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_RANK = 4096
+_PATTERN_SECONDS = 10.0
+_FLOATS = ("F64", "F32", "BF16", "F16")
+_INTEGERS = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+
+
+def save_adapter(
+    model: nn.Module, folder: str | os.PathLike, adapter: str = DEFAULT_ADAPTER
+) -> None:
+    """Write an adapter as PEFT does, for `load_adapter` and ``PeftModel.from_pretrained``.
+
+    Both files are complete on the disk before either takes its name, the weights first: until
+    then an adapter that the folder held stays as it was. Raises ValueError for an unknown adapter
+    and OSError when the files cannot be written, such as on a full disk.
+    """
+    from safetensors.torch import save
+
+    model, folder = unwrapped(model), Path(folder)
+    if adapter not in records(model):
+        known = ", ".join(map(repr, records(model))) or "none"
+        raise ValueError(f"no adapter named {adapter!r} to save; injected or loaded: {known}")
+    config = records(model)[adapter].config
+    if config.base_model_name_or_path is None:
+        origin = getattr(getattr(model, "config", None), "_name_or_path", None)
+        config = replace(config, base_model_name_or_path=origin or None)
+    tensors = {PREFIX + key: _on_cpu(t) for key, t in tensors_of(model, adapter).items()}
+    if broken := [key for key, tensor in tensors.items() if not _finite(tensor)]:
+        warnings.warn(f"NaN or infinity in {_few(broken)}: load_adapter() refuses it", stacklevel=2)
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True, allow_nan=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = save(tensors, metadata={"format": "pt"})
+    _write_together({folder / WEIGHTS_FILE: weights, folder / CONFIG_FILE: text.encode()})
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    adapter: str = DEFAULT_ADAPTER,
+    is_trainable: bool = False,
+    *,
+    adapter_dtype: torch.dtype | None = None,
+) -> InjectReport:
+    """Put an adapter that PEFT or `save_adapter` wrote into ``model`` and make it the active one.
+
+    ``folder`` is a local folder. The adapter is frozen unless ``is_trainable``; others in the
+    model stay, inactive. ``adapter_dtype`` as for `inject`, whatever dtype the file has.
+    Raises FileNotFoundError when the folder holds no adapter, and ValueError or TypeError when
+    it is not one for this model, is damaged, or asks for what is not supported; the model is then
+    as it was.
+    """
+    folder = Path(folder)
+    _check_folder(folder)
+    config = _read_config(folder / CONFIG_FILE)
+    made = plan(model, config, adapter, seconds=_PATTERN_SECONDS)
+    model = unwrapped(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("model is on the meta device: give it its weights first")
+    tensors = _read_weights(folder / WEIGHTS_FILE, made, adapter_dtype)
+    apply(model, made, adapter, adapter_dtype, tensors, trainable=is_trainable)
+    return made.report(model, adapter)
+
+
+# Writing
+
+
+def _write_together(contents: dict[Path, bytes]) -> None:
+    temporary = {
+        path: path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        for path in contents
+    }
+    try:
+        for path, data in contents.items():
+            with open(temporary[path], "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in contents:
+            os.replace(temporary[path], path)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    _sync_folder(next(iter(contents)).parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new names last through a power cut, where the system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):  # a shard: every rank has to call save_adapter
+        tensor = tensor.full_tensor()
+    return tensor.to("cpu", copy=True).contiguous()
+
+
+# Reading
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{str(folder)!r} is not a folder; load_adapter() takes a local folder with "
+            f"{CONFIG_FILE} and {WEIGHTS_FILE}, and downloads nothing"
+        )
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        path = folder / name
+        if path.exists():
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise ValueError(f"{str(path)!r} is not a file")
+        elif name == WEIGHTS_FILE and (old := [p for p in _PICKLES if (folder / p).exists()]):
+            raise ValueError(
+                f"{str(folder / old[0])!r} is a pickle, which can run code when it is read, and "
+                f"is refused; convert it to {WEIGHTS_FILE} where you trust it, for example by "
+                "loading and saving it with PEFT"
+            )
+        else:
+            raise FileNotFoundError(f"{str(folder)!r} holds no adapter: there is no {name} in it")
+
+
+def _read_config(path: Path) -> LoRAConfig:
+    with open(path, "rb") as file:
+        data = file.read(_MAX_CONFIG_BYTES + 1)
+    try:
+        if len(data) > _MAX_CONFIG_BYTES:
+            raise ValueError(f"it is larger than {_MAX_CONFIG_BYTES:,} bytes")
+        values = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_not_finite,
+            parse_float=_finite_float,
+        )
+        if not isinstance(values, dict):
+            raise ValueError(f"it must hold an object, not a {type(values).__name__}")
+        return LoRAConfig.from_dict(values)
+    except (ValueError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{str(path)!r} is refused: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{str(path)!r} is refused: it is nested too deeply") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        keys = [key for key, _ in pairs]
+        again = next(key for key in values if keys.count(key) > 1)
+        raise ValueError(f"it has {again!r:.100} more than once")
+    return values
+
+
+def _not_finite(constant: str) -> NoReturn:
+    raise ValueError(f"it holds {constant}, and numbers must be finite")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _not_finite(text[:40])
+
+
+def _read_weights(path: Path, made: Plan, adapter_dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the plan's tensors by key, after comparing the file's header with the plan."""
+    from safetensors import SafetensorError, safe_open
+
+    for name, (_, r, _) in made.layers.items():
+        if r > _MAX_RANK:
+            raise ValueError(
+                f"r={r} for {name!r} is more than {_MAX_RANK}, the most a file may ask"
+            )
+    expected = _expected(made, adapter_dtype)
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+            copies = {key for key in keys if key.endswith(".base_layer.weight")}
+            if changed := [key for key in copies if not _is_own_weight(file, key, made)]:
+                raise ValueError(
+                    f"{str(path)!r} would overwrite frozen weights of the model: {_few(changed)}"
+                )
+            _check_keys(path, keys - copies, expected, made)
+            for key, like in expected.items():
+                header = file.get_slice(PREFIX + key)
+                _check_header(PREFIX + key, header.get_shape(), header.get_dtype(), like)
+            tensors = {k: file.get_tensor(PREFIX + k).to(t.dtype) for k, t in expected.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
+    if broken := [key for key, tensor in tensors.items() if not _finite(tensor)]:
+        raise ValueError(f"{str(path)!r} holds NaN or infinity in {_few(broken)}")
+    return tensors
+
+
+def _expected(made: Plan, adapter_dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return for each key a meta tensor with the shape and dtype that the model will hold."""
+    expected = {}
+    for name, (layer, r, _) in made.layers.items():
+        k, n = features(layer)
+        dtype = adapter_dtype or default_adapter_dtype(layer.weight.dtype)
+        expected[f"{name}.lora_A.weight"] = torch.empty(r, k, dtype=dtype, device="meta")
+        expected[f"{name}.lora_B.weight"] = torch.empty(n, r, dtype=dtype, device="meta")
+    for name, module in made.trained.items():
+        original = module.original_module if isinstance(module, TrainableModule) else module
+        for key, tensor in original.state_dict().items():
+            expected[f"{name}.{key}"] = tensor.to("meta")
+    return expected | {key: bias.to("meta") for key, bias in made.biases.items()}
+
+
+def _is_own_weight(file: Any, key: str, made: Plan) -> bool:
+    """Whether this is a copy of an adapted layer's weight: PEFT writes one of an output head."""
+    name = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
+    if name not in made.layers:
+        return False
+    weight = made.layers[name][0].weight
+    if file.get_slice(key).get_shape() != list(weight.shape):
+        return False
+    tensor = file.get_tensor(key)
+    return tensor.dtype == weight.dtype and torch.equal(tensor, weight.detach().cpu())
+
+
+def _check_keys(path: Path, keys: set[str], expected: Iterable[str], made: Plan) -> None:
+    if made.config.bias == "all":  # PEFT also writes the biases of its wrappers' own copies
+        again = tuple(
+            f"{PREFIX}{name}.{part}."
+            for name in made.trained
+            for part in ("original_module", "modules_to_save")
+        )
+        keys = {key for key in keys if not (key.startswith(again) and key.endswith("bias"))}
+    wanted = {PREFIX + key for key in expected}
+    if keys != wanted:
+        missing, unexpected = wanted - keys, keys - wanted
+        raise ValueError(
+            f"{str(path)!r} is not for this model and {CONFIG_FILE}: "
+            f"{len(missing)} tensors missing ({_few(missing)}), "
+            f"{len(unexpected)} unexpected ({_few(unexpected)})"
+        )
+
+
+def _check_header(key: str, shape: list[int], dtype: str, like: Tensor) -> None:
+    if tuple(shape) != tuple(like.shape):
+        raise ValueError(f"{key} must be {list(like.shape)}, as model and config say, got {shape}")
+    allowed = _FLOATS if like.is_floating_point() else (_INTEGERS.get(like.dtype),)
+    if dtype not in allowed:
+        raise TypeError(f"{key} must be {' or '.join(map(str, allowed))}, got {dtype}")
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _few(names: Iterable[str]) -> str:
+    """Name three; what comes from a file may not reach a terminal as it is."""
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(repr(name[:200])[1:-1] for name in names[:3]) + more or "none"

@@ -1,0 +1,406 @@
+"""`inject` puts an adapter under a model: everything is checked, then everything is changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastlora import targets
+from fastlora.config import LoRAConfig
+from fastlora.hyperparameters import check_adapter_name
+from fastlora.layer import DEFAULT_ADAPTER, LoRALinear, is_conv1d, unsupported
+from fastlora.model import (
+    Record,
+    adapter_names,
+    bias_parameters,
+    is_merged,
+    parameters_of,
+    records,
+    set_adapter,
+    unwrapped,
+    walk,
+)
+from fastlora.trainable import TrainableModule
+
+# The head that a task adds to a model, under transformers' names: untrained, so trained in full.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass
+class InjectReport:
+    """What `inject` did; ``print`` it.
+
+    ``replaced``: (name, in, out, r); ``trained``: (name, parameters) of modules trained in full;
+    ``skipped``: (name, why) of other linear layers; ``trainable``, ``total``: parameter counts.
+    """
+
+    adapter: str
+    replaced: list[tuple[str, int, int, int]]
+    trained: list[tuple[str, int]]
+    skipped: list[tuple[str, str]]
+    trainable: int
+    total: int
+
+    @property
+    def percentage(self) -> float:
+        """Return how much of the parameters trains, in percent."""
+        return 100 * self.trainable / max(self.total, 1)
+
+    def __str__(self) -> str:
+        lines = [
+            f"adapter {self.adapter!r}: {len(self.replaced)} layers, {self.trainable:,} of "
+            f"{self.total:,} parameters train ({self.percentage:.3g}%)"
+        ]
+        groups = Counter((_last(name), i, o, r) for name, i, o, r in self.replaced)
+        rows = [(name, f"x{n}", f"{i}->{o}", f"r={r}") for (name, i, o, r), n in groups.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            lines.append("  " + "  ".join(map(str.ljust, row, widths)).rstrip())
+        lines += [f"  trained in full: {name} ({count:,})" for name, count in self.trained]
+        reasons = defaultdict(Counter)
+        for name, why in self.skipped:
+            reasons[why][_last(name)] += 1
+        lines += [f"  left alone, {why}: {_counted(names)}" for why, names in reasons.items()]
+        return "\n".join(lines)
+
+
+def inject(
+    model: nn.Module,
+    config: LoRAConfig,
+    adapter: str = DEFAULT_ADAPTER,
+    *,
+    adapter_dtype: torch.dtype | None = None,
+) -> InjectReport:
+    """Put an adapter into ``model``, in place, make it the active one and report what was done.
+
+    Each ``nn.Linear`` and transformers ``Conv1D`` that ``config`` selects becomes a `LoRALinear`
+    that shares its weight; modules in ``config.modules_to_save`` become `TrainableModule`. The
+    first adapter freezes everything else; later ones leave the rest as it is. ``adapter_dtype``
+    defaults to float32 under 16-bit weights and to the weights' dtype otherwise.
+    Raises ValueError or TypeError, naming what is wrong, before anything is changed.
+    """
+    made = plan(model, config, adapter)
+    model = unwrapped(model)
+    apply(model, made, adapter, adapter_dtype)
+    return made.report(model, adapter)
+
+
+@dataclass
+class Plan:
+    """What an adapter will be in one model. Names are those of checkpoints."""
+
+    config: LoRAConfig
+    layers: dict[str, tuple[nn.Module, int, float]]  # r, lora_alpha
+    trained: dict[str, nn.Module]
+    biases: dict[str, nn.Parameter]
+    skipped: dict[str, str]
+
+    def report(self, model: nn.Module, adapter: str) -> InjectReport:
+        parameters = list(model.parameters())
+        return InjectReport(
+            adapter,
+            [(name, *features(layer), r) for name, (layer, r, _) in self.layers.items()],
+            [(name, sum(p.numel() for p in m.parameters())) for name, m in self.trained.items()],
+            list(self.skipped.items()),
+            sum(p.numel() for p in parameters if p.requires_grad),
+            sum(p.numel() for p in parameters),
+        )
+
+
+def plan(model: nn.Module, config: LoRAConfig, adapter: str, seconds: float | None = None) -> Plan:
+    """Return what ``config`` means for ``model``, or raise; either way the model stays as it is.
+
+    With ``seconds`` the config's patterns are not trusted: see `targets.select_within`.
+    """
+    _check_arguments(model, config, adapter)
+    model = unwrapped(model)
+    named = list(walk(model))
+    modules = {name: module for name, module, _ in named}
+    first_name = {id(module): name for name, module, _ in reversed(named)}
+    blocked = _blocked(model, named)
+    config = _with_task_head(config, modules)
+    if config.target_modules is None:
+        raise ValueError(f"target_modules is None; {_linear_names(named)}; or use 'all-linear'")
+    spec, skipped = config.selection(), {}
+    if config.all_linear:
+        skipped = _not_for_all_linear(model, named, blocked)
+        linear = {n: None for n, m, _ in named if _is_linear(m) and n not in skipped}
+        spec["target_modules"] = list(linear)
+    if seconds is None:
+        choice = targets.select(spec, modules)
+    else:
+        choice = targets.select_within(spec, modules, seconds)
+
+    excluded = {id(modules[name]) for name in choice["excluded"]}
+    layers, trained = {}, {}
+    for name, (r, alpha) in choice["layers"].items():
+        module = modules[name]
+        if id(module) in excluded or (config.all_linear and name not in linear):
+            continue
+        if (why := _unfit(module, blocked)) is not None:
+            raise ValueError(f"target_modules selects {name!r}, which {why}")
+        layers.setdefault(first_name[id(module)], (module, r, alpha))
+    for name in choice["trained"]:
+        trained[first_name[id(modules[name])]] = modules[name]
+    _check_trained(trained, layers, blocked)
+    if not layers:
+        raise ValueError(_nothing_matched(config, choice, named))
+    if config.modules_to_save and not trained:
+        raise ValueError(
+            f"modules_to_save={list(config.modules_to_save)!r:.300} names no module; "
+            f"{_nearest(config.modules_to_save, modules)}"
+        )
+    _warn_of_unused(choice["unused"], config)
+
+    under_trained = tuple(f"{name}." for name in trained)
+    outside = [row for row in named if f"{row[0]}.".startswith(under_trained) is False]
+    for name, module, owner in outside:
+        if _is_linear(module) and first_name[id(module)] == name not in layers and owner is None:
+            why = "excluded" if id(module) in excluded else "not in target_modules"
+            skipped.setdefault(name, why)
+    biases = {
+        "none": [],
+        "lora_only": [row for row in outside if row[0] in layers],
+        "all": [*outside, ("", model, None)],
+    }[config.bias]
+    if config.all_linear:
+        short = _short_targets(layers, modules, excluded)
+        config = dataclasses.replace(config, target_modules=short)
+    conv1d = any(getattr(m, "fan_in_fan_out", is_conv1d(m)) for m, *_ in layers.values())
+    config = dataclasses.replace(config, fan_in_fan_out=conv1d)
+    return Plan(config, layers, trained, bias_parameters(biases, layers), skipped)
+
+
+def apply(
+    model: nn.Module,
+    made: Plan,
+    adapter: str,
+    adapter_dtype: torch.dtype | None = None,
+    tensors: dict[str, Tensor] | None = None,
+    trainable: bool = True,
+) -> None:
+    """Carry out a plan: all that can fail is done on modules that are not in the model yet.
+
+    ``tensors`` are the values to start from, by the keys of `model.tensors_of`.
+    """
+    grads = [(p, p.requires_grad) for p in model.parameters()]
+    new: dict[int, nn.Module] = {}
+    grown: list[LoRALinear | TrainableModule] = []
+    config = made.config
+    try:
+        for module, r, alpha in made.layers.values():
+            layer = module
+            if not isinstance(module, LoRALinear):
+                layer = new[id(module)] = LoRALinear._around(module)
+            layer.add_adapter(
+                adapter,
+                r=r,
+                lora_alpha=alpha,
+                lora_dropout=config.lora_dropout,
+                use_rslora=config.use_rslora,
+                init_lora_weights=config.init_lora_weights,
+                adapter_dtype=adapter_dtype,
+            )
+            grown.append(layer)
+        for module in made.trained.values():
+            wrapper = module
+            if not isinstance(module, TrainableModule):
+                wrapper = new[id(module)] = TrainableModule(module)
+            wrapper.add_adapter(adapter)
+            grown.append(wrapper)
+        biases = {key: bias.detach().clone() for key, bias in made.biases.items()}
+        if tensors is not None:
+            _fill(made, new, adapter, tensors)
+    except BaseException:
+        for module in grown:
+            module.delete_adapter(adapter)
+        for parameter, required in grads:
+            parameter.requires_grad_(required)
+        raise
+    if not records(model):
+        model.requires_grad_(False)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in new:
+                parent._modules[name] = new[id(child)]
+    model._fastlora = records(model) | {adapter: Record(config, biases)}
+    set_adapter(model, adapter)
+    if not trainable:
+        for parameter in parameters_of(model, adapter):
+            parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def _fill(made: Plan, new: dict[int, nn.Module], adapter: str, tensors: dict[str, Tensor]) -> None:
+    for name, (module, _, _) in made.layers.items():
+        layer = new.get(id(module), module)
+        layer.lora_A[adapter].copy_(tensors[f"{name}.lora_A.weight"])
+        layer.lora_B[adapter].copy_(tensors[f"{name}.lora_B.weight"])
+    for name, module in made.trained.items():
+        copied = new.get(id(module), module).modules_to_save[adapter]
+        for key, tensor in copied.state_dict().items():
+            tensor.copy_(tensors[f"{name}.{key}"])
+    biases = [(bias, tensors[key].to(bias)) for key, bias in made.biases.items()]
+    for bias, value in biases:
+        bias.data = value
+
+
+# What cannot be, and what else can.
+
+
+def _check_arguments(model: nn.Module, config: LoRAConfig, adapter: str) -> None:
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("model is in DistributedDataParallel: inject first, then wrap it")
+    model = unwrapped(model)
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
+    check_adapter_name(adapter)
+    if hasattr(nn.ModuleDict(), adapter) or hasattr(nn.ParameterDict(), adapter):
+        raise ValueError(f"adapter may not be {adapter!r}, the name of a part of every nn.Module")
+    if adapter in adapter_names(model):
+        raise ValueError(f"adapter {adapter!r} exists already; delete_adapter() it first")
+    if _is_linear(model):
+        raise ValueError("model is one linear layer: LoRALinear.from_linear() takes it")
+    for name, module in model.named_modules():
+        if any(f"{k.__module__}.{k.__name__}" == _PEFT_LAYER for k in type(module).__mro__):
+            raise ValueError(
+                f"{name!r} is a layer of PEFT's already; inject() takes the model as it was before"
+            )
+    if is_merged(model):
+        raise ValueError("the model is merged: unmerge() it before another adapter is added")
+    others = [name for name, record in records(model).items() if record.config.bias != "none"]
+    if config.bias != "none" and others:
+        raise ValueError(
+            f"bias={config.bias!r}, but adapter {others[0]!r} trains the model's biases already; "
+            "only one adapter of a model can"
+        )
+
+
+_PEFT_LAYER = "peft.tuners.tuners_utils.BaseTunerLayer"
+
+
+def _blocked(model: nn.Module, named: list) -> dict[int, str]:
+    """Return why modules cannot be replaced, for reasons that lie in the modules around them."""
+    why = {
+        id(m): f"is inside {owner!r}, which is trained in full" for _, m, owner in named if owner
+    }
+    for module in model.modules():
+        if "_orig_mod" in module._modules:
+            why[id(module._orig_mod)] = "is compiled by itself: inject first, then compile"
+        if isinstance(module, TrainableModule):
+            why[id(module)] = "another adapter trains in full"
+    return why
+
+
+def _unfit(module: nn.Module, blocked: dict[int, str]) -> str | None:
+    if id(module) in blocked:
+        return blocked[id(module)]
+    return None if isinstance(module, LoRALinear) else unsupported(module)
+
+
+def _not_for_all_linear(model: nn.Module, named: list, blocked: dict[int, str]) -> dict[str, str]:
+    """Return why "all-linear" leaves a linear layer alone, by its name."""
+    output = getattr(model, "get_output_embeddings", None)
+    head = output() if callable(output) else None
+    linear = [(name, module) for name, module, _ in named if _is_linear(module)]
+    why = {n: "the output head" if m is head else _unfit(m, blocked) for n, m in linear}
+    return {name: reason for name, reason in why.items() if reason is not None}
+
+
+def _with_task_head(config: LoRAConfig, modules: dict[str, nn.Module]) -> LoRAConfig:
+    given = config.modules_to_save or ()
+    heads = [h for h in _HEADS.get(config.task_type, ()) if h not in given]
+    found = [head for head in heads if any(name.endswith(head) for name in modules)]
+    return dataclasses.replace(config, modules_to_save=(*given, *found)) if found else config
+
+
+def _check_trained(trained: dict, layers: dict, blocked: dict[int, str]) -> None:
+    for name, module in trained.items():
+        why = None
+        below = [other for other in (*layers, *trained) if other.startswith(f"{name}.")]
+        if isinstance(module, _NEVER_CALLED):
+            why = f"is a {type(module).__name__}, which is never called"
+        elif name in layers or below:
+            why = f"cannot be trained in full while {(below or [name])[0]!r} is selected too"
+        elif isinstance(module, TrainableModule):
+            continue
+        elif id(module) in blocked:
+            why = blocked[id(module)]
+        elif any(isinstance(inner, LoRALinear) for inner in module.modules()):
+            why = "has LoRA layers already"
+        if why is not None:
+            raise ValueError(f"modules_to_save selects {name!r}, which {why}")
+
+
+def _short_targets(layers: dict, modules: dict, excluded: set[int]) -> list[str] | str:
+    """Return targets that select exactly ``layers``: the last parts of their names if those do."""
+    last = sorted({_last(name) for name in layers})
+    reached = {id(m) for name, m in modules.items() if _last(name) in last} - excluded
+    if reached == {id(layer) for layer, *_ in layers.values()}:
+        return last
+    return "|".join(name.replace(".", r"\.") for name in layers)
+
+
+def _warn_of_unused(unused: list[str], config: LoRAConfig) -> None:
+    heads = [f"modules_to_save: {head}" for head in _HEADS.get(config.task_type, ())]
+    if left := [entry for entry in unused if entry not in heads]:
+        warnings.warn(f"these select nothing: {', '.join(left):.500}", stacklevel=4)
+
+
+def _nothing_matched(config: LoRAConfig, choice: dict, named: list) -> str:
+    target = config.target_modules
+    shown = f"{target if isinstance(target, str) else list(target)!r:.300}"
+    why = [f"target_modules={shown} selects nothing"]
+    if choice["excluded"]:
+        count = len(choice["excluded"])
+        why.append(f"exclude_modules and modules_to_save keep {count} modules out")
+    if config.layers_to_transform is not None:
+        why.append(f"layers_to_transform={config.layers_to_transform!s:.100} may have left none")
+    if not config.all_linear:
+        entries = (target,) if isinstance(target, str) else target
+        why.append(_nearest(entries, [name for name, *_ in named]))
+    return "; ".join([*why, _linear_names(named)])
+
+
+def _nearest(wanted: Iterable[str], names: Iterable[str]) -> str:
+    known = {_last(name) for name in names} | set(names)
+    near = {n for w in list(wanted)[:5] for n in difflib.get_close_matches(w[:100], known)}
+    return f"the nearest names are {', '.join(sorted(near)) or 'none'}"
+
+
+def _linear_names(named: list) -> str:
+    linear = {id(module): _last(name) for name, module, _ in named if _is_linear(module)}
+    return f"the model's linear layers are {_counted(Counter(linear.values())) or 'none'}"
+
+
+def _counted(names: Counter) -> str:
+    first = [f"{name} x{n}" if n > 1 else name for name, n in list(names.items())[:20]]
+    return ", ".join(first) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def features(module: nn.Module) -> Sequence[int]:
+    """Return (in_features, out_features) of a linear layer or a Conv1D."""
+    if is_conv1d(module):
+        return tuple(module.weight.shape)
+    return module.in_features, module.out_features
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,109 @@
+"""Compiles what the launchers would launch for a chip that need not be here, and reads the result.
+
+Everything comes from the tools inside Triton's own package: ``ptxas`` while compiling,
+``cuobjdump`` and ``nvdisasm`` to read the machine code. Needs a process in which the interpreter
+is off.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastlora_kernels.configs import Chip
+from fastlora_kernels.launch import Call
+
+# Shared memory a block may use (bytes) and processors of a chip of that compute capability.
+CHIPS = {
+    80: Chip((8, 0), 166912, 108),
+    86: Chip((8, 6), 101376, 84),
+    89: Chip((8, 9), 101376, 128),
+    90: Chip((9, 0), 232448, 132),
+    100: Chip((10, 0), 232448, 148),
+    120: Chip((12, 0), 101376, 170),
+}
+
+_TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses: per thread registers and stack bytes, per block shared bytes.
+
+    ``instructions`` counts the opcodes of the machine code, without modifiers.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    instructions: Counter = field(repr=False)
+    ptx: str = field(repr=False)
+    sass: str = field(repr=False)
+
+
+def compile_call(call: Call, capability: int) -> Resources:
+    """Compile one recorded launch for ``capability`` (80 for sm_80) and return what it uses."""
+    signature, constexprs, attrs = {}, {}, {}
+    for i, name in enumerate(call.kernel.arg_names):
+        value = call.args[name]
+        signature[name], constant, divisible = _argument(value, name.isupper() and len(name) > 1)
+        if constant:
+            constexprs[(i,)] = value
+        elif divisible:
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": call.config.num_warps, "num_stages": call.config.num_stages}
+    compiled = triton.compile(
+        ASTSource(call.kernel, signature, constexprs, attrs),
+        target=GPUTarget("cuda", capability, 32),
+        options=options,
+    )
+    usage, sass = _disassemble(compiled.asm["cubin"])
+    return Resources(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        shared=compiled.metadata.shared,
+        instructions=Counter(
+            re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", sass, re.M)
+        ),
+        ptx=compiled.asm["ptx"],
+        sass=sass,
+    )
+
+
+def _argument(value, constexpr: bool) -> tuple[str, bool, bool]:
+    """Return (type, is a constant, is divisible by 16) as Triton specialises an argument."""
+    if constexpr or value is None or (isinstance(value, int) and value == 1):
+        return "constexpr", True, False
+    if isinstance(value, torch.Tensor):
+        return _TYPES[value.dtype], False, True
+    if isinstance(value, float):
+        return "fp32", False, False
+    return ("i32" if -(2**31) <= value < 2**31 else "i64"), False, value % 16 == 0
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run(tools / "cuobjdump", "-res-usage", file.name)
+        return usage, _run(tools / "nvdisasm", "-c", file.name)
+
+
+def _run(*command) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

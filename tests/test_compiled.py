@@ -1,0 +1,75 @@
+"""Every kernel as each chip would run it, compiled without a GPU: its resources are in bounds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compiled_cases import CAPABILITIES, calls
+from fastlora_kernels import aot
+
+KERNELS = ("shrink_kernel", "product_kernel", "columns_kernel", "sum_kernel")
+
+
+@pytest.fixture(scope="module")
+def reports():
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    script = Path(__file__).parent / "compiled_cases.py"
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(share), "2"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for share in range(2)
+    ]
+    found = []
+    for worker in workers:
+        out, err = worker.communicate()
+        assert worker.returncode == 0, err
+        found += map(json.loads, out.splitlines())
+    return found
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_resources(reports, kernel, capability):
+    mine = [r for r in reports if (r["kernel"], r["capability"]) == (kernel, capability)]
+    assert mine, "nothing was compiled"
+    for r in mine:
+        where = f"{kernel} sm_{capability} {r['problem']} dropout={r['dropout']} {r['config']}"
+        assert r["stack"] == 0, f"{where}: spills, {r['stack']} bytes of stack"
+        assert not {"LDL", "STL"} & r["instructions"].keys(), f"{where}: local memory"
+        assert r["registers"] <= 255, where
+        assert r["shared"] <= aot.CHIPS[capability].shared_memory, f"{where}: {r['shared']} bytes"
+        assert not r["ptx_f64"], f"{where}: float64 instructions"
+        assert not r["ptx_tf32"], f"{where}: TF32 where IEEE float32 was asked for"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kernel", KERNELS[:3])
+def test_tensor_cores_and_pipelines(reports, kernel, capability):
+    mma = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}[capability]
+    for r in reports:
+        if (r["kernel"], r["capability"]) != (kernel, capability):
+            continue
+        where = f"{kernel} sm_{capability} {r['problem']} dropout={r['dropout']}: {r['instructions']}"
+        if r["problem"].startswith("fp32"):
+            assert "FFMA" in r["instructions"], where
+        else:
+            assert {mma, "HMMA"} & r["instructions"].keys(), where
+            if kernel == "product_kernel":
+                assert mma in r["instructions"], where
+        if "even" in r["problem"]:
+            assert "LDGSTS" in r["instructions"], f"{where}: loads are not asynchronous"
+
+
+def test_the_recorder_sees_every_kernel():
+    recorded = calls(aot.CHIPS[90], "bf16", 16, "even")
+    assert {c.kernel.__name__ for c in recorded} == set(KERNELS)

@@ -1,0 +1,197 @@
+"""Both implementations against the oracle; the Triton kernels run in the interpreter here."""
+
+from __future__ import annotations
+
+import fastlora_kernels
+import pytest
+import torch
+from acceptance import KINDS, RANKS, Case, oracle, run, small_cases, verify, verify_exactly
+
+from fastlora import torch_impl
+
+BODIES = {"triton": fastlora_kernels, "torch": torch_impl}
+each_body = pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+
+
+@each_body
+@pytest.mark.parametrize("case", small_cases(), ids=str)
+def test_acceptance_rule(body, case):
+    verify(body, case)
+
+
+@each_body
+@pytest.mark.parametrize("r", RANKS)
+def test_every_rank(body, r):
+    kind = list(KINDS)[r % len(KINDS)]
+    verify(body, Case(40, 48, 56, r, kind=kind, dropout_p=0.2 * (r % 2)))
+
+
+@each_body
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("shape", [(37, 29, 43, 6), (1, 17, 19, 1), (1, 1, 1, 1), (65, 1, 64, 2)])
+def test_small_integers_are_exact(body, shape, kind, p):
+    verify_exactly(body, Case(*shape, kind=kind, dropout_p=p))
+
+
+@each_body
+def test_more_rows_than_one_split_or_block(body):
+    verify(body, Case(600, 40, 33, 4, kind="bf16", dropout_p=0.1))
+
+
+@each_body
+@pytest.mark.parametrize("p", [1.0, 0.999999, 0.000001])
+def test_dropout_at_the_ends(body, p):
+    verify(body, Case(20, 24, 28, 4, dropout_p=p))
+
+
+@each_body
+@pytest.mark.parametrize("empty", ["M", "N", "K"])
+def test_empty_dimensions(body, empty):
+    sizes = {"M": 5, "N": 6, "K": 7, "R": 2, empty: 0}
+    case = Case(**sizes, dropout_p=0.3)
+    t = Case(**{**sizes, empty: 1}, dropout_p=0.3).tensors()
+    cut = {"M": ("x", "dy"), "N": ("w", "b", "bias"), "K": ("x", "w", "a")}[empty]
+    for name in cut:
+        t[name] = t[name].narrow(0 if empty != "K" else 1, 0, 0)
+    if empty == "N":
+        t["dy"] = t["dy"][:, :0]
+    results, exact = run(body, case, t), oracle(case, t)
+    for name, result in results.items():
+        torch.testing.assert_close(result, exact[name].to(result.dtype), msg=name)
+
+
+def strided(t):
+    """Yield tensors equal to ``t`` that lie differently in memory."""
+    yield "transposed", t.t().contiguous().t()
+    wide = torch.full((t.shape[0], 2 * t.shape[1] + 3), torch.nan, dtype=t.dtype)
+    wide[:, 1::2][:, : t.shape[1]] = t
+    yield "every second column", wide[:, 1::2][:, : t.shape[1]]
+    rows = torch.full((3 * t.shape[0], t.shape[1] + 5), torch.nan, dtype=t.dtype)
+    rows[::3, 2:-3] = t
+    yield "every third row", rows[::3, 2:-3]
+    flat = torch.full((t.numel() + 1,), torch.nan, dtype=t.dtype)
+    flat[1:] = t.flatten()
+    yield "misaligned", flat[1:].view_as(t)
+
+
+@pytest.mark.parametrize("name", ["x", "w", "a", "b", "dy"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_strides(name, kind):
+    case = Case(21, 18, 26, 3, kind=kind, dropout_p=0.25)
+    t = case.tensors()
+    expected = run(fastlora_kernels, case, t)
+    for how, other in strided(t[name]):
+        assert torch.equal(other, t[name])
+        results = run(fastlora_kernels, case, {**t, name: other})
+        for key, result in results.items():
+            assert torch.equal(result, expected[key]), f"{name} {how}: {key}"
+            assert result.is_contiguous()
+
+
+@each_body
+def test_expanded_gradient_and_input(body):
+    case = Case(64, 40, 70, 4)
+    t = case.tensors()
+    t["dy"] = t["dy"][:, :1].expand(64, 40)  # stride 0, as y.sum().backward() passes down
+    verify(body, case, t)
+    t["x"] = t["x"][:1].expand(64, 70)
+    results, dense = run(body, case, t), run(body, case, {**t, "x": t["x"].contiguous()})
+    for name in results:
+        torch.testing.assert_close(results[name], dense[name])
+
+
+@each_body
+def test_a_bad_row_stays_one_row(body):
+    case = Case(40, 24, 20, 4)
+    t = case.tensors()
+    clean = run(body, case, t)
+    for bad in (torch.nan, torch.inf):
+        x, dy = t["x"].clone(), t["dy"].clone()
+        x[7, 3] = dy[9, 5] = bad
+        results = run(body, case, {**t, "x": x, "dy": dy})
+        for name, row in (("y", 7), ("x", 9)):
+            others = torch.arange(40) != row
+            assert not results[name][row].isfinite().any(), name
+            assert torch.equal(results[name][others], clean[name][others]), name
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16-fp32"])
+def test_nothing_outside_the_outputs_is_written(kind, monkeypatch):
+    """Every buffer a launcher allocates lies in sentinels and starts as NaN."""
+    base, adapter = KINDS[kind]
+    guards = []
+
+    def guarded(make):
+        def empty(*shape, **options):
+            t = make(*shape, **options)
+            if not t.is_floating_point():
+                return t
+            buffer = torch.full((t.numel() + 256,), 7.0, dtype=t.dtype)
+            inner = buffer[128 : 128 + t.numel()].view(t.shape).fill_(torch.nan)
+            guards.append(buffer)
+            return inner
+
+        return empty
+
+    case = Case(35, 27, 45, 5, kind=kind, dropout_p=0.2)
+    t = case.tensors()
+    expected = run(fastlora_kernels, case, t)
+    monkeypatch.setattr(torch, "empty", guarded(torch.empty))
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda t, *s, **o: guarded(lambda *a, **k: new_empty(t, *a, **k))(*s, **o)
+    )
+    results = run(fastlora_kernels, case, t)
+    monkeypatch.undo()
+    assert len(guards) >= 6
+    for buffer in guards:
+        assert (buffer[:128] == 7).all() and (buffer[-128:] == 7).all()
+        assert not buffer.isnan().any(), "an element was never written"
+    for name in expected:
+        assert torch.equal(results[name], expected[name])
+
+
+@each_body
+def test_only_the_gradients_asked_for(body):
+    case = Case(18, 20, 22, 3, dropout_p=0.4)
+    t = case.tensors()
+    full = run(body, case, t)
+    rest = (t["seed"], case.scaling, case.dropout_p)
+    _, s = body.forward(t["x"], t["w"], t["a"], t["b"], t["bias"], *rest)
+    for bits in range(8):
+        needs = tuple(bool(bits >> i & 1) for i in range(3))
+        grads = body.backward(t["dy"], t["x"], t["w"], t["a"], t["b"], s, *rest, needs)
+        for name, grad, needed in zip(("x", "lora_A", "lora_B"), grads, needs, strict=True):
+            assert (grad is not None) == needed
+            assert grad is None or torch.equal(grad, full[name])
+
+
+def test_gradients_through_the_kernels():
+    """float64 runs in the interpreter: finite differences of the kernels themselves."""
+    t = Case(5, 4, 6, 2).tensors()
+    x, w, a, b = (t[n].double() for n in "xwab")
+    seed = torch.tensor([99])
+
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, a, b):
+            y, s = fastlora_kernels.forward(x, w, a, b, None, seed, 0.5, 0.5)
+            ctx.save_for_backward(x, a, b, s)
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, a, b, s = ctx.saved_tensors
+            return fastlora_kernels.backward(dy, x, w, a, b, s, seed, 0.5, 0.5, (True,) * 3)
+
+    assert torch.autograd.gradcheck(
+        Layer.apply, [v.requires_grad_() for v in (x, a, b)], fast_mode=True
+    )
+
+
+def test_two_runs_are_identical():
+    case = Case(300, 70, 50, 9, kind="bf16", dropout_p=0.1)
+    t = case.tensors()
+    first, second = run(fastlora_kernels, case, t), run(fastlora_kernels, case, t)
+    assert all(torch.equal(first[n], second[n]) for n in first)

@@ -1,0 +1,86 @@
+"""Tiny models with random weights, always the same ones, and inputs for them."""
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+VOCABULARY = 40
+
+
+def llama(**changes):
+    """Linear layers without bias, fewer key than query heads, an output head of its own."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+    return _made(LlamaForCausalLM, LlamaConfig(**{**sizes, **heads, **changes}))
+
+
+def gpt2():
+    """Conv1D layers, and an output head that is the embedding."""
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 16}
+    return _made(GPT2LMHeadModel, GPT2Config(**sizes))
+
+
+def bert():
+    """Linear layers with bias, and a classifier."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    rest = {"num_attention_heads": 4, "vocab_size": VOCABULARY, "num_labels": 3}
+    return _made(BertForSequenceClassification, BertConfig(**sizes, **rest))
+
+
+def mlp(bias=True):
+    """Linear layers called 0, 2 and head, and what is none between them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8, bias=bias), nn.LayerNorm(8), nn.Linear(8, 8, bias=bias))
+    model.add_module("head", nn.Linear(8, 5, bias=bias))
+    return model.eval()
+
+
+def tokens():
+    return torch.randint(0, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(1))
+
+
+def outputs(model):
+    with torch.no_grad():
+        if isinstance(model, nn.Sequential):
+            return model(torch.linspace(-1, 1, 18).reshape(3, 6))
+        return model(tokens()).logits
+
+
+@torch.no_grad()
+def train_a_little(model):
+    """Move every trainable parameter, so that no adapter is the identity."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def bits(model):
+    """Everything of a model that may not change: names, values, what trains, classes, modes."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    kinds = {name: (type(m), m.training) for name, m in model.named_modules()}
+    return state, trains, kinds
+
+
+def same(before, after):
+    """Whether two results of `bits` are equal bit for bit."""
+    return (
+        before[0].keys() == after[0].keys()
+        and all(torch.equal(before[0][key], after[0][key]) for key in before[0])
+        and before[1:] == after[1:]
+    )
+
+
+def _made(kind, config):
+    config.initializer_range = 0.3  # large enough for every layer to matter
+    torch.manual_seed(0)
+    return kind(config).eval()
