@@ -22,7 +22,7 @@ OPTIONS = {
 
 
 def package_folder(name: str) -> Path:
-    """Return where an installed package lies without importing it. ModuleNotFoundError if absent."""
+    """Return where an installed package lies, without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)

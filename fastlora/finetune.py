@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
-import inspect
 import json
 import math
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlora
 from fastlora import checkpoint
 from fastlora import finetune_data as data
-from fastlora.finetune_data import IGNORED, UserError
+from fastlora.finetune_data import UserError
+from fastlora.finetune_model import (
+    first_line,
+    generate,
+    gguf_file,
+    load_model,
+    require,
+    response_loss,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HELD_OUT_AT_MOST = 256
 WARMUP = 0.05  # of all steps
 CLIP_NORM = 1.0
-ANSWER_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Settings:
             raise UserError(f"--{option} must be {expected}, got {getattr(self, name)}")
 
     def fingerprint(self) -> dict:
-        """Return what a checkpoint must agree with: the settings that matter and the data's hash."""
+        """Return what a checkpoint must agree with: what decides the numbers, and a hash."""
         values = dataclasses.asdict(self)
         for name in ("output", "save_every", "restart"):
             del values[name]
@@ -97,7 +100,7 @@ def run(settings: Settings) -> dict:
     """
     examples = data.read_examples(settings.data)
     fingerprint = settings.fingerprint()
-    _require("transformers", "tqdm", "matplotlib", "accelerate")
+    require("transformers", "tqdm", "matplotlib", "accelerate")
     output = Path(settings.output)
     _make_folder(output)
     metrics_file, saved_file = output / "metrics.json", output / "checkpoint.pt"
@@ -129,7 +132,11 @@ class _Run:
     """One run's model, data and progress."""
 
     def __init__(
-        self, settings: Settings, examples: list[data.Example], fingerprint: dict, state: dict | None
+        self,
+        settings: Settings,
+        examples: list[data.Example],
+        fingerprint: dict,
+        state: dict | None,
     ) -> None:
         self.settings, self.fingerprint, self.state = settings, fingerprint, state
         self.device = settings.torch_device()
@@ -138,7 +145,7 @@ class _Run:
         self.model, self.tokenizer = load_model(settings.model, DTYPES[settings.dtype])
         self.model.to(self.device)
         torch.manual_seed(settings.seed)
-        say("adapter", self._inject())
+        say("inject", first_line(self._inject()))
         self.training, self.held_out = self._encode(examples)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=0.0)
@@ -167,14 +174,16 @@ class _Run:
 
     def _inject(self):
         s = self.settings
-        targets = list(s.target_modules) if isinstance(s.target_modules, tuple) else s.target_modules
+        targets = (
+            list(s.target_modules) if isinstance(s.target_modules, tuple) else s.target_modules
+        )
         try:
             config = fastlora.LoRAConfig(
                 r=s.r, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=targets
             )
             return fastlora.inject(self.model, config)
         except (TypeError, ValueError) as error:
-            raise UserError(_first_line(error)) from error
+            raise UserError(first_line(error)) from error
 
     def _encode(self, examples: list[data.Example]) -> tuple[list[data.Encoded], ...]:
         s = self.settings
@@ -277,12 +286,13 @@ class _Run:
         from fastlora import loss_curve
 
         s = self.settings
+        gguf = gguf_file(s.model)
         loss_curve.draw(
             path,
             progress["losses"],
             progress["before"]["loss"],
             after["loss"],
-            title=f"{Path(s.model).name}: LoRA fine-tuning",
+            title=f"{gguf.stem if gguf else Path(s.model).name}: LoRA fine-tuning",
             subtitle=f"r = {s.r}, dropout {s.dropout:g}, lr {s.lr:g}, "
             f"{s.batch_size} examples a step, {s.dtype}",
         )
@@ -300,73 +310,6 @@ def schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def response_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy of the batch's labelled tokens, and how many they are.
-
-    Logits are made only where some row has a label: the vocabulary is the widest product.
-    """
-    targets = batch["labels"][:, 1:]
-    keep = (targets != IGNORED).any(0).nonzero().squeeze(1)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits
-    else:
-        logits = model(**inputs, use_cache=False).logits[:, keep]
-    targets = targets[:, keep]  # [B, kept] beside logits [B, kept, vocabulary]
-    loss = F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return loss, (targets != IGNORED).sum()
-
-
-def generate(model: nn.Module, tokenizer, question: str) -> str:
-    """Return the model's greedy answer on one line, at most ANSWER_TOKENS tokens long."""
-    ids = torch.tensor([data.prompt_ids(tokenizer, question)], device=model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=ANSWER_TOKENS,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )[0, ids.shape[1] :]
-    cut = "…" if len(output) == ANSWER_TOKENS else ""
-    return " ".join(tokenizer.decode(output, skip_special_tokens=True).split()) + cut
-
-
-def load_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
-    """Load a model and its tokenizer from a Hugging Face folder, a hub id or a folder's .gguf."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    source: dict = {}
-    dense: dict = {}
-    folder = Path(name)
-    ggufs = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
-    if len(ggufs) == 1:
-        _require("gguf", extra="demo")
-        source = {"gguf_file": ggufs[0].name}
-        if hasattr(transformers, "GgufConfig"):  # newer releases may keep the weights packed
-            dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, **source, **dense
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {name} cannot be loaded: {_first_line(error)}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id or 0
-    return model, tokenizer
-
-
-def _require(*modules: str, extra: str = "finetune") -> None:
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        what = " and ".join(missing)
-        raise UserError(f'{what} not installed: pip install "fastlora-kernels[{extra}]"')
-
-
 def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -378,7 +321,7 @@ def _load_state(path: Path, fingerprint: dict) -> dict:
     try:
         state = checkpoint.load(path)
     except ValueError as error:
-        raise UserError(f"{_first_line(error)}; --restart begins again") from error
+        raise UserError(f"{first_line(error)}; --restart begins again") from error
     _refuse_other_settings(state["progress"].pop("settings"), fingerprint, path)
     return state
 
@@ -391,7 +334,3 @@ def _refuse_other_settings(saved: dict, asked: dict, path: Path) -> None:
             f"{path} comes from other settings ({changes}); "
             "use them, another --output, or --restart to begin again"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return re.split(r"\n", str(error).strip(), maxsplit=1)[0]

@@ -22,7 +22,7 @@ def lora_linear(
     lora_B: Tensor,
     bias: Tensor | None = None,
     *,
-    scaling: float = 1.0,
+    scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     training: bool = False,
     impl: str = "auto",
@@ -35,7 +35,8 @@ def lora_linear(
     "torch" and "reference") float64; ``lora_A`` and ``lora_B`` the same, or both float32 under
     a bfloat16 or float16 base. Under autocast x, weight and bias are cast to its dtype.
 
-    ``scaling`` is alpha / r. Dropout with probability ``dropout_p`` acts on the input of the
+    ``scaling`` is alpha / r; as a 0-d tensor on x's device it may change without recompiling a
+    compiled model, for one product of lora_B's size. Dropout with probability ``dropout_p`` acts on the input of the
     low-rank path when ``training``; its seed comes from torch's generator for ``x.device``.
     ``impl`` is "auto" (choose), "triton", "torch" or "reference"; a named one never falls back.
 
@@ -43,9 +44,16 @@ def lora_linear(
     Raises TypeError or ValueError naming the argument that is wrong, and RuntimeError when the
     named implementation cannot run here.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    for name, tensor in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a Tensor or None, got {type(bias).__name__}")
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
     _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    if isinstance(scaling, Tensor):
+        lora_B, scaling = lora_B * scaling, 1.0
     impl = plans.resolve(impl, x)
     seed = new_seed(x.device) if training and dropout_p > 0.0 else None
     x_2d = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -108,8 +116,14 @@ def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
             raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
     if bias is not None and bias.device != x.device:
         raise ValueError(f"bias is on {bias.device}, but x is on {x.device}")
-    if not isinstance(scaling, (Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"scaling must be a number, got {type(scaling).__name__}")
+    if isinstance(scaling, Tensor):
+        if scaling.dim() or scaling.device != x.device:
+            raise ValueError(
+                f"scaling must be a number or a 0-d tensor on {x.device}, got shape "
+                f"{tuple(scaling.shape)} on {scaling.device}"
+            )
+    elif not isinstance(scaling, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"scaling must be a number or a 0-d tensor, got {type(scaling).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
 

@@ -15,7 +15,7 @@ def check_adapter_name(name: str) -> None:
     """Raise TypeError or ValueError unless ``name`` can be part of a state-dict key."""
     if not isinstance(name, str):
         raise TypeError(f"adapter name must be a str, got {type(name).__name__}")
-    if not name or "." in name or hasattr(nn.ParameterDict, name):
+    if not name or "." in name or hasattr(nn.ParameterDict(), name):
         raise ValueError(
             f"adapter name must be non-empty, without '.', and no method of a dict, got {name!r}"
         )

@@ -36,6 +36,7 @@ _HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+_PEFT_LAYER = "peft.tuners.tuners_utils.BaseTunerLayer"
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -166,9 +167,10 @@ def plan(model: nn.Module, config: LoRAConfig, adapter: str, seconds: float | No
     _warn_of_unused(choice["unused"], config)
 
     under_trained = tuple(f"{name}." for name in trained)
-    outside = [row for row in named if f"{row[0]}.".startswith(under_trained) is False]
+    outside = [row for row in named if not f"{row[0]}.".startswith(under_trained)]
     for name, module, owner in outside:
-        if _is_linear(module) and first_name[id(module)] == name not in layers and owner is None:
+        again = name != first_name[id(module)]
+        if _is_linear(module) and owner is None and not again and name not in layers:
             why = "excluded" if id(module) in excluded else "not in target_modules"
             skipped.setdefault(name, why)
     biases = {
@@ -287,9 +289,6 @@ def _check_arguments(model: nn.Module, config: LoRAConfig, adapter: str) -> None
             f"bias={config.bias!r}, but adapter {others[0]!r} trains the model's biases already; "
             "only one adapter of a model can"
         )
-
-
-_PEFT_LAYER = "peft.tuners.tuners_utils.BaseTunerLayer"
 
 
 def _blocked(model: nn.Module, named: list) -> dict[int, str]:

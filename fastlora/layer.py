@@ -153,7 +153,9 @@ class LoRALinear(nn.Linear):
         check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights)
         dtype = adapter_dtype or default_adapter_dtype(self.weight.dtype)
         if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise TypeError(f"adapter_dtype must be a floating-point dtype of 16+ bits, got {dtype}")
+            raise TypeError(
+                f"adapter_dtype must be a floating-point dtype of 16+ bits, got {dtype}"
+            )
         a, b = initial_factors(
             init_lora_weights, r, self.in_features, self.out_features, self.weight.device, dtype
         )
@@ -235,7 +237,9 @@ class LoRALinear(nn.Linear):
         merged weight would hold a NaN or an infinity. No active adapter: nothing happens.
         """
         if self.merged_adapters:
-            raise RuntimeError(f"already merged: {', '.join(self.merged_adapters)}; unmerge() first")
+            raise RuntimeError(
+                f"already merged: {', '.join(self.merged_adapters)}; unmerge() first"
+            )
         if not self.active_adapters:
             return
         merged = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
@@ -331,7 +335,10 @@ class LoRALinear(nn.Linear):
 
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether ``module`` is transformers' Conv1D, a linear layer stored [in, out]."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    return (
+        type(module).__name__ == "Conv1D"
+        and type(module).__module__ == "transformers.pytorch_utils"
+    )
 
 
 def unsupported(module: nn.Module) -> str | None:

@@ -17,12 +17,12 @@ from fastlora.dropout import keep_mask, kept_scale
 _lib = torch.library.Library("fastlora", "DEF")
 _lib.define(
     "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
-    "Tensor? seed, float scaling, float dropout_p, str impl) -> (Tensor, Tensor)",
+    "Tensor? seed, Scalar scaling, float dropout_p, str impl) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _lib.define(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
-    "Tensor s, Tensor? seed, float scaling, float dropout_p, str impl, "
+    "Tensor s, Tensor? seed, Scalar scaling, float dropout_p, str impl, "
     "bool need_x, bool need_A, bool need_B) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -46,9 +46,7 @@ def _backward(
     dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, impl, need_x, need_A, need_B
 ):
     needs = (need_x, need_A, need_B)
-    grads = _body(impl).backward(
-        dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, needs
-    )
+    grads = _body(impl).backward(dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, needs)
     # An operator returns tensors: an empty one stands for a gradient nobody asked for.
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 

@@ -85,9 +85,7 @@ def plain(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
     x, a, b = (t[n].detach().clone().requires_grad_() for n in "xab")
     options = {"scaling": case.scaling, "dropout_p": case.dropout_p, "mask": mask_of(case, t)}
     y = reference.lora_linear(x, t["w"], a, b, t["bias"], **options)
-    return dict(
-        zip(NAMES, (y.detach(), *torch.autograd.grad(y, (x, a, b), t["dy"])), strict=True)
-    )
+    return dict(zip(NAMES, (y.detach(), *torch.autograd.grad(y, (x, a, b), t["dy"])), strict=True))
 
 
 def mask_of(case: Case, t: dict[str, Tensor | None]) -> Tensor | None:
@@ -107,7 +105,9 @@ def accept(name: str, result: Tensor, plain_result: Tensor, exact: Tensor) -> No
     assert error.norm() <= norm, f"{name}: Frobenius error {error.norm():.3g} > {norm:.3g}"
     floor = ((exact.to(result.dtype) + 0.3) - 0.3).double() - exact
     largest = 2 * allowed.abs().max() + 2 * floor.abs().max()
-    assert error.abs().max() <= largest, f"{name}: max error {error.abs().max():.3g} > {largest:.3g}"
+    assert error.abs().max() <= largest, (
+        f"{name}: max error {error.abs().max():.3g} > {largest:.3g}"
+    )
 
 
 def verify(body, case: Case, t: dict[str, Tensor | None] | None = None) -> None:

@@ -15,7 +15,7 @@ from fastlora_kernels import aot, backward, forward, launch
 
 CAPABILITIES = (80, 89, 90, 100, 120)
 # (kind, rank): both 16-bit ranks that need other tiles, and every other mix of dtypes once.
-PROBLEMS = (("bf16", 16), ("bf16", 128), ("fp16", 16), ("bf16-fp32", 16), ("fp32", 16))
+PROBLEMS = (("bf16", 16), ("bf16", 128), ("bf16-fp32", 16), ("fp16-fp32", 128), ("fp32", 16))
 # A ragged size in each dimension gets the masked variants compiled.
 SIZES = {"even": (4096, 4096, 4096), "ragged": (1000, 1001, 999)}
 
@@ -42,7 +42,9 @@ def key(call: launch.Call) -> tuple:
         (name, getattr(value, "dtype", value) if name.isupper() and len(name) > 1 else None)
         for name, value in call.args.items()
     )
-    pointers = tuple(v.dtype if isinstance(v, torch.Tensor) else v is None for v in call.args.values())
+    pointers = tuple(
+        v.dtype if isinstance(v, torch.Tensor) else v is None for v in call.args.values()
+    )
     ones = tuple(isinstance(v, int) and v == 1 for v in call.args.values())
     return call.kernel.__name__, call.config, signature, pointers, ones
 

@@ -46,6 +46,7 @@ def test_resources(reports, kernel, capability):
         where = f"{kernel} sm_{capability} {r['problem']} dropout={r['dropout']} {r['config']}"
         assert r["stack"] == 0, f"{where}: spills, {r['stack']} bytes of stack"
         assert not {"LDL", "STL"} & r["instructions"].keys(), f"{where}: local memory"
+        assert "BPT" not in r["instructions"], f"{where}: compiled to a trap"
         assert r["registers"] <= 255, where
         assert r["shared"] <= aot.CHIPS[capability].shared_memory, f"{where}: {r['shared']} bytes"
         assert not r["ptx_f64"], f"{where}: float64 instructions"
@@ -59,9 +60,11 @@ def test_tensor_cores_and_pipelines(reports, kernel, capability):
     for r in reports:
         if (r["kernel"], r["capability"]) != (kernel, capability):
             continue
-        where = f"{kernel} sm_{capability} {r['problem']} dropout={r['dropout']}: {r['instructions']}"
+        where = (
+            f"{kernel} sm_{capability} {r['problem']} dropout={r['dropout']}: {r['instructions']}"
+        )
         if r["problem"].startswith("fp32"):
-            assert "FFMA" in r["instructions"], where
+            assert {"FFMA", "FFMA2"} & r["instructions"].keys(), where
         else:
             assert {mma, "HMMA"} & r["instructions"].keys(), where
             if kernel == "product_kernel":

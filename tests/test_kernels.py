@@ -140,7 +140,9 @@ def test_nothing_outside_the_outputs_is_written(kind, monkeypatch):
     monkeypatch.setattr(torch, "empty", guarded(torch.empty))
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda t, *s, **o: guarded(lambda *a, **k: new_empty(t, *a, **k))(*s, **o)
+        torch.Tensor,
+        "new_empty",
+        lambda t, *s, **o: guarded(lambda *a, **k: new_empty(t, *a, **k))(*s, **o),
     )
     results = run(fastlora_kernels, case, t)
     monkeypatch.undo()

