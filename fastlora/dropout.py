@@ -41,7 +41,7 @@ def kept_scale(p: float) -> float:
 
 
 def keep_mask(seed: Tensor, rows: range, columns: int, p: float) -> Tensor:
-    """Return the mask of ``rows`` of an input ``columns`` wide: [len(rows), columns], True = kept."""
+    """Return [len(rows), columns]: True where an input ``columns`` wide is kept in ``rows``."""
     groups = -(-columns // GROUP)
     z = torch.arange(rows.start * groups, rows.stop * groups, device=seed.device)
     z.mul_(GAMMA).add_(seed)

@@ -12,8 +12,8 @@ TRAIN, HELD_OUT, INK = "#2a78b8", "#d1495b", "#33383d"
 
 
 def smoothed(losses: list[float]) -> np.ndarray:
-    """Return the centred running mean over a tenth of the run, shorter at the ends."""
-    window = np.ones(len(losses) // 10 | 1)
+    """Return the centred running mean over a sixth of the run, shorter at the ends."""
+    window = np.ones(len(losses) // 6 | 1)
     total = np.convolve(losses, window, "same")
     return total / np.convolve(np.ones(len(losses)), window, "same")
 
@@ -26,7 +26,7 @@ def draw(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps = np.arange(1, len(losses) + 1)
-    axes.plot(steps, losses, ".", color=TRAIN, alpha=0.3, markersize=5, markeredgewidth=0)
+    axes.plot(steps, losses, ".", color=TRAIN, alpha=0.45, markersize=5, markeredgewidth=0)
     axes.plot(steps, smoothed(losses), color=TRAIN, linewidth=2, label="training, smoothed")
     axes.plot(
         [0, len(losses)], [before, after], "D--", color=HELD_OUT, linewidth=1, label="held out"

@@ -9,7 +9,6 @@ weight and bias are plain products and are written in the autograd formula.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fastlora import torch_impl
 from fastlora.dropout import keep_mask, kept_scale
@@ -69,7 +68,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, lora_A, lora_B, bias, seed, ctx.scaling, ctx.dropout_p, ctx.impl = inputs
+    x, weight, lora_A, lora_B, _, seed, ctx.scaling, ctx.dropout_p, ctx.impl = inputs
     s = output[1]
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)

@@ -6,7 +6,6 @@ every implementation with it.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

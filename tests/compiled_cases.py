@@ -73,7 +73,8 @@ def main(share: int, of: int) -> None:
             "shared": found.shared,
             "instructions": found.instructions,
             "ptx_f64": ".f64" in found.ptx,
-            "ptx_tf32": ".tf32" in found.ptx,
+            "ptx_tf32": "tf32" in found.ptx,
+            "ptx_trap": "trap;" in found.ptx,
         }
         print(json.dumps(report), flush=True)
 

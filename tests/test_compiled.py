@@ -46,7 +46,7 @@ def test_resources(reports, kernel, capability):
         where = f"{kernel} sm_{capability} {r['problem']} dropout={r['dropout']} {r['config']}"
         assert r["stack"] == 0, f"{where}: spills, {r['stack']} bytes of stack"
         assert not {"LDL", "STL"} & r["instructions"].keys(), f"{where}: local memory"
-        assert "BPT" not in r["instructions"], f"{where}: compiled to a trap"
+        assert not r["ptx_trap"], f"{where}: compiled to a trap"
         assert r["registers"] <= 255, where
         assert r["shared"] <= aot.CHIPS[capability].shared_memory, f"{where}: {r['shared']} bytes"
         assert not r["ptx_f64"], f"{where}: float64 instructions"

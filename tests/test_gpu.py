@@ -65,18 +65,17 @@ def test_every_config(kernel, kind, monkeypatch):
     """Each shipped config that is valid on this chip gives right results where it is used."""
     chip = configs.Chip.of(torch.device("cuda"))
     name = {"16": "bf16", "mixed": "bf16-fp32", "32": "fp32", "unaligned": "bf16"}[kind]
-    ran = 0
+    ran, right = 0, launch.config_for
     for config in configs.DEFAULTS[kernel, kind]:
         if not configs.is_valid(
             config, kernel, "16" if kind == "unaligned" else kind, 32, True, chip
         ):
             continue
-        right = launch.config_for
         for module in (product, shrink, columns):
             monkeypatch.setattr(
                 module,
                 "config_for",
-                lambda k, *a, config=config: config if k == kernel else right(k, *a),
+                lambda k, *a, config=config, right=right: config if k == kernel else right(k, *a),
             )
         case = Case(500, 336, 272, 32, kind=name, dropout_p=0.1)
         verify(fastlora_kernels, case, on_gpu(case))

@@ -119,7 +119,6 @@ def test_a_bad_row_stays_one_row(body):
 @pytest.mark.parametrize("kind", ["fp32", "bf16-fp32"])
 def test_nothing_outside_the_outputs_is_written(kind, monkeypatch):
     """Every buffer a launcher allocates lies in sentinels and starts as NaN."""
-    base, adapter = KINDS[kind]
     guards = []
 
     def guarded(make):

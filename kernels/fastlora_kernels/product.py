@@ -6,7 +6,6 @@ loop adds the frozen product to it. y is written once and never read.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
