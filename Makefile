@@ -2,7 +2,7 @@
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 # The first Python here that is new enough; make PYTHON=/path/to/python overrides it.
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 10))'

@@ -14,7 +14,7 @@ OUTPUT = Path("out/demo")
 LONGEST_ANSWER = 120  # characters; what is longer is mostly program listings
 OPTIONS = {
     "--ask": "My computer is slow. What can I do?",
-    "--steps": "50",
+    "--steps": "40",
     "--batch-size": "8",
     "--seq-len": "64",
     "--lr": "1e-3",

@@ -179,7 +179,12 @@ class _Run:
         )
         try:
             config = fastlora.LoRAConfig(
-                r=s.r, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=targets
+                r=s.r,
+                lora_alpha=s.alpha,
+                lora_dropout=s.dropout,
+                target_modules=s.target_modules,
+                task_type="CAUSAL_LM",
+                base_model_name_or_path=s.model,
             )
             return fastlora.inject(self.model, config)
         except (TypeError, ValueError) as error:
@@ -215,9 +220,9 @@ class _Run:
 
         s = self.settings
         self.model.train()
-        bar = tqdm(total=s.steps, initial=progress["step"], desc="training", unit="step")
-        with bar:
-            for step in range(progress["step"], s.steps):
+        start = progress["step"]
+        with tqdm(total=s.steps, initial=start, desc="training", unit="step") as bar:
+            for step in range(start, s.steps):
                 began = time.perf_counter()
                 loss, tokens = self._step(step)
                 progress["seconds"] += time.perf_counter() - began

@@ -35,9 +35,9 @@ def lora_linear(
     "torch" and "reference") float64; ``lora_A`` and ``lora_B`` the same, or both float32 under
     a bfloat16 or float16 base. Under autocast x, weight and bias are cast to its dtype.
 
-    ``scaling`` is alpha / r; as a 0-d tensor on x's device it may change without recompiling a
-    compiled model, for one product of lora_B's size. Dropout with probability ``dropout_p`` acts on the input of the
-    low-rank path when ``training``; its seed comes from torch's generator for ``x.device``.
+    ``scaling`` is alpha / r; as a 0-d tensor on x's device it may change without a recompilation
+    of a compiled model. Dropout with probability ``dropout_p`` acts on the input of the low-rank
+    path when ``training``; its seed comes from torch's generator for ``x.device``.
     ``impl`` is "auto" (choose), "triton", "torch" or "reference"; a named one never falls back.
 
     Differentiable in x, lora_A and lora_B, and in weight and bias where they require grad.

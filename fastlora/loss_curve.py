@@ -28,9 +28,7 @@ def draw(
     steps = np.arange(1, len(losses) + 1)
     axes.plot(steps, losses, ".", color=TRAIN, alpha=0.45, markersize=5, markeredgewidth=0)
     axes.plot(steps, smoothed(losses), color=TRAIN, linewidth=2, label="training, smoothed")
-    axes.plot(
-        [0, len(losses)], [before, after], "D--", color=HELD_OUT, linewidth=1, label="held out"
-    )
+    axes.plot([0, len(losses)], [before, after], "D", color=HELD_OUT, label="held out")
     for step, loss, side in ((0, before, "left"), (len(losses), after, "right")):
         axes.annotate(
             f"{loss:.2f}",

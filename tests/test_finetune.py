@@ -108,6 +108,8 @@ def test_a_run_learns_and_leaves_its_files(finished):
     assert found["answer_before"] != found["answer_after"]
     names = ["adapter", "loss_curve.png", "metrics.json"]
     assert sorted(path.name for path in finished.iterdir()) == names
+    config = json.loads((finished / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM" and config["r"] == 4
     assert (finished / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
 
 

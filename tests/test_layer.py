@@ -390,7 +390,7 @@ def test_wrong_adapter_names(name):
 def test_unknown_and_repeated_adapters():
     layer = layer_with(("default", "foo"))
     for call in (layer.set_adapter, layer.delete_adapter, layer.delta_weight):
-        with pytest.raises(ValueError, match="no adapter named 'foobar'.*'default', 'foo'"):
+        with pytest.raises(ValueError, match=r"no adapter named 'foobar'.*'default', 'foo'"):
             call("foobar")
     with pytest.raises(ValueError, match="must differ"):
         layer.set_adapter(["foo", "foo"])
