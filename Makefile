@@ -11,8 +11,6 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 
 # Threads that wait for each other sleep, so that a busy machine does not stall the products.
 export OMP_WAIT_POLICY := passive
-# A folder of the checkout must not be imported in the place of an installed package (3.11+).
-export PYTHONSAFEPATH := 1
 # Nothing is written outside the checkout.
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 
@@ -22,11 +20,13 @@ export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
 
+# The folder `kernels` must not be imported in the place of a package of that name (3.11+).
+demo: export PYTHONSAFEPATH := 1
 demo: $(VENV)/.demo ## fine-tune a small chat model on two CPU cores, in minutes: out/demo
 	@$(RUN) -m fastlora.demo $(ARGS)
 
 test: $(VENV)/.test ## run the whole test suite
-	@$(RUN) -m pytest $(ARGS)
+	@$(VENV)/bin/pytest $(ARGS)
 
 lint: $(VENV)/.test ## check style and formatting
 	@$(VENV)/bin/ruff check .
@@ -36,7 +36,7 @@ gpu: ## run the GPU tests with this machine's own PyTorch and Triton, without a 
 	@$(or $(PYTHON),python3) tests/run_gpu.py
 
 bench: $(VENV)/.test ## measure against the plain path and PEFT
-	@$(RUN) -m pytest benchmarks $(ARGS)
+	@$(VENV)/bin/pytest benchmarks $(ARGS)
 
 clean: ## delete everything that these targets made
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -174,9 +174,6 @@ class _Run:
 
     def _inject(self):
         s = self.settings
-        targets = (
-            list(s.target_modules) if isinstance(s.target_modules, tuple) else s.target_modules
-        )
         try:
             config = fastlora.LoRAConfig(
                 r=s.r,

@@ -26,7 +26,8 @@ def draw(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps = np.arange(1, len(losses) + 1)
-    axes.plot(steps, losses, ".", color=TRAIN, alpha=0.45, markersize=5, markeredgewidth=0)
+    dots = {"alpha": 0.5, "markersize": 5, "markeredgewidth": 0, "label": "training, each step"}
+    axes.plot(steps, losses, ".", color=TRAIN, **dots)
     axes.plot(steps, smoothed(losses), color=TRAIN, linewidth=2, label="training, smoothed")
     axes.plot([0, len(losses)], [before, after], "D", color=HELD_OUT, label="held out")
     for step, loss, side in ((0, before, "left"), (len(losses), after, "right")):
