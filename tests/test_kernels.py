@@ -6,6 +6,8 @@ import fastlora_kernels
 import pytest
 import torch
 from acceptance import KINDS, RANKS, Case, oracle, run, small_cases, verify, verify_exactly
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastlora import torch_impl
 
@@ -87,6 +89,54 @@ def test_strides(name, kind):
         for key, result in results.items():
             assert torch.equal(result, expected[key]), f"{name} {how}: {key}"
             assert result.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "name, k, strides",
+    [("x", 6, (2**30, 1)), ("x", 6, (1, 2**29 + 8)), ("x", 40, (1, 2**26)), ("dy", 6, (1, 2**30))],
+)
+def test_offsets_past_two_billion_elements(name, k, strides):
+    """Rows or columns so far apart that index times stride, or a step of a loop, needs int64.
+
+    The memory is reserved and, but for a few pages, never touched.
+    """
+    case = Case(4, 5, k, 2)
+    t = case.tensors()
+    expected = run(fastlora_kernels, case, t)
+    size = 1 + sum((n - 1) * stride for n, stride in zip(t[name].shape, strides, strict=True))
+    far = torch.empty(size).as_strided(t[name].shape, strides)
+    assert size > 2**31
+    results = run(fastlora_kernels, case, {**t, name: far.copy_(t[name])})
+    for key, result in results.items():
+        assert torch.equal(result, expected[key]), key
+
+
+@given(
+    sizes=st.tuples(*[st.integers(1, 70)] * 3),
+    r=st.integers(1, 40),
+    kind=st.sampled_from(list(KINDS)),
+    p=st.sampled_from([0.0, 0.5]),  # 1 / (1 - p) is an integer
+    transposed=st.sets(st.sampled_from(["x", "w", "a", "b", "dy"])),
+)
+@settings(max_examples=30, derandomize=True, deadline=None)
+def test_any_problem_of_small_integers_is_exact(sizes, r, kind, p, transposed):
+    case = Case(*sizes, r, kind=kind, dropout_p=p)
+
+    class Transposed:
+        """The kernels on tensors that lie the other way round in memory."""
+
+        @staticmethod
+        def forward(x, w, a, b, *rest):
+            return fastlora_kernels.forward(*lie(x=x, w=w, a=a, b=b), *rest)
+
+        @staticmethod
+        def backward(dy, x, w, a, b, *rest):
+            return fastlora_kernels.backward(*lie(dy=dy, x=x, w=w, a=a, b=b), *rest)
+
+    def lie(**tensors):
+        return [v.t().contiguous().t() if n in transposed else v for n, v in tensors.items()]
+
+    verify_exactly(Transposed, case)
 
 
 @each_body
