@@ -27,8 +27,7 @@ setup(
     install_requires=[
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",
-        "safetensors",
-        "numpy",
+        "safetensors[torch]",
     ],
     extras_require={
         "peft": PEFT,

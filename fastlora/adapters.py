@@ -24,7 +24,7 @@ from fastlora.config import LoRAConfig
 from fastlora.hyperparameters import default_adapter_dtype
 from fastlora.inject import InjectReport, Plan, apply, features, plan
 from fastlora.layer import DEFAULT_ADAPTER
-from fastlora.model import records, tensors_of, unwrapped
+from fastlora.model import adapter_names, records, tensors_of, unwrapped
 from fastlora.trainable import TrainableModule
 
 CONFIG_FILE = "adapter_config.json"
@@ -59,8 +59,7 @@ def save_adapter(
 
     model, folder = unwrapped(model), Path(folder)
     if adapter not in records(model):
-        known = ", ".join(map(repr, records(model))) or "none"
-        raise ValueError(f"no adapter named {adapter!r} to save; injected or loaded: {known}")
+        raise ValueError(_not_saved(model, adapter))
     config = records(model)[adapter].config
     if config.base_model_name_or_path is None:
         origin = getattr(getattr(model, "config", None), "_name_or_path", None)
@@ -93,16 +92,29 @@ def load_adapter(
     folder = Path(folder)
     _check_folder(folder)
     config = _read_config(folder / CONFIG_FILE)
-    made = plan(model, config, adapter, seconds=_PATTERN_SECONDS)
+    made = plan(model, config, adapter, adapter_dtype, seconds=_PATTERN_SECONDS)
     model = unwrapped(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("model is on the meta device: give it its weights first")
-    tensors = _read_weights(folder / WEIGHTS_FILE, made, adapter_dtype)
-    apply(model, made, adapter, adapter_dtype, tensors, trainable=is_trainable)
+    tensors = _read_weights(folder / WEIGHTS_FILE, made)
+    apply(model, made, adapter, tensors, trainable=is_trainable)
     return made.report(model, adapter)
 
 
 # Writing
+
+
+def _not_saved(model: nn.Module, adapter: str) -> str:
+    for name, module in model.named_modules():
+        if adapter in records(module):
+            return f"adapter {adapter!r} was injected into the submodule {name!r}: save that"
+    if adapter in adapter_names(model):
+        return (
+            f"adapter {adapter!r} was not injected into this {type(model).__name__}: layers placed "
+            "by hand have no config to save, and a model is saved as it was given to inject()"
+        )
+    known = ", ".join(map(repr, records(model))) or "none"
+    return f"no adapter named {adapter!r} to save; injected or loaded: {known}"
 
 
 def _write_together(contents: dict[Path, bytes]) -> None:
@@ -207,7 +219,7 @@ def _finite_float(text: str) -> float:
     return value if math.isfinite(value) else _not_finite(text[:40])
 
 
-def _read_weights(path: Path, made: Plan, adapter_dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _read_weights(path: Path, made: Plan) -> dict[str, Tensor]:
     """Return the plan's tensors by key, after comparing the file's header with the plan."""
     from safetensors import SafetensorError, safe_open
 
@@ -216,7 +228,7 @@ def _read_weights(path: Path, made: Plan, adapter_dtype: torch.dtype | None) -> 
             raise ValueError(
                 f"r={r} for {name!r} is more than {_MAX_RANK}, the most a file may ask"
             )
-    expected = _expected(made, adapter_dtype)
+    expected = _expected(made)
     try:
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())
@@ -237,19 +249,19 @@ def _read_weights(path: Path, made: Plan, adapter_dtype: torch.dtype | None) -> 
     return tensors
 
 
-def _expected(made: Plan, adapter_dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _expected(made: Plan) -> dict[str, Tensor]:
     """Return for each key a meta tensor with the shape and dtype that the model will hold."""
     expected = {}
     for name, (layer, r, _) in made.layers.items():
         k, n = features(layer)
-        dtype = adapter_dtype or default_adapter_dtype(layer.weight.dtype)
+        dtype = made.adapter_dtype or default_adapter_dtype(layer.weight.dtype)
         expected[f"{name}.lora_A.weight"] = torch.empty(r, k, dtype=dtype, device="meta")
         expected[f"{name}.lora_B.weight"] = torch.empty(n, r, dtype=dtype, device="meta")
     for name, module in made.trained.items():
         original = module.original_module if isinstance(module, TrainableModule) else module
         for key, tensor in original.state_dict().items():
             expected[f"{name}.{key}"] = tensor.to("meta")
-    return expected | {key: bias.to("meta") for key, bias in made.biases.items()}
+    return expected | {key: owner.bias.to("meta") for key, owner in made.biases.items()}
 
 
 def _is_own_weight(file: Any, key: str, made: Plan) -> bool:

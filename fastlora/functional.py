@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor
 
-from fastlora import ops as _ops  # noqa: F401  (registers the operators)
 from fastlora import plans
 from fastlora.dropout import keep_mask, new_seed
+from fastlora.ops import exact
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -72,9 +71,10 @@ def _reference(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p):
     mask = None
     if seed is not None:
         mask = keep_mask(seed, range(x.shape[0]), x.shape[1], dropout_p)
-    return reference.lora_linear(
-        x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p, mask=mask
-    )
+    with exact(x.device):
+        return reference.lora_linear(
+            x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p, mask=mask
+        )
 
 
 def _autocast(x, weight, lora_A, lora_B, bias):
@@ -122,8 +122,12 @@ def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
                 f"scaling must be a number or a 0-d tensor on {x.device}, got shape "
                 f"{tuple(scaling.shape)} on {scaling.device}"
             )
-    elif not isinstance(scaling, (Real, torch.SymFloat, torch.SymInt)):
+    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float, torch.SymFloat)):
         raise TypeError(f"scaling must be a number or a 0-d tensor, got {type(scaling).__name__}")
+    elif not torch.compiler.is_compiling() and not math.isfinite(scaling):
+        raise ValueError(f"scaling must be finite, got {scaling}")
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
 

@@ -32,11 +32,11 @@ def check_hyperparameters(
     for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(lora_alpha):
+    if not abs(lora_alpha) <= torch.finfo(torch.float32).max:
         raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
     if not 0.0 <= lora_dropout <= 1.0:
         raise ValueError(f"lora_dropout must be between 0 and 1, got {lora_dropout}")
-    if not any(init_lora_weights is m or init_lora_weights == m for m in INIT_METHODS):
+    if type(init_lora_weights) not in (bool, str) or init_lora_weights not in INIT_METHODS:
         raise ValueError(
             "init_lora_weights must be True, False, 'gaussian' or 'orthogonal', "
             f"got {init_lora_weights!r}"
@@ -53,6 +53,15 @@ def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
 def default_adapter_dtype(base: torch.dtype) -> torch.dtype:
     """Return float32 for a 16-bit base, as PEFT does, and the base's own dtype otherwise."""
     return torch.float32 if base in (torch.bfloat16, torch.float16) else base
+
+
+def check_adapter_dtype(adapter: torch.dtype, base: torch.dtype) -> None:
+    """Raise TypeError unless adapters may have this dtype: the base's, or float32 under 16 bits."""
+    if adapter not in (base, default_adapter_dtype(base)):
+        raise TypeError(
+            f"adapter_dtype must be the base's {base} or, under a 16-bit base, torch.float32; "
+            f"got {adapter}"
+        )
 
 
 def initial_factors(

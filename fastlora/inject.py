@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastlora import targets
 from fastlora.config import LoRAConfig
-from fastlora.hyperparameters import check_adapter_name
+from fastlora.hyperparameters import (
+    check_adapter_dtype,
+    check_adapter_name,
+    default_adapter_dtype,
+)
 from fastlora.layer import DEFAULT_ADAPTER, LoRALinear, is_conv1d, unsupported
 from fastlora.model import (
     Record,
     adapter_names,
-    bias_parameters,
+    all_records,
+    disable_adapters,
     is_merged,
     parameters_of,
     records,
@@ -37,6 +41,7 @@ _HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 _PEFT_LAYER = "peft.tuners.tuners_utils.BaseTunerLayer"
+_NO_STATE = nn.Module.get_extra_state
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -93,9 +98,9 @@ def inject(
     defaults to float32 under 16-bit weights and to the weights' dtype otherwise.
     Raises ValueError or TypeError, naming what is wrong, before anything is changed.
     """
-    made = plan(model, config, adapter)
+    made = plan(model, config, adapter, adapter_dtype)
     model = unwrapped(model)
-    apply(model, made, adapter, adapter_dtype)
+    apply(model, made, adapter)
     return made.report(model, adapter)
 
 
@@ -106,8 +111,9 @@ class Plan:
     config: LoRAConfig
     layers: dict[str, tuple[nn.Module, int, float]]  # r, lora_alpha
     trained: dict[str, nn.Module]
-    biases: dict[str, nn.Parameter]
+    biases: dict[str, nn.Module]  # those whose bias trains
     skipped: dict[str, str]
+    adapter_dtype: torch.dtype | None
 
     def report(self, model: nn.Module, adapter: str) -> InjectReport:
         parameters = list(model.parameters())
@@ -121,7 +127,13 @@ class Plan:
         )
 
 
-def plan(model: nn.Module, config: LoRAConfig, adapter: str, seconds: float | None = None) -> Plan:
+def plan(
+    model: nn.Module,
+    config: LoRAConfig,
+    adapter: str,
+    adapter_dtype: torch.dtype | None = None,
+    seconds: float | None = None,
+) -> Plan:
     """Return what ``config`` means for ``model``, or raise; either way the model stays as it is.
 
     With ``seconds`` the config's patterns are not trusted: see `targets.select_within`.
@@ -153,6 +165,8 @@ def plan(model: nn.Module, config: LoRAConfig, adapter: str, seconds: float | No
             continue
         if (why := _unfit(module, blocked)) is not None:
             raise ValueError(f"target_modules selects {name!r}, which {why}")
+        base = module.weight.dtype
+        check_adapter_dtype(adapter_dtype or default_adapter_dtype(base), base)
         layers.setdefault(first_name[id(module)], (module, r, alpha))
     for name in choice["trained"]:
         trained[first_name[id(modules[name])]] = modules[name]
@@ -162,9 +176,8 @@ def plan(model: nn.Module, config: LoRAConfig, adapter: str, seconds: float | No
     if config.modules_to_save and not trained:
         raise ValueError(
             f"modules_to_save={list(config.modules_to_save)!r:.300} names no module; "
-            f"{_nearest(config.modules_to_save, modules)}"
+            f"the model's modules are {_counted(Counter(map(_last, modules)))}"
         )
-    _warn_of_unused(choice["unused"], config)
 
     under_trained = tuple(f"{name}." for name in trained)
     outside = [row for row in named if not f"{row[0]}.".startswith(under_trained)]
@@ -183,14 +196,13 @@ def plan(model: nn.Module, config: LoRAConfig, adapter: str, seconds: float | No
         config = dataclasses.replace(config, target_modules=short)
     conv1d = any(getattr(m, "fan_in_fan_out", is_conv1d(m)) for m, *_ in layers.values())
     config = dataclasses.replace(config, fan_in_fan_out=conv1d)
-    return Plan(config, layers, trained, bias_parameters(biases, layers), skipped)
+    return Plan(config, layers, trained, _bias_owners(biases, layers), skipped, adapter_dtype)
 
 
 def apply(
     model: nn.Module,
     made: Plan,
     adapter: str,
-    adapter_dtype: torch.dtype | None = None,
     tensors: dict[str, Tensor] | None = None,
     trainable: bool = True,
 ) -> None:
@@ -203,29 +215,30 @@ def apply(
     grown: list[LoRALinear | TrainableModule] = []
     config = made.config
     try:
-        for module, r, alpha in made.layers.values():
-            layer = module
-            if not isinstance(module, LoRALinear):
-                layer = new[id(module)] = LoRALinear._around(module)
-            layer.add_adapter(
-                adapter,
-                r=r,
-                lora_alpha=alpha,
-                lora_dropout=config.lora_dropout,
-                use_rslora=config.use_rslora,
-                init_lora_weights=config.init_lora_weights,
-                adapter_dtype=adapter_dtype,
-            )
-            grown.append(layer)
-        for module in made.trained.values():
-            wrapper = module
-            if not isinstance(module, TrainableModule):
-                wrapper = new[id(module)] = TrainableModule(module)
-            wrapper.add_adapter(adapter)
-            grown.append(wrapper)
-        biases = {key: bias.detach().clone() for key, bias in made.biases.items()}
-        if tensors is not None:
-            _fill(made, new, adapter, tensors)
+        with disable_adapters(model) if adapter_names(model) else nullcontext():  # their biases too
+            for module, r, alpha in made.layers.values():
+                layer = module
+                if not isinstance(module, LoRALinear):
+                    layer = new[id(module)] = LoRALinear._around(module)
+                layer.add_adapter(
+                    adapter,
+                    r=r,
+                    lora_alpha=alpha,
+                    lora_dropout=config.lora_dropout,
+                    use_rslora=config.use_rslora,
+                    init_lora_weights=config.init_lora_weights,
+                    adapter_dtype=made.adapter_dtype,
+                )
+                grown.append(layer)
+            for module in made.trained.values():
+                wrapper = module
+                if not isinstance(module, TrainableModule):
+                    wrapper = new[id(module)] = TrainableModule(module)
+                wrapper.add_adapter(adapter)
+                grown.append(wrapper)
+            aside = {key: owner.bias.detach().clone() for key, owner in made.biases.items()}
+            if tensors is not None:
+                _fill(made, new, adapter, tensors)
     except BaseException:
         for module in grown:
             module.delete_adapter(adapter)
@@ -238,7 +251,12 @@ def apply(
         for name, child in parent._modules.items():
             if id(child) in new:
                 parent._modules[name] = new[id(child)]
-    model._fastlora = records(model) | {adapter: Record(config, biases)}
+    model._fastlora = records(model) | {adapter: Record(config, made.biases, aside)}
+    for _, record in all_records(model):
+        for key, owner in record.owners.items():
+            if isinstance(new.get(id(owner)), LoRALinear):
+                record.owners[key] = new[id(owner)]
+    _keep_off_fast_path(model)
     set_adapter(model, adapter)
     if not trainable:
         for parameter in parameters_of(model, adapter):
@@ -255,9 +273,31 @@ def _fill(made: Plan, new: dict[int, nn.Module], adapter: str, tensors: dict[str
         copied = new.get(id(module), module).modules_to_save[adapter]
         for key, tensor in copied.state_dict().items():
             tensor.copy_(tensors[f"{name}.{key}"])
-    biases = [(bias, tensors[key].to(bias)) for key, bias in made.biases.items()]
-    for bias, value in biases:
+    biases = [(owner.bias, tensors[key]) for key, owner in made.biases.items()]
+    for bias, value in [(bias, value.to(bias)) for bias, value in biases]:
         bias.data = value
+
+
+def _keep_off_fast_path(model: nn.Module) -> None:
+    """Have PyTorch's encoder call its layers: its inference kernel only reads their weights."""
+    fast = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+    for module in (m for m in model.modules() if isinstance(m, fast)):
+        if any(isinstance(inner, LoRALinear) for inner in module.modules()):
+            module.activation_relu_or_gelu = 0  # the layer's switch
+            module.use_nested_tensor = False  # the encoder's
+
+
+def _bias_owners(named: Iterable[tuple], layers: dict) -> dict[str, nn.Module]:
+    """Return the modules of `walk`'s rows that have a bias, by its key in a checkpoint."""
+    found, seen = {}, set()
+    for name, module, _ in named:
+        if isinstance(module, TrainableModule):  # another adapter's
+            module = module.original_module
+        if module._parameters.get("bias") is not None and id(module) not in seen:
+            seen.add(id(module))
+            part = "base_layer.bias" if name in layers else "bias"
+            found[f"{name}.{part}".lstrip(".")] = module
+    return found
 
 
 # What cannot be, and what else can.
@@ -270,8 +310,6 @@ def _check_arguments(model: nn.Module, config: LoRAConfig, adapter: str) -> None
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
     check_adapter_name(adapter)
-    if hasattr(nn.ModuleDict(), adapter) or hasattr(nn.ParameterDict(), adapter):
-        raise ValueError(f"adapter may not be {adapter!r}, the name of a part of every nn.Module")
     if adapter in adapter_names(model):
         raise ValueError(f"adapter {adapter!r} exists already; delete_adapter() it first")
     if _is_linear(model):
@@ -283,7 +321,7 @@ def _check_arguments(model: nn.Module, config: LoRAConfig, adapter: str) -> None
             )
     if is_merged(model):
         raise ValueError("the model is merged: unmerge() it before another adapter is added")
-    others = [name for name, record in records(model).items() if record.config.bias != "none"]
+    others = [name for name, record in all_records(model) if record.config.bias != "none"]
     if config.bias != "none" and others:
         raise ValueError(
             f"bias={config.bias!r}, but adapter {others[0]!r} trains the model's biases already; "
@@ -338,8 +376,10 @@ def _check_trained(trained: dict, layers: dict, blocked: dict[int, str]) -> None
             continue
         elif id(module) in blocked:
             why = blocked[id(module)]
-        elif any(isinstance(inner, LoRALinear) for inner in module.modules()):
-            why = "has LoRA layers already"
+        elif any(isinstance(m, (LoRALinear, TrainableModule)) for m in module.modules()):
+            why = "has adapters already"
+        elif any(type(m).get_extra_state is not _NO_STATE for m in module.modules()):
+            why = "has extra state, which no adapter file holds"
         if why is not None:
             raise ValueError(f"modules_to_save selects {name!r}, which {why}")
 
@@ -353,31 +393,14 @@ def _short_targets(layers: dict, modules: dict, excluded: set[int]) -> list[str]
     return "|".join(name.replace(".", r"\.") for name in layers)
 
 
-def _warn_of_unused(unused: list[str], config: LoRAConfig) -> None:
-    heads = [f"modules_to_save: {head}" for head in _HEADS.get(config.task_type, ())]
-    if left := [entry for entry in unused if entry not in heads]:
-        warnings.warn(f"these select nothing: {', '.join(left):.500}", stacklevel=4)
-
-
 def _nothing_matched(config: LoRAConfig, choice: dict, named: list) -> str:
     target = config.target_modules
-    shown = f"{target if isinstance(target, str) else list(target)!r:.300}"
-    why = [f"target_modules={shown} selects nothing"]
-    if choice["excluded"]:
-        count = len(choice["excluded"])
-        why.append(f"exclude_modules and modules_to_save keep {count} modules out")
+    why = [f"target_modules={target if isinstance(target, str) else list(target)!r:.300}"]
     if config.layers_to_transform is not None:
-        why.append(f"layers_to_transform={config.layers_to_transform!s:.100} may have left none")
-    if not config.all_linear:
-        entries = (target,) if isinstance(target, str) else target
-        why.append(_nearest(entries, [name for name, *_ in named]))
-    return "; ".join([*why, _linear_names(named)])
-
-
-def _nearest(wanted: Iterable[str], names: Iterable[str]) -> str:
-    known = {_last(name) for name in names} | set(names)
-    near = {n for w in list(wanted)[:5] for n in difflib.get_close_matches(w[:100], known)}
-    return f"the nearest names are {', '.join(sorted(near)) or 'none'}"
+        why.append(f"with layers_to_transform={config.layers_to_transform!s:.100}")
+    if count := len(choice["excluded"]):
+        why.append(f"where exclude_modules and modules_to_save keep {count} modules out")
+    return f"{' '.join(why)} selects nothing; {_linear_names(named)}"
 
 
 def _linear_names(named: list) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastlora.functional import DTYPES, lora_linear
 from fastlora.hyperparameters import (
+    check_adapter_dtype,
     check_adapter_name,
     check_hyperparameters,
     default_adapter_dtype,
@@ -124,6 +125,7 @@ class LoRALinear(nn.Linear):
         self.scaling: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
+        self.init_lora_weights: dict[str, bool | str] = {}
         self.active_adapters: tuple[str, ...] = ()
         self.merged_adapters: tuple[str, ...] = ()
         self.disable_adapters = False
@@ -152,10 +154,7 @@ class LoRALinear(nn.Linear):
             raise ValueError(f"adapter {name!r} exists already; delete_adapter({name!r}) first")
         check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights)
         dtype = adapter_dtype or default_adapter_dtype(self.weight.dtype)
-        if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise TypeError(
-                f"adapter_dtype must be a floating-point dtype of 16+ bits, got {dtype}"
-            )
+        check_adapter_dtype(dtype, self.weight.dtype)
         a, b = initial_factors(
             init_lora_weights, r, self.in_features, self.out_features, self.weight.device, dtype
         )
@@ -166,6 +165,7 @@ class LoRALinear(nn.Linear):
         self.scaling[name] = scaling_of(r, lora_alpha, use_rslora)
         self.lora_dropout[name] = lora_dropout
         self.use_rslora[name] = use_rslora
+        self.init_lora_weights[name] = init_lora_weights
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
         """Make exactly ``names`` active: one adapter, several (their outputs add up) or ``[]``.
@@ -201,6 +201,7 @@ class LoRALinear(nn.Linear):
             self.scaling,
             self.lora_dropout,
             self.use_rslora,
+            self.init_lora_weights,
         )
 
     def _known(self, names: str | Sequence[str]) -> tuple[str, ...]:
@@ -249,7 +250,7 @@ class LoRALinear(nn.Linear):
         if safe and not torch.isfinite(merged).all():
             names = ", ".join(self.active_adapters)
             raise ValueError(f"merging {names} would put NaN or infinity into the weight")
-        self._base_weight = self.weight
+        self._buffers["_base_weight"] = self.weight  # as an attribute it would be a parameter
         self._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
         self.merged_adapters = self.active_adapters
 
@@ -261,7 +262,7 @@ class LoRALinear(nn.Linear):
         if not isinstance(base, nn.Parameter):  # the module was moved or cast while merged
             base = nn.Parameter(base, requires_grad=False)
         self._parameters["weight"] = base
-        self._base_weight = None
+        self._buffers["_base_weight"] = None
         self.merged_adapters = ()
 
     # Forward
@@ -316,9 +317,21 @@ class LoRALinear(nn.Linear):
 
     # State
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weight, the bias and every adapter again, as at the start."""
+        super().reset_parameters()
+        for name, method in vars(self).get("init_lora_weights", {}).items():
+            a, b = self.lora_A[name], self.lora_B[name]
+            shape = (self.r[name], self.in_features, self.out_features)
+            new_a, new_b = initial_factors(method, *shape, a.device, a.dtype)
+            a.copy_(new_a)
+            b.copy_(new_b)
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if self.merged_adapters:
-            raise RuntimeError(f"{prefix or 'the layer '}is merged: unmerge() before loading")
+            warnings.warn(f"{prefix or 'the layer '}is merged: unmerged for loading", stacklevel=2)
+            self.unmerge()
         own = {
             f"{prefix}{store}.{name}": tensor
             for store in ("lora_A", "lora_B")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,10 +39,8 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
         layer.set_adapter([name for name in names if name in layer.r])
     for module in _all(model, TrainableModule):
         module.set_adapter(next((n for n in names if n in module.modules_to_save), None))
-    for name, record in records(model).items():
-        record.use_biases(model, name in names)
-        for bias in record.live_biases(model).values():
-            bias.requires_grad_(name in names)
+    for name, record in all_records(model):
+        record.set_active(name in names)
 
 
 @contextmanager
@@ -56,17 +54,19 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     modules = [*_all(model, LoRALinear), *_all(model, TrainableModule)]
     if not modules:
         raise ValueError(f"{type(model).__name__} has no adapters to disable")
-    flags = [(module, module.disable_adapters) for module in modules]
-    biases = [(record, record.use_biases(model, False)) for record in records(model).values()]
+    kept = [record for _, record in all_records(model)]
+    flags = [(part, part.disable_adapters) for part in (*modules, *kept)]
     try:
-        for module in modules:
-            module.disable_adapters = True
+        for part, _ in flags:
+            part.disable_adapters = True
+        for record in kept:
+            record.put_biases()
         yield
     finally:
-        for module, flag in flags:
-            module.disable_adapters = flag
-        for record, used in biases:
-            record.use_biases(model, used)
+        for part, flag in flags:
+            part.disable_adapters = flag
+        for record in kept:
+            record.put_biases()
 
 
 def merge(model: nn.Module, safe: bool = False) -> None:
@@ -108,11 +108,10 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         unmerge(model)
     for module in _having(model, name):
         module.delete_adapter(name)
-    record = records(model).pop(name, None)
-    if record is not None:
-        record.use_biases(model, False)
-        for bias in record.live_biases(model).values():
-            bias.requires_grad_(False)
+    for module in model.modules():
+        record = records(module).pop(name, None)
+        if record is not None:
+            record.set_active(False)
 
 
 # What a model remembers of its adapters.
@@ -120,37 +119,48 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 @dataclass
 class Record:
-    """An adapter's config, and of the biases that it trains the values not in use."""
+    """An adapter's config, and by their keys in a checkpoint the biases that it trains."""
 
     config: LoRAConfig
-    biases: dict[str, Tensor]
-    biases_used: bool = True
+    owners: dict[str, nn.Module]
+    aside: dict[str, Tensor]  # the values not in place: the original or the trained ones
+    active: bool = True
+    disable_adapters: bool = False
+    in_place: bool = True
 
-    def live_biases(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the model's own parameters for the keys of ``biases``."""
-        if not self.biases:
-            return {}
-        named = [*walk(model), ("", model, None)]
-        layers = {name for name, module, _ in named if isinstance(module, LoRALinear)}
-        return {k: b for k, b in bias_parameters(named, layers).items() if k in self.biases}
+    def biases(self) -> dict[str, nn.Parameter]:
+        """Return the model's own parameters, whichever values they hold."""
+        return {key: module.bias for key, module in self.owners.items()}
 
-    def use_biases(self, model: nn.Module, used: bool) -> bool:
-        """Put the trained biases (True) or the original ones in place; return what was so."""
-        before, self.biases_used = self.biases_used, used
-        if used != before:
-            for key, bias in self.live_biases(model).items():
-                self.biases[key], bias.data = bias.data, self.biases[key].to(bias)
-        return before
+    def set_active(self, active: bool) -> None:
+        """Put the trained biases in place and train them, or the original ones and freeze them."""
+        self.active = active
+        self.put_biases()
+        for bias in self.biases().values():
+            bias.requires_grad_(active)
+
+    def put_biases(self) -> None:
+        """Put the values in place that ``active`` and ``disable_adapters`` ask for."""
+        wanted = self.active and not self.disable_adapters
+        if wanted != self.in_place:
+            self.in_place = wanted
+            for key, bias in self.biases().items():
+                self.aside[key], bias.data = bias.data, self.aside[key].to(bias)
 
 
 def records(model: nn.Module) -> dict[str, Record]:
-    """Return what ``model`` remembers, by adapter name."""
+    """Return by name the adapters that were injected into ``model`` itself."""
     return vars(model).get("_fastlora", {})
+
+
+def all_records(model: nn.Module) -> list[tuple[str, Record]]:
+    """Return those that were injected into a part of ``model`` too."""
+    return [row for module in model.modules() for row in records(module).items()]
 
 
 def parameters_of(model: nn.Module, adapter: str) -> list[nn.Parameter]:
     """Return the parameters that belong to an adapter: those that train while it is active."""
-    found = list(records(model)[adapter].live_biases(model).values())
+    found = list(records(model)[adapter].biases().values())
     for module in _having(model, adapter):
         if isinstance(module, LoRALinear):
             found += [module.lora_A[adapter], module.lora_B[adapter]]
@@ -173,7 +183,7 @@ def tensors_of(model: nn.Module, adapter: str) -> dict[str, Tensor]:
         elif isinstance(module, TrainableModule) and adapter in module.modules_to_save:
             for key, tensor in module.modules_to_save[adapter].state_dict().items():
                 found[f"{name}.{key}"] = tensor
-    return found | (record.live_biases(model) if record.biases_used else record.biases)
+    return found | (record.biases() if record.in_place else record.aside)
 
 
 # The model's modules.
@@ -213,18 +223,6 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
                 yield from visit(child, name, {*above, id(child)})
 
     return visit(model, "", {id(model)})
-
-
-def bias_parameters(named: Iterable[tuple], layers: Collection[str]) -> dict[str, nn.Parameter]:
-    """Return the biases of `walk`'s rows by their keys in a checkpoint; ``layers`` are adapted."""
-    found, seen = {}, set()
-    for name, module, owner in named:
-        bias = module._parameters.get("bias")
-        if owner is None and bias is not None and id(module) not in seen:
-            seen.add(id(module))
-            part = "base_layer.bias" if name in layers else "bias"
-            found[f"{name}.{part}".lstrip(".")] = bias
-    return found
 
 
 def is_merged(model: nn.Module) -> bool:

@@ -8,6 +8,8 @@ weight and bias are plain products and are written in the autograd formula.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from fastlora import torch_impl
@@ -35,17 +37,27 @@ def _body(impl: str):
     return torch_impl
 
 
+def exact(device: torch.device) -> contextlib.AbstractContextManager:
+    """Keep autocast from rounding float32 adapters once more inside an implementation."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 @torch.library.impl(_lib, "lora_linear", "CompositeExplicitAutograd")
 def _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl):
-    return _body(impl).forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
+    rest = (bias, seed, float(scaling), dropout_p)
+    with exact(x.device):
+        return _body(impl).forward(x, weight, lora_A, lora_B, *rest)
 
 
 @torch.library.impl(_lib, "lora_linear_backward", "CompositeExplicitAutograd")
 def _backward(
     dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, impl, need_x, need_A, need_B
 ):
-    needs = (need_x, need_A, need_B)
-    grads = _body(impl).backward(dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, needs)
+    rest = (s, seed, float(scaling), dropout_p, (need_x, need_A, need_B))
+    with exact(x.device):
+        grads = _body(impl).backward(dy, x, weight, lora_A, lora_B, *rest)
     # An operator returns tensors: an empty one stands for a gradient nobody asked for.
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 

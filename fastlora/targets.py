@@ -25,17 +25,18 @@ FIELDS = (
     "alpha_pattern",
 )
 
-# No quantifier and no group: such a pattern cannot backtrack.
-_PLAIN = re.compile(r"(?:[\w.^$|-]|\\[.-])*")
-_MAX_PLAIN_PATTERNS = 1000
+# No quantifier, group or alternative: a few such patterns take no time.
+_PLAIN = re.compile(r"(?:[\w-]|\\?\.)*")
+_MAX_PLAIN_PATTERNS = 64
+_MAX_PLAIN_CHARACTERS = 2048
 
 
 def select(spec: dict, names: Iterable[str]) -> dict:
     """Return what ``spec`` (the values of `FIELDS`) makes of the module ``names``, as PEFT does.
 
     ``layers``: {name: [r, lora_alpha]} of the modules that get an adapter; ``trained``: the names
-    in modules_to_save; ``excluded``: names that exclude_modules or modules_to_save keep out;
-    ``unused``: the entries that match nothing. Raises ValueError for a bad regular expression.
+    in modules_to_save; ``excluded``: names that exclude_modules or modules_to_save keep out.
+    Raises ValueError for a bad regular expression.
     """
     names = list(names)
     excludes = _by_name_or_regex("exclude_modules", spec["exclude_modules"])
@@ -53,14 +54,7 @@ def select(spec: dict, names: Iterable[str]) -> dict:
             layers[name] = [rank_of(name), alpha_of(name)]
     # A plain suffix, without a dot before it: "score" also names "pre_score", as in PEFT.
     trained = [name for name in names if to_save and name.endswith(tuple(to_save))]
-
-    unused = [f"modules_to_save: {m}" for m in to_save if not any(n.endswith(m) for n in trained)]
-    if not isinstance(spec["target_modules"], str):
-        reached = {n[i:] for n in (*layers, *excluded) for i in _suffix_starts(n)}
-        unused += [f"target_modules: {t}" for t in spec["target_modules"] if t not in reached]
-    unused += [f"rank_pattern: {key}" for key in rank_of.unused]
-    unused += [f"alpha_pattern: {key}" for key in alpha_of.unused]
-    return {"layers": layers, "trained": trained, "excluded": excluded, "unused": unused}
+    return {"layers": layers, "trained": trained, "excluded": excluded}
 
 
 def select_within(spec: dict, names: Iterable[str], seconds: float) -> dict:
@@ -120,22 +114,19 @@ def _by_name_or_regex(field: str, entries: str | list[str] | None) -> Callable[[
     if isinstance(entries, str):
         pattern = _compile(field, entries)
         return lambda name: pattern.fullmatch(name) is not None
-    whole, last = frozenset(entries), tuple("." + entry for entry in entries)
-    return lambda name: name in whole or name.endswith(last)
+    wanted = frozenset(entries)
+    return lambda name: any(name[i:] in wanted for i in _suffix_starts(name))
 
 
-class _by_pattern:  # noqa: N801
+def _by_pattern(field: str, values: dict, default) -> Callable[[str], float]:
     """The value of the first pattern that matches the end of a name, after a dot or its start."""
+    patterns = [(key, _compile(field, rf"(.*\.)?({key})$")) for key in values]
 
-    def __init__(self, field: str, values: dict, default) -> None:
-        self.values, self.default = values, default
-        self.patterns = [(key, _compile(field, rf"(.*\.)?({key})$")) for key in values]
-        self.unused = dict.fromkeys(values)
+    def value(name: str):
+        key = next((key for key, pattern in patterns if pattern.match(name)), name)
+        return values.get(key, default)
 
-    def __call__(self, name: str):
-        key = next((key for key, pattern in self.patterns if pattern.match(name)), name)
-        self.unused.pop(key, None)
-        return self.values.get(key, self.default)
+    return value
 
 
 def _suffix_starts(name: str) -> list[int]:
@@ -165,12 +156,13 @@ def _patterns(spec: dict) -> list[tuple[str, str]]:
 
 
 def _is_plain(pattern: str) -> bool:
-    return len(pattern) <= 1000 and _PLAIN.fullmatch(pattern) is not None
+    return _PLAIN.fullmatch(pattern) is not None
 
 
 def _harmless(spec: dict) -> bool:
-    patterns = _patterns(spec)
-    return len(patterns) <= _MAX_PLAIN_PATTERNS and all(_is_plain(p) for _, p in patterns)
+    patterns = [pattern for _, pattern in _patterns(spec)]
+    few = len(patterns) <= _MAX_PLAIN_PATTERNS and len("".join(patterns)) <= _MAX_PLAIN_CHARACTERS
+    return few and all(map(_is_plain, patterns))
 
 
 if __name__ == "__main__":

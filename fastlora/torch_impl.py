@@ -70,7 +70,7 @@ def backward(
         if need_x:
             _add_product(dx, ds, a, 1.0)
         return dx, ds.t() @ x if need_a else None, db
-    da = torch.zeros_like(a, dtype=_sum_dtype(a)) if need_a else None
+    da = torch.zeros(a.shape, dtype=_sum_dtype(a), device=a.device) if need_a else None
     for rows, keep in _blocks(x, seed, dropout_p):
         if need_a:
             da += ds[rows].t() @ _dropped(x[rows], keep).to(a.dtype)
@@ -87,7 +87,7 @@ def _ds_db(
         ds = (dy @ b).mul_(scaling) if need_ds else None
         return ds, (dy.t() @ s).mul_(scaling) if need_db else None
     ds = dy.new_empty(s.shape, dtype=b.dtype) if need_ds else None
-    db = torch.zeros_like(b) if need_db else None
+    db = torch.zeros(b.shape, dtype=b.dtype, device=b.device) if need_db else None
     for rows, _ in _blocks(dy, None, 0.0):
         dy_rows = dy[rows].to(b.dtype)
         if need_ds:

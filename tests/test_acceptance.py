@@ -76,7 +76,7 @@ MUTANTS = {
         "offs_m, pid_c * BLOCK_C, C, keep_from",
         "offs_m + 1, pid_c * BLOCK_C, C, keep_from",
     ),
-    "ds in place of s": ("columns.py", "inner = dot(t, b, inner)", "inner = dot(t, -b, inner)"),
+    "ds of the wrong sign": ("columns.py", "inner = dot(t, b, inner)", "inner = dot(t, -b, inner)"),
     "rows of later splits lost": (
         "columns.py",
         "last = min(first + rows_per_split, M)",

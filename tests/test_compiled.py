@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import aot
 import pytest
 from compiled_cases import CAPABILITIES, calls
-from fastlora_kernels import aot
 
 KERNELS = ("shrink_kernel", "product_kernel", "columns_kernel", "sum_kernel")
 

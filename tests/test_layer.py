@@ -219,12 +219,24 @@ def test_merged_layers_can_be_moved_and_cast():
     assert isinstance(layer.weight, nn.Parameter) and not layer.weight.requires_grad
 
 
-def test_loading_into_a_merged_layer_is_refused():
-    layer = layer_with()
-    state = copy.deepcopy(layer.state_dict())
+def test_loading_into_a_merged_layer_unmerges_it_first():
+    layer, other = layer_with(), layer_with()
+    weight = layer.weight
     layer.merge()
-    with pytest.raises(RuntimeError, match="merged: unmerge"):
-        layer.load_state_dict(state)
+    with pytest.warns(UserWarning, match="merged: unmerged for loading"):
+        layer.load_state_dict(other.state_dict())
+    assert not layer.merged and layer.weight is weight
+    assert torch.equal(layer.weight, other.weight)
+
+
+def test_a_merged_layer_has_the_state_of_an_unmerged_one():
+    layer = layer_with()
+    keys, count = list(layer.state_dict()), sum(p.numel() for p in layer.parameters())
+    layer.merge()
+    assert list(layer.state_dict()) == keys
+    assert sum(p.numel() for p in layer.parameters()) == count
+    layer.unmerge()
+    assert list(layer.state_dict()) == keys and "_base_weight" in layer._buffers
 
 
 def test_conv1d():
@@ -295,7 +307,14 @@ def test_meta_device():
     y = layer(torch.empty(3, 12, device="meta"))
     assert y.shape == (3, 10) and y.is_meta
     real = layer.to_empty(device="cpu")
-    assert real(torch.randn(3, 12)).shape == (3, 10)
+    with torch.no_grad():
+        for parameter in real.parameters():
+            parameter.fill_(777.0)
+    real.reset_parameters()
+    x = torch.randn(3, 12)
+    assert all(p.abs().max() < 2 for p in real.parameters())
+    assert (real.lora_B["default"] == 0).all() and (real.lora_A["default"] != 0).any()
+    assert torch.equal(real(x), F.linear(x, real.weight, real.bias))
 
 
 def test_compiles_in_one_graph_and_trains():
@@ -367,7 +386,14 @@ def test_what_cannot_become_a_lora_layer(make, message):
         ({"lora_dropout": 1.1}, ValueError, "lora_dropout must be between 0 and 1, got 1.1"),
         ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights must be.*got 'pissa'"),
         ({"init_lora_weights": "orthogonal", "r": 3}, ValueError, "needs an even r, got 3"),
-        ({"adapter_dtype": torch.int8}, TypeError, "adapter_dtype must be a floating-point"),
+        ({"lora_alpha": 1e299}, ValueError, "lora_alpha must be finite, got 1e"),
+        ({"init_lora_weights": 0}, ValueError, "init_lora_weights must be.*got 0"),
+        ({"adapter_dtype": torch.bfloat16}, TypeError, "got torch.bfloat16"),
+        (
+            {"adapter_dtype": torch.int8},
+            TypeError,
+            r"must be the base's.*got torch.int8",
+        ),
     ],
 )
 def test_wrong_hyperparameters_change_nothing(change, error, message):

@@ -360,6 +360,38 @@ def test_autocast(impl, adapter):
     assert [v.dtype for v in g] == [torch.float32, adapter, adapter]
 
 
+@each_impl
+@pytest.mark.parametrize("mode", ["base", "low_rank", "both"])
+def test_float32_adapters_keep_their_precision_under_autocast(impl, mode):
+    """The rule on what autocast hands over: x and weight in bf16, adapters in float32."""
+    case = Case(64, 48, 80, 8, kind="bf16-fp32", mode=mode)
+    t = case.tensors()
+    wide = {n: t[n].float() for n in ("w", "bias")}
+    x, a, b = (t[n].float().requires_grad_() for n in "xab")
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fastlora.lora_linear(x, wide["w"], a, b, wide["bias"], scaling=case.scaling, impl=impl)
+        da, db = torch.autograd.grad(y, (a, b), t["dy"])
+    expected, exact = plain(case, t), oracle(case, t)
+    for name, result in {"y": y.detach(), "lora_A": da, "lora_B": db}.items():
+        accept(name, result, expected[name], exact[name])
+
+
+@each_impl
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["fp32", "bf16-fp32"])
+def test_fake_and_real_gradients_lie_alike(impl, kind, p):
+    t = arguments(*KINDS[kind], grad=False)
+    args = [t[n].t().contiguous().t() for n in ("x", "weight", "lora_A", "lora_B")]
+    seed = torch.tensor([1]) if p else None
+    y, s = OP(*args, None, seed, 0.5, p, impl)
+    dy = torch.randn_like(y).t().contiguous().t()
+    opcheck(
+        torch.ops.fastlora.lora_linear_backward.default,
+        (dy, *args, s, seed, 0.5, p, impl, True, True, True),
+        test_utils=["test_faketensor"],
+    )
+
+
 def test_float64_runs_on_torch_and_not_on_triton():
     t = arguments(torch.float64)
     torch.testing.assert_close(fastlora.lora_linear(**t, impl="torch"), reference.lora_linear(**t))
@@ -383,6 +415,9 @@ WRONG = {
     "device": ({"weight": torch.ones(10, 8, device="meta")}, ValueError, "weight is on meta"),
     "bias device": ({"bias": torch.ones(10, device="meta")}, ValueError, "bias is on meta"),
     "scaling": ({"scaling": "1"}, TypeError, "scaling must be a number or a 0-d tensor, got str"),
+    "scaling bool": ({"scaling": True}, TypeError, "scaling must be a number.*got bool"),
+    "scaling nan": ({"scaling": float("nan")}, ValueError, "scaling must be finite, got nan"),
+    "dropout str": ({"dropout_p": "a"}, TypeError, "dropout_p must be a number, got str"),
     "scaling 1-D": ({"scaling": torch.ones(2)}, ValueError, r"0-d tensor on cpu, got shape \(2,\)"),
     "dropout": ({"dropout_p": 1.5}, ValueError, "dropout_p must be between 0 and 1, got 1.5"),
     "dropout nan": ({"dropout_p": float("nan")}, ValueError, "dropout_p must be between"),

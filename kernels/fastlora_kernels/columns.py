@@ -15,11 +15,15 @@ from torch import Tensor
 from fastlora_kernels.configs import Config
 from fastlora_kernels.dropout import keep_tile, kept_scale, lowest_kept
 from fastlora_kernels.launch import chip_of, config_for, launch
+from fastlora_kernels.shrink import shrink
 from fastlora_kernels.tiles import dot, sum_dtype, triton_dtype
 
 # Programs wanted for each processor, by splitting the rows.
 PROGRAMS = 4
 SUM_BLOCK = 1024
+# With column tiles of 128 the float32 partial sums of ds, written and read, are R / 32 of a 16-bit
+# dy: above this rank a second read of dy, by the shrink kernel, moves fewer bytes.
+ONE_PASS_RANK = 32
 
 
 @triton.jit
@@ -119,10 +123,17 @@ def ds_db(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return ``ds = scaling · dy b`` [M, R] and ``db = scaling · dyᵀ s`` [N, R], in b's dtype.
 
-    ``dy`` [M, N] and ``b`` [N, R] of any strides, ``s`` [M, R] contiguous; one read of dy.
+    ``dy`` [M, N] and ``b`` [N, R] of any strides, ``s`` [M, R] contiguous. One read of dy up to
+    rank `ONE_PASS_RANK`, two above it.
     """
     (M, N), R = dy.shape, b.shape[1]
-    config = config or config_for("columns", dy, R, b.dtype, False)
+    if need_ds and R > ONE_PASS_RANK:
+        ds = shrink(dy, b.t(), scaling=scaling)
+        _, db = ds_db(dy, s, b, scaling=scaling, need_ds=False, need_db=need_db, config=config)
+        return ds, db
+    if not (need_ds or need_db):
+        return None, None
+    config = config or config_for("columns", dy, R, b.dtype, False, dy)
     acc = {"dtype": sum_dtype(dy.dtype), "device": dy.device}
     splits, rows = _split(M, N, R, config, chip_of(dy.device).processors)
     inner = torch.empty(triton.cdiv(N, config.block_n), M, R, **acc) if need_ds else None
@@ -145,7 +156,7 @@ def da(
     ``ds`` [M, R] is contiguous. Dropout acts where a ``seed`` ([1], int64) is given.
     """
     (M, K), R = x.shape, ds.shape[1]
-    config = config or config_for("columns", x, R, ds.dtype, seed is not None)
+    config = config or config_for("columns", x, R, ds.dtype, seed is not None, x)
     splits, rows = _split(M, K, R, config, chip_of(x.device).processors)
     outer = torch.empty(splits, R, K, dtype=sum_dtype(x.dtype), device=x.device)
     _columns(x, ds, None, seed, outer, None, rows, dropout_p, (K, 1), config)

@@ -22,7 +22,9 @@ class Chip:
         if device.type != "cuda":  # the interpreter: nothing is limited
             return Chip((0, 0), 1 << 30, 1)
         p = torch.cuda.get_device_properties(device)
-        return Chip((p.major, p.minor), p.shared_memory_per_block_optin, p.multi_processor_count)
+        # ROCm has capabilities too, of other numbers: gfx942 is (9, 4) and no Hopper.
+        capability = (0, 0) if torch.version.hip else (p.major, p.minor)
+        return Chip(capability, p.shared_memory_per_block_optin, p.multi_processor_count)
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,12 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(64, 16, 64, num_warps=4, num_stages=4),
         Config(64, 16, 64, num_warps=8, num_stages=4),
     ),
-    ("shrink", "mixed"): (Config(64, 16, 32, block_r=32, num_warps=4, num_stages=4),),
+    ("shrink", "mixed"): (Config(64, 16, 32, block_r=32, num_warps=4, num_stages=3),),
     ("shrink", "32"): (Config(32, 16, 64, block_r=32, num_warps=4, num_stages=3),),
     ("columns", "16"): (
-        Config(64, 128, block_r=64, num_warps=4, num_stages=3),
-        Config(32, 128, block_r=64, num_warps=4, num_stages=3),
+        Config(64, 128, num_warps=4, num_stages=3),
+        Config(64, 128, num_warps=8, num_stages=3),
+        Config(32, 128, num_warps=8, num_stages=3),
     ),
     ("columns", "mixed"): (Config(32, 128, block_r=16, num_warps=8, num_stages=3),),
     ("columns", "32"): (
@@ -118,6 +121,8 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(32, 32, block_r=16, num_warps=4, num_stages=2),
     ),
 }
+# Runs anywhere: where nothing above fits, and where elements must be loaded one by one.
+SMALL = Config(32, 32, 32, block_r=16, num_warps=4, num_stages=2)
 
 
 def default_config(
@@ -125,8 +130,8 @@ def default_config(
 ) -> Config:
     """Return the first valid config of ``kernel`` for this kind of product, rank and chip.
 
-    ``aligned`` is false when the product's rows do not start at multiples of 16 bytes: every
-    element is then loaded by itself and needs a register for its address.
+    ``aligned`` is false when rows do not start at multiples of 16 bytes: every element is then
+    loaded by itself and needs a register for its address.
     """
-    candidates = DEFAULTS[kernel, kind if aligned else "unaligned"]
-    return next(c for c in candidates if is_valid(c, kernel, kind, r, dropout, chip))
+    candidates = DEFAULTS.get((kernel, kind if aligned else "unaligned"), ())
+    return next((c for c in candidates if is_valid(c, kernel, kind, r, dropout, chip)), SMALL)

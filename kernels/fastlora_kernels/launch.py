@@ -10,9 +10,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
-from fastlora_kernels import interpreter
 from fastlora_kernels.configs import Chip, Config, default_config, kind_of
 
 
@@ -22,8 +20,10 @@ def _probe():
 
 
 # Read once by Triton when a kernel is decorated; later changes of the variable have no effect.
-INTERPRETED = isinstance(_probe, InterpretedFunction)
+INTERPRETED = type(_probe).__name__ == "InterpretedFunction"
 if INTERPRETED:
+    from fastlora_kernels import interpreter
+
     interpreter.install()
 
 

@@ -60,8 +60,7 @@ def shrink_kernel(
         acc = dot(x, a, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_R]
         x_ptrs += step_x
         a_ptrs += step_a
-    if HAS_DROPOUT:
-        acc *= tl.cast(scale, ACC)
+    acc *= tl.cast(scale, ACC)
 
     s_ptrs = s_ptr + rows[:, None] * R + offs_r[None, :]
     mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
@@ -73,16 +72,17 @@ def shrink(
     a: Tensor,
     seed: Tensor | None = None,
     *,
+    scaling: float = 1.0,
     dropout_p: float = 0.0,
     config: Config | None = None,
 ) -> Tensor:
-    """Return ``dropout(x) aᵀ`` [M, R] in the dtype of a, contiguous.
+    """Return ``scaling · dropout(x) aᵀ`` [M, R] in the dtype of a, contiguous.
 
     ``x`` [M, K] and ``a`` [R, K] of any strides; a's dtype is that of x, or float32. Dropout
     acts where a ``seed`` ([1], int64) is given.
     """
     (M, K), R = x.shape, a.shape[0]
-    config = config or config_for("shrink", x, R, a.dtype, seed is not None)
+    config = config or config_for("shrink", x, R, a.dtype, seed is not None, x, a)
     s = x.new_empty(M, R, dtype=a.dtype)
     block_r = config.rank_tile(R)
     launch(
@@ -100,7 +100,7 @@ def shrink(
         stride_xk=x.stride(1),
         stride_ar=a.stride(0),
         stride_ak=a.stride(1),
-        scale=kept_scale(dropout_p),
+        scale=scaling if seed is None else scaling * kept_scale(dropout_p),
         keep_from=lowest_kept(dropout_p),
         HAS_DROPOUT=seed is not None,
         EVEN_K=K % config.block_k == 0,

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from fastlora_kernels.configs import Chip
 from fastlora_kernels.launch import Call
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 # Shared memory a block may use (bytes) and processors of a chip of that compute capability.
 CHIPS = {
