@@ -33,7 +33,7 @@ def check_hyperparameters(
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not abs(lora_alpha) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
+        raise ValueError(f"lora_alpha must be finite, got {lora_alpha!s:.40}")
     if not 0.0 <= lora_dropout <= 1.0:
         raise ValueError(f"lora_dropout must be between 0 and 1, got {lora_dropout}")
     if type(init_lora_weights) not in (bool, str) or init_lora_weights not in INIT_METHODS:

@@ -120,7 +120,7 @@ class Plan:
         return InjectReport(
             adapter,
             [(name, *features(layer), r) for name, (layer, r, _) in self.layers.items()],
-            [(name, sum(p.numel() for p in m.parameters())) for name, m in self.trained.items()],
+            [(name, _size(getattr(m, "original_module", m))) for name, m in self.trained.items()],
             list(self.skipped.items()),
             sum(p.numel() for p in parameters if p.requires_grad),
             sum(p.numel() for p in parameters),
@@ -176,7 +176,7 @@ def plan(
     if config.modules_to_save and not trained:
         raise ValueError(
             f"modules_to_save={list(config.modules_to_save)!r:.300} names no module; "
-            f"the model's modules are {_counted(Counter(map(_last, modules)))}"
+            f"the model's modules are {_counted(Counter(map(_last, reversed(modules))))}"
         )
 
     under_trained = tuple(f"{name}." for name in trained)
@@ -422,6 +422,10 @@ def features(module: nn.Module) -> Sequence[int]:
     if is_conv1d(module):
         return tuple(module.weight.shape)
     return module.in_features, module.out_features
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _last(name: str) -> str:

@@ -90,7 +90,7 @@ def is_valid(config: Config, kernel: str, kind: str, r: int, dropout: bool, chip
     return fits and step * config.num_stages <= chip.shared_memory
 
 
-# By kernel and kind, best first: the first valid one runs. None is measured yet.
+# By kernel and kind, best first; `default_config` picks. None is measured yet.
 DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
     ("product", "16"): (
         Config(128, 256, 64, block_r=32, num_warps=8, num_stages=3),
@@ -108,7 +108,10 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(64, 16, 64, num_warps=4, num_stages=4),
         Config(64, 16, 64, num_warps=8, num_stages=4),
     ),
-    ("shrink", "mixed"): (Config(64, 16, 32, block_r=32, num_warps=4, num_stages=3),),
+    ("shrink", "mixed"): (
+        Config(64, 16, 64, block_r=16, num_warps=4, num_stages=3),
+        Config(64, 16, 32, block_r=32, num_warps=4, num_stages=4),
+    ),
     ("shrink", "32"): (Config(32, 16, 64, block_r=32, num_warps=4, num_stages=3),),
     ("columns", "16"): (
         Config(64, 128, num_warps=4, num_stages=3),
@@ -122,16 +125,18 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
     ),
 }
 # Runs anywhere: where nothing above fits, and where elements must be loaded one by one.
-SMALL = Config(32, 32, 32, block_r=16, num_warps=4, num_stages=2)
+SMALL = Config(16, 32, 32, block_r=16, num_warps=4, num_stages=2)
 
 
 def default_config(
     kernel: str, kind: str, r: int, dropout: bool, chip: Chip, aligned: bool = True
 ) -> Config:
-    """Return the first valid config of ``kernel`` for this kind of product, rank and chip.
+    """Return the valid config of ``kernel`` with the widest rank tile, of those the first listed.
 
+    A tile narrower than the rank has the tall input read again for the rest of it.
     ``aligned`` is false when rows do not start at multiples of 16 bytes: every element is then
     loaded by itself and needs a register for its address.
     """
     candidates = DEFAULTS.get((kernel, kind if aligned else "unaligned"), ())
-    return next((c for c in candidates if is_valid(c, kernel, kind, r, dropout, chip)), SMALL)
+    valid = [c for c in candidates if is_valid(c, kernel, kind, r, dropout, chip)]
+    return max(valid, key=lambda c: c.rank_tile(r), default=SMALL)
