@@ -110,7 +110,7 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
     ),
     ("shrink", "mixed"): (
         Config(64, 16, 64, block_r=16, num_warps=4, num_stages=3),
-        Config(64, 16, 32, block_r=32, num_warps=4, num_stages=4),
+        Config(64, 16, 32, block_r=64, num_warps=4, num_stages=3),
     ),
     ("shrink", "32"): (Config(32, 16, 64, block_r=32, num_warps=4, num_stages=3),),
     ("columns", "16"): (
