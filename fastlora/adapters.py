@@ -33,6 +33,7 @@ PREFIX = "base_model.model."
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 _MAX_CONFIG_BYTES = 1 << 20
+# Not min(in, out): PEFT gives a two-class head rank 8 under all-linear. Shapes must agree anyway.
 _MAX_RANK = 4096
 _PATTERN_SECONDS = 10.0
 _FLOATS = ("F64", "F32", "BF16", "F16")
