@@ -5,6 +5,7 @@ Run by test_compiled.py in processes of their own: the compiler needs the interp
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 
@@ -16,11 +17,7 @@ from fastlora_kernels import backward, forward, launch
 CAPABILITIES = (80, 89, 90, 100, 120)
 SIZES = {"even": (4096, 4096, 4096), "ragged": (1000, 1001, 999)}
 # (size, kind, rank): every mix of dtypes, the ranks that need other tiles, and the masked variants.
-PROBLEMS = [
-    *(("even", kind, r) for kind in ("bf16", "bf16-fp32") for r in (16, 128)),
-    *(("even", kind, 16) for kind in ("fp16-fp32", "fp32")),
-    *(("ragged", kind, 16) for kind in ("bf16", "bf16-fp32")),
-]
+PROBLEMS = tuple(itertools.product(SIZES, ("bf16", "bf16-fp32", "fp16-fp32", "fp32"), (16, 128)))
 
 
 def calls(chip, kind: str, r: int, size: str) -> list[launch.Call]:
