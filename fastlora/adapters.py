@@ -6,6 +6,8 @@ the model changes before all of it has been found good. Nothing is imported, fet
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
 import os
@@ -33,8 +35,11 @@ PREFIX = "base_model.model."
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 _MAX_CONFIG_BYTES = 1 << 20
-# Not min(in, out): PEFT gives a two-class head rank 8 under all-linear. Shapes must agree anyway.
 _MAX_RANK = 4096
+# Where the weights say with which config they were saved.
+_CONFIG_HASH = "adapter_config_sha256"
+# Unfinished saves that are looked at.
+_MAX_LEFT = 100
 _PATTERN_SECONDS = 10.0
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _INTEGERS = {
@@ -53,8 +58,9 @@ def save_adapter(
     """Write an adapter as PEFT does, for `load_adapter` and ``PeftModel.from_pretrained``.
 
     Both files are complete on the disk before either takes its name, the weights first: until
-    then an adapter that the folder held stays as it was. Raises ValueError for an unknown adapter
-    and OSError when the files cannot be written, such as on a full disk.
+    then an adapter that the folder held stays as it was, and from then on `load_adapter` finds the
+    new one, even where the process is killed between the two. Raises ValueError for an unknown
+    adapter and OSError when the files cannot be written, such as on a full disk.
     """
     from safetensors.torch import save
 
@@ -68,10 +74,16 @@ def save_adapter(
     tensors = {PREFIX + key: _on_cpu(t) for key, t in tensors_of(model, adapter).items()}
     if broken := [key for key, tensor in tensors.items() if not _finite(tensor)]:
         warnings.warn(f"NaN or infinity in {_few(broken)}: load_adapter() refuses it", stacklevel=2)
-    text = json.dumps(config.to_dict(), indent=2, sort_keys=True, allow_nan=False)
+    if wide := [key for key, tensor in tensors.items() if _is_wide(key, tensor)]:
+        warnings.warn(
+            f"the rank is above the layer's width in {_few(wide)}: load_adapter() will need "
+            "any_rank=True",
+            stacklevel=2,
+        )
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True, allow_nan=False).encode()
     folder.mkdir(parents=True, exist_ok=True)
-    weights = save(tensors, metadata={"format": "pt"})
-    _write_together({folder / WEIGHTS_FILE: weights, folder / CONFIG_FILE: text.encode()})
+    weights = _with_config_hash(save(tensors, metadata={"format": "pt"}), text)
+    _write_together({folder / WEIGHTS_FILE: weights, folder / CONFIG_FILE: text})
 
 
 def load_adapter(
@@ -81,6 +93,7 @@ def load_adapter(
     is_trainable: bool = False,
     *,
     adapter_dtype: torch.dtype | None = None,
+    any_rank: bool = False,
 ) -> InjectReport:
     """Put an adapter that PEFT or `save_adapter` wrote into ``model`` and make it the active one.
 
@@ -90,14 +103,13 @@ def load_adapter(
     it is not one for this model, is damaged, or asks for what is not supported; the model is then
     as it was.
     """
-    folder = Path(folder)
-    _check_folder(folder)
-    config = _read_config(folder / CONFIG_FILE)
+    config = _read_config(_config_path(Path(folder)))
     made = plan(model, config, adapter, adapter_dtype, seconds=_PATTERN_SECONDS)
     model = unwrapped(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("model is on the meta device: give it its weights first")
-    tensors = _read_weights(folder / WEIGHTS_FILE, made)
+    _check_ranks(made, any_rank)
+    tensors = _read_weights(Path(folder) / WEIGHTS_FILE, made)
     apply(model, made, adapter, tensors, trainable=is_trainable)
     return made.report(model, adapter)
 
@@ -118,11 +130,33 @@ def _not_saved(model: nn.Module, adapter: str) -> str:
     return f"no adapter named {adapter!r} to save; injected or loaded: {known}"
 
 
+def _is_wide(key: str, tensor: Tensor) -> bool:
+    rank_first = key.endswith(".lora_A.weight")
+    if not (rank_first or key.endswith(".lora_B.weight")):
+        return False
+    r, width = tensor.shape if rank_first else reversed(tensor.shape)
+    return r > width
+
+
+def _with_config_hash(weights: bytes, config: bytes) -> bytes:
+    """Add the config's hash to a file's metadata; safetensors would write the two in any order."""
+    end = 8 + int.from_bytes(weights[:8], "little")
+    header = json.loads(weights[8:end])
+    header["__metadata__"][_CONFIG_HASH] = _hash(config)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # tensors start at multiples of 8 bytes
+    return len(text).to_bytes(8, "little") + text + weights[end:]
+
+
 def _write_together(contents: dict[Path, bytes]) -> None:
     temporary = {
         path: path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
         for path in contents
     }
+    renamed = False
+    for path in contents:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder has the name of the file", str(path))
     try:
         for path, data in contents.items():
             with open(temporary[path], "xb") as file:
@@ -131,9 +165,12 @@ def _write_together(contents: dict[Path, bytes]) -> None:
                 os.fsync(file.fileno())
         for path in contents:
             os.replace(temporary[path], path)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+            renamed = True
+    except BaseException:
+        if not renamed:  # otherwise what is left belongs to the files that have their names
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
+        raise
     _sync_folder(next(iter(contents)).parent)
 
 
@@ -159,30 +196,62 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 # Reading
 
 
-def _check_folder(folder: Path) -> None:
+def _config_path(folder: Path) -> Path:
+    """Return the config beside the weights: the one saved with them, if it did not get its name."""
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{str(folder)!r} is not a folder; load_adapter() takes a local folder with "
             f"{CONFIG_FILE} and {WEIGHTS_FILE}, and downloads nothing"
         )
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        path = folder / name
-        if path.exists():
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise ValueError(f"{str(path)!r} is not a file")
-        elif name == WEIGHTS_FILE and (old := [p for p in _PICKLES if (folder / p).exists()]):
-            raise ValueError(
-                f"{str(folder / old[0])!r} is a pickle, which can run code when it is read, and "
-                f"is refused; convert it to {WEIGHTS_FILE} where you trust it, for example by "
-                "loading and saving it with PEFT"
-            )
-        else:
-            raise FileNotFoundError(f"{str(folder)!r} holds no adapter: there is no {name} in it")
+    pickles = [p for p in _PICKLES if (folder / p).exists()]
+    if pickles and not (folder / WEIGHTS_FILE).exists():
+        raise ValueError(
+            f"{str(folder / pickles[0])!r} is a pickle, which can run code when it is read, and is "
+            f"refused; convert it to {WEIGHTS_FILE} where you trust it, for example by loading and "
+            "saving it with PEFT"
+        )
+    config = folder / CONFIG_FILE
+    _check_file(folder / WEIGHTS_FILE)
+    wanted = _config_hash(folder / WEIGHTS_FILE)
+    left = sorted(folder.glob(f".{CONFIG_FILE}.*.tmp"))[:_MAX_LEFT] if wanted else []
+    for path in (config, *left):
+        if path.is_file() and _hash(_head(path)) == wanted:
+            return path
+    _check_file(config)  # edited by hand, or written by PEFT
+    return config
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{str(path.parent)!r} holds no adapter: there is no {path.name} in it"
+        )
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{str(path)!r} is not a file")
+
+
+def _config_hash(weights: Path) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return (file.metadata() or {}).get(_CONFIG_HASH)
+    except SafetensorError:  # said where the tensors are read
+        return None
+
+
+def _head(path: Path) -> bytes:
+    """Return the file, or more than a config may have of it."""
+    with open(path, "rb") as file:
+        return file.read(_MAX_CONFIG_BYTES + 1)
+
+
+def _hash(config: bytes) -> str:
+    return hashlib.sha256(config).hexdigest()
 
 
 def _read_config(path: Path) -> LoRAConfig:
-    with open(path, "rb") as file:
-        data = file.read(_MAX_CONFIG_BYTES + 1)
+    data = _head(path)
     try:
         if len(data) > _MAX_CONFIG_BYTES:
             raise ValueError(f"it is larger than {_MAX_CONFIG_BYTES:,} bytes")
@@ -220,15 +289,22 @@ def _finite_float(text: str) -> float:
     return value if math.isfinite(value) else _not_finite(text[:40])
 
 
+def _check_ranks(made: Plan, any_rank: bool) -> None:
+    for name, (layer, r, _) in made.layers.items():
+        width = min(features(layer))
+        if r > _MAX_RANK:
+            raise ValueError(f"r={r} for {name!r} is more than {_MAX_RANK}, the most of a file")
+        if r > width and not any_rank:
+            raise ValueError(
+                f"r={r} for {name!r} is more than {width}, the smaller side of its weight; pass "
+                "any_rank=True where you trust the file"
+            )
+
+
 def _read_weights(path: Path, made: Plan) -> dict[str, Tensor]:
     """Return the plan's tensors by key, after comparing the file's header with the plan."""
     from safetensors import SafetensorError, safe_open
 
-    for name, (_, r, _) in made.layers.items():
-        if r > _MAX_RANK:
-            raise ValueError(
-                f"r={r} for {name!r} is more than {_MAX_RANK}, the most a file may ask"
-            )
     expected = _expected(made)
     try:
         with safe_open(path, framework="pt") as file:

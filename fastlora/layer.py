@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from fastlora.dropout import keep_mask, kept_scale, new_seed
 from fastlora.functional import DTYPES, lora_linear
 from fastlora.hyperparameters import (
     check_adapter_dtype,
@@ -76,16 +78,24 @@ class LoRALinear(nn.Linear):
         r: int = 8,
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
+        bias: bool | None = None,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
     ) -> LoRALinear:
         """Return a layer that shares ``linear``'s weight and bias, which it freezes.
 
         ``linear`` is an ``nn.Linear`` or a transformers ``Conv1D``; hooks, training mode and
-        other attributes come along, and the module itself is left as it is.
-        Raises TypeError for any other module.
+        other attributes come along, and the module itself is left as it is. The other arguments
+        are the class's; ``bias``, ``device`` and ``dtype`` are ``linear``'s own.
+        Raises TypeError for any other module, and ValueError where one of those three differs.
         """
+        why = unsupported(linear)
+        if why is not None:
+            raise TypeError(f"linear {why}")
+        _check_shared(linear, bias, device, dtype)
         layer = cls._around(linear)
         layer.add_adapter(
             DEFAULT_ADAPTER,
@@ -102,9 +112,6 @@ class LoRALinear(nn.Linear):
     @classmethod
     def _around(cls, linear: nn.Module) -> LoRALinear:
         """Return a layer without adapters that shares everything with ``linear``."""
-        why = unsupported(linear)
-        if why is not None:
-            raise TypeError(f"linear {why}")
         layer = cls.__new__(cls)
         for key, value in vars(linear).items():
             layer.__dict__[key] = copy.copy(value) if isinstance(value, (dict, set)) else value
@@ -311,9 +318,12 @@ class LoRALinear(nn.Linear):
         return lora_linear(x, weight, a, b, self.bias)
 
     def _low_rank(self, x: Tensor, name: str) -> Tensor:
-        a, b = self.lora_A[name], self.lora_B[name]
-        x_hat = F.dropout(x.to(a.dtype), self.lora_dropout[name], self.training)
-        return F.linear(F.linear(x_hat, a), b) * self.scaling[name]
+        p = self.lora_dropout[name] if self.training else 0.0
+        seed = new_seed(x.device) if p else None
+        factors = self.lora_A[name], self.lora_B[name]
+        # Backward makes the dropped input again instead of keeping it.
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(_low_rank, x, *factors, self.scaling[name], seed, p, **options)
 
     # State
 
@@ -344,6 +354,36 @@ class LoRALinear(nn.Linear):
     def extra_repr(self) -> str:
         adapters = ", ".join(f"{n}: r={r}, scaling={self.scaling[n]:g}" for n, r in self.r.items())
         return f"{super().extra_repr()}, adapters=[{adapters}], active={list(self.active_adapters)}"
+
+
+def _low_rank(
+    x: Tensor, a: Tensor, b: Tensor, scaling: float, seed: Tensor | None, p: float
+) -> Tensor:
+    x_hat = x.to(a.dtype)
+    if seed is not None:
+        keep = keep_mask(seed, range(x.shape[:-1].numel()), x.shape[-1], p).view(x.shape)
+        x_hat = x_hat * keep.to(a.dtype) * kept_scale(p)
+    return F.linear(F.linear(x_hat, a), b) * scaling
+
+
+def _check_shared(
+    linear: nn.Module,
+    bias: bool | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:
+    own = linear.weight.device
+    if bias is not None and bias != (linear.bias is not None):
+        has = "has no bias" if linear.bias is None else "has a bias"
+        raise ValueError(f"bias={bias}, but the linear layer, whose bias is shared, {has}")
+    if device is not None:
+        wanted = torch.device(device)
+        if wanted.type != own.type or wanted.index not in (None, own.index):
+            raise ValueError(f"device={device}, but the weight, which is shared, is on {own}")
+    if dtype is not None and dtype != linear.weight.dtype:
+        raise ValueError(
+            f"dtype={dtype}, but the weight, which is shared, is {linear.weight.dtype}"
+        )
 
 
 def is_conv1d(module: nn.Module) -> bool:

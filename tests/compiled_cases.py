@@ -49,6 +49,21 @@ def key(call: launch.Call) -> tuple:
     return call.kernel.__name__, call.config, signature, pointers, ones
 
 
+def pipelined_loads(call: launch.Call) -> int:
+    """Return how many loads of 16 bytes a thread issues when the large operands are pipelined."""
+    args, config = call.args, call.config
+    m, n, k = config.block_m, config.block_n, config.block_k
+    if call.kernel.__name__ == "product_kernel":
+        elements, tensor = (m + n) * k, args["x_ptr"]
+    elif call.kernel.__name__ == "shrink_kernel":
+        elements, tensor = m * k, args["x_ptr"]
+    elif call.kernel.__name__ == "columns_kernel":
+        elements, tensor = m * n, args["t_ptr"]
+    else:
+        return 0
+    return config.num_stages * elements * tensor.dtype.itemsize // (16 * 32 * config.num_warps)
+
+
 def main(share: int, of: int) -> None:
     jobs = []
     for capability in CAPABILITIES:
@@ -70,6 +85,7 @@ def main(share: int, of: int) -> None:
             "stack": found.stack,
             "shared": found.shared,
             "instructions": found.instructions,
+            "pipelined_loads": pipelined_loads(call),
             "ptx_f64": ".f64" in found.ptx,
             "ptx_tf32": "tf32" in found.ptx,
             "ptx_trap": "trap;" in found.ptx,

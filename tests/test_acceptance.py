@@ -24,6 +24,7 @@ CASES = [
     Case(600, 50, 300, 5, kind="bf16", mode="both", dropout_p=0.3),
     Case(70, 50, 90, 5, kind="bf16-fp32", mode="low_rank"),
     Case(200, 300, 300, 5, kind="fp16", mode="low_rank"),
+    Case(150, 600, 40, 40, kind="bf16", mode="low_rank"),
 ]
 
 # name: (file, line as it is, line as it would be wrong)
@@ -73,14 +74,33 @@ MUTANTS = {
     "rank mask of s one short": ("shrink.py", "(offs_r < R)[None, :]", "(offs_r < R - 1)[None, :]"),
     "dropout drawn again with another mask": (
         "columns.py",
-        "offs_m, pid_c * BLOCK_C, C, keep_from",
-        "offs_m + 1, pid_c * BLOCK_C, C, keep_from",
+        "offs_m, tile * BLOCK_C, C, keep_from",
+        "offs_m + 1, tile * BLOCK_C, C, keep_from",
     ),
-    "ds of the wrong sign": ("columns.py", "inner = dot(t, b, inner)", "inner = dot(t, -b, inner)"),
+    "ds of the wrong sign": (
+        "columns.py",
+        "inner = dot(tl.trans(t), b, inner)",
+        "inner = dot(tl.trans(t), -b, inner)",
+    ),
+    "ds of the wrong sign at a high rank": (
+        "columns.py",
+        "inner = dot(t, b, inner)",
+        "inner = dot(t, -b, inner)",
+    ),
+    "column tiles of ds beyond a program's first lost": (
+        "columns.py",
+        "min((chunk + 1) * steps * BLOCK_C, C)",
+        "min(chunk * steps * BLOCK_C + BLOCK_C, C)",
+    ),
+    "ds of one row tile for all": (
+        "columns.py",
+        "offs_m = first_row + tile % steps * BLOCK_M",
+        "offs_m = first_row",
+    ),
     "rows of later splits lost": (
         "columns.py",
-        "last = min(first + rows_per_split, M)",
-        "last = min(rows_per_split, M)",
+        "min(first_row + steps * BLOCK_M, M)",
+        "min(steps * BLOCK_M, M)",
     ),
     "partial sum lost": (
         "columns.py",

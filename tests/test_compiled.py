@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import aot
@@ -19,22 +20,16 @@ KERNELS = ("shrink_kernel", "product_kernel", "columns_kernel", "sum_kernel")
 def reports():
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     script = Path(__file__).parent / "compiled_cases.py"
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(share), "2"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for share in range(2)
-    ]
-    found = []
-    for worker in workers:
-        out, err = worker.communicate()
-        assert worker.returncode == 0, err
-        found += map(json.loads, out.splitlines())
-    return found
+
+    def worker(share: int) -> str:
+        command = [sys.executable, str(script), str(share), "2"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with ThreadPoolExecutor(2) as pool:
+        lines = "".join(pool.map(worker, range(2))).splitlines()
+    return [json.loads(line) for line in lines]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -70,7 +65,8 @@ def test_tensor_cores_and_pipelines(reports, kernel, capability):
             if kernel == "product_kernel":
                 assert mma in r["instructions"], where
         if "even" in r["problem"]:
-            assert "LDGSTS" in r["instructions"], f"{where}: loads are not asynchronous"
+            found = r["instructions"].get("LDGSTS", 0)
+            assert found >= r["pipelined_loads"], f"{where}: a pipeline is lost"
 
 
 def test_the_recorder_sees_every_kernel():

@@ -59,6 +59,20 @@ def test_the_good_one_loads(folder):
     assert not torch.equal(tiny.outputs(model), tiny.outputs(tiny.mlp()))
 
 
+def test_a_rank_above_a_layer_s_width_has_to_be_allowed(tmp_path):
+    """As PEFT writes for a head of few classes; nobody's file may ask for more than 4096."""
+    model = tiny.mlp()
+    inject(model, LoRAConfig(r=6, target_modules=["head"]))
+    with pytest.warns(UserWarning, match=r"in .*head.lora_B.weight: load_adapter.. .*any_rank"):
+        save_adapter(tiny.train_a_little(model), tmp_path)
+    refused(tmp_path, "r=6 for 'head' is more than 5")
+    load_adapter(other := tiny.mlp(), tmp_path, any_rank=True)
+    assert torch.equal(tiny.outputs(other), tiny.outputs(model))
+    edit_config(tmp_path, r=4097)
+    with pytest.raises(ValueError, match="more than 4096"):
+        load_adapter(tiny.mlp(), tmp_path, any_rank=True)
+
+
 # The config
 
 
@@ -66,6 +80,7 @@ def test_the_good_one_loads(folder):
     ("changes", "message"),
     [
         ({"r": 10**9}, r"r=1000000000 for '2' is more than 4096"),
+        ({"r": 6}, "r=6 for 'head' is more than 5, the smaller side of its weight; .*any_rank"),
         ({"r": 4097}, "more than 4096"),
         ({"rank_pattern": {"head": 10**12}}, "for 'head' is more than 4096"),
         ({"r": 4}, r"lora_A.weight must be \[4, 8\], as model and config say, got \[3, 8\]"),
@@ -301,10 +316,10 @@ def test_a_folder_that_is_none_or_holds_no_adapter(folder, tmp_path):
     nowhere = tmp_path / "hub-user" / "adapter"
     refused(nowhere, "is not a folder; .* downloads nothing", FileNotFoundError)
     refused(folder / CONFIG, "is not a folder", FileNotFoundError)
-    (folder / WEIGHTS).unlink()
-    refused(folder, f"no {WEIGHTS} in it", FileNotFoundError)
     (folder / CONFIG).unlink()
     refused(folder, f"no {CONFIG} in it", FileNotFoundError)
+    (folder / WEIGHTS).unlink()
+    refused(folder, f"no {WEIGHTS} in it", FileNotFoundError)
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])

@@ -596,7 +596,7 @@ CHANGES = {
 @pytest.mark.parametrize("changed", ["none", "deepcopy", "pickle"])
 def test_trained_biases_follow_layers_that_another_adapter_replaces(changed, tmp_path):
     model = tiny.mlp()
-    inject(model, LoRAConfig(target_modules=["0"], bias="all"), "one")
+    inject(model, LoRAConfig(r=4, target_modules=["0"], bias="all"), "one")
     base = tiny.outputs(tiny.mlp())
     tiny.train_a_little(model)
     one = tiny.outputs(model)
@@ -676,7 +676,7 @@ def test_switching_and_deleting_while_disabled_hold_afterwards(nested):
 def test_an_adapter_of_a_part_is_one_of_the_whole_too(tmp_path):
     part = tiny.mlp()
     whole = nn.Sequential(part)
-    inject(part, LoRAConfig(target_modules=["0"], bias="all"), "one")
+    inject(part, LoRAConfig(r=4, target_modules=["0"], bias="all"), "one")
     y, base = tiny.outputs(tiny.train_a_little(part)), tiny.outputs(tiny.mlp())
     with fastlora.disable_adapters(whole):
         assert torch.equal(tiny.outputs(whole), base)

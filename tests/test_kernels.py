@@ -8,7 +8,7 @@ import fastlora_kernels
 import pytest
 import torch
 from acceptance import KINDS, RANKS, Case, oracle, run, small_cases, verify, verify_exactly
-from fastlora_kernels import configs
+from fastlora_kernels import columns, configs, launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,6 +42,24 @@ def test_small_integers_are_exact(body, shape, kind, p):
 @each_body
 def test_more_rows_than_one_split_or_block(body):
     verify(body, Case(600, 40, 33, 4, kind="bf16", dropout_p=0.1))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16-fp32"])
+@pytest.mark.parametrize("r", [16, 40])
+def test_many_splits_of_rows_and_columns(kind, r, monkeypatch):
+    """As on a chip with many processors; above rank 32 ds has programs of its own."""
+    monkeypatch.setattr(columns, "PROGRAMS", 100)
+    for M, N in ((333, 300), (70, 700), (700, 70)):
+        verify(fastlora_kernels, Case(M, N, 40, r, kind=kind, dropout_p=0.2))
+
+
+def test_ds_and_db_come_from_one_launch():
+    for r, needs in itertools.product((16, 128), ((True, True), (True, False), (False, True))):
+        dy, b, s = (torch.empty(*d, device="meta") for d in ((999, 500), (500, r), (999, r)))
+        with launch.recording(configs.Chip((9, 0), 227 << 10, 132)) as calls:
+            found = columns.ds_db(dy, s, b, need_ds=needs[0], need_db=needs[1])
+        assert tuple(f is not None for f in found) == needs
+        assert [c.args["t_ptr"] is dy for c in calls if "t_ptr" in c.args] == [True]
 
 
 @each_body

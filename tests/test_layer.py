@@ -80,6 +80,22 @@ def test_initialisation_follows_peft(method):
     assert (change.abs().max() < 1e-6) == (method is not False)
 
 
+def test_from_linear_takes_the_class_s_arguments():
+    linear = nn.Linear(12, 10, bias=False, dtype=torch.bfloat16)
+    same = {"bias": False, "device": "cpu", "dtype": torch.bfloat16}
+    layer = LoRALinear.from_linear(linear, 4, 8, 0.1, **same, adapter_dtype=torch.bfloat16)
+    assert layer.weight is linear.weight and layer.lora_A["default"].dtype == torch.bfloat16
+    for wrong, message in (
+        ({"bias": True}, "bias=True, but the linear layer, .* has no bias"),
+        ({"device": "meta"}, "device=meta, but the weight, which is shared, is on cpu"),
+        ({"dtype": torch.float32}, "dtype=torch.float32, but .* is torch.bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other = nn.Linear(12, 10, bias=False, dtype=torch.bfloat16)
+            LoRALinear.from_linear(other, **{**same, **wrong})
+        assert other.weight.requires_grad
+
+
 def test_a_base_checkpoint_loads_unchanged():
     linear, layer = nn.Linear(12, 10), layer_with()
     before = layer.lora_B["default"].clone()
@@ -133,6 +149,37 @@ def test_gradients_of_several_adapters():
     theirs = torch.autograd.grad(formula(layer, x, ["default", "a"]).square().sum(), parameters)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_several_adapters_with_dropout_keep_no_dropped_input():
+    layer = layer_with(("default", "a", "b"), dropout=0.5)
+    layer.set_adapter(["default", "a", "b"])
+    x = torch.randn(512, 12)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    own = {p.data_ptr() for p in (x, *layer.parameters())}
+    assert not [t.shape for t in kept if t.numel() >= x.numel() and t.data_ptr() not in own]
+    # What backward draws again is what forward drew: y is linear in B, and db its slope.
+    b = layer.lora_B["b"]
+    torch.manual_seed(0)
+    before = layer(x).sum()
+    (db,) = torch.autograd.grad(before, b)
+    with torch.no_grad():
+        b[0, 0] += 1.0
+    torch.manual_seed(0)
+    torch.testing.assert_close(layer(x).sum() - before, db[0, 0], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_several_adapters_compile(dropout):
+    layer = layer_with(("default", "a"), dropout=dropout)
+    layer.set_adapter(["default", "a"])
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(6, 12)
+    compiled(x).sum().backward()
+    assert layer.lora_A["a"].grad.isfinite().all() and layer.lora_A["a"].grad.any()
+    torch.testing.assert_close(compiled.eval()(x), layer(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

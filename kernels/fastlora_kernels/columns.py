@@ -1,8 +1,8 @@
-"""One read of a tall tensor t [M, C], column tile by column tile: tᵀ s, and t b on the way.
+"""One pass over a tall tensor t [M, C]: tᵀ s by column tiles, t b by row tiles.
 
-ds and db come from one pass over dy (t = dy: dyᵀ s and dy b); da from one pass over x with
-dropout drawn again (t = x: x̂ᵀ ds). Programs split the rows; each writes its partial sums in
-float32 and a second kernel adds them in a fixed order, so results do not vary from run to run.
+ds and db come from one pass over dy (t = dy: dy b and dyᵀ s); da from one pass over x with
+dropout drawn again (t = x: x̂ᵀ ds). Programs write partial sums in float32 and a second kernel
+adds them in a fixed order, so results do not vary from run to run.
 """
 
 from __future__ import annotations
@@ -12,18 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.configs import Config
+from fastlora_kernels.configs import ON_THE_WAY_RANK, Config
 from fastlora_kernels.dropout import keep_tile, kept_scale, lowest_kept
 from fastlora_kernels.launch import chip_of, config_for, launch
-from fastlora_kernels.shrink import shrink
 from fastlora_kernels.tiles import dot, sum_dtype, triton_dtype
 
 # Programs wanted for each processor, by splitting the rows.
 PROGRAMS = 4
 SUM_BLOCK = 1024
-# With column tiles of 128 the float32 partial sums of ds, written and read, are R / 32 of a 16-bit
-# dy: above this rank a second read of dy, by the shrink kernel, moves fewer bytes.
-ONE_PASS_RANK = 32
 
 
 @triton.jit
@@ -37,7 +33,7 @@ def columns_kernel(
     M,
     C,
     R,
-    rows_per_split,
+    steps,
     stride_tm,
     stride_tc,
     stride_br,
@@ -47,50 +43,75 @@ def columns_kernel(
     keep_from,
     NEED_OUTER: tl.constexpr,
     NEED_INNER: tl.constexpr,
+    ON_THE_WAY: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    pid_c = tl.program_id(0)
+    # Programs that read the same elements are neighbours: rank tiles first, then tiles of a split.
+    tiles_r = tl.cdiv(R, BLOCK_R)
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    tile = tl.program_id(0) // tiles_r
     split = tl.program_id(1)
-    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_c = offs_c < C
+    offs_r = tl.program_id(0) % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
-    columns = offs_c.to(tl.int64)
     ranks = offs_r.to(tl.int64)
-    mask_cr = mask_c[:, None] & mask_r[None, :]
-    if NEED_INNER:
-        b_ptrs = b_ptr + columns[:, None] * stride_bc + ranks[None, :] * stride_br
-        b = tl.load(b_ptrs, mask=mask_cr, other=0.0)
+    first_row = split * steps * BLOCK_M
 
-    outer = tl.zeros((BLOCK_C, BLOCK_R), dtype=ACC)
-    first = split * rows_per_split
-    last = min(first + rows_per_split, M)
-    for m in range(first, last, BLOCK_M):
-        offs_m = m + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < last
-        rows = offs_m.to(tl.int64)
-        t_ptrs = t_ptr + rows[:, None] * stride_tm + columns[None, :] * stride_tc
-        t = tl.load(t_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-        mask_mr = mask_m[:, None] & mask_r[None, :]
-        if HAS_DROPOUT:
-            keep = keep_tile(seed_ptr, offs_m, pid_c * BLOCK_C, C, keep_from, BLOCK_C)
-            t = (t.to(ACC) * keep.to(ACC)).to(t.dtype)
-        if NEED_OUTER:
+    if NEED_OUTER and (not NEED_INNER or ON_THE_WAY or tile < tiles_c):
+        # tᵀ s of a column tile, over the rows of the split.
+        offs_c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask_c = offs_c < C
+        columns = offs_c.to(tl.int64)
+        mask_cr = mask_c[:, None] & mask_r[None, :]
+        if ON_THE_WAY:
+            b_ptrs = b_ptr + columns[:, None] * stride_bc + ranks[None, :] * stride_br
+            b = tl.load(b_ptrs, mask=mask_cr, other=0.0)
+        outer = tl.zeros((BLOCK_C, BLOCK_R), dtype=ACC)
+        for m in range(first_row, min(first_row + steps * BLOCK_M, M), BLOCK_M):
+            offs_m = m + tl.arange(0, BLOCK_M)
+            mask_m = offs_m < M
+            rows = offs_m.to(tl.int64)
+            # Loaded the other way round: through tl.trans it would lose its cp.async pipeline.
+            t_ptrs = t_ptr + columns[:, None] * stride_tc + rows[None, :] * stride_tm
+            t = tl.load(t_ptrs, mask=mask_c[:, None] & mask_m[None, :], other=0.0)
+            mask_mr = mask_m[:, None] & mask_r[None, :]
             s = tl.load(s_ptr + rows[:, None] * R + ranks[None, :], mask=mask_mr, other=0.0)
-            outer = dot(tl.trans(t), s, outer)  # [BLOCK_C, BLOCK_M] @ [BLOCK_M, BLOCK_R]
-        if NEED_INNER:
-            inner = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
-            inner = dot(t, b, inner)  # [BLOCK_M, BLOCK_C] @ [BLOCK_C, BLOCK_R]
-            inner_row = pid_c.to(tl.int64) * M + rows
-            tl.store(inner_ptr + inner_row[:, None] * R + ranks[None, :], inner, mask=mask_mr)
-    if NEED_OUTER:
+            if HAS_DROPOUT:
+                keep = keep_tile(seed_ptr, offs_m, tile * BLOCK_C, C, keep_from, BLOCK_C)
+                t = (t.to(ACC) * tl.trans(keep).to(ACC)).to(t.dtype)
+            outer = dot(t, s, outer)  # [BLOCK_C, BLOCK_M] @ [BLOCK_M, BLOCK_R]
+            if ON_THE_WAY:
+                inner = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
+                inner = dot(tl.trans(t), b, inner)  # [BLOCK_M, BLOCK_C] @ [BLOCK_C, BLOCK_R]
+                inner_row = tile.to(tl.int64) * M + rows
+                tl.store(inner_ptr + inner_row[:, None] * R + ranks[None, :], inner, mask=mask_mr)
         outer_ptrs = outer_ptr + split.to(tl.int64) * C * R
         outer_ptrs += columns[:, None] * stride_oc + ranks[None, :] * stride_or
         tl.store(outer_ptrs, outer, mask=mask_cr)
+    else:
+        # t b of a row tile, over as many column tiles as the others have row tiles.
+        if NEED_OUTER:
+            tile -= tiles_c
+        chunk = tile // steps
+        offs_m = first_row + tile % steps * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        rows = offs_m.to(tl.int64)
+        mask_mr = mask_m[:, None] & mask_r[None, :]
+        inner = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
+        for c in range(chunk * steps * BLOCK_C, min((chunk + 1) * steps * BLOCK_C, C), BLOCK_C):
+            offs_c = c + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < C
+            columns = offs_c.to(tl.int64)
+            t_ptrs = t_ptr + rows[:, None] * stride_tm + columns[None, :] * stride_tc
+            t = tl.load(t_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+            b_ptrs = b_ptr + columns[:, None] * stride_bc + ranks[None, :] * stride_br
+            b = tl.load(b_ptrs, mask=mask_c[:, None] & mask_r[None, :], other=0.0)
+            inner = dot(t, b, inner)  # [BLOCK_M, BLOCK_C] @ [BLOCK_C, BLOCK_R]
+        inner_row = chunk.to(tl.int64) * M + rows
+        tl.store(inner_ptr + inner_row[:, None] * R + ranks[None, :], inner, mask=mask_mr)
 
 
 @triton.jit
@@ -123,22 +144,21 @@ def ds_db(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return ``ds = scaling · dy b`` [M, R] and ``db = scaling · dyᵀ s`` [N, R], in b's dtype.
 
-    ``dy`` [M, N] and ``b`` [N, R] of any strides, ``s`` [M, R] contiguous. One read of dy up to
-    rank `ONE_PASS_RANK`, two above it.
+    ``dy`` [M, N] and ``b`` [N, R] of any strides, ``s`` [M, R] contiguous. One launch reads dy
+    for both, and adds each of them up from float32 partial sums.
     """
-    (M, N), R = dy.shape, b.shape[1]
-    if need_ds and R > ONE_PASS_RANK:
-        ds = shrink(dy, b.t(), scaling=scaling)
-        _, db = ds_db(dy, s, b, scaling=scaling, need_ds=False, need_db=need_db, config=config)
-        return ds, db
     if not (need_ds or need_db):
         return None, None
+    (M, N), R = dy.shape, b.shape[1]
     config = config or config_for("columns", dy, R, b.dtype, False, dy)
+    on_the_way = need_ds and need_db and R <= ON_THE_WAY_RANK
+    kinds = 2 if need_ds and need_db and not on_the_way else 1
+    splits, steps = _split(M, N, R, config, chip_of(dy.device).processors, kinds)
     acc = {"dtype": sum_dtype(dy.dtype), "device": dy.device}
-    splits, rows = _split(M, N, R, config, chip_of(dy.device).processors)
-    inner = torch.empty(triton.cdiv(N, config.block_n), M, R, **acc) if need_ds else None
+    chunks = triton.cdiv(triton.cdiv(N, config.block_n), 1 if on_the_way else steps)
+    inner = torch.empty(chunks, M, R, **acc) if need_ds else None
     outer = torch.empty(splits, N, R, **acc) if need_db else None
-    _columns(dy, s, b, None, outer, inner, rows, 0.0, (1, R), config)
+    _columns(dy, s, b, None, outer, inner, splits, steps, on_the_way, 0.0, (1, R), config)
     ds = _summed(inner, (M, R), b.dtype, scaling) if need_ds else None
     return ds, _summed(outer, (N, R), b.dtype, scaling) if need_db else None
 
@@ -157,28 +177,39 @@ def da(
     """
     (M, K), R = x.shape, ds.shape[1]
     config = config or config_for("columns", x, R, ds.dtype, seed is not None, x)
-    splits, rows = _split(M, K, R, config, chip_of(x.device).processors)
+    splits, steps = _split(M, K, R, config, chip_of(x.device).processors)
     outer = torch.empty(splits, R, K, dtype=sum_dtype(x.dtype), device=x.device)
-    _columns(x, ds, None, seed, outer, None, rows, dropout_p, (K, 1), config)
+    _columns(x, ds, None, seed, outer, None, splits, steps, False, dropout_p, (K, 1), config)
     scale = 1.0 if seed is None else kept_scale(dropout_p)
     return _summed(outer, (R, K), ds.dtype, scale)
 
 
-def _split(M: int, C: int, R: int, config: Config, processors: int) -> tuple[int, int]:
-    """Return into how many programs the rows are split, and the rows of each."""
-    tiles = triton.cdiv(C, config.block_n) * triton.cdiv(R, config.rank_tile(R))
+def _split(
+    M: int, C: int, R: int, config: Config, processors: int, kinds: int = 1
+) -> tuple[int, int]:
+    """Return into how many splits the rows go, and the row tiles of each.
+
+    ``kinds`` of program share the processors: a second one has as many programs as the first,
+    each of as many tiles.
+    """
+    tiles = kinds * triton.cdiv(C, config.block_n) * triton.cdiv(R, config.rank_tile(R))
     blocks = max(1, triton.cdiv(M, config.block_m))
     wanted = max(1, min(blocks, PROGRAMS * processors // max(1, tiles)))
-    rows = triton.cdiv(blocks, wanted) * config.block_m
-    return max(1, triton.cdiv(M, rows)), rows
+    steps = triton.cdiv(blocks, wanted)
+    return triton.cdiv(blocks, steps), steps
 
 
-def _columns(t, s, b, seed, outer, inner, rows, dropout_p, outer_strides, config) -> None:
+def _columns(
+    t, s, b, seed, outer, inner, splits, steps, on_the_way, dropout_p, outer_strides, config
+) -> None:
     (M, C), R = t.shape, s.shape[1]
     block_r = config.rank_tile(R)
+    tiles = triton.cdiv(C, config.block_n) if outer is not None else 0
+    if inner is not None and not on_the_way:
+        tiles += steps * inner.shape[0]
     launch(
         columns_kernel,
-        (triton.cdiv(C, config.block_n), max(1, triton.cdiv(M, rows)), triton.cdiv(R, block_r)),
+        (tiles * triton.cdiv(R, block_r), splits),
         config,
         t_ptr=t,
         s_ptr=s,
@@ -189,7 +220,7 @@ def _columns(t, s, b, seed, outer, inner, rows, dropout_p, outer_strides, config
         M=M,
         C=C,
         R=R,
-        rows_per_split=rows,
+        steps=steps,
         stride_tm=t.stride(0),
         stride_tc=t.stride(1),
         stride_br=0 if b is None else b.stride(1),
@@ -199,6 +230,7 @@ def _columns(t, s, b, seed, outer, inner, rows, dropout_p, outer_strides, config
         keep_from=lowest_kept(dropout_p),
         NEED_OUTER=outer is not None,
         NEED_INNER=inner is not None,
+        ON_THE_WAY=on_the_way,
         HAS_DROPOUT=seed is not None,
         ACC=triton_dtype(t.dtype),
         BLOCK_M=config.block_m,

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+# Up to this rank the program that has a tile of dy for db multiplies it by b on the way. With
+# column tiles of 128 the float32 partial sums of ds, written and read, are then R / 32 of a 16-bit
+# dy. Above it ds has programs of its own in the same launch, among those of db that read the same
+# rows at the same time, so that the second reader finds them in the L2 cache.
+ON_THE_WAY_RANK = 32
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -59,9 +65,10 @@ def kind_of(base: torch.dtype, adapter: torch.dtype) -> str:
 def is_valid(config: Config, kernel: str, kind: str, r: int, dropout: bool, chip: Chip) -> bool:
     """Return whether ``config`` can run ``kernel`` ("product", "shrink", "columns") on ``chip``.
 
-    Tiles must be powers of two of at least 16; the pipeline, ``num_stages`` steps of both
-    operands, must fit a block's shared memory; and a thread must hold its accumulators in
-    registers, fewer of them where it also draws a dropout mask of the same tile.
+    Tiles must be powers of two of at least 16; the pipeline must fit a block's shared memory: one
+    step of both operands for each of ``num_stages``, less one where the tensor cores take operands
+    from registers; and a thread must hold its accumulators in registers, fewer of them where it
+    also draws a dropout mask of the same tile.
     """
     m, n, k, r_tile = config.block_m, config.block_n, config.block_k, config.rank_tile(r)
     if any(b < 16 or b & (b - 1) for b in (m, n, k, r_tile)):
@@ -71,23 +78,28 @@ def is_valid(config: Config, kernel: str, kind: str, r: int, dropout: bool, chip
         rows = {"product": 0, "shrink": m, "columns": max(m, n)}[kernel]
         if rows >= 64:
             return False
+    if kind == "mixed" and kernel == "columns" and r > ON_THE_WAY_RANK and n > 64:
+        return False  # the split terms of a wider tile of t, times b, overflow the registers
     wide = 2 if kind == "16" else 4
     base = 4 if kind == "32" else 2
     step = {
         "product": (m + n) * k * base,
         "shrink": m * k * base + r_tile * k * wide,
-        "columns": m * n * base + m * r_tile * wide,
+        # Beside t comes a tile of s, or one of b; the step that drops has no b.
+        "columns": m * n * base + (m if dropout else max(m, n)) * r_tile * wide,
     }[kernel]
     accumulators = {"product": m * n, "shrink": m * r_tile, "columns": n * r_tile}[kernel]
+    wgmma, from_shared = chip.capability[0] == 9, chip.capability[0] in (9, 10)
     most = 128
     if dropout:
         most = 32 if kernel == "shrink" else 64
-    elif kind == "mixed" and chip.capability[0] != 9:
+    elif kernel == "columns" or (kind == "mixed" and not wgmma):
         # Without wgmma operands pass through registers too; sm_100's tensor memory holds 512
         # columns, and Triton 3.7 compiles a kernel that needs more to a trap.
         most = 64
     fits = accumulators <= most * 32 * config.num_warps
-    return fits and step * config.num_stages <= chip.shared_memory
+    copies = config.num_stages - (0 if from_shared or dropout else 1)
+    return fits and step * copies <= chip.shared_memory
 
 
 # By kernel and kind, best first; `default_config` picks. None is measured yet.
@@ -118,7 +130,10 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(64, 128, num_warps=8, num_stages=3),
         Config(32, 128, num_warps=8, num_stages=3),
     ),
-    ("columns", "mixed"): (Config(32, 128, block_r=16, num_warps=8, num_stages=3),),
+    ("columns", "mixed"): (
+        Config(32, 128, block_r=16, num_warps=8, num_stages=3),
+        Config(32, 64, block_r=16, num_warps=8, num_stages=3),
+    ),
     ("columns", "32"): (
         Config(32, 64, block_r=16, num_warps=4, num_stages=2),
         Config(32, 32, block_r=16, num_warps=4, num_stages=2),

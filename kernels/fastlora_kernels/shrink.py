@@ -33,9 +33,11 @@ def shrink_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    TILES_R: tl.constexpr,
 ):
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    # Neighbours read the same rows of x.
+    offs_m = tl.program_id(0) // TILES_R * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.program_id(0) % TILES_R * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
     rows = wrapped(offs_m, M)
     x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
@@ -85,9 +87,10 @@ def shrink(
     config = config or config_for("shrink", x, R, a.dtype, seed is not None, x, a)
     s = x.new_empty(M, R, dtype=a.dtype)
     block_r = config.rank_tile(R)
+    tiles_r = triton.cdiv(R, block_r)
     launch(
         shrink_kernel,
-        (triton.cdiv(M, config.block_m), triton.cdiv(R, block_r)),
+        (triton.cdiv(M, config.block_m) * tiles_r,),
         config,
         x_ptr=x,
         a_ptr=a,
@@ -108,5 +111,6 @@ def shrink(
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_R=block_r,
+        TILES_R=tiles_r,
     )
     return s
