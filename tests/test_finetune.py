@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,6 +257,20 @@ def test_a_missing_dependency_says_what_to_install(folder, lines, tmp_path, caps
 def test_the_package_does_not_import_what_only_finetuning_needs():
     code = "import sys, fastlora; print({'transformers', 'matplotlib', 'peft'} & {*sys.modules})"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
+def test_a_hub_id_is_taken_from_the_cache(folder, lines, tmp_path):
+    """As after a download: the hub's folders, and no network."""
+    cached = tmp_path / "hub" / "models--someone--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0123abc")
+    shutil.copytree(folder, cached / "snapshots" / "0123abc")
+    command = arguments("someone/tiny", lines, tmp_path / "out", steps=2)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-m", "fastlora", *command], env=environment, check=True)
+    assert len(metrics(tmp_path / "out")["losses"]) == 2
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/tiny"
 
 
 def test_only_the_response_is_learnt(tokenizer):

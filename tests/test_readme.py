@@ -1,0 +1,68 @@
+"""The code blocks of the documents run as they stand."""
+
+import re
+from pathlib import Path
+
+import tiny_models as tiny
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(document, language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def given():
+    """What a reader has before the first line."""
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 24)
+    return {
+        "model": tiny.llama(hidden_size=32),
+        "linear": linear,
+        "x": torch.randn(5, 16),
+        "weight": linear.weight.detach(),
+        "bias": linear.bias.detach(),
+        "lora_A": torch.randn(4, 16, requires_grad=True),
+        "lora_B": torch.randn(24, 4, requires_grad=True),
+    }
+
+
+def test_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = given()
+    exec(blocks("README.md")[0], names)
+    assert str(names["report"]).startswith("adapter 'default': 14 layers")
+    names["fastlora"].load_adapter(other := tiny.llama(hidden_size=32), "my-adapter")
+    assert torch.equal(tiny.outputs(other), tiny.outputs(names["model"]))
+
+
+def test_a_layer_and_the_operator():
+    names = given()
+    for block in ("import fastlora", *blocks("README.md")[1:]):
+        exec(block, names)
+    assert names["layer"].weight is names["linear"].weight and names["y"].shape == (5, 24)
+    names["y"].sum().backward()
+    assert names["lora_A"].grad.shape == (4, 16)
+
+
+def test_the_kernels_alone():
+    names = {k: v for k, v in given().items() if k in ("x", "bias")}
+    names |= {"w": torch.randn(24, 16), "a": torch.randn(4, 16), "b": torch.randn(24, 4)}
+    names["dy"] = torch.randn(5, 24)
+    (block,) = blocks("kernels/README.md")
+    exec(block, names)
+    assert [names[n].shape for n in ("dx", "da", "db")] == [(5, 16), (4, 16), (24, 4)]
+
+
+def test_what_is_named_exists():
+    """Targets of the Makefile, and files that are named with their folder."""
+    documents = ["README.md", "CONTRIBUTING.md", "kernels/README.md"]
+    text = "\n".join((ROOT / name).read_text() for name in documents)
+    targets = set(re.findall(r"(?m)(?:^|`)make ([a-z]+)", text))
+    assert {"demo", "test", "gpu"} <= targets
+    assert targets <= set(re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text()))
+    paths = set(re.findall(r"(?:tests|docs|kernels|benchmarks)/[\w/]+\.\w+", text))
+    assert "docs/loss_curve.png" in paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
