@@ -24,7 +24,7 @@ CASES = [
     Case(600, 50, 300, 5, kind="bf16", mode="both", dropout_p=0.3),
     Case(70, 50, 90, 5, kind="bf16-fp32", mode="low_rank"),
     Case(200, 300, 300, 5, kind="fp16", mode="low_rank"),
-    Case(150, 600, 40, 40, kind="bf16", mode="low_rank"),
+    Case(70, 300, 20, 40, kind="bf16", mode="low_rank"),
 ]
 
 # name: (file, line as it is, line as it would be wrong)

@@ -49,8 +49,8 @@ def test_more_rows_than_one_split_or_block(body):
 def test_many_splits_of_rows_and_columns(kind, r, monkeypatch):
     """As on a chip with many processors; above rank 32 ds has programs of its own."""
     monkeypatch.setattr(columns, "PROGRAMS", 100)
-    for M, N in ((333, 300), (70, 700), (700, 70)):
-        verify(fastlora_kernels, Case(M, N, 40, r, kind=kind, dropout_p=0.2))
+    for M, N in ((140, 150), (40, 300)):
+        verify(fastlora_kernels, Case(M, N, 20, r, kind=kind, dropout_p=0.2))
 
 
 def test_ds_and_db_come_from_one_launch():
