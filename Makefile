@@ -35,8 +35,10 @@ lint: $(VENV)/.test ## check style and formatting
 gpu: ## run the GPU tests with this machine's own PyTorch and Triton, without a network
 	@$(or $(PYTHON),python3) tests/run_gpu.py
 
-bench: $(VENV)/.test ## measure against the plain path and PEFT
-	@$(VENV)/bin/pytest benchmarks $(ARGS)
+bench: ## measure against the frozen layer, PEFT and others: benchmarks/results
+	@if $(or $(PYTHON),python3) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+	2>/dev/null; then PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(PYTHON) benchmarks/run.py $(ARGS); \
+	else $(MAKE) --no-print-directory $(VENV)/.test && $(RUN) benchmarks/run.py $(ARGS); fi
 
 clean: ## delete everything that these targets made
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,6 +1,7 @@
 """Time of one linear layer: frozen alone, with LoRA as PEFT computes it, and ours.
 
-``make bench``. Rows of one group are the same problem; compare them within a run only.
+``pytest benchmarks``. Rows of one group are the same problem; compare them within a run only, or
+take ``make bench``, which lets the ways take turns.
 """
 
 from __future__ import annotations

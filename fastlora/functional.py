@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlora import plans
 from fastlora.dropout import keep_mask, new_seed
-from fastlora.ops import exact
+from fastlora.ops import exact, run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -59,9 +59,7 @@ def lora_linear(
     if impl == "reference":
         y = _reference(x_2d, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
     else:
-        y, _ = torch.ops.fastlora.lora_linear(
-            x_2d, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl
-        )
+        y = run(x_2d, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -4,6 +4,9 @@
 ``fastlora::lora_linear_backward`` returns the gradients of x and of the adapters. Both take
 2-D tensors and the name of an implementation, already chosen. The gradients of a trained base
 weight and bias are plain products and are written in the autograd formula.
+
+`run` calls the bodies without the dispatcher where nothing could tell: in eager mode the way
+through it and back costs as much Python time as ten small products.
 """
 
 from __future__ import annotations
@@ -80,9 +83,12 @@ def _backward_fake(
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    _save(ctx, inputs, output[1])
+
+
+def _save(ctx, inputs, s):
     x, weight, lora_A, lora_B, _, seed, ctx.scaling, ctx.dropout_p, ctx.impl = inputs
-    s = output[1]
-    ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, lora_A, lora_B, seed, s)
 
@@ -97,7 +103,9 @@ def _autograd(ctx, dy, _):
         dx, da, db = _differentiable_grads(ctx, dy, x, weight, lora_A, lora_B, seed)
     elif need_x or need_A or need_B:
         needs = (need_x, need_A, need_B)
-        grads = torch.ops.fastlora.lora_linear_backward(
+        direct = _unobserved(dy, x, weight, lora_A, lora_B)
+        body = _backward if direct else torch.ops.fastlora.lora_linear_backward
+        grads = body(
             dy, x, weight, lora_A, lora_B, s, seed, ctx.scaling, ctx.dropout_p, ctx.impl, *needs
         )
         dx, da, db = (g if needed else None for g, needed in zip(grads, needs, strict=True))
@@ -122,3 +130,41 @@ def _differentiable_grads(ctx, dy, x, weight, lora_A, lora_B, seed):
 torch.library.register_autograd(
     "fastlora::lora_linear", _autograd, setup_context=_setup_context, lib=_lib
 )
+
+
+class _Direct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        y, s = _forward(*inputs)
+        _save(ctx, inputs, s)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _autograd(ctx, dy, None)
+
+
+def run(x, weight, lora_A, lora_B, bias, *rest) -> torch.Tensor:
+    """Return y of ``fastlora::lora_linear``, by the shortest way that gives what the operator does.
+
+    ``rest``: seed, scaling, dropout_p, impl.
+    """
+    inputs = (x, weight, lora_A, lora_B, bias, *rest)
+    if not _unobserved(x, weight, lora_A, lora_B, x if bias is None else bias):
+        return torch.ops.fastlora.lora_linear(*inputs)[0]
+    if torch.is_grad_enabled():
+        return _Direct.apply(*inputs)
+    return _forward(*inputs)[0]
+
+
+def _unobserved(*tensors: torch.Tensor) -> bool:
+    """Return whether no compiler, mode, transform or subclass would see a call of an operator."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and all(type(t) in _PLAIN for t in tensors)
+    )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -9,10 +9,13 @@ import importlib
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import fastlora_kernels
 import pytest
 from acceptance import Case, verify
+
+from fastlora import torch_impl
 
 PACKAGE = Path(fastlora_kernels.__file__).parent
 
@@ -121,6 +124,38 @@ MUTANTS = {
 }
 
 
+# The same for the torch implementation: name: (line as it is, line as it would be wrong)
+TORCH_MUTANTS = {
+    "mask of every block that of the first": (
+        "range(rows.start, rows.start + len(block))",
+        "range(len(block))",
+    ),
+    "1 / (1 - p) forgotten in backward": (
+        "        ds.mul_(kept_scale(dropout_p))\n",
+        "        pass\n",
+    ),
+    "dx not masked": (
+        "_kept((left[rows] @ right).to(x.dtype), ones)",
+        "(left[rows] @ right).to(x.dtype)",
+    ),
+    "float32 factors rounded to 16 bits": ("rest.nan_to_num_(0.0, 0.0, 0.0)", "rest.zero_()"),
+    "scaling forgotten": ("out.addmm_(left, right, alpha=alpha)", "out.addmm_(left, right)"),
+    "db not scaled": (
+        "(s.t().contiguous() @ dy).t().mul(scaling)",
+        "(s.t().contiguous() @ dy).t()",
+    ),
+    "db of the last block alone": ("db.addmm_(s[rows].t(), dy_rows)", "db = s[rows].t() @ dy_rows"),
+    "da of the last block alone": ("da += (ds[rows]", "da = (ds[rows]"),
+    "bias dropped": ("F.linear(x, w, bias)", "F.linear(x, w)"),
+}
+TORCH_CASES = [
+    *CASES[:2],
+    Case(1100, 40, 30, 5, kind="bf16-fp32", mode="both", dropout_p=0.3),
+    Case(1100, 40, 30, 5, kind="bf16-fp32", mode="low_rank"),
+    Case(1100, 40, 30, 5, kind="fp32", mode="low_rank", dropout_p=0.3),
+]
+
+
 def load(folder: Path, name: str, file: str, right: str, wrong: str):
     """Import a copy of the kernels, under another name, in which ``right`` reads ``wrong``."""
     shutil.copytree(PACKAGE, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -149,6 +184,23 @@ def test_a_wrong_kernel_is_refused(name, tmp_path):
             refused += 1
             break
     assert refused, f"the rule passes a kernel with this fault: {name}"
+
+
+@pytest.mark.parametrize("name", TORCH_MUTANTS)
+def test_a_wrong_torch_implementation_is_refused(name):
+    right, wrong = TORCH_MUTANTS[name]
+    text = Path(torch_impl.__file__).read_text()
+    assert text.count(right) == 1, f"{right!r} occurs {text.count(right)} times"
+    mutant = ModuleType("mutant")
+    exec(text.replace(right, wrong), mutant.__dict__)
+    with pytest.raises(AssertionError):
+        for case in TORCH_CASES:
+            verify(mutant, case)
+
+
+def test_the_right_torch_implementation_is_accepted():
+    for case in TORCH_CASES:
+        verify(torch_impl, case)
 
 
 def test_the_right_kernel_is_accepted():

@@ -44,6 +44,12 @@ def test_more_rows_than_one_split_or_block(body):
     verify(body, Case(600, 40, 33, 4, kind="bf16", dropout_p=0.1))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_more_rows_than_one_block_of_the_torch_implementation(kind, p):
+    verify(torch_impl, Case(2 * torch_impl.ROWS["cpu"] + 7, 50, 70, 6, kind=kind, dropout_p=p))
+
+
 @pytest.mark.parametrize("kind", ["bf16", "fp16-fp32"])
 @pytest.mark.parametrize("r", [16, 40])
 def test_many_splits_of_rows_and_columns(kind, r, monkeypatch):

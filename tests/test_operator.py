@@ -14,10 +14,12 @@ from torch import nn
 from torch._inductor.compile_fx import compile_fx
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
-from fastlora import reference
+from fastlora import ops, reference
 from fastlora.dropout import keep_mask, new_seed
+from fastlora.flops import FORMULAS
 
 OP = torch.ops.fastlora.lora_linear.default
 each_impl = pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -540,3 +542,30 @@ def test_a_layer_in_a_model_trains_like_the_plain_formula():
     for mine, theirs in zip(curves[0][1], curves[1][1], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3)
     assert curves[1][0][-10:].mean() < curves[1][0][:10].mean()
+
+
+def test_flops_are_counted():
+    t = arguments(torch.float32, m=10, n=6, k=8, r=2)
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        y = fastlora.lora_linear(**t, impl="torch")
+    assert counter.get_total_flops() == 2 * 10 * (6 * 8 + 2 * (6 + 8))
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        torch.autograd.grad(y.sum(), (t["x"], t["lora_A"], t["lora_B"]))
+    assert counter.get_total_flops() == 2 * 10 * (6 * 8 + 2 * (2 * 6 + 2 * 8))
+
+
+@each_impl
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_the_short_way_gives_what_the_operator_gives(impl, p):
+    """Without the dispatcher, in eager mode: the same bits, and the same gradients."""
+    t = arguments(torch.bfloat16, torch.float32)
+    seed = torch.tensor([7]) if p else None
+    rest = (None, seed, 0.5, p, impl)
+    tensors = [t[name] for name in ("x", "weight", "lora_A", "lora_B")]
+    direct, (through, _) = ops.run(*tensors, *rest), torch.ops.fastlora.lora_linear(*tensors, *rest)
+    assert torch.equal(direct, through)
+    leaves = [tensors[i] for i in (0, 2, 3)]
+    mine = torch.autograd.grad(direct.sum(), leaves)
+    assert all(map(torch.equal, mine, torch.autograd.grad(through.sum(), leaves)))
+    with torch.no_grad():
+        assert torch.equal(ops.run(*tensors, *rest), direct)

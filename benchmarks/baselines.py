@@ -1,0 +1,229 @@
+"""One LoRA linear layer as others compute it, and as we do: what the benchmarks compare.
+
+Each class takes a `Problem` and is called with x. ``runs(problem)`` says why a way cannot run a
+problem, which then has no row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastlora
+from fastlora import plans
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer and its input. ``adapter`` is the dtype of lora_A and lora_B."""
+
+    name: str
+    M: int
+    N: int
+    K: int
+    R: int = 16
+    p: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+    adapter: torch.dtype = torch.bfloat16
+    bias: bool = False
+    device: str = "cpu"
+    scaling: float = 2.0
+
+    def linear(self) -> nn.Linear:
+        generator = torch.Generator().manual_seed(0)
+        linear = nn.Linear(self.K, self.N, self.bias, device="meta").to_empty(device="cpu")
+        with torch.no_grad():
+            linear.weight.copy_(torch.randn(self.N, self.K, generator=generator) / self.K**0.5)
+            if self.bias:
+                linear.bias.zero_()
+        return linear.to(self.device, self.dtype).requires_grad_(False)
+
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        generator = torch.Generator().manual_seed(1)
+        a = torch.randn(self.R, self.K, generator=generator) / self.K**0.5
+        b = torch.randn(self.N, self.R, generator=generator)
+        return tuple(nn.Parameter(t.to(self.device, self.adapter)) for t in (a, b))
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Return x, which requires grad, and dy."""
+        generator = torch.Generator().manual_seed(2)
+        x = torch.randn(self.M, self.K, generator=generator).to(self.device, self.dtype)
+        dy = torch.randn(self.M, self.N, generator=generator).to(self.device, self.dtype)
+        return x.requires_grad_(), dy
+
+
+class Frozen(nn.Module):
+    """The frozen layer alone: what every ratio is to."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.linear = problem.linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class Peft(nn.Module):
+    """PEFT's own layer, as ``get_peft_model`` makes it."""
+
+    compiled = False
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=problem.R,
+            lora_alpha=problem.scaling * problem.R,
+            lora_dropout=problem.p,
+            target_modules=["0"],
+        )
+        model = get_peft_model(
+            nn.Sequential(problem.linear()),
+            config,
+            autocast_adapter_dtype=problem.adapter == torch.float32,
+        )
+        self.layer = model.base_model.model[0].train()
+        a, b = problem.factors()
+        self.layer.lora_A["default"].weight, self.layer.lora_B["default"].weight = a, b
+        if self.compiled:
+            self.layer.compile(dynamic=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class PeftCompiled(Peft):
+    """PEFT's layer under ``torch.compile``."""
+
+    compiled = True
+
+
+class LoraLib(Frozen):
+    """The formula of loralib and torchtune: adapters in the base's dtype."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.a, self.b = problem.factors()
+        self.p, self.scaling = problem.p, problem.scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        low_rank = F.dropout(x, self.p) @ self.a.t() @ self.b.t()
+        return self.linear(x) + low_rank * self.scaling
+
+
+class Addmm(Frozen):
+    """Library products into one output, by hand, as Unsloth and Axolotl do it: no dropout."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.a, self.b = problem.factors()
+        self.scaling = problem.scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Addmm.apply(x, self.linear.weight, self.linear.bias, self.a, self.b, self.scaling)
+
+
+class _Addmm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, bias, a, b, scaling):
+        ctx.save_for_backward(x, w, a, b)
+        ctx.scaling = scaling
+        y = F.linear(x, w, bias)
+        return y.addmm_(x @ a.t().to(x.dtype), b.t().to(x.dtype), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w, a, b = ctx.saved_tensors
+        a, b, c = a.to(x.dtype), b.to(x.dtype), ctx.scaling
+        dyb = dy @ b
+        da = (dyb.t() @ x) * c
+        db = (dy.t() @ (x @ a.t())) * c
+        dx = (dy @ w).addmm_(dyb, a, alpha=c)
+        return dx, None, None, da, db, None
+
+
+class LoRAFusion(Frozen):
+    """LoRAFusion's schedule (Zhu et al., EuroSys 2026): split at s, dropped x and mask stored.
+
+    On a CPU with library products in the place of its kernels.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.a, self.b = problem.factors()
+        self.p, self.scaling = problem.p, problem.scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.linear.weight, self.linear.bias, self.a, self.b
+        return _LoRAFusion.apply(x, *weights, self.scaling, self.p)
+
+
+class _LoRAFusion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, bias, a, b, scaling, p):
+        x_hat, mask = torch.native_dropout(x, p, True) if p else (x, None)
+        s = x_hat @ a.t()
+        ctx.save_for_backward(x_hat, mask, w, a, b, s)
+        ctx.scaling, ctx.keep = scaling, 1 / (1 - p)
+        return F.linear(x, w, bias).addmm_(s, b.t(), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x_hat, mask, w, a, b, s = ctx.saved_tensors
+        ds = (dy @ b).mul_(ctx.scaling)
+        db = (dy.t() @ s).mul_(ctx.scaling)
+        da = ds.t() @ x_hat
+        if mask is None:
+            dx = (dy @ w).addmm_(ds, a)
+        else:
+            dx = (ds @ a).mul_(mask).mul_(ctx.keep).addmm_(dy, w)
+        return dx, None, None, da, db, None, None
+
+
+class Ours(nn.Module):
+    """`fastlora.lora_linear` by one implementation."""
+
+    impl = "torch"
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.linear = problem.linear()
+        self.a, self.b = problem.factors()
+        self.options = {"scaling": problem.scaling, "dropout_p": problem.p, "training": True}
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.linear.weight, self.a, self.b, self.linear.bias
+        return fastlora.lora_linear(x, *weights, **self.options, impl=self.impl)
+
+
+class OursTriton(Ours):
+    impl = "triton"
+
+
+WAYS = {
+    "frozen": Frozen,
+    "fastlora torch": Ours,
+    "fastlora triton": OursTriton,
+    "PEFT": Peft,
+    "PEFT compiled": PeftCompiled,
+    "loralib": LoraLib,
+    "addmm (Unsloth, Axolotl)": Addmm,
+    "LoRAFusion schedule": LoRAFusion,
+}
+
+
+def cannot(way: str, problem: Problem) -> str | None:
+    """Return why ``way`` has no row for ``problem``, or None."""
+    if way.startswith("addmm") and problem.p:
+        return "has no dropout"
+    if way in ("loralib", "LoRAFusion schedule") and problem.adapter != problem.dtype:
+        return "has adapters in the base's dtype only"
+    if way == "fastlora triton":
+        if problem.device == "cpu":
+            return "needs a GPU"
+        return plans.triton_unusable(torch.device(problem.device))
+    return None

@@ -1,0 +1,114 @@
+"""``make bench``: the whole table for this machine, as JSON, Markdown and plots.
+
+python benchmarks/run.py [--minutes 8] [--output benchmarks/results] [--only TEXT]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+import end_to_end
+import report
+import torch
+from baselines import WAYS, Problem
+from measure import ceilings, measure
+from problems import problems
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+LAYERS_SHARE = 0.65  # of the minutes; the rest is for whole models
+COMPILED_PROBLEMS = 2  # torch.compile takes tens of seconds each on a CPU
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=8.0, help="about how long to measure")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--only", default="", help="measure problems whose name contains this")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    todo = [p for p in problems(device.type) if options.only in p.name]
+    started = time.perf_counter()
+    result = {"machine": machine(device), "ceilings": {}, "problems": []}
+    for dtype in sorted({p.dtype for p in todo}, key=str):
+        result["ceilings"][str(dtype)] = ceilings(device, dtype)
+    progress = tqdm(todo, unit="problem")
+    for i, problem in enumerate(progress):
+        progress.set_description(f"{problem.name}, M={problem.M}")
+        left = LAYERS_SHARE * options.minutes * 60 - (time.perf_counter() - started)
+        ways = [w for w in WAYS if w != "PEFT compiled" or i < COMPILED_PROBLEMS]
+        rows = measure(problem, ways, seconds=max(0.5, left / (len(todo) - i) * 0.7))
+        result["problems"].append({**described(problem), "rows": rows})
+    models = [name for name in end_to_end.MODELS if options.only in name]
+    models = models if device.type == "cuda" else models[:1]
+    left = options.minutes * 60 - (time.perf_counter() - started)
+    result["end_to_end"] = []
+    for name in models:
+        rows = end_to_end.measure(name, device, max(0.0, 0.5 * left / len(models)))
+        batches = tqdm(rows, desc=name, total=len(end_to_end.BATCHES), unit="batch size")
+        result["end_to_end"] += [row for rows in batches for row in rows]
+    name = f"{device.type}-{slug(result['machine']['device'])}"
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    report.write(path)
+    print(f"measured in {(time.perf_counter() - started) / 60:.1f} min: {path}, .md and plots")
+
+
+def described(problem: Problem) -> dict:
+    """Return a problem's fields as JSON holds them."""
+    return {k: str(v) if isinstance(v, torch.dtype) else v for k, v in asdict(problem).items()}
+
+
+def machine(device: torch.device) -> dict:
+    """Return what a figure has to be read with."""
+    import peft
+
+    import fastlora
+
+    found = {
+        "device": _cpu(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "peft": peft.__version__,
+        "fastlora": fastlora.__version__,
+        "commit": _commit(),
+        "when": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+    if device.type == "cuda":
+        import triton
+
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        found |= {"device": torch.cuda.get_device_name(), "driver": driver.split("\n")[0]}
+        found |= {"cuda": torch.version.cuda, "triton": triton.__version__}
+    return found
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def slug(text: str) -> str:
+    """Return ``text`` as part of a file's name."""
+    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+
+if __name__ == "__main__":
+    main()

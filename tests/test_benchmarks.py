@@ -1,0 +1,93 @@
+"""The benchmarks measure what they say: every way on a small problem, and the files of a run."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+try:
+    import measure
+    import report
+    import run
+    from baselines import WAYS, Problem, cannot
+finally:
+    sys.path.remove(str(BENCHMARKS))
+
+from fastlora.timing import interleaved, ratio  # noqa: E402
+
+EAGER = [way for way in WAYS if way != "PEFT compiled"]
+PROBLEM = Problem("small", 300, 40, 64, R=4, dtype=torch.float32, adapter=torch.float32)
+
+
+def outputs(problem, ways=EAGER):
+    x, dy = problem.inputs()
+    found = {}
+    for way in ways:
+        if cannot(way, problem) is None:
+            layer = WAYS[way](problem)
+            trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+            y = layer(x)
+            found[way] = (y, *torch.autograd.grad(y, trained, dy))
+    return found
+
+
+def test_all_ways_compute_the_same_layer():
+    found = outputs(PROBLEM)
+    assert found.keys() == set(EAGER) - {"fastlora triton"}
+    frozen = found.pop("frozen")
+    assert len(frozen) == 2
+    for way, mine in found.items():
+        for one, other in zip(mine, found["PEFT"], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=way)
+
+
+def test_rows_say_what_was_measured(tmp_path):
+    dropped = Problem("small", 300, 40, 64, R=4, p=0.05)
+    problems = [PROBLEM, Problem("small", 600, 40, 64, R=4), dropped]
+    rows = [measure.measure(p, EAGER, 0.0) for p in problems]
+    for row in rows[0]:
+        assert row["rounds"] >= 5 and row["both"]["median_s"] > 0
+        assert row["way"] != "frozen" or row["both"]["ratio"] == 1
+    kept = {row["way"]: row["kept_bytes"] for row in rows[2]}
+    assert kept["frozen"] == 0
+    # x in bfloat16, s, and the seed; PEFT also keeps what it dropped and the mask.
+    assert kept["fastlora torch"] == 300 * 64 * 2 + 300 * 4 * 2 + 8
+    assert kept["PEFT"] > 1.9 * kept["fastlora torch"]
+    result = {
+        "machine": run.machine(torch.device("cpu")),
+        "ceilings": {
+            str(p.dtype): {"copy_bytes_s": 1e10, "matrix_flops_s": 1e12} for p in problems
+        },
+        "problems": [{**run.described(p), "rows": r} for p, r in zip(problems, rows, strict=True)],
+        "end_to_end": [],
+    }
+    path = tmp_path / "cpu.json"
+    path.write_text(json.dumps(result))
+    report.write(path)
+    table = path.with_suffix(".md").read_text()
+    assert "| fastlora torch |" in table
+    assert "Not measured on this machine: PEFT compiled, fastlora triton." in table
+    pictures = {p.name for p in tmp_path.glob("*.png")}
+    assert pictures == {"cpu-ratio.png", "cpu-tokens.png", "cpu-roofline.png"}
+
+
+def test_ways_take_turns():
+    order = []
+
+    def step(name):
+        def run():
+            order.append(name)
+            yield
+            yield
+
+        return run
+
+    rounds = interleaved({"a": step("a"), "b": step("b")}, torch.device("cpu"), 0.0, least=3)
+    assert order == ["a", "b"] * 4  # once before anything is timed
+    assert [len(times) for times in rounds["a"]] == [2, 2, 2]
+    assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
