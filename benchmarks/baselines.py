@@ -200,6 +200,10 @@ class Ours(nn.Module):
         return fastlora.lora_linear(x, *weights, **self.options, impl=self.impl)
 
 
+class OursLibrary(Ours):
+    impl = "library"
+
+
 class OursTriton(Ours):
     impl = "triton"
 
@@ -207,6 +211,7 @@ class OursTriton(Ours):
 WAYS = {
     "frozen": Frozen,
     "fastlora torch": Ours,
+    "fastlora library": OursLibrary,
     "fastlora triton": OursTriton,
     "PEFT": Peft,
     "PEFT compiled": PeftCompiled,
@@ -222,7 +227,7 @@ def cannot(way: str, problem: Problem) -> str | None:
         return "has no dropout"
     if way in ("loralib", "LoRAFusion schedule") and problem.adapter != problem.dtype:
         return "has adapters in the base's dtype only"
-    if way == "fastlora triton":
+    if way in ("fastlora library", "fastlora triton"):
         if problem.device == "cpu":
             return "needs a GPU"
         return plans.triton_unusable(torch.device(problem.device))

@@ -16,6 +16,7 @@ INK, GRID = "#33383d", "#e4e7ea"
 COLUMNS = ["forward", "ratio", "backward", "ratio", "both", "ratio", "of peak", "kept", "peak"]
 COLOURS = {
     "fastlora torch": "#2a78b8",
+    "fastlora library": "#59a5d8",
     "fastlora triton": "#1b3f66",
     "PEFT": "#d1495b",
     "PEFT compiled": "#e8a0aa",
@@ -80,17 +81,14 @@ def markdown(result: dict) -> str:
             lines.append(f"| {row['way']} | " + " | ".join(cells) + " |")
     if result["end_to_end"]:
         lines += ["", "## A training step of a whole model", ""]
-        lines += [
-            "Random weights, bf16, r = 16 on every linear, dropout 0.05, 128 tokens a row.",
-            "",
-        ]
-        lines.append(
-            "| model | batch | | s a step | by PEFT's | tokens/s | peak MiB | GFLOP a token |"
-        )
-        lines.append("|---|---:|---|" + "---:|" * 5)
+        lines += ["Random weights, bf16, r = 16 on every linear, dropout 0.05."]
+        columns = ("tokens", "s a step", "by PEFT's", "tokens/s", "peak MiB", "GFLOP a token")
+        lines += ["", "| model | batch | | " + " | ".join(columns) + " |"]
+        lines.append("|---|---:|---|" + "---:|" * len(columns))
         for row in result["end_to_end"]:
             lines.append(
-                f"| {row['model']} | {row['batch']} | {row['way']} | {row['step_s']:.3f} | "
+                f"| {row['model']} | {row['batch']} | {row['way']} | {row['tokens']} | "
+                f"{row['step_s']:.3f} | "
                 f"{row['ratio_to_peft']:.2f} | {row['tokens_s']:.0f} | "
                 f"{row['peak_bytes'] / 2**20:.0f} | {row['flops_per_token'] / 1e9:.3f} |"
             )
@@ -181,7 +179,8 @@ def draw_memory(result: dict, path: Path) -> None:
             at = [(r["batch"], r["peak_bytes"] / 2**20) for r in rows]
             axes.plot(*zip(*at, strict=True), "o-", color=colour, label=f"{way}, {model}")
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("rows of 128 tokens in a batch", color=INK)
+    tokens = result["end_to_end"][0]["tokens"]
+    axes.set_xlabel(f"rows of {tokens} tokens in a batch", color=INK)
     axes.set_ylabel("allocated by one step at its peak, MiB", color=INK)
     axes.grid(color=GRID)
     _finish(figure, axes, "Memory of a training step", result, path)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import time
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's own messages
 
 import end_to_end
 import report

@@ -37,7 +37,8 @@ def lora_linear(
     ``scaling`` is alpha / r; as a 0-d tensor on x's device it may change without a recompilation
     of a compiled model. Dropout with probability ``dropout_p`` acts on the input of the low-rank
     path when ``training``; its seed comes from torch's generator for ``x.device``.
-    ``impl`` is "auto" (choose), "triton", "torch" or "reference"; a named one never falls back.
+    ``impl`` is "auto" (choose), "triton", "library" (the vendor's wide products, Triton kernels
+    for the narrow ones), "torch" or "reference"; a named one never falls back.
 
     Differentiable in x, lora_A and lora_B, and in weight and bias where they require grad.
     Raises TypeError or ValueError naming the argument that is wrong, and RuntimeError when the

@@ -46,8 +46,8 @@ def _describe(index: int) -> str:
 def _check_device(device: torch.device) -> int:
     """Print a line for each implementation on ``device`` and return how many are wrong."""
     failures = 0
-    for impl in ("torch", "triton"):
-        why = plans.triton_unusable(device) if impl == "triton" else None
+    for impl in ("torch", "library", "triton"):
+        why = None if impl == "torch" else plans.triton_unusable(device)
         if why is not None:
             print(f"{impl} on {device}: not usable. {why}")
             continue

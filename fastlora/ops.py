@@ -37,6 +37,10 @@ def _body(impl: str):
         import fastlora_kernels
 
         return fastlora_kernels
+    if impl == "library":
+        from fastlora import library_impl
+
+        return library_impl
     return torch_impl
 
 

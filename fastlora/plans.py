@@ -9,7 +9,9 @@ import os
 import torch
 from torch import Tensor
 
-IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "library", "torch", "reference")
+# What "auto" takes, from the environment when Python starts: one of the above.
+FORCED = os.environ.get("FASTLORA_IMPL", "auto")
 
 
 @functools.cache
@@ -53,21 +55,29 @@ def triton_unusable(device: torch.device) -> str | None:
 def resolve(impl: str, x: Tensor) -> str:
     """Turn ``impl`` into the implementation that will run for ``x``; only "auto" chooses.
 
-    "auto" is "triton" for bfloat16 and float16 on a GPU, where tensor cores pay, and "torch"
-    everywhere else. Raises RuntimeError when a named implementation is not usable here.
+    "auto" is what the environment variable FASTLORA_IMPL names. Otherwise it is "library" for
+    bfloat16 and float16 on a GPU, where a Triton product would have to reach 89 to 98% of the
+    library's to win, and "torch" everywhere else.
+    Raises RuntimeError when a named implementation is not usable here.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "auto":
+        if FORCED not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"FASTLORA_IMPL must be one of {', '.join(IMPLEMENTATIONS)}, got {FORCED!r}"
+            )
+        impl = FORCED
+    if impl == "auto":
         fast = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
-        return "triton" if fast and triton_unusable(x.device) is None else "torch"
-    if impl == "triton":
+        return "library" if fast and triton_unusable(x.device) is None else "torch"
+    if impl in ("triton", "library"):
         if x.dtype == torch.float64:
             raise TypeError(
-                "x is float64, which impl='triton' does not take; use float32, bfloat16 or "
+                f"x is float64, which impl={impl!r} does not take; use float32, bfloat16 or "
                 "float16, or impl='torch'"
             )
         why = triton_unusable(x.device)
         if why is not None and x.device.type != "meta":
-            raise RuntimeError(f"impl='triton' cannot run on x.device '{x.device}': {why}")
+            raise RuntimeError(f"impl={impl!r} cannot run on x.device '{x.device}': {why}")
     return impl

@@ -41,7 +41,7 @@ def forward(
             torch.mm(x_hat, a.t(), out=s[rows])
         if seed is not None:
             s.mul_(kept_scale(dropout_p))
-    return _add_product(y, s, b.t(), scaling), s
+    return add_product(y, s, b.t(), scaling), s
 
 
 def backward(
@@ -65,7 +65,7 @@ def backward(
     if seed is not None:
         ds.mul_(kept_scale(dropout_p))
     elif need_x:
-        _add_product(dx, ds, a, 1.0)
+        add_product(dx, ds, a, 1.0)
     if seed is None and a.dtype == x.dtype:
         return dx, ds.t().contiguous() @ x if need_a else None, db
     da = torch.zeros(a.shape, dtype=_sum_dtype(a), device=a.device) if need_a else None
@@ -99,7 +99,7 @@ def _ds_db(
     return ds.mul_(scaling) if need_ds else None, db
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+def add_product(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """Add ``alpha · left @ right`` to ``out`` in place, rounding the sum once."""
     if not out.numel():
         return out

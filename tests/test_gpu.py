@@ -9,11 +9,11 @@ from acceptance import KINDS, Case, run, small_cases, verify, verify_exactly
 from fastlora_kernels import columns, configs, launch, product, shrink
 
 import fastlora
-from fastlora import torch_impl
+from fastlora import library_impl, torch_impl
 from fastlora.dropout import keep_mask
 
 pytestmark = pytest.mark.gpu
-BODIES = {"triton": fastlora_kernels, "torch": torch_impl}
+BODIES = {"triton": fastlora_kernels, "library": library_impl, "torch": torch_impl}
 each_body = pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 
 

@@ -12,7 +12,7 @@ from fastlora_kernels import columns, configs, launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlora import torch_impl
+from fastlora import library_impl, torch_impl
 
 BODIES = {"triton": fastlora_kernels, "torch": torch_impl}
 each_body = pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
@@ -48,6 +48,19 @@ def test_more_rows_than_one_split_or_block(body):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_more_rows_than_one_block_of_the_torch_implementation(kind, p):
     verify(torch_impl, Case(2 * torch_impl.ROWS["cpu"] + 7, 50, 70, 6, kind=kind, dropout_p=p))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_library_products_beside_the_kernels(kind, p):
+    for mode in ("base", "low_rank", "both"):
+        verify(library_impl, Case(33, 50, 70, 5, kind=kind, mode=mode, dropout_p=p))
+    t = Case(9, 10, 11, 3, kind=kind, dropout_p=p).tensors()
+    rest = (t["seed"], 0.5, p)
+    _, s = library_impl.forward(t["x"], t["w"], t["a"], t["b"], None, *rest)
+    for needs in itertools.product((False, True), repeat=3):
+        grads = library_impl.backward(t["dy"], t["x"], t["w"], t["a"], t["b"], s, *rest, needs)
+        assert tuple(grad is not None for grad in grads) == needs
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16-fp32"])

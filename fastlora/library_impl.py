@@ -1,0 +1,58 @@
+"""The ``library`` implementation: the vendor's product for what is wide, our kernels for the rest.
+
+y and dx are one library product each, into which the low-rank product is added; that costs a
+second pass over y and dx, but no Triton product has to be as fast as the library's. What is as
+narrow as the rank (s, ds, da, db) comes from the Triton kernels, dropout drawn inside them.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from fastlora_kernels.columns import da as da_of
+from fastlora_kernels.columns import ds_db
+from fastlora_kernels.product import product
+from fastlora_kernels.shrink import shrink
+from torch import Tensor
+
+from fastlora.torch_impl import add_product
+
+
+def forward(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Return y [M, N] in the dtype of x and s = dropout(x) aᵀ [M, R] in the adapters' dtype."""
+    s = shrink(x, a, seed, dropout_p=dropout_p)
+    return add_product(F.linear(x, w, bias), s, b.t(), scaling), s
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    s: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return dx [M, K], da [R, K] and db [N, R], each None unless its flag in ``needs`` is set."""
+    need_x, need_a, need_b = needs
+    ds, db = ds_db(dy, s, b, scaling=scaling, need_ds=need_x or need_a, need_db=need_b)
+    da = da_of(x, ds, seed, dropout_p=dropout_p) if need_a else None
+    if not need_x:
+        return None, da, db
+    if seed is None:
+        return add_product(dy @ w, ds, a, 1.0), da, db
+    # The kernel's main loop has no steps: what it writes is the masked low-rank product alone.
+    none = slice(0, 0)
+    dx = product(dy[:, none], w.t()[:, none], ds, a.t(), None, seed, dropout_p=dropout_p)
+    return dx.addmm_(dy, w), da, db
