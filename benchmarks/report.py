@@ -159,7 +159,7 @@ def draw_roofline(result: dict, path: Path) -> None:
             at.append((4 * p["M"] * p["N"] * p["K"] / moved, row["both"]["tflops"]))
         if at:
             axes.plot(*zip(*at, strict=True), "o", color=colour, label=way, markersize=5, alpha=0.8)
-    intensities = [10**e for e in (-0.5, 0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5)]
+    intensities = sorted([0.3, peak / bandwidth, 3000.0])
     roof = [min(peak, bandwidth * i) / 1e12 for i in intensities]
     axes.plot(intensities, roof, color=INK, linewidth=1.5, label="measured ceilings")
     axes.set_xscale("log")

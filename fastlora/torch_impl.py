@@ -137,8 +137,9 @@ def _blocks(
 
     Both tensors are overwritten by the next block. Kept elements are not scaled.
     """
-    ones = KeptOnes(seed, _block_rows(x), x.shape[1], p) if seed is not None else None
-    memory = x.new_empty(min(_block_rows(x), x.shape[0]), x.shape[1], dtype=dtype)
+    size = min(_block_rows(x), x.shape[0])
+    ones = KeptOnes(seed, size, x.shape[1], p) if seed is not None else None
+    memory = x.new_empty(size, x.shape[1], dtype=dtype)
     for rows in _rows(x):
         block = x[rows]
         kept = ones.draw(range(rows.start, rows.start + len(block))) if ones else None

@@ -93,3 +93,12 @@ def test_ways_take_turns():
     assert order == ["a", "b"] * 4  # once before anything is timed
     assert [len(times) for times in rounds["a"]] == [2, 2, 2]
     assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
+
+
+def test_few_rows_with_dropout_take_little_memory():
+    """The mask is drawn in memory for the rows there are, not for a whole block of them."""
+    rows = measure.measure(
+        Problem("few", 8, 256, 256, R=4, p=0.05), ["frozen", "fastlora torch"], 0.0
+    )
+    frozen, mine = (row["peak_bytes"] for row in rows)
+    assert mine < frozen + 64 * 1024
