@@ -199,7 +199,8 @@ def _finish(figure, axes, title: str, result: dict, path: Path) -> None:
     axes.text(0, 1.02, where, transform=axes.transAxes, color=INK, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    if axes.get_legend_handles_labels()[0]:  # a short run may have nothing to draw
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
     figure.savefig(path)
 
 
