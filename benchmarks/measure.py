@@ -51,12 +51,6 @@ def flops(problem: Problem, way: str, phase: str) -> float:
     return {"forward": forward, "backward": backward, "both": forward + backward}[phase]
 
 
-def traffic(problem: Problem) -> float:
-    """Return the bytes that forward and backward move if every tensor moves once."""
-    x, y, w = problem.M * problem.K, problem.M * problem.N, problem.N * problem.K
-    return problem.dtype.itemsize * (2 * w + 2 * x + 2 * y)
-
-
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Return the copy bandwidth (bytes/s, read and written) and the matrix rate (FLOP/s) here."""
     cpu = device.type == "cpu"

@@ -148,10 +148,7 @@ def _blocks(
 
 
 def _kept(t: Tensor, ones: Tensor) -> Tensor:
-    """Multiply ``t`` by a mask of ones and zeros, in place."""
-    if t.dtype.itemsize == ones.dtype.itemsize:
-        t.view(ones.dtype).mul_(ones)  # its bits, or none of them
-        return t
+    """Multiply ``t`` by a mask of ones and zeros, in place: what is not a number stays so."""
     return t.mul_(ones.to(t.dtype))
 
 

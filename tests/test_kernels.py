@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlora import library_impl, torch_impl
+from fastlora.dropout import keep_mask
 
 BODIES = {"triton": fastlora_kernels, "torch": torch_impl}
 each_body = pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
@@ -208,6 +209,18 @@ def test_a_bad_row_stays_one_row(body):
             others = torch.arange(40) != row
             assert not results[name][row].isfinite().any(), name
             assert torch.equal(results[name][others], clean[name][others]), name
+
+
+@each_body
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_dropped_is_still_not_a_number(body, kind):
+    """As in eager PyTorch, where dropout multiplies by zero."""
+    case = Case(30, 12, 20, 3, kind=kind, dropout_p=0.5)
+    t = case.tensors()
+    row, column = (~keep_mask(t["seed"], range(30), 20, 0.5)).nonzero()[5]
+    t["x"][row, column] = torch.nan
+    bad = run(body, case, t)["lora_A"].isnan()
+    assert bad[:, column].all() and bad.sum() == 3
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16-fp32"])
