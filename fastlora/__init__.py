@@ -2,6 +2,7 @@
 
 from fastlora.adapters import load_adapter, save_adapter
 from fastlora.config import LoRAConfig
+from fastlora.explain import Explanation, explain
 from fastlora.functional import lora_linear
 from fastlora.inject import InjectReport, inject
 from fastlora.layer import LoRALinear
@@ -10,11 +11,13 @@ from fastlora.model import delete_adapter, disable_adapters, merge, set_adapter,
 __version__ = "0.1.0"
 
 __all__ = [
+    "Explanation",
     "InjectReport",
     "LoRAConfig",
     "LoRALinear",
     "delete_adapter",
     "disable_adapters",
+    "explain",
     "inject",
     "load_adapter",
     "lora_linear",

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastlora finetune`` and ``python -m fastlora info``."""
+"""The command line: ``python -m fastlora finetune``, ``tune`` and ``info``."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import argparse
 import re
 import sys
 
-from fastlora import finetune
+from fastlora import finetune, tune_command
 from fastlora.finetune import Settings
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
     options = vars(_parser().parse_args(argv))
-    if options.pop("command") == "info":
+    command = options.pop("command")
+    if command == "info":
         from fastlora import info
 
         return info.main() or 0
-    options["target_modules"] = _target_modules(options["target_modules"])
+    if "target_modules" in options:
+        options["target_modules"] = _target_modules(options["target_modules"])
     try:
-        finetune.run(Settings(**options))
+        if command == "tune":
+            tune_command.run(**options)
+        else:
+            finetune.run(Settings(**options))
     except finetune.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,7 +69,28 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="default: cuda if there is one, else cpu")
     add("--save-every", type=int, default=Settings.save_every, help="steps between checkpoints")
     add("--restart", action="store_true", help="begin again, whatever --output holds")
+    _add_tune(commands)
     return parser
+
+
+def _add_tune(commands) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="measure which implementation is fastest for a model's layers on this machine",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = tune.add_argument
+    what = tune.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="Hugging Face folder or id, or a folder with one .gguf")
+    what.add_argument("--shapes", nargs="+", metavar="NxK", help="weights, such as 14336x4096")
+    add("--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="of --model")
+    add("--tokens", nargs="+", type=int, default=[512, 8192], help="tokens in a batch")
+    add("--r", nargs="+", type=int, default=[16], help="ranks")
+    add("--dropout", choices=("both", "on", "off"), default="both", help="training draws it")
+    add("--dtype", choices=tune_command.DTYPES, default="bf16", help="of the frozen weights")
+    add("--adapter-dtype", choices=tune_command.DTYPES, default="fp32", help="fp32 as in PEFT")
+    add("--seconds", type=float, default=1.0, help="for each problem, beside its kernels")
+    add("--device", help="default: cuda if there is one, else cpu")
 
 
 def _target_modules(values: list[str]) -> str | tuple[str, ...]:

@@ -24,6 +24,7 @@ from fastlora.finetune_model import (
     load_model,
     require,
     response_loss,
+    torch_device,
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -76,20 +77,9 @@ class Settings:
             del values[name]
         if isinstance(self.target_modules, tuple):
             values["target_modules"] = list(self.target_modules)
-        values["device"] = str(self.torch_device())
+        values["device"] = str(torch_device(self.device))
         values["data sha256"] = hashlib.sha256(Path(self.data).read_bytes()).hexdigest()
         return values
-
-    def torch_device(self) -> torch.device:
-        if self.device is None:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--device {self.device} cannot be used: {reason}") from error
-        return device
 
 
 def run(settings: Settings) -> dict:
@@ -139,7 +129,7 @@ class _Run:
         state: dict | None,
     ) -> None:
         self.settings, self.fingerprint, self.state = settings, fingerprint, state
-        self.device = settings.torch_device()
+        self.device = torch_device(settings.device)
         name = f"{settings.model}, {settings.dtype} on {self.device}"
         say("model", f"{name}; loading may take half a minute")
         self.model, self.tokenizer = load_model(settings.model, DTYPES[settings.dtype])

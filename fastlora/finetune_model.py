@@ -84,6 +84,18 @@ def generate(model: nn.Module, tokenizer, question: str) -> str:
     return " ".join(tokenizer.decode(output, skip_special_tokens=True).split()) + cut
 
 
+def torch_device(name: str | None) -> torch.device:
+    """Return the device that --device names, by default a GPU where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from error
+    return device
+
+
 def require(*modules: str, extra: str = "finetune") -> None:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:

@@ -44,24 +44,68 @@ def lora_linear(
     Raises TypeError or ValueError naming the argument that is wrong, and RuntimeError when the
     named implementation cannot run here.
     """
-    for name, tensor in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-    if bias is not None and not isinstance(bias, Tensor):
-        raise TypeError(f"bias must be a Tensor or None, got {type(bias).__name__}")
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
-    _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
-    if isinstance(scaling, Tensor):
-        lora_B, scaling = lora_B * scaling, 1.0
-    impl = plans.resolve(impl, x)
+    if not _plainly_right(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
+        _check_types(x, weight, lora_A, lora_B, bias)
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
+        _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+        if isinstance(scaling, Tensor):
+            lora_B, scaling = lora_B * scaling, 1.0
+    if impl != "auto" or plans.FORCED != "auto":
+        impl = plans.named(impl, x)
     seed = new_seed(x.device) if training and dropout_p > 0.0 else None
-    x_2d = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    shape = x.shape
+    if len(shape) != 2:
+        x = x.reshape(math.prod(shape[:-1]), shape[-1])
     if impl == "reference":
-        y = _reference(x_2d, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
+        y = _reference(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
     else:
-        y = run(x_2d, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+        y = run(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl)
+    return y if len(shape) == 2 else y.reshape(*shape[:-1], weight.shape[0])
+
+
+def _plainly_right(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> bool:
+    """Return whether the arguments are as in most calls: nothing to cast and nothing wrong.
+
+    It takes a third of the time of `_check`, which can say what is wrong.
+    """
+    if not (
+        isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
+        and isinstance(lora_A, Tensor)
+        and isinstance(lora_B, Tensor)
+        and type(scaling) is type(dropout_p) is float
+        and -math.inf < scaling < math.inf
+        and 0.0 <= dropout_p <= 1.0
+    ):
+        return False
+    shape, w, a, b, dtype, device = (
+        x.shape,
+        weight.shape,
+        lora_A.shape,
+        lora_B.shape,
+        x.dtype,
+        x.device,
+    )
+    if bias is not None and not (
+        isinstance(bias, Tensor)
+        and bias.shape == w[:1]
+        and bias.dtype == dtype
+        and bias.device == device
+    ):
+        return False
+    return (
+        len(w) == len(a) == len(b) == 2
+        and len(shape) > 0
+        and shape[-1] == w[1] == a[1]
+        and b[0] == w[0]
+        and b[1] == a[0] >= 1
+        and dtype in DTYPES
+        and weight.dtype == lora_A.dtype == lora_B.dtype == dtype
+        and weight.device == lora_A.device == lora_B.device == device
+        and not x.is_meta
+        and not torch._C._is_any_autocast_enabled()
+    )
 
 
 def _reference(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p):
@@ -83,6 +127,14 @@ def _autocast(x, weight, lora_A, lora_B, bias):
     if lora_A.dtype != torch.float32:  # float32 adapters are kept: the operator takes them
         lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     return x.to(dtype), weight.to(dtype), lora_A, lora_B, None if bias is None else bias.to(dtype)
+
+
+def _check_types(x, weight, lora_A, lora_B, bias):
+    for name, tensor in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a Tensor or None, got {type(bias).__name__}")
 
 
 def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p):

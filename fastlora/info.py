@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from fastlora import plans, reference
 from fastlora.dropout import keep_mask, new_seed
 from fastlora.functional import lora_linear
+from fastlora.measured import version_of
 
 PACKAGES = ("fastlora-kernels", "torch", "triton", "safetensors", "peft", "transformers")
 # Relative to float64, by the base's dtype: far above rounding, far below any wrong result.
@@ -20,7 +20,7 @@ def main() -> int:
     """Print the report and return 0, or 1 when an implementation that should run is wrong."""
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in PACKAGES:
-        print(f"{name:18}{_version(name)}")
+        print(f"{name:18}{version_of(name)}")
     devices = [torch.device("cpu")]
     for i in range(torch.cuda.device_count()):
         devices.append(torch.device("cuda", i))
@@ -29,13 +29,6 @@ def main() -> int:
     failures = sum(_check_device(device) for device in devices)
     print("OK" if not failures else f"FAILED: {failures} checks above are wrong")
     return 1 if failures else 0
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _describe(index: int) -> str:
@@ -53,8 +46,8 @@ def _check_device(device: torch.device) -> int:
             continue
         for dtype in TOLERANCE:
             failures += not _check(impl, device, dtype)
-    chosen = plans.resolve("auto", torch.empty(1, dtype=torch.bfloat16, device=device))
-    print(f"impl='auto' takes {chosen} for bfloat16 on {device}")
+    chosen, why = plans.default(torch.bfloat16, device)
+    print(f"impl='auto' takes {chosen} for bfloat16 on {device} ({why})")
     return failures
 
 

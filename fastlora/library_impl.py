@@ -7,9 +7,13 @@ narrow as the rank (s, ds, da, db) comes from the Triton kernels, dropout drawn 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch.nn.functional as F
 from fastlora_kernels.columns import da as da_of
 from fastlora_kernels.columns import ds_db
+from fastlora_kernels.configs import Config
+from fastlora_kernels.linear import NO_CONFIGS
 from fastlora_kernels.product import product
 from fastlora_kernels.shrink import shrink
 from torch import Tensor
@@ -26,9 +30,10 @@ def forward(
     seed: Tensor | None,
     scaling: float,
     dropout_p: float,
+    configs: Mapping[str, Config] = NO_CONFIGS,
 ) -> tuple[Tensor, Tensor]:
     """Return y [M, N] in the dtype of x and s = dropout(x) aᵀ [M, R] in the adapters' dtype."""
-    s = shrink(x, a, seed, dropout_p=dropout_p)
+    s = shrink(x, a, seed, dropout_p=dropout_p, config=configs.get("shrink"))
     return add_product(F.linear(x, w, bias), s, b.t(), scaling), s
 
 
@@ -43,16 +48,19 @@ def backward(
     scaling: float,
     dropout_p: float,
     needs: tuple[bool, bool, bool],
+    configs: Mapping[str, Config] = NO_CONFIGS,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return dx [M, K], da [R, K] and db [N, R], each None unless its flag in ``needs`` is set."""
     need_x, need_a, need_b = needs
-    ds, db = ds_db(dy, s, b, scaling=scaling, need_ds=need_x or need_a, need_db=need_b)
-    da = da_of(x, ds, seed, dropout_p=dropout_p) if need_a else None
+    needed = {"need_ds": need_x or need_a, "need_db": need_b}
+    ds, db = ds_db(dy, s, b, scaling=scaling, **needed, config=configs.get("ds_db"))
+    dropped = {"seed": seed, "dropout_p": dropout_p}
+    da = da_of(x, ds, **dropped, config=configs.get("da")) if need_a else None
     if not need_x:
         return None, da, db
     if seed is None:
         return add_product(dy @ w, ds, a, 1.0), da, db
     # The kernel's main loop has no steps: what it writes is the masked low-rank product alone.
     none = slice(0, 0)
-    dx = product(dy[:, none], w.t()[:, none], ds, a.t(), None, seed, dropout_p=dropout_p)
+    dx = product(dy[:, none], w.t()[:, none], ds, a.t(), **dropped)
     return dx.addmm_(dy, w), da, db

@@ -2,8 +2,9 @@
 
 ``fastlora::lora_linear`` returns y and what backward needs of the low-rank path (s);
 ``fastlora::lora_linear_backward`` returns the gradients of x and of the adapters. Both take
-2-D tensors and the name of an implementation, already chosen. The gradients of a trained base
-weight and bias are plain products and are written in the autograd formula.
+2-D tensors and the name of an implementation; "auto" is resolved inside, for the sizes that come,
+so that one compiled graph serves them all. The gradients of a trained base weight and bias are
+plain products and are written in the autograd formula.
 
 `run` calls the bodies without the dispatcher where nothing could tell: in eager mode the way
 through it and back costs as much Python time as ten small products.
@@ -15,7 +16,7 @@ import contextlib
 
 import torch
 
-from fastlora import torch_impl
+from fastlora import plans
 from fastlora.dropout import keep_mask, kept_scale
 
 _lib = torch.library.Library("fastlora", "DEF")
@@ -32,39 +33,31 @@ _lib.define(
 )
 
 
-def _body(impl: str):
-    if impl == "triton":
-        import fastlora_kernels
-
-        return fastlora_kernels
-    if impl == "library":
-        from fastlora import library_impl
-
-        return library_impl
-    return torch_impl
-
-
 def exact(device: torch.device) -> contextlib.AbstractContextManager:
     """Keep autocast from rounding float32 adapters once more inside an implementation."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
+    if not torch._C._is_any_autocast_enabled() or device.type == "meta":
+        return _NOTHING
     return torch.autocast(device.type, enabled=False)
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 @torch.library.impl(_lib, "lora_linear", "CompositeExplicitAutograd")
 def _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl):
-    rest = (bias, seed, float(scaling), dropout_p)
+    body = plans.function("forward", impl, x, weight, lora_A, seed is not None)
     with exact(x.device):
-        return _body(impl).forward(x, weight, lora_A, lora_B, *rest)
+        return body(x, weight, lora_A, lora_B, bias, seed, float(scaling), dropout_p)
 
 
 @torch.library.impl(_lib, "lora_linear_backward", "CompositeExplicitAutograd")
 def _backward(
     dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, impl, need_x, need_A, need_B
 ):
+    body = plans.function("backward", impl, x, weight, lora_A, seed is not None)
     rest = (s, seed, float(scaling), dropout_p, (need_x, need_A, need_B))
     with exact(x.device):
-        grads = _body(impl).backward(dy, x, weight, lora_A, lora_B, *rest)
+        grads = body(dy, x, weight, lora_A, lora_B, *rest)
     # An operator returns tensors: an empty one stands for a gradient nobody asked for.
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -88,43 +81,47 @@ def _backward_fake(
 
 def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
-    _save(ctx, inputs, output[1])
+    _save(ctx, *inputs[:4], output[1], inputs[5:])
 
 
-def _save(ctx, inputs, s):
-    x, weight, lora_A, lora_B, _, seed, ctx.scaling, ctx.dropout_p, ctx.impl = inputs
+def _save(ctx, x, weight, lora_A, lora_B, s, rest):
+    ctx.rest = rest[1:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, lora_A, lora_B, seed, s)
+    ctx.save_for_backward(x, weight, lora_A, lora_B, rest[0], s)
 
 
 def _autograd(ctx, dy, _):
+    return (*_grads(ctx, dy), None, None, None, None)
+
+
+def _grads(ctx, dy):
+    """Return the gradients of x, weight, lora_A, lora_B and bias, each None where none is asked."""
     if dy is None:
-        return (None,) * 9
+        return (None,) * 5
     x, weight, lora_A, lora_B, seed, s = ctx.saved_tensors
+    scaling, dropout_p, impl = ctx.rest
     need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
     dx = da = db = None
     if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
-        dx, da, db = _differentiable_grads(ctx, dy, x, weight, lora_A, lora_B, seed)
+        dx, da, db = _differentiable_grads(dy, x, weight, lora_A, lora_B, seed, scaling, dropout_p)
     elif need_x or need_A or need_B:
         needs = (need_x, need_A, need_B)
-        direct = _unobserved(dy, x, weight, lora_A, lora_B)
+        direct = _unobserved(x, weight, lora_A, lora_B, dy)
         body = _backward if direct else torch.ops.fastlora.lora_linear_backward
-        grads = body(
-            dy, x, weight, lora_A, lora_B, s, seed, ctx.scaling, ctx.dropout_p, ctx.impl, *needs
-        )
+        grads = body(dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, impl, *needs)
         dx, da, db = (g if needed else None for g, needed in zip(grads, needs, strict=True))
     dw = dy.t() @ x if need_weight else None
     dbias = dy.sum(0) if need_bias else None
-    return dx, dw, da, db, dbias, None, None, None, None
+    return dx, dw, da, db, dbias
 
 
-def _differentiable_grads(ctx, dy, x, weight, lora_A, lora_B, seed):
+def _differentiable_grads(dy, x, weight, lora_A, lora_B, seed, scaling, dropout_p):
     keep = None
     if seed is not None:
-        keep = keep_mask(seed, range(x.shape[0]), x.shape[1], ctx.dropout_p)
-        keep = keep.to(lora_A.dtype) * kept_scale(ctx.dropout_p)
+        keep = keep_mask(seed, range(x.shape[0]), x.shape[1], dropout_p)
+        keep = keep.to(lora_A.dtype) * kept_scale(dropout_p)
     x_hat = x.to(lora_A.dtype) if keep is None else x.to(lora_A.dtype) * keep
-    dy_scaled = dy.to(lora_B.dtype) * ctx.scaling
+    dy_scaled = dy.to(lora_B.dtype) * scaling
     ds = dy_scaled @ lora_B
     low_rank = ds @ lora_A if keep is None else (ds @ lora_A) * keep
     dx = dy @ weight + low_rank.to(x.dtype)
@@ -138,14 +135,18 @@ torch.library.register_autograd(
 
 class _Direct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        y, s = _forward(*inputs)
-        _save(ctx, inputs, s)
+    def forward(ctx, x, weight, lora_A, lora_B, bias, rest):
+        y, s = _forward(x, weight, lora_A, lora_B, bias, *rest)
+        _save(ctx, x, weight, lora_A, lora_B, s, rest)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        return _autograd(ctx, dy, None)
+        return (*_grads(ctx, dy), None)
+
+
+# Without Function.apply's preparations for functorch, which take 7 µs: `_unobserved` excludes it.
+_apply = super(torch.autograd.Function, _Direct).apply
 
 
 def run(x, weight, lora_A, lora_B, bias, *rest) -> torch.Tensor:
@@ -153,22 +154,31 @@ def run(x, weight, lora_A, lora_B, bias, *rest) -> torch.Tensor:
 
     ``rest``: seed, scaling, dropout_p, impl.
     """
-    inputs = (x, weight, lora_A, lora_B, bias, *rest)
-    if not _unobserved(x, weight, lora_A, lora_B, x if bias is None else bias):
-        return torch.ops.fastlora.lora_linear(*inputs)[0]
-    if torch.is_grad_enabled():
-        return _Direct.apply(*inputs)
-    return _forward(*inputs)[0]
+    if not _unobserved(x, weight, lora_A, lora_B, bias):
+        return torch.ops.fastlora.lora_linear(x, weight, lora_A, lora_B, bias, *rest)[0]
+    if torch.is_grad_enabled() and (
+        lora_A.requires_grad
+        or lora_B.requires_grad
+        or x.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _apply(x, weight, lora_A, lora_B, bias, rest)
+    return _forward(x, weight, lora_A, lora_B, bias, *rest)[0]
 
 
-def _unobserved(*tensors: torch.Tensor) -> bool:
+def _unobserved(x, weight, lora_A, lora_B, other) -> bool:
     """Return whether no compiler, mode, transform or subclass would see a call of an operator."""
     return (
-        not torch.compiler.is_compiling()
+        type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and type(lora_A) in _PLAIN
+        and type(lora_B) in _PLAIN
+        and type(other) in _PLAIN
+        and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
-        and all(type(t) in _PLAIN for t in tensors)
     )
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))

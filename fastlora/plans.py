@@ -1,10 +1,14 @@
-"""Which implementation runs: what is usable here, and what ``impl="auto"`` takes."""
+"""Which implementation runs: what is usable here, and what ``impl="auto"`` takes for a problem."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +16,160 @@ from torch import Tensor
 IMPLEMENTATIONS = ("auto", "triton", "library", "torch", "reference")
 # What "auto" takes, from the environment when Python starts: one of the above.
 FORCED = os.environ.get("FASTLORA_IMPL", "auto")
+# Whether a problem that nothing was measured for is measured when it first comes up.
+TUNE = os.environ.get("FASTLORA_TUNE", "0") == "1"
+
+MODULES = {
+    "triton": "fastlora_kernels",
+    "library": "fastlora.library_impl",
+    "torch": "fastlora.torch_impl",
+}
+
+
+class Problem(NamedTuple):
+    """What a plan is chosen for: M tokens, N outputs, K inputs, rank R, dtypes, dropout.
+
+    A bias costs every implementation the same and is no part of it.
+    """
+
+    M: int
+    N: int
+    K: int
+    R: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    adapter: torch.dtype = torch.bfloat16
+    dropout: bool = False
+
+    def bucketed(self) -> Problem:
+        """Return the problem with M and R rounded up to powers of two, R to 16 at least."""
+        m, r = (1 << max(0, size - 1).bit_length() for size in (self.M, self.R))
+        return self._replace(M=m, R=max(16, r))
+
+    def __str__(self) -> str:
+        names = [str(d).removeprefix("torch.") for d in (self.dtype, self.adapter)]
+        adapters = f", {names[1]} adapters" if names[0] != names[1] else ""
+        dropout = ", dropout" * self.dropout
+        return f"{self.M} x {self.N} x {self.K}, r = {self.R}, {names[0]}{adapters}{dropout}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one direction of a problem runs, why, and what was measured.
+
+    ``seconds`` holds medians by implementation, ``configs`` the kernels' measured configs.
+    """
+
+    impl: str
+    why: str
+    seconds: Mapping[str, float]
+    configs: Mapping[str, Any]
+
+
+_functions: dict[tuple, Callable[..., Any]] = {}
+
+
+def function(
+    op: str, impl: str, x: Tensor, w: Tensor, a: Tensor, dropout: bool
+) -> Callable[..., Any]:
+    """Return what runs ``op`` ("forward" or "backward") on these operands: one look-up.
+
+    ``x`` [M, K], ``w`` [N, K], ``a`` [R, K]; ``impl`` names an implementation or is "auto".
+    """
+    (m, k), r, n = x.shape, a.shape[0], w.shape[0]
+    key = (op, impl, (m - 1).bit_length(), n, k, r, x.dtype, a.dtype, dropout, x.device)
+    found = _functions.get(key)
+    if found is None:
+        problem = Problem(m, n, k, r, x.dtype, a.dtype, dropout)
+        plan = choose(op, impl, problem, x.device)
+        found = getattr(importlib.import_module(MODULES[plan.impl]), op)
+        if plan.configs and plan.impl != "torch":
+            found = functools.partial(found, configs=plan.configs)
+        _functions[key] = found
+    return found
+
+
+def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
+    """Return the plan for ``op``: the one asked for, the measured fastest, or the default."""
+    usable = usable_implementations(problem.dtype, device)
+    seconds, configs = {}, {}
+    if len(usable) > 1:
+        timing = _timings(problem, device, impl)
+        if timing is not None:
+            seconds = timing[op].seconds
+            configs = _configs(op, timing[op].configs, problem, device)
+    why = f"impl={impl!r}"
+    if impl == "auto" and FORCED != "auto":
+        impl, why = FORCED, f"FASTLORA_IMPL={FORCED}"
+    if impl == "auto":
+        impl, why = default(problem.dtype, device)
+        best = min((i for i in usable if i in seconds), key=seconds.get, default=None)
+        if best is not None:
+            why = "measured on this machine"
+            # Measurements scatter: a draw leaves the default.
+            if seconds[best] < 0.98 * seconds.get(impl, float("inf")):
+                impl = best
+    return Plan(impl, why, seconds, configs)
+
+
+def _timings(problem: Problem, device: torch.device, impl: str) -> dict | None:
+    from fastlora import measured
+
+    found = measured.find(problem, device)
+    if found is None and TUNE and impl == FORCED == "auto" and not _capturing(device):
+        from fastlora import tuner
+
+        found = tuner.tune_on_first_use(problem, device)
+    return found
+
+
+def _configs(
+    op: str, fields: Mapping[str, dict], problem: Problem, device: torch.device
+) -> dict[str, Any]:
+    """Return the kernels' configs from a file's fields, but none that cannot run here."""
+    from fastlora_kernels.configs import KERNEL_OF, Chip, Config, is_valid, kind_of
+
+    kind, chip = kind_of(problem.dtype, problem.adapter), Chip.of(device)
+    found = {name: Config(**f) for name, f in fields.items() if name in KERNEL_OF}
+    return {
+        name: config
+        for name, config in found.items()
+        if is_valid(config, KERNEL_OF[name], kind, problem.R, drops(op, name, problem), chip)
+    }
+
+
+def drops(op: str, launcher: str, problem: Problem) -> bool:
+    """Return whether ``launcher`` draws a dropout mask in ``op``."""
+    return problem.dropout and (op, launcher) not in (("forward", "product"), ("backward", "ds_db"))
+
+
+def forget() -> None:
+    """Have every plan chosen again, after measurements changed."""
+    _functions.clear()
+
+
+def default(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """Return what runs where nothing was measured, and why.
+
+    "library" for bfloat16 and float16 on a GPU: its second pass over y costs 500 / K of the
+    product, so a Triton product would have to reach 89 to 98% of the library's to win.
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        why = triton_unusable(device)
+        if why is None:
+            return "library", "default, not measured"
+        return "torch", why
+    return "torch", "default, not measured" if device.type == "cuda" else "made for CPUs"
+
+
+def usable_implementations(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """Return the implementations that can run on ``device``; "torch" always can."""
+    if dtype == torch.float64 or triton_unusable(device) is not None:
+        return ("torch",)
+    return ("torch", "library", "triton")
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -52,32 +210,24 @@ def triton_unusable(device: torch.device) -> str | None:
     return f"it runs on 'cuda' devices (and 'cpu' under TRITON_INTERPRET=1), not on '{device.type}'"
 
 
-def resolve(impl: str, x: Tensor) -> str:
-    """Turn ``impl`` into the implementation that will run for ``x``; only "auto" chooses.
+def named(impl: str, x: Tensor) -> str:
+    """Return ``impl``, or for "auto" what FASTLORA_IMPL says, after checking that it can take x.
 
-    "auto" is what the environment variable FASTLORA_IMPL names. Otherwise it is "library" for
-    bfloat16 and float16 on a GPU, where a Triton product would have to reach 89 to 98% of the
-    library's to win, and "torch" everywhere else.
-    Raises RuntimeError when a named implementation is not usable here.
+    Raises ValueError for an unknown name, TypeError for a dtype it does not take, RuntimeError
+    where it cannot run.
     """
+    source = "impl"
+    if impl == "auto":
+        impl, source = FORCED, "FASTLORA_IMPL"
     if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    if impl == "auto":
-        if FORCED not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"FASTLORA_IMPL must be one of {', '.join(IMPLEMENTATIONS)}, got {FORCED!r}"
-            )
-        impl = FORCED
-    if impl == "auto":
-        fast = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
-        return "library" if fast and triton_unusable(x.device) is None else "torch"
+        raise ValueError(f"{source} must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl in ("triton", "library"):
         if x.dtype == torch.float64:
             raise TypeError(
-                f"x is float64, which impl={impl!r} does not take; use float32, bfloat16 or "
+                f"x is float64, which {source}={impl!r} does not take; use float32, bfloat16 or "
                 "float16, or impl='torch'"
             )
         why = triton_unusable(x.device)
         if why is not None and x.device.type != "meta":
-            raise RuntimeError(f"impl={impl!r} cannot run on x.device '{x.device}': {why}")
+            raise RuntimeError(f"{source}={impl!r} cannot run on x.device '{x.device}': {why}")
     return impl

@@ -6,16 +6,17 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 
 def interleaved(
-    steps: dict[str, Callable[[], Iterable[None]]],
+    steps: dict[Any, Callable[[], Iterable[None]]],
     device: torch.device,
     seconds: float,
     least: int = 5,
-) -> dict[str, list[tuple[float, ...]]]:
+) -> dict[Any, list[tuple[float, ...]]]:
     """Return for each way its rounds, each the seconds of every phase of the step.
 
     A step is called and iterated: what it does between two ``yield`` is one phase, so that
@@ -23,7 +24,7 @@ def interleaved(
     timed. Then they take turns, so that whatever disturbs the machine disturbs all of them, for
     about ``seconds`` in all but at least ``least`` rounds.
     """
-    rounds: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
+    rounds: dict[Any, list[tuple[float, ...]]] = {name: [] for name in steps}
     for step in steps.values():
         _phases(step, device)
     start = time.perf_counter()

@@ -6,7 +6,6 @@ import itertools
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
-from fastlora import ops, plans, reference
+from fastlora import ops, reference
 from fastlora.dropout import keep_mask, new_seed
 from fastlora.flops import FORMULAS
 
@@ -570,28 +569,3 @@ def test_the_short_way_gives_what_the_operator_gives(impl, p):
     assert all(map(torch.equal, mine, torch.autograd.grad(through.sum(), leaves)))
     with torch.no_grad():
         assert torch.equal(ops.run(*tensors, *rest), direct)
-
-
-def test_what_auto_takes(monkeypatch):
-    """Library products on a GPU's tensor cores; what the environment names, whatever it is."""
-    gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda"))
-    wide = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
-    monkeypatch.setattr(plans, "triton_unusable", lambda device: None)
-    assert plans.resolve("auto", gpu) == "library"
-    assert plans.resolve("auto", wide) == plans.resolve("auto", torch.ones(1)) == "torch"
-    monkeypatch.setattr(plans, "triton_unusable", lambda device: "broken")
-    assert plans.resolve("auto", gpu) == "torch"
-    monkeypatch.setattr(plans, "FORCED", "library")
-    with pytest.raises(RuntimeError, match=r"impl='library' cannot run on .*: broken"):
-        plans.resolve("auto", gpu)
-    assert plans.resolve("torch", gpu) == "torch"
-    monkeypatch.setattr(plans, "FORCED", "fast")
-    with pytest.raises(ValueError, match=r"FASTLORA_IMPL must be one of auto, .*, got 'fast'"):
-        plans.resolve("auto", gpu)
-
-
-def test_the_environment_is_read_when_python_starts():
-    code = "import fastlora.plans; print(fastlora.plans.FORCED)"
-    environment = {**os.environ, "FASTLORA_IMPL": "reference"}
-    command = [sys.executable, "-c", code]
-    assert subprocess.check_output(command, env=environment, text=True) == "reference\n"

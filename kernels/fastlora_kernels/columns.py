@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.configs import ON_THE_WAY_RANK, Config
+from fastlora_kernels.configs import ON_THE_WAY_RANK, Config, cdiv
 from fastlora_kernels.dropout import keep_tile, kept_scale, lowest_kept
 from fastlora_kernels.launch import chip_of, config_for, launch
 from fastlora_kernels.tiles import dot, sum_dtype, triton_dtype
@@ -150,12 +150,12 @@ def ds_db(
     if not (need_ds or need_db):
         return None, None
     (M, N), R = dy.shape, b.shape[1]
-    config = config or config_for("columns", dy, R, b.dtype, False, dy)
+    config = config or config_for("columns", dy, dy, R, b.dtype, False)
     on_the_way = need_ds and need_db and R <= ON_THE_WAY_RANK
     kinds = 2 if need_ds and need_db and not on_the_way else 1
     splits, steps = _split(M, N, R, config, chip_of(dy.device).processors, kinds)
     acc = {"dtype": sum_dtype(dy.dtype), "device": dy.device}
-    chunks = triton.cdiv(triton.cdiv(N, config.block_n), 1 if on_the_way else steps)
+    chunks = cdiv(cdiv(N, config.block_n), 1 if on_the_way else steps)
     inner = torch.empty(chunks, M, R, **acc) if need_ds else None
     outer = torch.empty(splits, N, R, **acc) if need_db else None
     _columns(dy, s, b, None, outer, inner, splits, steps, on_the_way, 0.0, (1, R), config)
@@ -176,7 +176,7 @@ def da(
     ``ds`` [M, R] is contiguous. Dropout acts where a ``seed`` ([1], int64) is given.
     """
     (M, K), R = x.shape, ds.shape[1]
-    config = config or config_for("columns", x, R, ds.dtype, seed is not None, x)
+    config = config or config_for("columns", x, x, R, ds.dtype, seed is not None)
     splits, steps = _split(M, K, R, config, chip_of(x.device).processors)
     outer = torch.empty(splits, R, K, dtype=sum_dtype(x.dtype), device=x.device)
     _columns(x, ds, None, seed, outer, None, splits, steps, False, dropout_p, (K, 1), config)
@@ -192,11 +192,11 @@ def _split(
     ``kinds`` of program share the processors: a second one has as many programs as the first,
     each of as many tiles.
     """
-    tiles = kinds * triton.cdiv(C, config.block_n) * triton.cdiv(R, config.rank_tile(R))
-    blocks = max(1, triton.cdiv(M, config.block_m))
+    tiles = kinds * cdiv(C, config.block_n) * cdiv(R, config.rank_tile(R))
+    blocks = max(1, cdiv(M, config.block_m))
     wanted = max(1, min(blocks, PROGRAMS * processors // max(1, tiles)))
-    steps = triton.cdiv(blocks, wanted)
-    return triton.cdiv(blocks, steps), steps
+    steps = cdiv(blocks, wanted)
+    return cdiv(blocks, steps), steps
 
 
 def _columns(
@@ -204,55 +204,31 @@ def _columns(
 ) -> None:
     (M, C), R = t.shape, s.shape[1]
     block_r = config.rank_tile(R)
-    tiles = triton.cdiv(C, config.block_n) if outer is not None else 0
+    tiles = cdiv(C, config.block_n) if outer is not None else 0
     if inner is not None and not on_the_way:
         tiles += steps * inner.shape[0]
+    grid = tiles * cdiv(R, block_r), splits
+    flags = outer is not None, inner is not None, on_the_way, seed is not None
     launch(
-        columns_kernel,
-        (tiles * triton.cdiv(R, block_r), splits),
-        config,
-        t_ptr=t,
-        s_ptr=s,
-        b_ptr=b,
-        seed_ptr=seed,
-        outer_ptr=outer,
-        inner_ptr=inner,
-        M=M,
-        C=C,
-        R=R,
-        steps=steps,
-        stride_tm=t.stride(0),
-        stride_tc=t.stride(1),
-        stride_br=0 if b is None else b.stride(1),
-        stride_bc=0 if b is None else b.stride(0),
-        stride_or=outer_strides[0],
-        stride_oc=outer_strides[1],
-        keep_from=lowest_kept(dropout_p),
-        NEED_OUTER=outer is not None,
-        NEED_INNER=inner is not None,
-        ON_THE_WAY=on_the_way,
-        HAS_DROPOUT=seed is not None,
-        ACC=triton_dtype(t.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_C=config.block_n,
-        BLOCK_R=block_r,
+        *(columns_kernel, grid, config),
+        *(t, s, b, seed, outer, inner),
+        *(M, C, R, steps),
+        *t.stride(),
+        *((0, 0) if b is None else (b.stride(1), b.stride(0))),
+        *outer_strides,
+        lowest_kept(dropout_p),
+        *flags,
+        triton_dtype(t.dtype),
+        *(config.block_m, config.block_n, block_r),
     )
 
 
 def _summed(parts: Tensor, shape: tuple[int, int], dtype: torch.dtype, scale: float) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device=parts.device)
-    launch(
-        sum_kernel,
-        (triton.cdiv(out.numel(), SUM_BLOCK),),
-        SUM_CONFIG,
-        part_ptr=parts,
-        out_ptr=out,
-        numel=out.numel(),
-        parts=parts.shape[0],
-        scale=scale,
-        ACC=triton_dtype(parts.dtype),
-        BLOCK=SUM_BLOCK,
-    )
+    grid = (cdiv(out.numel(), SUM_BLOCK),)
+    sizes = out.numel(), parts.shape[0]
+    acc = triton_dtype(parts.dtype)
+    launch(sum_kernel, grid, SUM_CONFIG, parts, out, *sizes, scale, acc, SUM_BLOCK)
     return out
 
 

@@ -55,6 +55,11 @@ class Config:
         return min(max(16, 1 << (r - 1).bit_length()), self.block_r)
 
 
+def cdiv(size: int, block: int) -> int:
+    """Return how many blocks cover ``size``; Triton's own takes 3 µs outside a kernel."""
+    return -(-size // block)
+
+
 def kind_of(base: torch.dtype, adapter: torch.dtype) -> str:
     """Return which products a kernel makes: "16" bits, "mixed" (float32 adapters) or "32" bits."""
     if base.itemsize > 2:
@@ -139,6 +144,8 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(32, 32, block_r=16, num_warps=4, num_stages=2),
     ),
 }
+# The kernel behind each launcher.
+KERNEL_OF = {"product": "product", "shrink": "shrink", "ds_db": "columns", "da": "columns"}
 # Runs anywhere: where nothing above fits, and where elements must be loaded one by one.
 SMALL = Config(16, 32, 32, block_r=16, num_warps=4, num_stages=2)
 
@@ -152,6 +159,13 @@ def default_config(
     ``aligned`` is false when rows do not start at multiples of 16 bytes: every element is then
     loaded by itself and needs a register for its address.
     """
-    candidates = DEFAULTS.get((kernel, kind if aligned else "unaligned"), ())
-    valid = [c for c in candidates if is_valid(c, kernel, kind, r, dropout, chip)]
+    valid = candidates(kernel, kind, r, dropout, chip, aligned)
     return max(valid, key=lambda c: c.rank_tile(r), default=SMALL)
+
+
+def candidates(
+    kernel: str, kind: str, r: int, dropout: bool, chip: Chip, aligned: bool = True
+) -> list[Config]:
+    """Return the configs of ``kernel`` that are worth measuring on ``chip``: the valid ones."""
+    listed = DEFAULTS.get((kernel, kind if aligned else "unaligned"), ())
+    return [c for c in listed if is_valid(c, kernel, kind, r, dropout, chip)]

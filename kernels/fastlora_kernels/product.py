@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.configs import Config
+from fastlora_kernels.configs import Config, cdiv
 from fastlora_kernels.dropout import keep_tile, kept_scale, lowest_kept
 from fastlora_kernels.launch import config_for, launch
 from fastlora_kernels.tiles import dot, dot_16, triton_dtype, wrapped
@@ -121,41 +121,23 @@ def product(
     int64) the low-rank product is masked at (m, n) and scaled by 1 / (1 - dropout_p).
     """
     (M, K), N, R = x.shape, w.shape[0], s.shape[1]
-    config = config or config_for("product", x, R, b.dtype, seed is not None, x, w)
+    config = config or config_for("product", x, w, R, b.dtype, seed is not None)
     y = x.new_empty(M, N)
-    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
+    scale = scaling if seed is None else scaling * kept_scale(dropout_p)
+    even_k = K % config.block_k == 0
+    flags = bias is not None, seed is not None, even_k, triton_dtype(x.dtype)
+    tiles = config.block_m, config.block_n, config.block_k, config.rank_tile(R), config.group_m
     launch(
-        product_kernel,
-        (tiles,),
-        config,
-        x_ptr=x,
-        w_ptr=w,
-        s_ptr=s,
-        b_ptr=b,
-        bias_ptr=bias,
-        seed_ptr=seed,
-        y_ptr=y,
-        M=M,
-        N=N,
-        K=K,
-        R=R,
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
-        stride_wn=w.stride(0),
-        stride_wk=w.stride(1),
-        stride_bn=b.stride(0),
-        stride_br=b.stride(1),
-        stride_bias=0 if bias is None else bias.stride(0),
-        scale=scaling if seed is None else scaling * kept_scale(dropout_p),
-        keep_from=lowest_kept(dropout_p),
-        HAS_BIAS=bias is not None,
-        HAS_DROPOUT=seed is not None,
-        EVEN_K=K % config.block_k == 0,
-        ACC=triton_dtype(x.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        BLOCK_R=config.rank_tile(R),
-        GROUP_M=config.group_m,
+        *(product_kernel, grid, config),
+        *(x, w, s, b, bias, seed, y),
+        *(M, N, K, R),
+        *x.stride(),
+        *w.stride(),
+        *b.stride(),
+        0 if bias is None else bias.stride(0),
+        *(scale, lowest_kept(dropout_p)),
+        *flags,
+        *tiles,
     )
     return y

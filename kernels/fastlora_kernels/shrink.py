@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.configs import Config
+from fastlora_kernels.configs import Config, cdiv
 from fastlora_kernels.dropout import keep_tile, kept_scale, lowest_kept
 from fastlora_kernels.launch import config_for, launch
 from fastlora_kernels.tiles import dot, triton_dtype, wrapped
@@ -84,33 +84,22 @@ def shrink(
     acts where a ``seed`` ([1], int64) is given.
     """
     (M, K), R = x.shape, a.shape[0]
-    config = config or config_for("shrink", x, R, a.dtype, seed is not None, x, a)
-    s = x.new_empty(M, R, dtype=a.dtype)
+    config = config or config_for("shrink", x, a, R, a.dtype, seed is not None)
+    s = a.new_empty(M, R)
     block_r = config.rank_tile(R)
-    tiles_r = triton.cdiv(R, block_r)
+    tiles_r = cdiv(R, block_r)
+    grid = (cdiv(M, config.block_m) * tiles_r,)
+    scale = scaling if seed is None else scaling * kept_scale(dropout_p)
+    flags = seed is not None, K % config.block_k == 0, triton_dtype(x.dtype)
+    tiles = config.block_m, config.block_k, block_r, tiles_r
     launch(
-        shrink_kernel,
-        (triton.cdiv(M, config.block_m) * tiles_r,),
-        config,
-        x_ptr=x,
-        a_ptr=a,
-        seed_ptr=seed,
-        s_ptr=s,
-        M=M,
-        K=K,
-        R=R,
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
-        stride_ar=a.stride(0),
-        stride_ak=a.stride(1),
-        scale=scaling if seed is None else scaling * kept_scale(dropout_p),
-        keep_from=lowest_kept(dropout_p),
-        HAS_DROPOUT=seed is not None,
-        EVEN_K=K % config.block_k == 0,
-        ACC=triton_dtype(x.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_K=config.block_k,
-        BLOCK_R=block_r,
-        TILES_R=tiles_r,
+        *(shrink_kernel, grid, config),
+        *(x, a, seed, s),
+        *(M, K, R),
+        *x.stride(),
+        *a.stride(),
+        *(scale, lowest_kept(dropout_p)),
+        *flags,
+        *tiles,
     )
     return s

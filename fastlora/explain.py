@@ -1,0 +1,124 @@
+"""`explain`: which plan runs for a layer, a model or some shapes, why, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import plans
+from fastlora.hyperparameters import default_adapter_dtype
+from fastlora.layer import LoRALinear
+from fastlora.measured import OPS
+from fastlora.plans import Plan, Problem
+
+TOKENS = (16, 512, 8192)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What runs for each problem on ``device``: ``plans`` maps it to {"forward", "backward"}."""
+
+    device: torch.device
+    plans: dict[Problem, dict[str, Plan]]
+
+    def __str__(self) -> str:
+        lines = [f"on {self.device}, for M x N x K (tokens, outputs, inputs):"]
+        for problem, chosen in self.plans.items():
+            lines.append(str(problem))
+            for op, plan in chosen.items():
+                lines.append(f"  {op:9} {plan.impl:9} {plan.why}{_times(plan)}")
+        return "\n".join(lines)
+
+
+def explain(
+    what: nn.Module | Sequence[int] | Problem | Iterable[Sequence[int] | Problem],
+    tokens: int | Iterable[int] | Tensor = TOKENS,
+    *,
+    r: int = 16,
+    dropout: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    adapter_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Explanation:
+    """Say which implementation ``impl="auto"`` takes, why, and what was measured; print the result.
+
+    ``what`` is a LoRALinear or a model that holds some (each with its active adapters, its dtypes
+    and device, dropout as in the mode it is in), or one or several shapes: (N, K), weights of
+    ``dtype`` under rank ``r`` and ``adapter_dtype`` (float32 under a 16-bit base, as in PEFT), or a
+    whole `Problem`. ``tokens`` is M, several of them, or an input x [..., K].
+    Raises TypeError or ValueError where ``what`` holds no LoRA layer and no shape.
+    """
+    if isinstance(tokens, Tensor):
+        tokens = tokens.shape[:-1].numel()
+    sizes = (tokens,) if isinstance(tokens, int) else tuple(tokens)
+    for size in sizes:
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"tokens must be positive integers, got {size!r}")
+    if isinstance(what, nn.Module):
+        found = problems_of(what, sizes)
+        device = next(m.weight.device for m in what.modules() if isinstance(m, LoRALinear))
+    elif isinstance(what, str) or not isinstance(what, Iterable):
+        kind = type(what).__name__
+        raise TypeError(f"what must be a module, a shape (N, K) or several shapes, got {kind}")
+    else:
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        adapter = adapter_dtype or default_adapter_dtype(dtype)
+        found = []
+        for shape in [what] if _is_shape(what) else what:
+            found += _problems(shape, sizes, r, dtype, adapter, dropout)
+    device = torch.device(device)
+    chosen = {p: {op: plans.choose(op, "auto", p, device) for op in OPS} for p in found}
+    return Explanation(device, chosen)
+
+
+def problems_of(model: nn.Module, tokens: Iterable[int]) -> list[Problem]:
+    """Return the different problems that the LoRA layers of ``model`` pose for ``tokens``."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear) and m.active_adapters]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} holds no LoRALinear with an active adapter; "
+            "fastlora.inject(model, config) puts them in"
+        )
+    return list(dict.fromkeys(Problem(m, *_key(layer)) for layer in layers for m in tokens))
+
+
+def _problems(
+    shape: Sequence[int] | Problem,
+    tokens: Iterable[int],
+    r: int,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    dropout: bool,
+) -> list[Problem]:
+    """Return the problem of a weight (N, K) at each number of ``tokens``."""
+    if isinstance(shape, Problem):
+        return [shape]
+    if len(shape) != 2 or any(not isinstance(size, int) or size < 1 for size in shape):
+        raise ValueError(f"a shape is (N, K), two positive integers, got {shape!r}")
+    return [Problem(m, *shape, r, dtype, adapter, dropout) for m in tokens]
+
+
+def _key(layer: LoRALinear) -> tuple:
+    """Return a layer's problem but for the tokens, as its forward poses it."""
+    names = layer.active_adapters
+    dropout = layer.training and any(layer.lora_dropout[n] > 0 for n in names)
+    r = layer.r[names[0]] if dropout else sum(layer.r[n] for n in names)
+    adapter = layer.lora_A[names[0]].dtype
+    return layer.out_features, layer.in_features, r, layer.weight.dtype, adapter, dropout
+
+
+def _is_shape(what: object) -> bool:
+    return isinstance(what, Problem) or (
+        isinstance(what, Sequence) and all(isinstance(size, int) for size in what)
+    )
+
+
+def _times(plan: Plan) -> str:
+    if not plan.seconds:
+        return ""
+    fastest_first = sorted(plan.seconds.items(), key=lambda item: item[1])
+    return ": " + ", ".join(f"{impl} {seconds * 1e3:.3g} ms" for impl, seconds in fastest_first)

@@ -1,0 +1,115 @@
+"""``python -m fastlora tune``: measures a model's layers or shapes, says what that gains."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import torch
+
+from fastlora import measured, plans
+from fastlora.finetune_data import UserError
+from fastlora.finetune_model import first_line, gguf_file, require, torch_device
+from fastlora.measured import OPS
+from fastlora.plans import Problem
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_SHAPE = re.compile(r"([1-9]\d*)[xX×]([1-9]\d*)")
+
+
+def run(
+    model: str | None,
+    shapes: list[str] | None,
+    target_modules: str | tuple[str, ...],
+    tokens: list[int],
+    r: list[int],
+    dropout: str,
+    dtype: str,
+    adapter_dtype: str,
+    seconds: float,
+    device: str | None,
+) -> None:
+    """Measure, print what was chosen and what that gains, and keep it for every later process.
+
+    Raises UserError for what the user can put right.
+    """
+    require("tqdm")
+    from tqdm import tqdm
+
+    from fastlora import tuner
+
+    for name, values in (("tokens", tokens), ("r", r), ("seconds", [seconds])):
+        if min(values) <= 0:
+            raise UserError(f"--{name} must be positive, got {min(values)}")
+    where = torch_device(device)
+    base, adapter = DTYPES[dtype], DTYPES[adapter_dtype]
+    if adapter not in (base, torch.float32):
+        raise UserError(f"--adapter-dtype must be {dtype} or fp32, got {adapter_dtype}")
+    if len(plans.usable_implementations(base, where)) == 1:
+        why = plans.triton_unusable(where) or "there is no other"
+        print(f"nothing to choose on {where}: only 'torch' runs there. {why}")
+        return
+    weights = _of_model(model, target_modules) if model else _of_list(shapes or [])
+    drops = {"both": (False, True), "on": (True,), "off": (False,)}[dropout]
+    problems = [
+        Problem(m, *weight, rank, base, adapter, drop).bucketed()
+        for m, weight, rank, drop in itertools.product(tokens, weights, r, drops)
+    ]
+    problems = list(dict.fromkeys(problems))
+    print(f"measuring on {measured.device_name(where)}")
+    rows = []
+    with tqdm(total=len(problems), unit="problem") as progress:
+        for problem, found in tuner.tune(problems, where, progress.write, seconds):
+            progress.update()
+            if found is not None:
+                rows += [_row(problem, op, where) for op in OPS]
+                progress.write("\n".join(line for line, _, _ in rows[-2:]))
+    if not rows:
+        raise UserError(f"nothing could be measured on {where}")
+    _, ours, defaults = zip(*rows, strict=True)
+    print(
+        f"{len(rows) // 2} problems, forward and backward: {sum(ours) * 1e3:.2f} ms as chosen, "
+        f"{sum(defaults) * 1e3:.2f} ms by default ({sum(defaults) / sum(ours):.2f}x)"
+    )
+    print(f"kept in {measured.path_of(where)}")
+
+
+def _row(problem: Problem, op: str, device: torch.device) -> tuple[str, float, float]:
+    """Return a line about what was chosen, its seconds and those of the default."""
+    plan = plans.choose(op, "auto", problem, device)
+    default, _ = plans.default(problem.dtype, device)
+    seconds = plan.seconds[plan.impl]
+    before = plan.seconds.get(default, seconds)
+    gain = "as by default"
+    if plan.impl != default:
+        gain = f"{before / seconds:.2f}x the speed of {default}, the default"
+    return f"{problem}, {op}: {plan.impl}, {seconds * 1e3:.3g} ms, {gain}", seconds, before
+
+
+def _of_list(shapes: list[str]) -> list[tuple[int, int]]:
+    found = [_SHAPE.fullmatch(shape) for shape in shapes]
+    for shape, match in zip(shapes, found, strict=True):
+        if match is None:
+            raise UserError(f"--shapes takes NxK, such as 14336x4096, got {shape!r}")
+    return [(int(match[1]), int(match[2])) for match in found if match]
+
+
+def _of_model(name: str, target_modules: str | tuple[str, ...]) -> list[tuple[int, int]]:
+    """Return the different weights (N, K) that LoRA would be put on; no weight is loaded."""
+    require("transformers")
+    import transformers
+
+    from fastlora import LoRAConfig, inject
+    from fastlora.layer import LoRALinear
+
+    gguf = gguf_file(name)
+    try:
+        source = {"gguf_file": gguf.name} if gguf else {}
+        config = transformers.AutoConfig.from_pretrained(name, **source)
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(config)
+        inject(model, LoRAConfig(target_modules=target_modules))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--model {name} cannot be read: {first_line(error)}") from error
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    return list(dict.fromkeys((layer.out_features, layer.in_features) for layer in layers))

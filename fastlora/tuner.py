@@ -1,0 +1,192 @@
+"""Measures problems on this machine: the kernels' configs one by one, then the implementations."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+
+import torch
+
+from fastlora import measured, plans
+from fastlora.measured import OPS, Timing
+from fastlora.plans import Problem
+from fastlora.timing import interleaved
+
+DROPOUT_P = 0.1
+CONFIG_SECONDS = 0.2
+SECONDS = 1.0
+
+Say = Callable[[str], None]
+_said: set[str] = set()
+_lock = threading.Lock()
+
+
+def tune(
+    problems: Iterable[Problem], device: torch.device, say: Say, seconds: float = SECONDS
+) -> Iterator[tuple[Problem, dict[str, Timing] | None]]:
+    """Measure each problem for about ``seconds``, keep the result and yield it.
+
+    A problem is measured at the upper end of its bucket. What fails (a config that the device
+    cannot run, an implementation without enough memory) is left out and reported to ``say`` once;
+    a problem of which nothing could be measured yields None.
+    """
+    for problem in problems:
+        problem = problem.bucketed()
+        with torch.no_grad():
+            found = _measure(problem, device, say, seconds)
+        if found is not None:
+            measured.add({problem: found}, device)
+        yield problem, found
+
+
+def tune_on_first_use(problem: Problem, device: torch.device) -> dict[str, Timing] | None:
+    """Measure one problem that has just come up, and say so: it looks like a hang otherwise."""
+
+    def say(text: str) -> None:
+        print(f"fastlora: {text}", file=sys.stderr, flush=True)
+
+    with _lock:
+        known = measured.find(problem, device)  # by another thread, meanwhile
+        if known is None:
+            say(f"measuring {problem.bucketed()} on first use (FASTLORA_TUNE=1)")
+            ((_, known),) = tune([problem], device, say)
+        return known
+
+
+def _measure(
+    problem: Problem, device: torch.device, say: Say, seconds: float
+) -> dict[str, Timing] | None:
+    operands = _attempt(lambda: _Operands(problem, device), str(problem), say)
+    if operands is None:
+        return None
+    configs = {op: _best_configs(op, operands, say) for op in OPS}
+    steps = {}
+    for impl in plans.usable_implementations(problem.dtype, device):
+        step = operands.step(impl, configs)
+        if _attempt(lambda step=step: list(step()), f"{impl}, {problem}", say) is not None:
+            steps[impl] = step
+    if not steps:
+        return None
+    rounds = interleaved(steps, device, seconds)
+    medians = {
+        impl: [statistics.median(times) for times in zip(*found, strict=True)]
+        for impl, found in rounds.items()
+    }
+    return {
+        op: Timing(
+            {impl: medians[impl][i] for impl in medians},
+            {name: asdict(config) for name, config in configs[op].items()},
+        )
+        for i, op in enumerate(OPS)
+    }
+
+
+class _Operands:
+    """Random operands of a problem, and what is timed on them."""
+
+    def __init__(self, problem: Problem, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)  # the user's own stays as it is
+
+        def random(*shape: int, dtype: torch.dtype = problem.dtype) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        (M, N, K, R), adapter = problem[:4], problem.adapter
+        self.problem, self.device = problem, device
+        self.x, self.w, self.dy = random(M, K), random(N, K), random(M, N)
+        self.a, self.b = random(R, K, dtype=adapter), random(N, R, dtype=adapter)
+        self.s, self.ds = random(M, R, dtype=adapter), random(M, R, dtype=adapter)
+        self.p = DROPOUT_P if problem.dropout else 0.0
+        self.seed = torch.ones(1, dtype=torch.int64, device=device) if problem.dropout else None
+
+    def step(self, impl: str, configs: dict[str, dict]) -> Callable[[], Iterator[None]]:
+        """Return the step that runs forward and backward by ``impl``, for `interleaved`."""
+        module = importlib.import_module(plans.MODULES[impl])
+        with_configs = {op: {} if impl == "torch" else {"configs": configs[op]} for op in OPS}
+        rest = (self.seed, 0.5, self.p)
+
+        def step() -> Iterator[None]:
+            y_operands = self.x, self.w, self.a, self.b, None
+            module.forward(*y_operands, *rest, **with_configs["forward"])
+            yield
+            dy_operands = self.dy, self.x, self.w, self.a, self.b, self.s
+            module.backward(*dy_operands, *rest, (True, True, True), **with_configs["backward"])
+            yield
+
+        return step
+
+    def launchers(self, op: str) -> dict[str, Callable]:
+        """Return by name what runs one kernel of ``op`` with the config it is given."""
+        import fastlora_kernels as kernels
+
+        dropped = {"seed": self.seed, "dropout_p": self.p}
+        if op == "forward":
+            return {
+                "shrink": lambda config: kernels.shrink(self.x, self.a, **dropped, config=config),
+                "product": lambda config: kernels.product(
+                    self.x, self.w, self.s, self.b, config=config
+                ),
+            }
+        return {
+            "ds_db": lambda config: kernels.ds_db(self.dy, self.s, self.b, config=config),
+            "da": lambda config: kernels.da(self.x, self.ds, **dropped, config=config),
+            "product": lambda config: kernels.product(
+                self.dy, self.w.t(), self.ds, self.a.t(), **dropped, config=config
+            ),
+        }
+
+
+def _best_configs(op: str, operands: _Operands, say: Say) -> dict:
+    """Return for each launcher of ``op`` the config that measured fastest."""
+    problem, device = operands.problem, operands.device
+    if plans.usable_implementations(problem.dtype, device) == ("torch",):
+        return {}
+    from fastlora_kernels.configs import KERNEL_OF, Chip, candidates, kind_of
+
+    kind, chip = kind_of(problem.dtype, problem.adapter), Chip.of(device)
+    best = {}
+    for name, launcher in operands.launchers(op).items():
+        dropout = plans.drops(op, name, problem)
+        steps = {}
+        aligned = problem.K % 16 == problem.N % 16 == 0
+        for config in candidates(KERNEL_OF[name], kind, problem.R, dropout, chip, aligned):
+            step = _once(launcher, config)
+            if _attempt(lambda step=step: list(step()), f"{name} with {config}", say) is not None:
+                steps[config] = step
+        if len(steps) == 1:
+            best[name] = next(iter(steps))
+        elif steps:
+            rounds = interleaved(steps, device, CONFIG_SECONDS)
+            best[name] = min(steps, key=lambda c, r=rounds: statistics.median(t for (t,) in r[c]))
+    return best
+
+
+def _once(launcher: Callable, config) -> Callable[[], Iterator[None]]:
+    def step() -> Iterator[None]:
+        launcher(config)
+        yield
+
+    return step
+
+
+def _attempt(call: Callable, what: str, say: Say):
+    """Return what ``call`` returns; None, and a word about it the first time, where it fails."""
+    try:
+        result = call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return result
+    except Exception as error:  # whatever a compiler, a driver or an allocator may raise
+        reason = "not enough memory" if isinstance(error, torch.OutOfMemoryError) else error
+        text = (
+            f"left out {what}: {str(reason).strip().partition(chr(10))[0] or type(error).__name__}"
+        )
+        if text not in _said:
+            _said.add(text)
+            say(text)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None

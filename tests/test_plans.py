@@ -1,0 +1,492 @@
+"""Which implementation runs: defaults, what was measured, the file it is kept in, the tuner."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import llama
+
+import fastlora
+from fastlora import measured, plans, tuner
+from fastlora.__main__ import main
+from fastlora.measured import Timing
+from fastlora.plans import Problem
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+PROBLEM = Problem(64, 48, 32, 16, torch.bfloat16, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """A cache of this test's own, on a machine where nothing was measured."""
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(measured, "_loaded", {})
+    monkeypatch.setattr(tuner, "_said", set())
+    monkeypatch.setattr(tuner, "CONFIG_SECONDS", 0.0)
+    plans.forget()
+    yield tmp_path / "cache"
+    plans.forget()
+
+
+def timings(forward=None, backward=None, configs=None):
+    default = {"torch": 3e-3, "library": 2e-3, "triton": 1e-3}
+    return {
+        "forward": Timing(forward or default, configs or {}),
+        "backward": Timing(backward or default),
+    }
+
+
+def chosen(op="forward", problem=PROBLEM, impl="auto"):
+    return plans.choose(op, impl, problem, CPU).impl
+
+
+def operands(m=64, dtype=torch.bfloat16, adapter=torch.float32):
+    x, w = torch.randn(m, 32).to(dtype), torch.randn(48, 32).to(dtype)
+    return x, w, torch.randn(16, 32).to(adapter), torch.randn(48, 16).to(adapter)
+
+
+# Defaults
+
+
+def test_what_auto_takes_where_nothing_was_measured(monkeypatch):
+    """Library products on a GPU's tensor cores; torch where they do not help or cannot run."""
+    monkeypatch.setattr(plans, "triton_unusable", lambda device: None)
+    assert (
+        plans.default(torch.bfloat16, GPU)[0] == plans.default(torch.float16, GPU)[0] == "library"
+    )
+    assert plans.default(torch.float32, GPU)[0] == plans.default(torch.bfloat16, CPU)[0] == "torch"
+    monkeypatch.setattr(plans, "triton_unusable", lambda device: "broken")
+    assert plans.default(torch.bfloat16, GPU) == ("torch", "broken")
+
+
+def test_the_environment_forces_a_choice(monkeypatch):
+    x, *rest = operands()
+    monkeypatch.setattr(plans, "FORCED", "triton")
+    fastlora.lora_linear(x, *rest)
+    assert [key[:2] for key in plans._functions] == [("forward", "triton")]
+    assert plans.named("torch", x) == "torch"
+    monkeypatch.setattr(plans, "triton_unusable", lambda device: "broken")
+    with pytest.raises(RuntimeError, match=r"FASTLORA_IMPL='triton' cannot run on .*: broken"):
+        fastlora.lora_linear(x, *rest)
+    monkeypatch.setattr(plans, "FORCED", "fast")
+    with pytest.raises(ValueError, match=r"FASTLORA_IMPL must be one of auto, .*, got 'fast'"):
+        fastlora.lora_linear(x, *rest)
+
+
+def test_the_environment_is_read_when_python_starts():
+    code = "from fastlora import plans; print(plans.FORCED, plans.TUNE)"
+    environment = {**os.environ, "FASTLORA_IMPL": "reference", "FASTLORA_TUNE": "1"}
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, env=environment, text=True) == "reference True\n"
+
+
+# Measurements
+
+
+def test_the_fastest_measured_runs_in_each_direction():
+    slow = {"torch": 1e-3, "library": 2e-3, "triton": 3e-3}
+    measured.add({PROBLEM: timings(backward=slow)}, CPU)
+    assert (chosen("forward"), chosen("backward")) == ("triton", "torch")
+    assert chosen(impl="library") == "library"
+
+
+def test_a_draw_leaves_the_default():
+    measured.add({PROBLEM: timings({"torch": 1.0e-3, "triton": 0.99e-3})}, CPU)
+    assert chosen() == "torch"
+
+
+def test_measurements_hold_for_their_bucket():
+    """M and R are rounded up to powers of two; everything else is exact."""
+    measured.add({PROBLEM: timings()}, CPU)
+    for same in ({"M": 33}, {"M": 64, "R": 3}):
+        assert chosen(problem=PROBLEM._replace(**same)) == "triton"
+    others = ({"M": 32}, {"M": 65}, {"R": 17}, {"N": 47}, {"K": 33}, {"dropout": True})
+    for other in (*others, {"adapter": torch.bfloat16}):
+        assert chosen(problem=PROBLEM._replace(**other)) == "torch"
+
+
+def test_a_compiled_graph_chooses_for_the_rows_that_come(monkeypatch):
+    """One graph, and yet another implementation for another number of rows."""
+    measured.add({PROBLEM: timings()}, CPU)
+    x, w, a, b = operands(128)
+    layer = torch.compile(fastlora.lora_linear, backend="eager", dynamic=True, fullgraph=True)
+    torch._dynamo.reset()
+    for m in (128, 64):
+        layer(x[:m], w, a, b)
+    taken = {key[2]: function.__module__ for key, function in plans._functions.items()}
+    assert taken == {7: "fastlora.torch_impl", 6: "fastlora_kernels.linear"}
+
+
+def test_the_choice_is_one_look_up(monkeypatch):
+    """Nothing is computed again and no memory is kept by further calls."""
+    x, w, a, _ = operands()
+    plans.function("forward", "auto", x, w, a, False)
+    monkeypatch.setattr(plans, "choose", None)
+    tracemalloc.start()
+    for m in range(33, 65):
+        plans.function("forward", "auto", x[:m], w, a, False)
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(10):
+        for m in range(33, 65):
+            plans.function("forward", "auto", x[:m], w, a, False)
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert grown < 1024
+
+
+def test_measured_configs_reach_the_kernels(monkeypatch):
+    """Where they are valid; an invalid one is left out and the kernel takes its default."""
+    from fastlora_kernels import linear
+
+    good = {"block_m": 32, "block_n": 32, "block_k": 32, "block_r": 16}
+    good |= {"group_m": 1, "num_warps": 2, "num_stages": 2}
+    configs = {"shrink": good, "product": {**good, "block_k": 17}, "unknown": good}
+    measured.add({PROBLEM: timings(configs=configs)}, CPU)
+    assert set(plans.choose("forward", "auto", PROBLEM, CPU).configs) == {"shrink"}
+    seen = {}
+    for name in ("shrink", "product"):
+        right = getattr(linear, name)
+        monkeypatch.setattr(
+            linear,
+            name,
+            lambda *a, config, name=name, right=right, **k: (
+                seen.update({name: config}) or right(*a, config=config, **k)
+            ),
+        )
+    with torch.no_grad():
+        y = fastlora.lora_linear(*operands())
+    assert y.shape == (64, 48)
+    assert seen["shrink"].block_m == 32 and seen["product"] is None
+
+
+# The file
+
+
+def test_what_was_measured_is_found_by_the_next_process(cache, monkeypatch):
+    configs = {"shrink": dict.fromkeys(measured._CONFIG_FIELDS, 16)}
+    path = measured.add({PROBLEM: timings(configs=configs)}, CPU)
+    assert path is not None and path.parent == cache
+    monkeypatch.setattr(measured, "_loaded", {})
+    assert measured.find(PROBLEM, CPU) == timings(configs=configs)
+
+
+def test_nothing_is_written_before_anything_is_measured(cache):
+    fastlora.lora_linear(*operands())
+    assert not cache.exists()
+
+
+BAD = {
+    "not JSON": b"{",
+    "not UTF-8": b"\xff\xfe",
+    "empty": b"",
+    "a list": b"[]",
+    "another format": b'{"format": 2}',
+    "deep": b"[" * 100_000,
+    "no problems": "without problems",
+    "a time that is none": ("seconds", {"torch": -1.0}),
+    "a time that is NaN": ("seconds", {"torch": float("nan")}),
+    "an implementation that is none": ("seconds", {"numpy": 1.0}),
+    "times in a list": ("seconds", [1.0]),
+    "a config of other fields": ("configs", {"shrink": {"block_m": 16}}),
+    "a config of text": ("configs", {"shrink": "fast"}),
+    "a config that is huge": (
+        "configs",
+        {"shrink": dict.fromkeys(measured._CONFIG_FIELDS, 1 << 20)},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_corrupt_file_is_set_aside_with_one_warning(what, monkeypatch):
+    path = measured.add({PROBLEM: timings()}, CPU)
+    content = json.loads(path.read_text())
+    bad = BAD[what]
+    if isinstance(bad, bytes):
+        path.write_bytes(bad)
+    else:
+        if isinstance(bad, tuple):
+            content["problems"][0]["forward"][bad[0]] = bad[1]
+        else:
+            del content["problems"]
+        path.write_text(json.dumps(content))
+    damaged = path.read_bytes()
+    monkeypatch.setattr(measured, "_loaded", {})
+    with pytest.warns(UserWarning, match=r"holds no measurements .* set aside as .*\.corrupt"):
+        assert measured.find(PROBLEM, CPU) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert measured.find(PROBLEM, CPU) is None
+        assert measured.add({PROBLEM: timings()}, CPU) == path
+    assert path.with_suffix(".corrupt").read_bytes() == damaged
+
+
+def test_a_file_that_is_too_large_is_not_read(monkeypatch):
+    path = measured.add({PROBLEM: timings()}, CPU)
+    with open(path, "wb") as file:
+        file.truncate(measured.MAX_BYTES + 1)
+    monkeypatch.setattr(measured, "_loaded", {})
+    with pytest.warns(UserWarning, match="larger than 16 MiB"):
+        assert measured.find(PROBLEM, CPU) is None
+
+
+@pytest.mark.parametrize("part", ["driver", "triton", "torch", "fastlora"])
+def test_other_versions_are_not_used_and_are_replaced(part, monkeypatch):
+    measured.add({PROBLEM: timings()}, CPU)
+    now = {**measured.versions("cpu"), part: "999"}
+    monkeypatch.setattr(measured, "versions", lambda device_type: now)
+    monkeypatch.setattr(measured, "_loaded", {})
+    with pytest.warns(UserWarning, match=f"{part}.*999.*not used; python -m fastlora tune"):
+        assert measured.find(PROBLEM, CPU) is None
+    with pytest.warns(UserWarning, match="not used"):
+        path = measured.add({PROBLEM._replace(M=128): timings()}, CPU)
+    content = json.loads(path.read_text())
+    assert content["versions"] == now and [p["M"] for p in content["problems"]] == [128]
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    """The measurements hold for the process; the warning says where and what to do."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match=r"cannot be kept in .*this process only; FASTLORA_CACHE"):
+        assert measured.add({PROBLEM: timings()}, CPU) is None
+    assert chosen() == "triton"
+
+
+def test_a_file_that_cannot_be_read(cache):
+    measured.path_of(CPU).mkdir(parents=True)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert measured.find(PROBLEM, CPU) is None
+
+
+def test_the_folder_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTLORA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert measured.path_of(CPU).parent == tmp_path / "fastlora"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert measured.path_of(CPU).parent == tmp_path / ".cache" / "fastlora"
+
+
+def test_processes_that_measure_at_once_keep_each_others_results(cache):
+    code = """if True:
+        import sys, torch
+        from fastlora import measured
+        from fastlora.plans import Problem
+        from fastlora.measured import Timing
+        for i in range(20):
+            times = {op: Timing({"torch": 1e-3}) for op in measured.OPS}
+            measured.add({Problem(1 << i, 8, int(sys.argv[1])): times}, torch.device("cpu"))
+    """
+    jobs = [subprocess.Popen([sys.executable, "-c", code, str(k)]) for k in (8, 16)]
+    assert [job.wait() for job in jobs] == [0, 0]
+    assert len(json.loads(measured.path_of(CPU).read_text())["problems"]) == 40
+
+
+# The tuner
+
+
+SMALL = PROBLEM._replace(M=16, N=16, K=16)
+
+
+def tune_one(say=lambda text: None, problem=SMALL):
+    ((_, found),) = tuner.tune([problem], CPU, say, seconds=0.0)
+    return found
+
+
+def test_the_tuner_measures_every_implementation_and_keeps_it(cache):
+    state = torch.get_rng_state()
+    found = tune_one(problem=SMALL._replace(M=12, dropout=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    for op, names in (("forward", {"shrink", "product"}), ("backward", {"ds_db", "da", "product"})):
+        assert found[op].seconds.keys() == {"torch", "library", "triton"}
+        assert all(0 < seconds < 60 for seconds in found[op].seconds.values())
+        assert found[op].configs.keys() == names
+    assert measured.find(SMALL._replace(M=16, dropout=True), CPU) == found
+    assert json.loads(measured.path_of(CPU).read_text())["problems"][0]["M"] == 16
+
+
+def test_a_config_that_fails_is_left_out_and_named_once(monkeypatch):
+    """Too much shared memory, out of memory, a compiler's error: measured with the others."""
+    import fastlora_kernels
+
+    right, said = fastlora_kernels.shrink, []
+
+    def shrink(*args, config=None, **rest):
+        if config is not None and config.num_warps == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        return right(*args, config=config, **rest)
+
+    monkeypatch.setattr(fastlora_kernels, "shrink", shrink)
+    problem = SMALL._replace(adapter=torch.bfloat16)
+    for _ in range(2):
+        found = tune_one(said.append, problem)
+    assert found["forward"].configs["shrink"]["num_warps"] == 8
+    assert len(said) == 1
+    assert said[0].startswith("left out shrink with Config(") and "not enough memory" in said[0]
+
+
+def test_an_implementation_that_fails_is_left_out(monkeypatch):
+    from fastlora import library_impl
+
+    def fails(*args, **rest):
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    said = []
+    monkeypatch.setattr(library_impl, "forward", fails)
+    found = tune_one(said.append)
+    assert found["forward"].seconds.keys() == {"torch", "triton"}
+    assert said == [f"left out library, {SMALL}: out of resource: shared memory"]
+
+
+def test_a_problem_that_does_not_fit_is_left_out(monkeypatch, cache):
+    said = []
+    assert tune_one(said.append, SMALL._replace(M=1 << 45)) is None
+    assert len(said) == 1 and "left out" in said[0] and not cache.exists()
+
+
+def test_tuning_on_first_use(monkeypatch, capsys):
+    monkeypatch.setattr(plans, "TUNE", True)
+    monkeypatch.setattr(tuner, "SECONDS", 0.0)
+    x, w, a, b = operands()
+    for _ in range(2):
+        fastlora.lora_linear(x, w, a.requires_grad_(), b).sum().backward()
+    assert (
+        capsys.readouterr().err == f"fastlora: measuring {PROBLEM} on first use (FASTLORA_TUNE=1)\n"
+    )
+    assert measured.find(PROBLEM, CPU) is not None
+    fastlora.lora_linear(x, w, a, b, impl="torch")
+
+
+# explain
+
+
+def test_explains_shapes():
+    measured.add({PROBLEM: timings()}, CPU)
+    text = str(fastlora.explain((48, 32), tokens=(64, 65), device="cpu"))
+    assert text == (
+        "on cpu, for M x N x K (tokens, outputs, inputs):\n"
+        "64 x 48 x 32, r = 16, bfloat16, float32 adapters\n"
+        "  forward   triton    measured on this machine: triton 1 ms, library 2 ms, torch 3 ms\n"
+        "  backward  triton    measured on this machine: triton 1 ms, library 2 ms, torch 3 ms\n"
+        "65 x 48 x 32, r = 16, bfloat16, float32 adapters\n"
+        "  forward   torch     made for CPUs\n"
+        "  backward  torch     made for CPUs"
+    )
+    several = fastlora.explain([(48, 32), [8, 8], PROBLEM], tokens=64, dropout=True, device="cpu")
+    assert list(several.plans) == [
+        PROBLEM._replace(dropout=True),
+        Problem(64, 8, 8, 16, torch.bfloat16, torch.float32, True),
+        PROBLEM,
+    ]
+
+
+def test_explains_a_layer_and_a_model():
+    layer = fastlora.LoRALinear(32, 48, r=4, lora_dropout=0.1)
+    (problem,) = fastlora.explain(layer, torch.randn(2, 5, 32)).plans
+    assert problem == Problem(10, 48, 32, 4, torch.float32, torch.float32, True)
+    (problem,) = fastlora.explain(layer.eval(), 7).plans
+    assert problem == Problem(7, 48, 32, 4, torch.float32, torch.float32)
+    layer.add_adapter("other", r=2)
+    layer.set_adapter(["default", "other"])
+    (problem,) = fastlora.explain(layer, 7).plans
+    assert problem.R == 6
+    model = llama()
+    fastlora.inject(model, fastlora.LoRAConfig(r=4, target_modules="all-linear"))
+    shapes = {(p.N, p.K) for p in fastlora.explain(model, 7).plans}
+    assert shapes == {(16, 16), (8, 16), (24, 16), (16, 24)}
+
+
+@pytest.mark.parametrize("forced", ["torch", "triton", "reference"])
+def test_explains_what_is_forced(monkeypatch, forced):
+    monkeypatch.setattr(plans, "FORCED", forced)
+    assert f"{forced:9} FASTLORA_IMPL={forced}" in str(fastlora.explain((48, 32), 64, device="cpu"))
+
+
+def test_explain_says_what_it_cannot_take():
+    with pytest.raises(ValueError, match=r"Linear holds no LoRALinear.*inject\(model, config\)"):
+        fastlora.explain(torch.nn.Linear(2, 2))
+    with pytest.raises(
+        ValueError, match=r"a shape is \(N, K\), two positive integers, got \(1, 2, 3\)"
+    ):
+        fastlora.explain((1, 2, 3))
+    with pytest.raises(ValueError, match=r"got \(0, 3\)"):
+        fastlora.explain([(4, 4), (0, 3)])
+    with pytest.raises(TypeError, match=r"what must be .* got str"):
+        fastlora.explain("llama")
+    with pytest.raises(ValueError, match="tokens must be positive integers, got 0"):
+        fastlora.explain((4, 4), tokens=0)
+
+
+# The command
+
+
+def run_tune(*options):
+    return main(["tune", *options, "--seconds", "0.001", "--tokens", "16", "--r", "4"])
+
+
+def test_the_command_measures_shapes(capsys):
+    assert run_tune("--shapes", "48x32", "--dropout", "off") == 0
+    printed = capsys.readouterr().out
+    problem = PROBLEM._replace(M=16)
+    assert f"{problem}, forward: torch, " in printed and ", as by default" in printed
+    assert "1 problems, forward and backward: " in printed and "(1.00x)" in printed
+    assert f"kept in {measured.path_of(CPU)}" in printed
+    assert measured.find(problem, CPU) is not None
+
+
+def test_the_command_says_what_is_gained(capsys, monkeypatch):
+    monkeypatch.setattr(tuner, "_measure", lambda *_: timings())
+    assert run_tune("--shapes", "48x32", "--dropout", "both") == 0
+    printed = capsys.readouterr().out
+    assert ": triton, 1 ms, 3.00x the speed of torch, the default" in printed
+    assert (
+        "2 problems, forward and backward: 4.00 ms as chosen, 12.00 ms by default (3.00x)"
+        in printed
+    )
+
+
+def test_the_command_reads_a_model(capsys, monkeypatch, tmp_path):
+    llama().config.save_pretrained(tmp_path)
+    monkeypatch.setattr(tuner, "_measure", lambda *_: timings())
+    assert run_tune("--model", str(tmp_path), "--target-modules", "q_proj", "k_proj") == 0
+    known = measured._known(CPU)
+    assert {(p.N, p.K) for p in known} == {(16, 16), (8, 16)} and len(known) == 4
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--shapes", "48"], "--shapes takes NxK, such as 14336x4096, got '48'"),
+        (["--shapes", "8x8", "--r", "0"], "--r must be positive, got 0"),
+        (["--shapes", "8x8", "--adapter-dtype", "fp16"], "--adapter-dtype must be bf16 or fp32"),
+        (["--shapes", "8x8", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["--model", "no/such/folder"], "--model no/such/folder cannot be read"),
+        (["--model", "FOLDER"], "--model FOLDER cannot be read"),
+    ],
+)
+def test_the_command_names_what_is_wrong(options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
+    options = [str(tmp_path) if option == "FOLDER" else option for option in options]
+    assert main(["tune", *options]) == 2
+    assert f"error: {message}".replace("FOLDER", str(tmp_path)) in capsys.readouterr().err
+
+
+def test_the_command_where_there_is_nothing_to_choose(capsys, monkeypatch):
+    monkeypatch.setattr(plans, "triton_unusable", lambda device: "no GPU.")
+    assert run_tune("--shapes", "48x32") == 0
+    assert capsys.readouterr().out == "nothing to choose on cpu: only 'torch' runs there. no GPU.\n"
+
+
+def test_nothing_could_be_measured(capsys, monkeypatch):
+    monkeypatch.setattr(tuner, "_measure", lambda *_: None)
+    assert run_tune("--shapes", "48x32") == 2
+    assert "nothing could be measured on cpu" in capsys.readouterr().err
