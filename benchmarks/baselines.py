@@ -32,6 +32,11 @@ class Problem:
     device: str = "cpu"
     scaling: float = 2.0
 
+    def __str__(self) -> str:
+        dtypes = "/".join(str(d).removeprefix("torch.") for d in (self.dtype, self.adapter))
+        sizes = f"{self.M}x{self.N}x{self.K} r={self.R}"
+        return f"{self.name}: {sizes} {dtypes} dropout={self.p:g}"
+
     def linear(self) -> nn.Linear:
         generator = torch.Generator().manual_seed(0)
         linear = nn.Linear(self.K, self.N, self.bias, device="meta").to_empty(device="cpu")
@@ -149,7 +154,7 @@ class _Addmm(torch.autograd.Function):
 class LoRAFusion(Frozen):
     """LoRAFusion's schedule (Zhu et al., EuroSys 2026): split at s, dropped x and mask stored.
 
-    On a CPU with library products in the place of its kernels.
+    On a GPU with its fused kernels and atomics, on a CPU with library products in their place.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -169,11 +174,21 @@ class _LoRAFusion(torch.autograd.Function):
         s = x_hat @ a.t()
         ctx.save_for_backward(x_hat, mask, w, a, b, s)
         ctx.scaling, ctx.keep = scaling, 1 / (1 - p)
+        if x.is_cuda:
+            from fastlora_kernels import product
+
+            return product(x, w, s, b, bias, scaling=scaling)
         return F.linear(x, w, bias).addmm_(s, b.t(), alpha=scaling)
 
     @staticmethod
     def backward(ctx, dy):
         x_hat, mask, w, a, b, s = ctx.saved_tensors
+        if dy.is_cuda:
+            import lorafusion
+
+            ds, db = lorafusion.ds_db(dy, s, b, ctx.scaling)
+            dx = lorafusion.dx(dy, w, ds, a, mask, ctx.keep)
+            return dx, None, None, ds.t() @ x_hat, db, None, None
         ds = (dy @ b).mul_(ctx.scaling)
         db = (dy.t() @ s).mul_(ctx.scaling)
         da = ds.t() @ x_hat
@@ -227,8 +242,9 @@ def cannot(way: str, problem: Problem) -> str | None:
         return "has no dropout"
     if way in ("loralib", "LoRAFusion schedule") and problem.adapter != problem.dtype:
         return "has adapters in the base's dtype only"
-    if way in ("fastlora library", "fastlora triton"):
-        if problem.device == "cpu":
-            return "needs a GPU"
+    if way in ("fastlora library", "fastlora triton") and problem.device == "cpu":
+        return "needs a GPU"
+    needs_triton = ("fastlora library", "fastlora triton", "LoRAFusion schedule")
+    if way in needs_triton and problem.device != "cpu":
         return plans.triton_unusable(torch.device(problem.device))
     return None

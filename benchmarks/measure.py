@@ -37,6 +37,7 @@ def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
                 "p80_s": high,
                 "ratio": ratio(times, [times[i] for times in rounds["frozen"]]),
                 "tflops": flops(problem, way, phase) / statistics.median(times) / 1e12,
+                "bytes_s": traffic(problem, way, phase) / statistics.median(times),
             }
         rows.append(row)
     return rows
@@ -48,6 +49,17 @@ def flops(problem: Problem, way: str, phase: str) -> float:
     shrink, expand = (2 * problem.M * problem.R * side for side in (problem.K, problem.N))
     forward = frozen + (0 if way == "frozen" else shrink + expand)
     backward = frozen + (0 if way == "frozen" else 2 * (shrink + expand))
+    return {"forward": forward, "backward": backward, "both": forward + backward}[phase]
+
+
+def traffic(problem: Problem, way: str, phase: str) -> float:
+    """Return the bytes that pass through memory if every wide tensor moves once and s not at all.
+
+    Forward reads x and w and writes y; backward reads dy and w, writes dx, and reads x for da.
+    """
+    M, N, K = problem.M, problem.N, problem.K
+    forward = problem.dtype.itemsize * (M * K + N * K + M * N)
+    backward = forward + (0 if way == "frozen" else problem.dtype.itemsize * M * K)
     return {"forward": forward, "backward": backward, "both": forward + backward}[phase]
 
 

@@ -25,6 +25,8 @@ from measure import ceilings, measure
 from problems import problems
 from tqdm import tqdm
 
+from fastlora import measured
+
 ROOT = Path(__file__).parent.parent
 LAYERS_SHARE = 0.65  # of the minutes; the rest is for whole models
 COMPILED_PROBLEMS = 2  # torch.compile takes tens of seconds each on a CPU
@@ -57,9 +59,8 @@ def main() -> None:
         rows = end_to_end.measure(name, device, max(0.0, 0.5 * left / len(models)))
         batches = tqdm(rows, desc=name, total=len(end_to_end.BATCHES), unit="batch size")
         result["end_to_end"] += [row for rows in batches for row in rows]
-    name = f"{device.type}-{slug(result['machine']['device'])}"
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"{name}.json"
+    path = options.output / measured.path_of(device).name
     path.write_text(json.dumps(result, indent=1) + "\n")
     report.write(path)
     print(f"measured in {(time.perf_counter() - started) / 60:.1f} min: {path}, .md and plots")
@@ -77,7 +78,7 @@ def machine(device: torch.device) -> dict:
     import fastlora
 
     found = {
-        "device": _cpu(),
+        "device": measured.device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -87,30 +88,14 @@ def machine(device: torch.device) -> dict:
         "when": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
     if device.type == "cuda":
-        import triton
-
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-        found |= {"device": torch.cuda.get_device_name(), "driver": driver.split("\n")[0]}
-        found |= {"cuda": torch.version.cuda, "triton": triton.__version__}
+        versions = {"driver": measured.driver(), "triton": measured.version_of("triton")}
+        found |= {"cuda": torch.version.cuda, **versions}
     return found
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def slug(text: str) -> str:
-    """Return ``text`` as part of a file's name."""
-    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
 
 
 if __name__ == "__main__":

@@ -1,58 +1,76 @@
-"""Time of one linear layer: frozen alone, with LoRA as PEFT computes it, and ours.
+"""pytest-benchmark for one linear layer: every way, forward and backward apart, and the launches.
 
-``pytest benchmarks``. Rows of one group are the same problem; compare them within a run only, or
-take ``make bench``, which lets the ways take turns.
+``pytest benchmarks -k "q, o"``. Rows of one group are the same problem and direction; compare
+them within a run only, or take ``make bench``, which lets the ways take turns.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+from baselines import WAYS, Problem, cannot
+from problems import problems
 
 import fastlora
 from fastlora import plans
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-M, N, K, R = (8192, 4096, 4096, 16) if DEVICE.type == "cuda" else (1024, 1024, 1024, 16)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROBLEMS = list(problems(DEVICE))
+each_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=Problem.__str__)
+each_way = pytest.mark.parametrize("way", [way for way in WAYS if way != "PEFT compiled"])
 
 
-def frozen(x, w, a, b, p):
-    return F.linear(x, w)
-
-
-def peft(x, w, a, b, p):
-    low_rank = F.linear(F.linear(F.dropout(x.to(a.dtype), p), a), b)
-    return (F.linear(x, w) + low_rank * 2.0).to(x.dtype)
-
-
-def ours(impl):
-    def layer(x, w, a, b, p):
-        return fastlora.lora_linear(x, w, a, b, scaling=2.0, dropout_p=p, training=True, impl=impl)
-
-    return layer
-
-
-LAYERS = {"frozen": frozen, "peft": peft, "fastlora torch": ours("torch")}
-if DEVICE.type == "cuda" and plans.triton_unusable(DEVICE) is None:
-    LAYERS["fastlora triton"] = ours("triton")
-
-
-@pytest.mark.parametrize("p", [0.0, 0.05])
-@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("name", LAYERS)
-def test_forward_and_backward(benchmark, name, adapter, p):
-    benchmark.group = f"{DEVICE.type} {M}x{N}x{K} r={R} bf16, {adapter} adapters, dropout {p}"
-    x = torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    w = torch.randn(N, K, device=DEVICE, dtype=torch.bfloat16) / K**0.5
-    a = torch.randn(R, K, device=DEVICE, dtype=adapter, requires_grad=True)
-    b = torch.randn(N, R, device=DEVICE, dtype=adapter, requires_grad=True)
-    dy = torch.randn(M, N, device=DEVICE, dtype=torch.bfloat16)
-
-    def step():
-        x.grad = a.grad = b.grad = None
-        LAYERS[name](x, w, a, b, p).backward(dy)
-        if DEVICE.type == "cuda":
+def timed(benchmark, call, setup=None):
+    def finished(*args):
+        call(*args)
+        if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.pedantic(step, warmup_rounds=3, rounds=15)
+    benchmark.pedantic(finished, setup=setup, warmup_rounds=1, rounds=5)
+
+
+def layer_of(way, problem, benchmark, direction):
+    why = cannot(way, problem)
+    if why is not None:
+        pytest.skip(f"{way}: {why}")
+    benchmark.group = f"{problem}, {direction}"
+    return WAYS[way](problem), *problem.inputs()
+
+
+@each_way
+@each_problem
+def test_forward(benchmark, problem, way):
+    layer, x, _ = layer_of(way, problem, benchmark, "forward")
+    timed(benchmark, lambda: layer(x))
+
+
+@each_way
+@each_problem
+def test_backward(benchmark, problem, way):
+    layer, x, dy = layer_of(way, problem, benchmark, "backward")
+    trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    timed(benchmark, lambda y: torch.autograd.grad(y, trained, dy), lambda: ((layer(x),), {}))
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["training", "inference"])
+def test_launch_cost(benchmark, trained, monkeypatch):
+    """Python time from `lora_linear` to the launches of forward and back: nothing runs."""
+    launch = pytest.importorskip("fastlora_kernels.launch")
+    from fastlora_kernels.configs import Chip
+
+    monkeypatch.setattr(plans, "default", lambda *_: ("triton", "the kernels, whatever is here"))
+    plans.forget()
+    benchmark.group = "Python time of a forward on a GPU, without its launches"
+    problem = Problem("launch", 16, 64, 64)
+    weight, (a, b), x = problem.linear().weight, problem.factors(), problem.inputs()[0].detach()
+    for factor in (a, b):
+        factor.requires_grad_(trained)
+    with launch.recording(Chip((9, 0), 232448, 132)) as calls:
+
+        def forward():
+            fastlora.lora_linear(x, weight, a, b, scaling=2.0)
+            calls.clear()
+
+        forward()
+        benchmark.pedantic(forward, rounds=200, iterations=100)
+    plans.forget()

@@ -11,6 +11,7 @@ pytest.importorskip("matplotlib")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 try:
+    import lorafusion
     import measure
     import report
     import run
@@ -44,6 +45,21 @@ def test_all_ways_compute_the_same_layer():
     for way, mine in found.items():
         for one, other in zip(mine, found["PEFT"], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=way)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("shape", [(300, 136, 72, 8), (64, 256, 128, 16)], ids=str)
+def test_lorafusion_kernels(shape, dropped):
+    """In the interpreter, as they run on a GPU: what the formulas give."""
+    M, N, K, R = shape
+    dy, w, a, b, s = (torch.randn(d) for d in ((M, N), (N, K), (R, K), (N, R), (M, R)))
+    keep = torch.rand(M, K) > 0.5 if dropped else None
+    ds, db = lorafusion.ds_db(dy, s, b, 0.5)
+    dx = lorafusion.dx(dy, w, ds, a, keep, 2.0)
+    torch.testing.assert_close(ds, 0.5 * dy @ b, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(db, 0.5 * dy.t() @ s, rtol=1e-4, atol=1e-3)
+    low_rank = ds @ a * (2.0 * keep if dropped else 1.0)
+    torch.testing.assert_close(dx, dy @ w + low_rank, rtol=1e-4, atol=1e-3)
 
 
 def test_rows_say_what_was_measured(tmp_path):
