@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 
 import aot
@@ -65,6 +66,7 @@ def pipelined_loads(call: launch.Call) -> int:
 
 
 def main(share: int, of: int) -> None:
+    os.nice(10)  # the tests that run meanwhile go first
     jobs = []
     for capability in CAPABILITIES:
         seen = set()

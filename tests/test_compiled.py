@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import aot
 import pytest
@@ -17,19 +12,9 @@ KERNELS = ("shrink_kernel", "product_kernel", "columns_kernel", "sum_kernel")
 
 
 @pytest.fixture(scope="module")
-def reports():
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    script = Path(__file__).parent / "compiled_cases.py"
-
-    def worker(share: int) -> str:
-        command = [sys.executable, str(script), str(share), "2"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    with ThreadPoolExecutor(2) as pool:
-        lines = "".join(pool.map(worker, range(2))).splitlines()
-    return [json.loads(line) for line in lines]
+def reports(compiling):
+    """What the processes of conftest.py, started with the session, have found."""
+    return [json.loads(line) for line in compiling().splitlines()]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+
 import fastlora_kernels
 import pytest
 import torch
+import triton
 from acceptance import KINDS, Case, run, small_cases, verify, verify_exactly
-from fastlora_kernels import columns, configs, launch, product, shrink
+from fastlora_kernels import configs, launch
 
 import fastlora
-from fastlora import library_impl, torch_impl
+from fastlora import library_impl, measured, plans, torch_impl, tuner
 from fastlora.dropout import keep_mask
 
 pytestmark = pytest.mark.gpu
 BODIES = {"triton": fastlora_kernels, "library": library_impl, "torch": torch_impl}
+# The package's own attributes of these names are the launchers.
+MODULES = {
+    name: importlib.import_module(f"fastlora_kernels.{name}")
+    for name in ("product", "shrink", "columns")
+}
 each_body = pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 
 
@@ -71,7 +79,7 @@ def test_every_config(kernel, kind, monkeypatch):
             config, kernel, "16" if kind == "unaligned" else kind, 32, True, chip
         ):
             continue
-        for module in (product, shrink, columns):
+        for module in MODULES.values():
             monkeypatch.setattr(
                 module,
                 "config_for",
@@ -182,6 +190,43 @@ def test_cuda_graph_replays_with_fresh_dropout():
     assert not torch.equal(first, y) and y.isfinite().all()
     module.eval()
     torch.testing.assert_close(y.float().mean(), module(x).float().mean(), rtol=0.5, atol=0.05)
+
+
+def test_a_cold_kernel_is_refused_while_a_graph_is_captured():
+    """With words, and before anything is launched; the same call works once it has run."""
+    layer = fastlora.LoRALinear(144, 80, r=3, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(48, 144, device="cuda", dtype=torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    for module in MODULES.values():
+        for kernel in vars(module).values():
+            if isinstance(kernel, triton.JITFunction):
+                kernel.device_caches.clear()
+    with (
+        pytest.raises(RuntimeError, match="run the same forward and backward once before"),
+        torch.cuda.graph(graph),
+    ):
+        layer(x)
+    torch.cuda.synchronize()
+    assert layer(x).isfinite().all()
+
+
+def test_tuning(tmp_path, monkeypatch):
+    """Every implementation is measured, kept, and then taken; nothing is left out."""
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(measured, "_loaded", {})
+    plans.forget()
+    said = []
+    problem = plans.Problem(512, 1024, 768, 16, torch.bfloat16, torch.float32, True)
+    device = torch.device("cuda", torch.cuda.current_device())
+    ((_, found),) = tuner.tune([problem], device, said.append, seconds=0.1)
+    assert not said and measured.path_of(device).exists()
+    for op in measured.OPS:
+        assert found[op].seconds.keys() == {"torch", "library", "triton"}
+        plan = plans.choose(op, "auto", problem, device)
+        assert plan.why == "measured on this machine"
+        fastest = min(found[op].seconds, key=found[op].seconds.get)
+        assert plan.impl in (fastest, "library")
+    plans.forget()
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])

@@ -7,6 +7,8 @@ import tiny_models as tiny
 import torch
 from torch import nn
 
+import fastlora
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -40,6 +42,8 @@ def test_a_model(tmp_path, monkeypatch):
 
 def test_a_layer_and_the_operator():
     names = given()
+    config = fastlora.LoRAConfig(target_modules="all-linear")
+    fastlora.inject(names["model"], config)
     for block in ("import fastlora", *blocks("README.md")[1:]):
         exec(block, names)
     assert names["layer"].weight is names["linear"].weight and names["y"].shape == (5, 24)
