@@ -19,6 +19,9 @@ from fastlora.dropout import KeptOnes, kept_scale
 # the launches.
 ROWS = {"cpu": 512}
 MORE_ROWS = 4096
+# Elements of a 16-bit result up to which float32 factors are multiplied as they are: one wide
+# conversion then takes less time than the dozen small operations that split the factors.
+FEW = 200_000
 
 
 def forward(
@@ -33,14 +36,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return y [M, N] in the dtype of x and s = dropout(x) aᵀ [M, R] in the adapters' dtype."""
     y = F.linear(x, w, bias)
-    if seed is None and a.dtype == x.dtype:
-        s = x @ a.t()
+    if seed is None and _at_once(x, a.dtype):
+        s = x.to(a.dtype) @ a.t()
     else:
         s = x.new_empty(x.shape[0], a.shape[0], dtype=a.dtype)
         for rows, x_hat, _ in _blocks(x, a.dtype, seed, dropout_p):
-            torch.mm(x_hat, a.t(), out=s[rows])
-        if seed is not None:
-            s.mul_(kept_scale(dropout_p))
+            torch.mm(x_hat, a.t(), out=_part(s, rows))
+    if seed is not None:
+        s.mul_(kept_scale(dropout_p))
     return add_product(y, s, b.t(), scaling), s
 
 
@@ -66,23 +69,24 @@ def backward(
         ds.mul_(kept_scale(dropout_p))
     elif need_x:
         add_product(dx, ds, a, 1.0)
-    if seed is None and a.dtype == x.dtype:
-        return dx, ds.t().contiguous() @ x if need_a else None, db
+    if seed is None and _at_once(x, a.dtype):
+        return dx, ds.t().contiguous() @ x.to(a.dtype) if need_a else None, db
     da = torch.zeros(a.shape, dtype=_sum_dtype(a), device=a.device) if need_a else None
     if need_a or seed is not None:
-        left, right = _in_dtype(ds, a, x.dtype)
+        left, right = _in_dtype(ds, a, x)
         for rows, x_hat, ones in _blocks(x, a.dtype, seed, dropout_p):
             if need_a:
-                da += (ds[rows].t().contiguous() @ x_hat).to(da.dtype)
+                da += (_part(ds, rows).t().contiguous() @ x_hat).to(da.dtype)
             if need_x and ones is not None:
-                dx[rows].add_(_kept((left[rows] @ right).to(x.dtype), ones))
+                _part(dx, rows).add_(_kept((_part(left, rows) @ right).to(x.dtype), ones))
     return dx, da.to(a.dtype) if need_a else None, db
 
 
 def _ds_db(
     dy: Tensor, b: Tensor, s: Tensor, scaling: float, need_ds: bool, need_db: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    if b.dtype == dy.dtype:
+    if _at_once(dy, b.dtype):
+        dy = dy.to(b.dtype)
         ds = (dy @ b).mul_(scaling) if need_ds else None
         # The narrow factor first, and whole rows of it: twice as fast as dyᵀ s on a CPU.
         db = (s.t().contiguous() @ dy).t().mul(scaling) if need_db else None
@@ -103,21 +107,22 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tenso
     """Add ``alpha · left @ right`` to ``out`` in place, rounding the sum once."""
     if not out.numel():
         return out
-    left, right = _in_dtype(left, right, out.dtype)
+    left, right = _in_dtype(left, right, out)
     if left.dtype == out.dtype:
         return out.addmm_(left, right, alpha=alpha)
-    for rows in _rows(out):  # float32 factors under float16
-        out[rows] = torch.addmm(out[rows].to(left.dtype), left[rows], right, alpha=alpha)
+    for rows in _rows(out):  # float32 factors under float16, or few elements
+        part = _part(out, rows)
+        part.copy_(torch.addmm(part.to(left.dtype), _part(left, rows), right, alpha=alpha))
     return out
 
 
-def _in_dtype(left: Tensor, right: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return factors of ``left @ right`` for a product that is rounded to ``dtype`` anyway.
+def _in_dtype(left: Tensor, right: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of ``left @ right`` for a product that is rounded to out's dtype anyway.
 
     A float32 factor is the sum of two bfloat16 terms to 16 bits: side by side along the rank they
     make one bfloat16 product with all but the least of the four.
     """
-    if left.dtype == dtype or dtype != torch.bfloat16:
+    if left.dtype == out.dtype or out.dtype != torch.bfloat16 or out.numel() <= FEW:
         return left, right
     high, low = _terms(left)
     right_high, right_low = _terms(right)
@@ -141,9 +146,9 @@ def _blocks(
     ones = KeptOnes(seed, size, x.shape[1], p) if seed is not None else None
     memory = x.new_empty(size, x.shape[1], dtype=dtype)
     for rows in _rows(x):
-        block = x[rows]
-        kept = ones.draw(range(rows.start, rows.start + len(block))) if ones else None
-        x_hat = memory[: len(block)].copy_(block)
+        block = _part(x, rows)
+        kept = ones.draw(range(rows.start, rows.stop)) if ones else None
+        x_hat = _part(memory, slice(0, rows.stop - rows.start)).copy_(block)
         yield rows, x_hat if kept is None else _kept(x_hat, kept), kept
 
 
@@ -154,6 +159,16 @@ def _kept(t: Tensor, ones: Tensor) -> Tensor:
 
 def _block_rows(t: Tensor) -> int:
     return ROWS.get(t.device.type, MORE_ROWS)
+
+
+def _at_once(t: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether ``t`` is read in ``dtype`` without blocks: as it is, or as a single one."""
+    return t.dtype == dtype or t.shape[0] <= _block_rows(t)
+
+
+def _part(t: Tensor, rows: slice) -> Tensor:
+    """Return ``t[rows]``, without the time of a view where that is all of it."""
+    return t if rows.stop - rows.start == t.shape[0] else t[rows]
 
 
 def _rows(t: Tensor) -> Iterator[slice]:

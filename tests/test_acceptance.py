@@ -127,16 +127,16 @@ MUTANTS = {
 # The same for the torch implementation: name: (line as it is, line as it would be wrong)
 TORCH_MUTANTS = {
     "mask of every block that of the first": (
-        "range(rows.start, rows.start + len(block))",
-        "range(len(block))",
+        "range(rows.start, rows.stop)",
+        "range(rows.stop - rows.start)",
     ),
     "1 / (1 - p) forgotten in backward": (
         "        ds.mul_(kept_scale(dropout_p))\n",
         "        pass\n",
     ),
     "dx not masked": (
-        "_kept((left[rows] @ right).to(x.dtype), ones)",
-        "(left[rows] @ right).to(x.dtype)",
+        "_kept((_part(left, rows) @ right).to(x.dtype), ones)",
+        "(_part(left, rows) @ right).to(x.dtype)",
     ),
     "float32 factors rounded to 16 bits": ("rest.nan_to_num_(0.0, 0.0, 0.0)", "rest.zero_()"),
     "scaling forgotten": ("out.addmm_(left, right, alpha=alpha)", "out.addmm_(left, right)"),
@@ -145,7 +145,15 @@ TORCH_MUTANTS = {
         "(s.t().contiguous() @ dy).t()",
     ),
     "db of the last block alone": ("db.addmm_(s[rows].t(), dy_rows)", "db = s[rows].t() @ dy_rows"),
-    "da of the last block alone": ("da += (ds[rows]", "da = (ds[rows]"),
+    "da of the last block alone": ("da += (_part(ds, rows)", "da = (_part(ds, rows)"),
+    "few elements not scaled": (
+        "_part(left, rows), right, alpha=alpha",
+        "_part(left, rows), right",
+    ),
+    "s of few rows from 16 bits": (
+        "s = x.to(a.dtype) @ a.t()",
+        "s = (x @ a.t().to(x.dtype)).to(a.dtype)",
+    ),
     "bias dropped": ("F.linear(x, w, bias)", "F.linear(x, w)"),
 }
 TORCH_CASES = [
@@ -153,6 +161,7 @@ TORCH_CASES = [
     Case(1100, 40, 30, 5, kind="bf16-fp32", mode="both", dropout_p=0.3),
     Case(1100, 40, 30, 5, kind="bf16-fp32", mode="low_rank"),
     Case(1100, 40, 30, 5, kind="fp32", mode="low_rank", dropout_p=0.3),
+    Case(100, 40, 30, 5, kind="bf16-fp32", mode="low_rank"),
 ]
 
 
@@ -194,8 +203,9 @@ def test_a_wrong_torch_implementation_is_refused(name):
     mutant = ModuleType("mutant")
     exec(text.replace(right, wrong), mutant.__dict__)
     with pytest.raises(AssertionError):
-        for case in TORCH_CASES:
-            verify(mutant, case)
+        for mutant.FEW in (torch_impl.FEW, 0):  # small inputs, then as if they were large
+            for case in TORCH_CASES:
+                verify(mutant, case)
 
 
 def test_the_right_torch_implementation_is_accepted():

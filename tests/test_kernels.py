@@ -51,6 +51,14 @@ def test_more_rows_than_one_block_of_the_torch_implementation(kind, p):
     verify(torch_impl, Case(2 * torch_impl.ROWS["cpu"] + 7, 50, 70, 6, kind=kind, dropout_p=p))
 
 
+@pytest.mark.parametrize("case", small_cases(), ids=str)
+def test_the_torch_implementation_of_large_inputs(case, monkeypatch):
+    """Small ones go another way: blocks of a few rows, and float32 factors split into terms."""
+    monkeypatch.setattr(torch_impl, "FEW", 0)
+    monkeypatch.setitem(torch_impl.ROWS, "cpu", 16)
+    verify(torch_impl, case)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_library_products_beside_the_kernels(kind, p):
