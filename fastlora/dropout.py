@@ -45,46 +45,54 @@ def keep_mask(seed: Tensor, rows: range, columns: int, p: float) -> Tensor:
     groups = -(-columns // GROUP)
     z = torch.arange(rows.start * groups, rows.stop * groups, device=seed.device)
     z.mul_(GAMMA).add_(seed)
-    bits = _mixed(z, torch.empty_like(z)).view(torch.int16).view(len(rows), GROUP * groups)
+    bits = _mixed(z, z, torch.empty_like(z)).view(torch.int16).view(len(rows), GROUP * groups)
     return bits[:, :columns] >= lowest_kept(p)
 
 
+# 1.0 of a 16-bit dtype as the integer of the same bits.
+_ONE_BITS = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
+
+
 class KeptOnes:
-    """The mask as the integers 1 (kept) and 0, drawn a block of rows at a time.
+    """The mask as ones (kept) and zeros of ``dtype``, drawn block after block of ``rows`` rows.
 
     Every block is drawn in the same memory. On a CPU 16-bit integers are several times as fast as
-    comparisons and Booleans, which PyTorch does not vectorise.
+    comparisons and Booleans, which PyTorch does not vectorise, and as conversions.
     """
 
-    def __init__(self, seed: Tensor, rows: int, columns: int, p: float) -> None:
-        self.columns, self.p = columns, p
+    def __init__(self, seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype) -> None:
+        self.columns, self.p, self.dtype = columns, p, dtype
         self.groups = -(-columns // GROUP)
-        self.first = torch.arange(rows * self.groups, device=seed.device).mul_(GAMMA).add_(seed)
-        self.z, self.other = torch.empty_like(self.first), torch.empty_like(self.first)
+        self.step = _signed(rows * self.groups * GAMMA % (1 << 64))
+        self.next = torch.arange(rows * self.groups, device=seed.device).mul_(GAMMA).add_(seed)
+        self.z, self.other = torch.empty_like(self.next), torch.empty_like(self.next)
 
-    def draw(self, rows: range) -> Tensor:
-        """Return [len(rows), columns], int16; the next call overwrites it."""
-        size = len(rows) * self.groups
-        z, other = self.z[:size], self.other[:size]
-        skipped = _signed(rows.start * self.groups * GAMMA % (1 << 64))
-        torch.add(self.first[:size], skipped, out=z)
-        bits = _mixed(z, other).view(torch.int16)
+    def draw(self, rows: int) -> Tensor:
+        """Return the next [rows, columns] of the mask; the next call overwrites it."""
+        size = rows * self.groups
+        mixed = _mixed(self.next[:size], self.z[:size], self.other[:size])
+        self.next.add_(self.step)
+        bits = mixed.view(torch.int16)
         lowest = lowest_kept(self.p)
         if lowest == -32768:
             bits.fill_(1)
         else:
             bits.clamp_(lowest - 1, lowest).sub_(lowest - 1)
-        return bits.view(len(rows), GROUP * self.groups)[:, : self.columns]
+        if self.dtype in _ONE_BITS:
+            ones = bits.mul_(_ONE_BITS[self.dtype]).view(self.dtype)
+        else:
+            ones = bits.to(self.dtype)
+        return ones.view(rows, GROUP * self.groups)[:, : self.columns]
 
 
-def _mixed(z: Tensor, other: Tensor) -> Tensor:
-    """Hash every element of ``z`` in place; ``other`` is as large and is overwritten."""
-    _xor_shifted(z, 30, other).mul_(MIX_1)
-    _xor_shifted(z, 27, other).mul_(MIX_2)
-    return _xor_shifted(z, 31, other)
+def _mixed(start: Tensor, z: Tensor, other: Tensor) -> Tensor:
+    """Return in ``z`` the hash of every element of ``start``; ``other`` is overwritten too."""
+    _xor_shifted(start, 30, other, z).mul_(MIX_1)
+    _xor_shifted(z, 27, other, z).mul_(MIX_2)
+    return _xor_shifted(z, 31, other, z)
 
 
-def _xor_shifted(z: Tensor, shift: int, other: Tensor) -> Tensor:
+def _xor_shifted(z: Tensor, shift: int, other: Tensor, out: Tensor) -> Tensor:
     # torch shifts int64 arithmetically; the mask clears the copies of the sign bit.
     torch.bitwise_right_shift(z, shift, out=other)
-    return z.bitwise_xor_(other.bitwise_and_((1 << (64 - shift)) - 1))
+    return torch.bitwise_xor(z, other.bitwise_and_((1 << (64 - shift)) - 1), out=out)

@@ -78,7 +78,7 @@ def backward(
             if need_a:
                 da += (_part(ds, rows).t().contiguous() @ x_hat).to(da.dtype)
             if need_x and ones is not None:
-                _part(dx, rows).add_(_kept((_part(left, rows) @ right).to(x.dtype), ones))
+                _part(dx, rows).addcmul_((_part(left, rows) @ right).to(x.dtype), ones)
     return dx, da.to(a.dtype) if need_a else None, db
 
 
@@ -138,23 +138,26 @@ def _terms(t: Tensor) -> tuple[Tensor, Tensor]:
 def _blocks(
     x: Tensor, dtype: torch.dtype, seed: Tensor | None = None, p: float = 0.0
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Yield the rows of each block, x there in ``dtype`` with dropout, and the mask (`KeptOnes`).
+    """Yield the rows of each block, x there in ``dtype`` with dropout, and the mask in x's dtype.
 
-    Both tensors are overwritten by the next block. Kept elements are not scaled.
+    Both tensors are overwritten by the next block. The mask is ones and zeros (`KeptOnes`): what
+    is not a number stays so when it is dropped, and kept elements are not scaled.
     """
     size = min(_block_rows(x), x.shape[0])
-    ones = KeptOnes(seed, size, x.shape[1], p) if seed is not None else None
-    memory = x.new_empty(size, x.shape[1], dtype=dtype)
+    mask = dropped = wide = ones = None
+    if seed is not None:
+        mask = KeptOnes(seed, size, x.shape[1], p, x.dtype)
+        dropped = x.new_empty(size, x.shape[1])
+    if dtype != x.dtype:
+        wide = x.new_empty(size, x.shape[1], dtype=dtype)
     for rows in _rows(x):
-        block = _part(x, rows)
-        kept = ones.draw(range(rows.start, rows.stop)) if ones else None
-        x_hat = _part(memory, slice(0, rows.stop - rows.start)).copy_(block)
-        yield rows, x_hat if kept is None else _kept(x_hat, kept), kept
-
-
-def _kept(t: Tensor, ones: Tensor) -> Tensor:
-    """Multiply ``t`` by a mask of ones and zeros, in place: what is not a number stays so."""
-    return t.mul_(ones.to(t.dtype))
+        block, here = _part(x, rows), slice(0, rows.stop - rows.start)
+        if mask is not None:
+            ones = mask.draw(here.stop)
+            block = torch.mul(block, ones, out=_part(dropped, here))
+        if wide is not None:
+            block = _part(wide, here).copy_(block)
+        yield rows, block, ones
 
 
 def _block_rows(t: Tensor) -> int:

@@ -127,16 +127,16 @@ MUTANTS = {
 # The same for the torch implementation: name: (line as it is, line as it would be wrong)
 TORCH_MUTANTS = {
     "mask of every block that of the first": (
-        "range(rows.start, rows.stop)",
-        "range(rows.stop - rows.start)",
+        "            ones = mask.draw(here.stop)\n",
+        "            mask.step = 0\n            ones = mask.draw(here.stop)\n",
     ),
     "1 / (1 - p) forgotten in backward": (
         "        ds.mul_(kept_scale(dropout_p))\n",
         "        pass\n",
     ),
     "dx not masked": (
-        "_kept((_part(left, rows) @ right).to(x.dtype), ones)",
-        "(_part(left, rows) @ right).to(x.dtype)",
+        "addcmul_((_part(left, rows) @ right).to(x.dtype), ones)",
+        "add_((_part(left, rows) @ right).to(x.dtype))",
     ),
     "float32 factors rounded to 16 bits": ("rest.nan_to_num_(0.0, 0.0, 0.0)", "rest.zero_()"),
     "scaling forgotten": ("out.addmm_(left, right, alpha=alpha)", "out.addmm_(left, right)"),
