@@ -71,6 +71,8 @@ def explain(
         for shape in [what] if _is_shape(what) else what:
             found += _problems(shape, sizes, r, dtype, adapter, dropout)
     device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {str(device)!r}, but PyTorch can use no GPU here")
     chosen = {p: {op: plans.choose(op, "auto", p, device) for op in OPS} for p in found}
     return Explanation(device, chosen)
 

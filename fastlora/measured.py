@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import math
 import os
@@ -125,6 +124,8 @@ def driver() -> str:
 
 def version_of(name: str) -> str:
     """Return an installed distribution's version, or "not installed"."""
+    import importlib.metadata  # 10 ms that `import fastlora` need not take
+
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

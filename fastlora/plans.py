@@ -80,6 +80,8 @@ def function(
     found = _functions.get(key)
     if found is None:
         problem = Problem(m, n, k, r, x.dtype, a.dtype, dropout)
+        if TUNE and impl == "auto":
+            _tune_on_first_use(problem, x.device)
         plan = choose(op, impl, problem, x.device)
         found = getattr(importlib.import_module(MODULES[plan.impl]), op)
         if plan.configs and plan.impl != "torch":
@@ -93,7 +95,9 @@ def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
     usable = usable_implementations(problem.dtype, device)
     seconds, configs = {}, {}
     if len(usable) > 1:
-        timing = _timings(problem, device, impl)
+        from fastlora import measured
+
+        timing = measured.find(problem, device)
         if timing is not None:
             seconds = timing[op].seconds
             configs = _configs(op, timing[op].configs, problem, device)
@@ -111,15 +115,13 @@ def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
     return Plan(impl, why, seconds, configs)
 
 
-def _timings(problem: Problem, device: torch.device, impl: str) -> dict | None:
-    from fastlora import measured
-
-    found = measured.find(problem, device)
-    if found is None and TUNE and impl == FORCED == "auto" and not _capturing(device):
+def _tune_on_first_use(problem: Problem, device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return
+    if len(usable_implementations(problem.dtype, device)) > 1:
         from fastlora import tuner
 
-        found = tuner.tune_on_first_use(problem, device)
-    return found
+        tuner.tune_on_first_use(problem, device)
 
 
 def _configs(
@@ -166,10 +168,6 @@ def usable_implementations(dtype: torch.dtype, device: torch.device) -> tuple[st
     if dtype == torch.float64 or triton_unusable(device) is not None:
         return ("torch",)
     return ("torch", "library", "triton")
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

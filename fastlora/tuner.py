@@ -36,25 +36,23 @@ def tune(
     """
     for problem in problems:
         problem = problem.bucketed()
-        with torch.no_grad():
+        with torch.no_grad(), torch.cuda.device(device if device.type == "cuda" else -1):
             found = _measure(problem, device, say, seconds)
         if found is not None:
             measured.add({problem: found}, device)
         yield problem, found
 
 
-def tune_on_first_use(problem: Problem, device: torch.device) -> dict[str, Timing] | None:
-    """Measure one problem that has just come up, and say so: it looks like a hang otherwise."""
+def tune_on_first_use(problem: Problem, device: torch.device) -> None:
+    """Measure a problem that has just come up, and say so: it looks like a hang otherwise."""
 
     def say(text: str) -> None:
         print(f"fastlora: {text}", file=sys.stderr, flush=True)
 
     with _lock:
-        known = measured.find(problem, device)  # by another thread, meanwhile
-        if known is None:
+        if measured.find(problem, device) is None:  # nor measured by another thread meanwhile
             say(f"measuring {problem.bucketed()} on first use (FASTLORA_TUNE=1)")
-            ((_, known),) = tune([problem], device, say)
-        return known
+            list(tune([problem], device, say))
 
 
 def _measure(

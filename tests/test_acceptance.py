@@ -141,11 +141,12 @@ TORCH_MUTANTS = {
     "float32 factors rounded to 16 bits": ("rest.nan_to_num_(0.0, 0.0, 0.0)", "rest.zero_()"),
     "scaling forgotten": ("out.addmm_(left, right, alpha=alpha)", "out.addmm_(left, right)"),
     "db not scaled": (
-        "(s.t().contiguous() @ dy).t().mul(scaling)",
-        "(s.t().contiguous() @ dy).t()",
+        "(_tall(s) @ dy).t().mul(scaling)",
+        "(_tall(s) @ dy).t()",
     ),
     "db of the last block alone": ("db.addmm_(s[rows].t(), dy_rows)", "db = s[rows].t() @ dy_rows"),
-    "da of the last block alone": ("da += (_part(ds, rows)", "da = (_part(ds, rows)"),
+    "da of the last block alone": ("da += (_tall", "da = (_tall"),
+    "db of few rows not scaled": ("(dy.t() @ s).mul_(scaling)", "(dy.t() @ s)"),
     "few elements not scaled": (
         "_part(left, rows), right, alpha=alpha",
         "_part(left, rows), right",
@@ -203,7 +204,8 @@ def test_a_wrong_torch_implementation_is_refused(name):
     mutant = ModuleType("mutant")
     exec(text.replace(right, wrong), mutant.__dict__)
     with pytest.raises(AssertionError):
-        for mutant.FEW in (torch_impl.FEW, 0):  # small inputs, then as if they were large
+        # Small inputs, then as if they were large.
+        for mutant.FEW, mutant.SHORT in ((torch_impl.FEW, torch_impl.SHORT), (0, 0)):
             for case in TORCH_CASES:
                 verify(mutant, case)
 

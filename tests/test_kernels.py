@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import fastlora_kernels
 import pytest
 import torch
+import triton
 from acceptance import KINDS, RANKS, Case, oracle, run, small_cases, verify, verify_exactly
 from fastlora_kernels import columns, configs, launch
 from hypothesis import given, settings
@@ -55,6 +57,7 @@ def test_more_rows_than_one_block_of_the_torch_implementation(kind, p):
 def test_the_torch_implementation_of_large_inputs(case, monkeypatch):
     """Small ones go another way: blocks of a few rows, and float32 factors split into terms."""
     monkeypatch.setattr(torch_impl, "FEW", 0)
+    monkeypatch.setattr(torch_impl, "SHORT", 0)
     monkeypatch.setitem(torch_impl.ROWS, "cpu", 16)
     verify(torch_impl, case)
 
@@ -322,3 +325,17 @@ def test_every_chip_has_a_config():
         for chip, r, aligned, p in itertools.product(chips, RANKS, (False, True), (False, True)):
             config = configs.default_config(kernel, kind, r, p, chip, aligned)
             assert configs.is_valid(config, kernel, kind, r, p, chip)
+
+
+def test_nothing_is_compiled_while_a_graph_is_captured():
+    """Triton asks its hook before it compiles; ours refuses, and leaves the user's in place."""
+    runtime = triton.knobs.runtime
+    before, runtime.jit_cache_hook = runtime.jit_cache_hook, print
+    try:
+        with launch._compiled_before():
+            kernel = SimpleNamespace(name="shrink_kernel")
+            with pytest.raises(RuntimeError, match=r"shrink_kernel is not compiled .* once before"):
+                runtime.jit_cache_hook(key="", repr="", fn=kernel, compile={})
+        assert runtime.jit_cache_hook is print
+    finally:
+        runtime.jit_cache_hook = before

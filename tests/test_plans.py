@@ -356,6 +356,8 @@ def test_tuning_on_first_use(monkeypatch, capsys):
     monkeypatch.setattr(plans, "TUNE", True)
     monkeypatch.setattr(tuner, "SECONDS", 0.0)
     x, w, a, b = operands()
+    fastlora.explain((48, 32), 64, device="cpu")
+    assert measured.find(PROBLEM, CPU) is None
     for _ in range(2):
         fastlora.lora_linear(x, w, a.requires_grad_(), b).sum().backward()
     assert (
@@ -421,6 +423,9 @@ def test_explain_says_what_it_cannot_take():
         fastlora.explain([(4, 4), (0, 3)])
     with pytest.raises(TypeError, match=r"what must be .* got str"):
         fastlora.explain("llama")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device is 'cuda', but PyTorch can use no GPU here"):
+            fastlora.explain((4, 4), device="cuda")
     with pytest.raises(ValueError, match="tokens must be positive integers, got 0"):
         fastlora.explain((4, 4), tokens=0)
 

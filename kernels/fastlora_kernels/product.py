@@ -124,7 +124,9 @@ def product(
     config = config or config_for("product", x, w, R, b.dtype, seed is not None)
     y = x.new_empty(M, N)
     grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
-    scale = scaling if seed is None else scaling * kept_scale(dropout_p)
+    scale, keep_from = scaling, 0
+    if seed is not None:
+        scale, keep_from = scaling * kept_scale(dropout_p), lowest_kept(dropout_p)
     even_k = K % config.block_k == 0
     flags = bias is not None, seed is not None, even_k, triton_dtype(x.dtype)
     tiles = config.block_m, config.block_n, config.block_k, config.rank_tile(R), config.group_m
@@ -136,7 +138,7 @@ def product(
         *w.stride(),
         *b.stride(),
         0 if bias is None else bias.stride(0),
-        *(scale, lowest_kept(dropout_p)),
+        *(scale, keep_from),
         *flags,
         *tiles,
     )

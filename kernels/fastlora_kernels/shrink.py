@@ -89,7 +89,9 @@ def shrink(
     block_r = config.rank_tile(R)
     tiles_r = cdiv(R, block_r)
     grid = (cdiv(M, config.block_m) * tiles_r,)
-    scale = scaling if seed is None else scaling * kept_scale(dropout_p)
+    scale, keep_from = scaling, 0
+    if seed is not None:
+        scale, keep_from = scaling * kept_scale(dropout_p), lowest_kept(dropout_p)
     flags = seed is not None, K % config.block_k == 0, triton_dtype(x.dtype)
     tiles = config.block_m, config.block_k, block_r, tiles_r
     launch(
@@ -98,7 +100,7 @@ def shrink(
         *(M, K, R),
         *x.stride(),
         *a.stride(),
-        *(scale, lowest_kept(dropout_p)),
+        *(scale, keep_from),
         *flags,
         *tiles,
     )
