@@ -38,26 +38,25 @@ class Problem:
         return f"{self.name}: {sizes} {dtypes} dropout={self.p:g}"
 
     def linear(self) -> nn.Linear:
-        generator = torch.Generator().manual_seed(0)
-        linear = nn.Linear(self.K, self.N, self.bias, device="meta").to_empty(device="cpu")
-        with torch.no_grad():
-            linear.weight.copy_(torch.randn(self.N, self.K, generator=generator) / self.K**0.5)
-            if self.bias:
-                linear.bias.zero_()
-        return linear.to(self.device, self.dtype).requires_grad_(False)
+        linear = nn.Linear(self.K, self.N, self.bias, device="meta", dtype=self.dtype)
+        linear.weight = nn.Parameter(self._random(0, self.N, self.K) / self.K**0.5)
+        if self.bias:
+            linear.bias = nn.Parameter(torch.zeros_like(linear.bias, device=self.device))
+        return linear.requires_grad_(False)
 
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        generator = torch.Generator().manual_seed(1)
-        a = torch.randn(self.R, self.K, generator=generator) / self.K**0.5
-        b = torch.randn(self.N, self.R, generator=generator)
-        return tuple(nn.Parameter(t.to(self.device, self.adapter)) for t in (a, b))
+        a = self._random(1, self.R, self.K) / self.K**0.5
+        b = self._random(2, self.N, self.R)
+        return tuple(nn.Parameter(t.to(self.adapter)) for t in (a, b))
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Return x, which requires grad, and dy."""
-        generator = torch.Generator().manual_seed(2)
-        x = torch.randn(self.M, self.K, generator=generator).to(self.device, self.dtype)
-        dy = torch.randn(self.M, self.N, generator=generator).to(self.device, self.dtype)
-        return x.requires_grad_(), dy
+        return self._random(3, self.M, self.K).requires_grad_(), self._random(4, self.M, self.N)
+
+    def _random(self, seed: int, *shape: int) -> Tensor:
+        """Return the same normal numbers every time, drawn on the device: weights are large."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
 
 
 class Frozen(nn.Module):

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator
 
 import torch
-from measure import peak_bytes
+from measure import fits, peak_bytes
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -61,7 +61,7 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {"fastlora": ours, "PEFT": p
 
 
 def measure(name: str, device: torch.device, seconds: float) -> Iterator[list[dict]]:
-    """Yield the rows of each batch size: both models take turns on the same tokens."""
+    """Yield the rows of each batch size that fits: both models take turns on the same tokens."""
     base = make(name, device)
     models = {way: wrap(copy.deepcopy(base)) for way, wrap in WAYS.items()}
     del base
@@ -69,6 +69,7 @@ def measure(name: str, device: torch.device, seconds: float) -> Iterator[list[di
     for batch in BATCHES:
         ids = torch.randint(0, SMOLLM2["vocab_size"] // 2, (batch, tokens), device=device)
         steps = {way: _step(model, ids) for way, model in models.items()}
+        steps = {way: step for way, step in steps.items() if fits(step)}
         rounds = interleaved(steps, device, seconds / len(BATCHES), least=2)
         times = {way: [t for (t,) in found] for way, found in rounds.items()}
         rows = []
@@ -84,7 +85,7 @@ def measure(name: str, device: torch.device, seconds: float) -> Iterator[list[di
                     "step_s": median,
                     "tokens": tokens,
                     "tokens_s": batch * tokens / median,
-                    "ratio_to_peft": ratio(times[way], times["PEFT"]),
+                    "ratio_to_peft": ratio(times[way], times["PEFT"]) if "PEFT" in times else None,
                     "peak_bytes": peak_bytes(step, device),
                     "flops_per_token": counter.get_total_flops() / (batch * tokens),
                 }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from baselines import WAYS, Problem, cannot
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from fastlora.timing import interleaved, ratio
 
@@ -15,10 +16,16 @@ PHASES = ("forward", "backward", "both")
 
 
 def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
-    """Return a row for each way that can run ``problem``; the frozen layer is always one."""
+    """Return a row for each way that can run ``problem``; the frozen layer is always one.
+
+    A way that finds too little memory has none; without the frozen layer there are no rows.
+    """
     device = torch.device(problem.device)
     layers = {way: WAYS[way](problem) for way in ways if cannot(way, problem) is None}
     x, dy = problem.inputs()
+    layers = {way: layer for way, layer in layers.items() if fits(_step(layer, x, dy))}
+    if "frozen" not in layers:
+        return []
     memory = {way: _memory(layer, x, dy) for way, layer in layers.items()}
     steps = {way: _step(layer, x, dy) for way, layer in layers.items()}
     rounds = {
@@ -41,6 +48,17 @@ def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
             }
         rows.append(row)
     return rows
+
+
+def fits(step: Callable[[], Iterable[None]]) -> bool:
+    """Run ``step`` once; return whether there was enough memory, and say so where there was not."""
+    try:
+        list(step())
+    except torch.OutOfMemoryError as error:
+        tqdm.write(f"left out: {str(error).partition('.')[0]}")
+        torch.cuda.empty_cache()
+        return False
+    return True
 
 
 def flops(problem: Problem, way: str, phase: str) -> float:

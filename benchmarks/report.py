@@ -81,7 +81,7 @@ def markdown(result: dict) -> str:
             lines.append(
                 f"| {row['model']} | {row['batch']} | {row['way']} | {row['tokens']} | "
                 f"{row['step_s']:.3f} | "
-                f"{row['ratio_to_peft']:.2f} | {row['tokens_s']:.0f} | "
+                f"{_ratio(row['ratio_to_peft'])} | {row['tokens_s']:.0f} | "
                 f"{row['peak_bytes'] / 2**20:.0f} | {row['flops_per_token'] / 1e9:.3f} |"
             )
     missing = sorted(set(COLOURS) - {r["way"] for p in result["problems"] for r in p["rows"]})
@@ -203,6 +203,10 @@ def _like_the_first(problem: dict, result: dict, but: str) -> bool:
     first = result["problems"][0]
     fields = ("name", "M", "N", "K", "R", "p", "dtype", "adapter")
     return all(problem[f] == first[f] for f in fields if f != but)
+
+
+def _ratio(value: float | None) -> str:
+    return "no PEFT" if value is None else f"{value:.2f}"
 
 
 def _short(dtype: str) -> str:

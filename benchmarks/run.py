@@ -50,7 +50,8 @@ def main() -> None:
         left = LAYERS_SHARE * options.minutes * 60 - (time.perf_counter() - started)
         ways = [w for w in WAYS if w != "PEFT compiled" or i < COMPILED_PROBLEMS]
         rows = measure(problem, ways, seconds=max(0.5, left / (len(todo) - i) * 0.7))
-        result["problems"].append({**described(problem), "rows": rows})
+        if rows:
+            result["problems"].append({**described(problem), "rows": rows})
     models = [name for name in end_to_end.MODELS if options.only in name]
     models = models if device.type == "cuda" else models[:1]
     left = options.minutes * 60 - (time.perf_counter() - started)

@@ -94,6 +94,18 @@ def test_rows_say_what_was_measured(tmp_path):
     assert pictures == {"cpu-ratio.png", "cpu-tokens.png", "cpu-roofline.png"}
 
 
+def test_a_way_without_enough_memory_has_no_row(monkeypatch, capsys):
+    def fails(self, x):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(WAYS["loralib"], "forward", fails)
+    rows = measure.measure(PROBLEM, ["frozen", "loralib", "fastlora torch"], 0.0)
+    assert [row["way"] for row in rows] == ["frozen", "fastlora torch"]
+    assert "left out: CUDA out of memory\n" in capsys.readouterr().out
+    monkeypatch.setattr(WAYS["frozen"], "forward", fails)
+    assert measure.measure(PROBLEM, ["frozen", "fastlora torch"], 0.0) == []
+
+
 def test_ways_take_turns():
     order = []
 
