@@ -1,6 +1,6 @@
 """One LoRA linear layer as others compute it, and as we do: what the benchmarks compare.
 
-Each class takes a `Problem` and is called with x. ``runs(problem)`` says why a way cannot run a
+Each class takes a `Problem` and is called with x. `cannot` says why a way cannot run a
 problem, which then has no row.
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from baselines import WAYS, Problem, cannot
@@ -21,11 +21,19 @@ def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
     A way that finds too little memory has none; without the frozen layer there are no rows.
     """
     device = torch.device(problem.device)
-    layers = {way: WAYS[way](problem) for way in ways if cannot(way, problem) is None}
-    x, dy = problem.inputs()
-    layers = {way: layer for way, layer in layers.items() if fits(_step(layer, x, dy))}
+    layers, operands = {}, []
+
+    def first_step(way: str) -> Iterator[None]:
+        operands[:] = operands or problem.inputs()
+        layers[way] = WAYS[way](problem)
+        yield from _step(layers[way], *operands)()
+
+    for way in ways:
+        if cannot(way, problem) is None and not fits(lambda way=way: first_step(way)):
+            layers.pop(way, None)
     if "frozen" not in layers:
         return []
+    x, dy = operands
     memory = {way: _memory(layer, x, dy) for way, layer in layers.items()}
     steps = {way: _step(layer, x, dy) for way, layer in layers.items()}
     rounds = {

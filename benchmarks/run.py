@@ -91,6 +91,7 @@ def machine(device: torch.device) -> dict:
     if device.type == "cuda":
         versions = {"driver": measured.driver(), "triton": measured.version_of("triton")}
         found |= {"cuda": torch.version.cuda, **versions}
+        found["tuned problems"] = measured.count(device)  # what `fastlora tune` left for ours
     return found
 
 

@@ -19,15 +19,14 @@ TOKENS = (16, 512, 8192)
 
 @dataclass(frozen=True)
 class Explanation:
-    """What runs for each problem on ``device``: ``plans`` maps it to {"forward", "backward"}."""
+    """What runs: ``plans`` maps each device and problem on it to {"forward", "backward"}."""
 
-    device: torch.device
-    plans: dict[Problem, dict[str, Plan]]
+    plans: dict[tuple[torch.device, Problem], dict[str, Plan]]
 
     def __str__(self) -> str:
-        lines = [f"on {self.device}, for M x N x K (tokens, outputs, inputs):"]
-        for problem, chosen in self.plans.items():
-            lines.append(str(problem))
+        lines = ["M x N x K: tokens, outputs, inputs"]
+        for (device, problem), chosen in self.plans.items():
+            lines.append(f"{problem}, on {device}")
             for op, plan in chosen.items():
                 lines.append(f"  {op:9} {plan.impl:9} {plan.why}{_times(plan)}")
         return "\n".join(lines)
@@ -45,10 +44,11 @@ def explain(
 ) -> Explanation:
     """Say which implementation ``impl="auto"`` takes, why, and what was measured; print the result.
 
-    ``what`` is a LoRALinear or a model that holds some (each with its active adapters, its dtypes
-    and device, dropout as in the mode it is in), or one or several shapes: (N, K), weights of
-    ``dtype`` under rank ``r`` and ``adapter_dtype`` (float32 under a 16-bit base, as in PEFT), or a
-    whole `Problem`. ``tokens`` is M, several of them, or an input x [..., K].
+    ``what`` is a LoRALinear or a model that holds some, each taken as it is: active adapters,
+    dtypes, device, training or not; equal ones are listed once, merged and disabled ones are left
+    out, as they run no LoRA. Or it is one or several shapes: (N, K), weights of ``dtype`` on
+    ``device`` under rank ``r`` and ``adapter_dtype`` (float32 under a 16-bit base, as in PEFT), or
+    a whole `Problem`. ``tokens`` is M, several of them, or an input x [..., K].
     Raises TypeError or ValueError where ``what`` holds no LoRA layer and no shape.
     """
     if isinstance(tokens, Tensor):
@@ -58,34 +58,38 @@ def explain(
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"tokens must be positive integers, got {size!r}")
     if isinstance(what, nn.Module):
-        found = problems_of(what, sizes)
-        device = next(m.weight.device for m in what.modules() if isinstance(m, LoRALinear))
+        found = _of_module(what, sizes)
     elif isinstance(what, str) or not isinstance(what, Iterable):
         kind = type(what).__name__
         raise TypeError(f"what must be a module, a shape (N, K) or several shapes, got {kind}")
     else:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if where.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {str(where)!r}, but PyTorch can use no GPU here")
+        where = plans.indexed(where)
         adapter = adapter_dtype or default_adapter_dtype(dtype)
         found = []
         for shape in [what] if _is_shape(what) else what:
-            found += _problems(shape, sizes, r, dtype, adapter, dropout)
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {str(device)!r}, but PyTorch can use no GPU here")
-    chosen = {p: {op: plans.choose(op, "auto", p, device) for op in OPS} for p in found}
-    return Explanation(device, chosen)
+            same = _problems(shape, sizes, r, dtype, adapter, dropout)
+            found += [(where, problem) for problem in same]
+    chosen = {
+        (where, problem): {op: plans.choose(op, "auto", problem, where) for op in OPS}
+        for where, problem in found
+    }
+    return Explanation(chosen)
 
 
-def problems_of(model: nn.Module, tokens: Iterable[int]) -> list[Problem]:
+def _of_module(model: nn.Module, tokens: Iterable[int]) -> list[tuple[torch.device, Problem]]:
     """Return the different problems that the LoRA layers of ``model`` pose for ``tokens``."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear) and m.active_adapters]
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    layers = [m for m in layers if m.active_adapters and not m.merged and not m.disable_adapters]
     if not layers:
         raise ValueError(
             f"{type(model).__name__} holds no LoRALinear with an active adapter; "
             "fastlora.inject(model, config) puts them in"
         )
-    return list(dict.fromkeys(Problem(m, *_key(layer)) for layer in layers for m in tokens))
+    posed = [(m.weight.device, Problem(size, *_key(m))) for m in layers for size in tokens]
+    return list(dict.fromkeys(posed))
 
 
 def _problems(
@@ -107,8 +111,9 @@ def _problems(
 def _key(layer: LoRALinear) -> tuple:
     """Return a layer's problem but for the tokens, as its forward poses it."""
     names = layer.active_adapters
-    dropout = layer.training and any(layer.lora_dropout[n] > 0 for n in names)
-    r = layer.r[names[0]] if dropout else sum(layer.r[n] for n in names)
+    stacked = not (layer.training and any(layer.lora_dropout[n] for n in names))
+    dropout = layer.training and layer.lora_dropout[names[0]] > 0
+    r = sum(layer.r[n] for n in names) if stacked else layer.r[names[0]]
     adapter = layer.lora_A[names[0]].dtype
     return layer.out_features, layer.in_features, r, layer.weight.dtype, adapter, dropout
 

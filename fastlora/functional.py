@@ -101,7 +101,9 @@ def _plainly_right(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> bool:
         and b[0] == w[0]
         and b[1] == a[0] >= 1
         and dtype in DTYPES
-        and weight.dtype == lora_A.dtype == lora_B.dtype == dtype
+        and weight.dtype == dtype
+        and lora_A.dtype == lora_B.dtype
+        and (lora_A.dtype == dtype or (lora_A.dtype == torch.float32 and dtype.itemsize == 2))
         and weight.device == lora_A.device == lora_B.device == device
         and not x.is_meta
         and not torch._C._is_any_autocast_enabled()

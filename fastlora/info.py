@@ -47,6 +47,8 @@ def _check_device(device: torch.device) -> int:
         for dtype in TOLERANCE:
             failures += not _check(impl, device, dtype)
     chosen, why = plans.default(torch.bfloat16, device)
+    if plans.FORCED != "auto":
+        chosen, why = plans.FORCED, f"FASTLORA_IMPL={plans.FORCED}"
     print(f"impl='auto' takes {chosen} for bfloat16 on {device} ({why})")
     return failures
 

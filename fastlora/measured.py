@@ -62,8 +62,9 @@ def add(found: Measurements, device: torch.device) -> Path | None:
     found = {problem.bucketed(): timings for problem, timings in found.items()}
     _known(device).update(found)
     forget()
-    path = path_of(device)
+    path = None
     try:
+        path = path_of(device)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             kept = {**(_read(path, device) or {}), **found}
@@ -71,8 +72,8 @@ def add(found: Measurements, device: torch.device) -> Path | None:
             replace_file(path, lambda file: file.write(text))
     except OSError as error:
         warnings.warn(
-            f"what was measured cannot be kept in {path} ({error.strerror or error}) and holds for "
-            "this process only; FASTLORA_CACHE names another folder",
+            f"what was measured cannot be kept in {path or 'a file'} ({error.strerror or error}) "
+            "and holds for this process only; FASTLORA_CACHE names another folder",
             stacklevel=2,
         )
         return None
@@ -80,13 +81,23 @@ def add(found: Measurements, device: torch.device) -> Path | None:
 
 
 def path_of(device: torch.device) -> Path:
-    """Return the file of ``device``'s measurements; devices of one model share it."""
+    """Return the file of ``device``'s measurements; devices of one model share it.
+
+    Raises OSError where there is no folder for it.
+    """
     folder = os.environ.get("FASTLORA_CACHE")
     if not folder:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        cache = os.environ.get("XDG_CACHE_HOME") or _home() / ".cache"
         folder = Path(cache) / "fastlora"
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     return Path(folder) / f"{device.type}-{name}.json"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:  # a user without a home
+        raise OSError(f"{error}") from error
 
 
 @functools.cache
@@ -95,7 +106,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -132,10 +143,22 @@ def version_of(name: str) -> str:
         return "not installed"
 
 
+def count(device: torch.device) -> int:
+    """Return for how many problems there are measurements."""
+    return len(_known(device))
+
+
 def _known(device: torch.device) -> Measurements:
     name = device_name(device)
     if name not in _loaded:
-        _loaded[name] = _read(path_of(device), device) or {}
+        _loaded[name] = {}  # whatever happens, one attempt
+        try:
+            _loaded[name] = _read(path_of(device), device) or {}
+        except OSError as error:
+            warnings.warn(
+                f"nothing that was measured before is used: {error}; FASTLORA_CACHE names a folder",
+                stacklevel=2,
+            )
     return _loaded[name]
 
 

@@ -145,7 +145,8 @@ class _Direct(torch.autograd.Function):
         return (*_grads(ctx, dy), None)
 
 
-# Without Function.apply's preparations for functorch, which take 7 µs: `_unobserved` excludes it.
+# Without Function.apply's preparations for functorch, which take 7 µs: `_unobserved` excludes its
+# tensors, also those that outlived their transform.
 _apply = super(torch.autograd.Function, _Direct).apply
 
 
@@ -168,7 +169,7 @@ def run(x, weight, lora_A, lora_B, bias, *rest) -> torch.Tensor:
 
 
 def _unobserved(x, weight, lora_A, lora_B, other) -> bool:
-    """Return whether no compiler, mode, transform or subclass would see a call of an operator."""
+    """Return whether no compiler, dispatch mode, transform or subclass would see an operator."""
     return (
         type(x) in _PLAIN
         and type(weight) in _PLAIN
@@ -178,7 +179,10 @@ def _unobserved(x, weight, lora_A, lora_B, other) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
+        and not (_wrapped(x) or _wrapped(weight) or _wrapped(lora_A) or _wrapped(lora_B))
+        and (other is None or not _wrapped(other))
     )
 
 
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))

@@ -76,7 +76,7 @@ def function(
     ``x`` [M, K], ``w`` [N, K], ``a`` [R, K]; ``impl`` names an implementation or is "auto".
     """
     (m, k), r, n = x.shape, a.shape[0], w.shape[0]
-    key = (op, impl, (m - 1).bit_length(), n, k, r, x.dtype, a.dtype, dropout, x.device)
+    key = (op, impl, max(m - 1, 0).bit_length(), n, k, r, x.dtype, a.dtype, dropout, x.device)
     found = _functions.get(key)
     if found is None:
         problem = Problem(m, n, k, r, x.dtype, a.dtype, dropout)
@@ -144,6 +144,13 @@ def drops(op: str, launcher: str, problem: Problem) -> bool:
     return problem.dropout and (op, launcher) not in (("forward", "product"), ("backward", "ds_db"))
 
 
+def indexed(device: torch.device) -> torch.device:
+    """Return ``device`` with the number that the tensors on it have."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def forget() -> None:
     """Have every plan chosen again, after measurements changed."""
     _functions.clear()
@@ -160,11 +167,13 @@ def default(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
         if why is None:
             return "library", "default, not measured"
         return "torch", why
-    return "torch", "default, not measured" if device.type == "cuda" else "made for CPUs"
+    return "torch", "made for CPUs" if device.type == "cpu" else "default, not measured"
 
 
 def usable_implementations(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
     """Return the implementations that can run on ``device``; "torch" always can."""
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return ("torch",)  # without importing Triton to find out
     if dtype == torch.float64 or triton_unusable(device) is not None:
         return ("torch",)
     return ("torch", "library", "triton")

@@ -41,7 +41,9 @@ def run(
     for name, values in (("tokens", tokens), ("r", r), ("seconds", [seconds])):
         if min(values) <= 0:
             raise UserError(f"--{name} must be positive, got {min(values)}")
-    where = torch_device(device)
+    if plans.FORCED != "auto":
+        raise UserError(f"FASTLORA_IMPL={plans.FORCED} leaves nothing to choose: unset it to tune")
+    where = plans.indexed(torch_device(device))
     base, adapter = DTYPES[dtype], DTYPES[adapter_dtype]
     if adapter not in (base, torch.float32):
         raise UserError(f"--adapter-dtype must be {dtype} or fp32, got {adapter_dtype}")
@@ -57,10 +59,11 @@ def run(
     ]
     problems = list(dict.fromkeys(problems))
     print(f"measuring on {measured.device_name(where)}")
-    rows = []
+    rows, file = [], None
     with tqdm(total=len(problems), unit="problem") as progress:
-        for problem, found in tuner.tune(problems, where, progress.write, seconds):
+        for problem, found, kept in tuner.tune(problems, where, progress.write, seconds):
             progress.update()
+            file = kept or file
             if found is not None:
                 rows += [_row(problem, op, where) for op in OPS]
                 progress.write("\n".join(line for line, _, _ in rows[-2:]))
@@ -71,7 +74,7 @@ def run(
         f"{len(rows) // 2} problems, forward and backward: {sum(ours) * 1e3:.2f} ms as chosen, "
         f"{sum(defaults) * 1e3:.2f} ms by default ({sum(defaults) / sum(ours):.2f}x)"
     )
-    print(f"kept in {measured.path_of(where)}")
+    print(f"kept in {file}" if file else "not kept: it held for this process only")
 
 
 def _row(problem: Problem, op: str, device: torch.device) -> tuple[str, float, float]:
@@ -103,13 +106,21 @@ def _of_model(name: str, target_modules: str | tuple[str, ...]) -> list[tuple[in
     from fastlora.layer import LoRALinear
 
     gguf = gguf_file(name)
+    if gguf is not None:
+        require("gguf", extra="demo")
     try:
         source = {"gguf_file": gguf.name} if gguf else {}
         config = transformers.AutoConfig.from_pretrained(name, **source)
         with torch.device("meta"):
-            model = transformers.AutoModel.from_config(config)
+            model = _model_class(transformers, config).from_config(config)
         inject(model, LoRAConfig(target_modules=target_modules))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever the reader of a damaged file may raise
         raise UserError(f"--model {name} cannot be read: {first_line(error)}") from error
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     return list(dict.fromkeys((layer.out_features, layer.in_features) for layer in layers))
+
+
+def _model_class(transformers, config):
+    """Return what `finetune` makes of such a config, so that names of modules are the same."""
+    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    return transformers.AutoModelForCausalLM if type(config) in causal else transformers.AutoModel

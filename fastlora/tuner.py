@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import statistics
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
 from fastlora import measured, plans
 from fastlora.measured import OPS, Timing
+from fastlora.ops import exact
 from fastlora.plans import Problem
 from fastlora.timing import interleaved
 
@@ -22,13 +26,14 @@ SECONDS = 1.0
 
 Say = Callable[[str], None]
 _said: set[str] = set()
+_tried: set[tuple[Problem, torch.device]] = set()
 _lock = threading.Lock()
 
 
 def tune(
     problems: Iterable[Problem], device: torch.device, say: Say, seconds: float = SECONDS
-) -> Iterator[tuple[Problem, dict[str, Timing] | None]]:
-    """Measure each problem for about ``seconds``, keep the result and yield it.
+) -> Iterator[tuple[Problem, dict[str, Timing] | None, Path | None]]:
+    """Measure each problem for about ``seconds``, keep the result; yield it and where it is kept.
 
     A problem is measured at the upper end of its bucket. What fails (a config that the device
     cannot run, an implementation without enough memory) is left out and reported to ``say`` once;
@@ -36,11 +41,12 @@ def tune(
     """
     for problem in problems:
         problem = problem.bucketed()
-        with torch.no_grad(), torch.cuda.device(device if device.type == "cuda" else -1):
-            found = _measure(problem, device, say, seconds)
-        if found is not None:
-            measured.add({problem: found}, device)
-        yield problem, found
+        on_device = torch.cuda.device(device if device.type == "cuda" else -1)
+        with torch.no_grad(), exact(device), on_device:
+            measure = functools.partial(_measure, problem, device, say, seconds)
+            found = _attempt(measure, str(problem), say)
+        kept = measured.add({problem: found}, device) if found is not None else None
+        yield problem, found, kept
 
 
 def tune_on_first_use(problem: Problem, device: torch.device) -> None:
@@ -50,7 +56,9 @@ def tune_on_first_use(problem: Problem, device: torch.device) -> None:
         print(f"fastlora: {text}", file=sys.stderr, flush=True)
 
     with _lock:
-        if measured.find(problem, device) is None:  # nor measured by another thread meanwhile
+        tried = (problem.bucketed(), device) in _tried
+        _tried.add((problem.bucketed(), device))
+        if not tried and measured.find(problem, device) is None:
             say(f"measuring {problem.bucketed()} on first use (FASTLORA_TUNE=1)")
             list(tune([problem], device, say))
 
@@ -139,11 +147,9 @@ class _Operands:
 
 def _best_configs(op: str, operands: _Operands, say: Say) -> dict:
     """Return for each launcher of ``op`` the config that measured fastest."""
-    problem, device = operands.problem, operands.device
-    if plans.usable_implementations(problem.dtype, device) == ("torch",):
-        return {}
     from fastlora_kernels.configs import KERNEL_OF, Chip, candidates, kind_of
 
+    problem, device = operands.problem, operands.device
     kind, chip = kind_of(problem.dtype, problem.adapter), Chip.of(device)
     best = {}
     for name, launcher in operands.launchers(op).items():
@@ -186,5 +192,6 @@ def _attempt(call: Callable, what: str, say: Say):
             _said.add(text)
             say(text)
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # a device that is lost for good
+                torch.cuda.empty_cache()
         return None

@@ -68,27 +68,29 @@ def test_small_integers_are_exact(kind):
     verify_exactly(OnGpu, Case(130, 70, 90, 6, kind=kind, dropout_p=0.5))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("kernel, kind", configs.DEFAULTS, ids=str)
-def test_every_config(kernel, kind, monkeypatch):
-    """Each shipped config that is valid on this chip gives right results where it is used."""
-    chip = configs.Chip.of(torch.device("cuda"))
+def test_every_config(kernel, kind, p, monkeypatch):
+    """Each shipped config gives right results wherever it is valid on this chip."""
+    chip, right, used = configs.Chip.of(torch.device("cuda")), launch.config_for, set()
     name = {"16": "bf16", "mixed": "bf16-fp32", "32": "fp32", "unaligned": "bf16"}[kind]
-    ran, right = 0, launch.config_for
+    products = "16" if kind == "unaligned" else kind
+
+    def where_valid(config):
+        def config_for(asked, x, other, r, adapter, dropout):
+            if asked == kernel and configs.is_valid(config, kernel, products, r, dropout, chip):
+                used.add(config)
+                return config
+            return right(asked, x, other, r, adapter, dropout)
+
+        return config_for
+
     for config in configs.DEFAULTS[kernel, kind]:
-        if not configs.is_valid(
-            config, kernel, "16" if kind == "unaligned" else kind, 32, True, chip
-        ):
-            continue
         for module in MODULES.values():
-            monkeypatch.setattr(
-                module,
-                "config_for",
-                lambda k, *a, config=config, right=right: config if k == kernel else right(k, *a),
-            )
-        case = Case(500, 336, 272, 32, kind=name, dropout_p=0.1)
+            monkeypatch.setattr(module, "config_for", where_valid(config))
+        case = Case(500, 336, 272, 32, kind=name, dropout_p=p)
         verify(fastlora_kernels, case, on_gpu(case))
-        ran += 1
-    assert ran, "no config of this kernel is valid here"
+    assert used, "no config of this kernel is valid here"
 
 
 def test_mask_is_that_of_the_cpu():
@@ -218,8 +220,8 @@ def test_tuning(tmp_path, monkeypatch):
     said = []
     problem = plans.Problem(512, 1024, 768, 16, torch.bfloat16, torch.float32, True)
     device = torch.device("cuda", torch.cuda.current_device())
-    ((_, found),) = tuner.tune([problem], device, said.append, seconds=0.1)
-    assert not said and measured.path_of(device).exists()
+    ((_, found, kept),) = tuner.tune([problem], device, said.append, seconds=0.1)
+    assert not said and kept == measured.path_of(device) and kept.exists()
     for op in measured.OPS:
         assert found[op].seconds.keys() == {"torch", "library", "triton"}
         plan = plans.choose(op, "auto", problem, device)

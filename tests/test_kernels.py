@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import fastlora_kernels
@@ -330,12 +331,15 @@ def test_every_chip_has_a_config():
 def test_nothing_is_compiled_while_a_graph_is_captured():
     """Triton asks its hook before it compiles; ours refuses, and leaves the user's in place."""
     runtime = triton.knobs.runtime
-    before, runtime.jit_cache_hook = runtime.jit_cache_hook, print
+    before = runtime.jit_cache_hook
+    runtime.jit_cache_hook = users = lambda **asked: list(asked.values())
     try:
         with launch._compiled_before():
             kernel = SimpleNamespace(name="shrink_kernel")
             with pytest.raises(RuntimeError, match=r"shrink_kernel is not compiled .* once before"):
                 runtime.jit_cache_hook(key="", repr="", fn=kernel, compile={})
-        assert runtime.jit_cache_hook is print
+            with ThreadPoolExecutor(1) as other:  # it compiles for itself: the user's hook answers
+                assert other.submit(runtime.jit_cache_hook, fn=kernel).result() == [kernel]
+        assert runtime.jit_cache_hook is users
     finally:
         runtime.jit_cache_hook = before

@@ -39,6 +39,18 @@ def grads(y, t, names=("x", "lora_A", "lora_B")):
     return torch.autograd.grad(y.square().sum(), [t[n] for n in names])
 
 
+def test_a_tensor_that_outlived_its_transform():
+    """Its type is Tensor and no transform is active any more."""
+    leaked = []
+    t = arguments(grad=False)
+    torch.func.grad(lambda x: leaked.append(x) or x.sum())(t["x"])
+    (x,) = leaked
+    a = t["lora_A"].requires_grad_()
+    y = fastlora.lora_linear(x, t["weight"], a, t["lora_B"])
+    expected = fastlora.lora_linear(t["x"], t["weight"], a, t["lora_B"])
+    assert torch.equal(*(torch.autograd.grad(out.sum(), a)[0] for out in (y, expected)))
+
+
 @each_impl
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("p", [0.0, 0.25])

@@ -30,6 +30,7 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(measured, "_loaded", {})
     monkeypatch.setattr(tuner, "_said", set())
+    monkeypatch.setattr(tuner, "_tried", set())
     monkeypatch.setattr(tuner, "CONFIG_SECONDS", 0.0)
     plans.forget()
     yield tmp_path / "cache"
@@ -81,6 +82,17 @@ def test_the_environment_forces_a_choice(monkeypatch):
         fastlora.lora_linear(x, *rest)
 
 
+def test_a_plain_cpu_needs_no_triton():
+    code = """if True:
+        import sys, torch, fastlora
+        fastlora.lora_linear(torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1))
+        print("triton" in sys.modules)
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, env=environment, text=True) == "False\n"
+
+
 def test_the_environment_is_read_when_python_starts():
     code = "from fastlora import plans; print(plans.FORCED, plans.TUNE)"
     environment = {**os.environ, "FASTLORA_IMPL": "reference", "FASTLORA_TUNE": "1"}
@@ -105,7 +117,10 @@ def test_a_draw_leaves_the_default():
 
 def test_measurements_hold_for_their_bucket():
     """M and R are rounded up to powers of two; everything else is exact."""
-    measured.add({PROBLEM: timings()}, CPU)
+    measured.add({PROBLEM: timings(), PROBLEM._replace(M=2): timings()}, CPU)
+    x, w, a, _ = operands(2)
+    assert plans.function("forward", "auto", x[:0], w, a, False).__module__ == "fastlora.torch_impl"
+    assert plans.function("forward", "auto", x, w, a, False).__module__ == "fastlora_kernels.linear"
     for same in ({"M": 33}, {"M": 64, "R": 3}):
         assert chosen(problem=PROBLEM._replace(**same)) == "triton"
     others = ({"M": 32}, {"M": 65}, {"R": 17}, {"N": 47}, {"K": 33}, {"dropout": True})
@@ -148,9 +163,11 @@ def test_measured_configs_reach_the_kernels(monkeypatch):
 
     good = {"block_m": 32, "block_n": 32, "block_k": 32, "block_r": 16}
     good |= {"group_m": 1, "num_warps": 2, "num_stages": 2}
-    configs = {"shrink": good, "product": {**good, "block_k": 17}, "unknown": good}
-    measured.add({PROBLEM: timings(configs=configs)}, CPU)
-    assert set(plans.choose("forward", "auto", PROBLEM, CPU).configs) == {"shrink"}
+    for wrong in ({"block_k": 17}, {"num_warps": 3}):
+        configs = {"shrink": good, "product": {**good, **wrong}, "unknown": good}
+        measured.add({PROBLEM: timings(configs=configs)}, CPU)
+        configs = plans.choose("forward", "auto", PROBLEM, CPU).configs
+        assert configs == {"shrink": linear.Config(**good)}
     seen = {}
     for name in ("shrink", "product"):
         right = getattr(linear, name)
@@ -161,10 +178,13 @@ def test_measured_configs_reach_the_kernels(monkeypatch):
                 seen.update({name: config}) or right(*a, config=config, **k)
             ),
         )
+    x, *rest = operands()
     with torch.no_grad():
-        y = fastlora.lora_linear(*operands())
-    assert y.shape == (64, 48)
-    assert seen["shrink"].block_m == 32 and seen["product"] is None
+        assert fastlora.lora_linear(x, *rest).shape == (64, 48)
+        assert seen == {"shrink": configs["shrink"], "product": None}
+        misaligned = torch.empty(64 * 32 + 1, dtype=torch.bfloat16)[1:].view(64, 32).copy_(x)
+        fastlora.lora_linear(misaligned, *rest)
+    assert seen == {"shrink": None, "product": None}
 
 
 # The file
@@ -266,6 +286,20 @@ def test_a_file_that_cannot_be_read(cache):
         assert measured.find(PROBLEM, CPU) is None
 
 
+def test_a_user_without_a_home(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("FASTLORA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.warns(UserWarning, match=r"Could not determine home.*; FASTLORA_CACHE names"):
+        fastlora.lora_linear(*operands())
+    with pytest.warns(UserWarning, match="cannot be kept in a file"):
+        assert measured.add({PROBLEM: timings()}, CPU) is None
+    assert chosen() == "triton"
+
+
 def test_the_folder_of_the_user(monkeypatch, tmp_path):
     monkeypatch.delenv("FASTLORA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -297,7 +331,7 @@ SMALL = PROBLEM._replace(M=16, N=16, K=16)
 
 
 def tune_one(say=lambda text: None, problem=SMALL):
-    ((_, found),) = tuner.tune([problem], CPU, say, seconds=0.0)
+    ((_, found, _),) = tuner.tune([problem], CPU, say, seconds=0.0)
     return found
 
 
@@ -352,6 +386,23 @@ def test_a_problem_that_does_not_fit_is_left_out(monkeypatch, cache):
     assert len(said) == 1 and "left out" in said[0] and not cache.exists()
 
 
+def test_autocast_does_not_change_what_is_measured():
+    said = []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert tune_one(said.append)["forward"].seconds.keys() == {"torch", "library", "triton"}
+    assert not said
+
+
+def test_a_problem_that_fails_is_tried_once(monkeypatch, capsys):
+    tries = []
+    monkeypatch.setattr(plans, "TUNE", True)
+    monkeypatch.setattr(tuner, "_measure", lambda problem, *_: tries.append(problem))
+    x, w, a, b = operands()
+    for r in (16, 12, 9):
+        fastlora.lora_linear(x, w, a[:r].requires_grad_(), b[:, :r]).sum().backward()
+    assert tries == [PROBLEM] and len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_tuning_on_first_use(monkeypatch, capsys):
     monkeypatch.setattr(plans, "TUNE", True)
     monkeypatch.setattr(tuner, "SECONDS", 0.0)
@@ -374,35 +425,41 @@ def test_explains_shapes():
     measured.add({PROBLEM: timings()}, CPU)
     text = str(fastlora.explain((48, 32), tokens=(64, 65), device="cpu"))
     assert text == (
-        "on cpu, for M x N x K (tokens, outputs, inputs):\n"
-        "64 x 48 x 32, r = 16, bfloat16, float32 adapters\n"
+        "M x N x K: tokens, outputs, inputs\n"
+        "64 x 48 x 32, r = 16, bfloat16, float32 adapters, on cpu\n"
         "  forward   triton    measured on this machine: triton 1 ms, library 2 ms, torch 3 ms\n"
         "  backward  triton    measured on this machine: triton 1 ms, library 2 ms, torch 3 ms\n"
-        "65 x 48 x 32, r = 16, bfloat16, float32 adapters\n"
+        "65 x 48 x 32, r = 16, bfloat16, float32 adapters, on cpu\n"
         "  forward   torch     made for CPUs\n"
         "  backward  torch     made for CPUs"
     )
     several = fastlora.explain([(48, 32), [8, 8], PROBLEM], tokens=64, dropout=True, device="cpu")
     assert list(several.plans) == [
-        PROBLEM._replace(dropout=True),
-        Problem(64, 8, 8, 16, torch.bfloat16, torch.float32, True),
-        PROBLEM,
+        (CPU, PROBLEM._replace(dropout=True)),
+        (CPU, Problem(64, 8, 8, 16, torch.bfloat16, torch.float32, True)),
+        (CPU, PROBLEM),
     ]
 
 
 def test_explains_a_layer_and_a_model():
     layer = fastlora.LoRALinear(32, 48, r=4, lora_dropout=0.1)
-    (problem,) = fastlora.explain(layer, torch.randn(2, 5, 32)).plans
-    assert problem == Problem(10, 48, 32, 4, torch.float32, torch.float32, True)
-    (problem,) = fastlora.explain(layer.eval(), 7).plans
+    ((where, problem),) = fastlora.explain(layer, torch.randn(2, 5, 32)).plans
+    assert where == CPU and problem == Problem(10, 48, 32, 4, torch.float32, torch.float32, True)
+    ((_, problem),) = fastlora.explain(layer.eval(), 7).plans
     assert problem == Problem(7, 48, 32, 4, torch.float32, torch.float32)
     layer.add_adapter("other", r=2)
     layer.set_adapter(["default", "other"])
-    (problem,) = fastlora.explain(layer, 7).plans
-    assert problem.R == 6
+    ((_, problem),) = fastlora.explain(layer, 7).plans
+    assert problem.R == 6 and not problem.dropout
+    layer.train().set_adapter(["other", "default"])  # the first one's dropout is 0
+    ((_, problem),) = fastlora.explain(layer, 7).plans
+    assert problem.R == 2 and not problem.dropout
+    layer.merge()
+    with pytest.raises(ValueError, match="holds no LoRALinear with an active adapter"):
+        fastlora.explain(layer, 7)
     model = llama()
     fastlora.inject(model, fastlora.LoRAConfig(r=4, target_modules="all-linear"))
-    shapes = {(p.N, p.K) for p in fastlora.explain(model, 7).plans}
+    shapes = {(p.N, p.K) for _, p in fastlora.explain(model, 7).plans}
     assert shapes == {(16, 16), (8, 16), (24, 16), (16, 24)}
 
 
@@ -461,7 +518,8 @@ def test_the_command_says_what_is_gained(capsys, monkeypatch):
 def test_the_command_reads_a_model(capsys, monkeypatch, tmp_path):
     llama().config.save_pretrained(tmp_path)
     monkeypatch.setattr(tuner, "_measure", lambda *_: timings())
-    assert run_tune("--model", str(tmp_path), "--target-modules", "q_proj", "k_proj") == 0
+    pattern = r"model\.layers\.\d+\.self_attn\.[qk]_proj"  # names as in finetune's model
+    assert run_tune("--model", str(tmp_path), "--target-modules", pattern) == 0
     known = measured._known(CPU)
     assert {(p.N, p.K) for p in known} == {(16, 16), (8, 16)} and len(known) == 4
 
@@ -475,20 +533,40 @@ def test_the_command_reads_a_model(capsys, monkeypatch, tmp_path):
         (["--shapes", "8x8", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--model", "no/such/folder"], "--model no/such/folder cannot be read"),
         (["--model", "FOLDER"], "--model FOLDER cannot be read"),
+        (["--model", "GGUF"], "--model GGUF cannot be read"),
     ],
 )
 def test_the_command_names_what_is_wrong(options, message, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
-    options = [str(tmp_path) if option == "FOLDER" else option for option in options]
-    assert main(["tune", *options]) == 2
-    assert f"error: {message}".replace("FOLDER", str(tmp_path)) in capsys.readouterr().err
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.gguf").write_bytes(b"GGUF\3\0\0\0")
+    folders = {"FOLDER": str(tmp_path), "GGUF": str(tmp_path / "gguf")}
+    assert main(["tune", *(folders.get(option, option) for option in options)]) == 2
+    for name, folder in folders.items():
+        message = message.replace(name, folder)
+    assert f"error: {message}" in capsys.readouterr().err
 
 
 def test_the_command_where_there_is_nothing_to_choose(capsys, monkeypatch):
     monkeypatch.setattr(plans, "triton_unusable", lambda device: "no GPU.")
     assert run_tune("--shapes", "48x32") == 0
     assert capsys.readouterr().out == "nothing to choose on cpu: only 'torch' runs there. no GPU.\n"
+
+
+def test_a_forced_choice_leaves_nothing_to_tune(capsys, monkeypatch):
+    monkeypatch.setattr(plans, "FORCED", "reference")
+    assert run_tune("--shapes", "48x32") == 2
+    assert "FASTLORA_IMPL=reference leaves nothing to choose" in capsys.readouterr().err
+
+
+def test_the_command_does_not_say_kept_when_it_is_not(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(tuner, "_measure", lambda *_: timings())
+    with pytest.warns(UserWarning, match="cannot be kept in"):
+        assert run_tune("--shapes", "48x32") == 0
+    assert "not kept: it held for this process only" in capsys.readouterr().out
 
 
 def test_nothing_could_be_measured(capsys, monkeypatch):

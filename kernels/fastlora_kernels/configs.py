@@ -70,11 +70,13 @@ def kind_of(base: torch.dtype, adapter: torch.dtype) -> str:
 def is_valid(config: Config, kernel: str, kind: str, r: int, dropout: bool, chip: Chip) -> bool:
     """Return whether ``config`` can run ``kernel`` ("product", "shrink", "columns") on ``chip``.
 
-    Tiles must be powers of two of at least 16; the pipeline must fit a block's shared memory: one
-    step of both operands for each of ``num_stages``, less one where the tensor cores take operands
-    from registers; and a thread must hold its accumulators in registers, fewer of them where it
-    also draws a dropout mask of the same tile.
+    Tiles must be powers of two of at least 16, warps a power of two of at most 32; the pipeline
+    must fit a block's shared memory: one step of both operands for each of ``num_stages``, less
+    one where the tensor cores take operands from registers; and a thread must hold its
+    accumulators in registers, fewer of them where it also draws a dropout mask of the same tile.
     """
+    if config.num_warps not in (1, 2, 4, 8, 16, 32):
+        return False
     m, n, k, r_tile = config.block_m, config.block_n, config.block_k, config.rank_tile(r)
     if any(b < 16 or b & (b - 1) for b in (m, n, k, r_tile)):
         return False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,7 @@ def chip_of(device: torch.device) -> Chip:
 
 
 _configs: dict[tuple, Config] = {}
+NO_CONFIGS: Mapping[str, Config] = {}
 
 
 def config_for(
@@ -87,6 +89,14 @@ def _aligned(t: Tensor) -> bool:
     """Return whether Triton can load ``t`` 16 bytes at a time: strides 1 and a multiple of 16."""
     strides = t.stride()
     return 1 in strides and sum(strides) % 16 == 1 and t.data_ptr() % 16 == 0
+
+
+def measured_for(configs: Mapping[str, Config], *operands: Tensor) -> Mapping[str, Config]:
+    """Return ``configs``, none of them where an operand cannot be loaded 16 bytes at a time.
+
+    They were measured on operands that can; others take the defaults that are made for them.
+    """
+    return configs if configs and all(map(_aligned, operands)) else NO_CONFIGS
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, x: Tensor, *args: Any) -> None:
@@ -114,19 +124,27 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, x: Tensor, *args:
         run(x, *args, num_warps=warps, num_stages=stages)
 
 
+_hook_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def _compiled_before() -> Iterator[None]:
     """Refuse to compile a kernel inside: loading code would break the graph being captured."""
 
-    def refuse(fn: Any, **_: Any) -> None:
-        raise RuntimeError(
-            f"{fn.name} is not compiled for these dtypes and shapes, and cannot be while a CUDA "
-            "graph is captured: run the same forward and backward once before the capture"
-        )
+    runtime, capturing = triton.knobs.runtime, threading.get_ident()
+    with _hook_lock:
+        before = runtime.jit_cache_hook
 
-    runtime = triton.knobs.runtime
-    before, runtime.jit_cache_hook = runtime.jit_cache_hook, refuse
-    try:
-        yield
-    finally:
-        runtime.jit_cache_hook = before
+        def refuse(**asked: Any) -> bool | None:
+            if threading.get_ident() != capturing:  # another thread compiles for itself
+                return before(**asked) if before is not None else None
+            raise RuntimeError(
+                f"{asked['fn'].name} is not compiled for these dtypes and shapes, and cannot be "
+                "while a CUDA graph is captured: run the same forward and backward once before"
+            )
+
+        runtime.jit_cache_hook = refuse
+        try:
+            yield
+        finally:
+            runtime.jit_cache_hook = before
