@@ -82,7 +82,7 @@ def _add_tune(commands) -> None:
     add = tune.add_argument
     what = tune.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="Hugging Face folder or id, or a folder with one .gguf")
-    what.add_argument("--shapes", nargs="+", metavar="NxK", help="weights, such as 14336x4096")
+    what.add_argument("--shapes", nargs="+", metavar="NxK", help="outputs x inputs: 14336x4096")
     add("--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="of --model")
     add("--tokens", nargs="+", type=int, default=[512, 8192], help="tokens in a batch")
     add("--r", nargs="+", type=int, default=[16], help="ranks")

@@ -47,11 +47,11 @@ def run(
     base, adapter = DTYPES[dtype], DTYPES[adapter_dtype]
     if adapter not in (base, torch.float32):
         raise UserError(f"--adapter-dtype must be {dtype} or fp32, got {adapter_dtype}")
+    weights = _of_model(model, target_modules) if model else _of_list(shapes or [])
     if len(plans.usable_implementations(base, where)) == 1:
         why = plans.triton_unusable(where) or "there is no other"
         print(f"nothing to choose on {where}: only 'torch' runs there. {why}")
         return
-    weights = _of_model(model, target_modules) if model else _of_list(shapes or [])
     drops = {"both": (False, True), "on": (True,), "off": (False,)}[dropout]
     problems = [
         Problem(m, *weight, rank, base, adapter, drop).bucketed()

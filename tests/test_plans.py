@@ -550,6 +550,8 @@ def test_the_command_names_what_is_wrong(options, message, capsys, tmp_path, mon
 
 def test_the_command_where_there_is_nothing_to_choose(capsys, monkeypatch):
     monkeypatch.setattr(plans, "triton_unusable", lambda device: "no GPU.")
+    assert run_tune("--shapes", "48") == 2
+    assert "--shapes takes NxK" in capsys.readouterr().err
     assert run_tune("--shapes", "48x32") == 0
     assert capsys.readouterr().out == "nothing to choose on cpu: only 'torch' runs there. no GPU.\n"
 
