@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator
 
 import torch
-from measure import fits, peak_bytes
+from measure import peak_bytes, runs
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -69,7 +69,7 @@ def measure(name: str, device: torch.device, seconds: float) -> Iterator[list[di
     for batch in BATCHES:
         ids = torch.randint(0, SMOLLM2["vocab_size"] // 2, (batch, tokens), device=device)
         steps = {way: _step(model, ids) for way, model in models.items()}
-        steps = {way: step for way, step in steps.items() if fits(step)}
+        steps = {way: step for way, step in steps.items() if runs(way, step)}
         rounds = interleaved(steps, device, seconds / len(BATCHES), least=2)
         times = {way: [t for (t,) in found] for way, found in rounds.items()}
         rows = []

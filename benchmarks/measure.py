@@ -18,7 +18,7 @@ PHASES = ("forward", "backward", "both")
 def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
     """Return a row for each way that can run ``problem``; the frozen layer is always one.
 
-    A way that finds too little memory has none; without the frozen layer there are no rows.
+    A way that fails has none; without the frozen layer there are no rows.
     """
     device = torch.device(problem.device)
     layers, operands = {}, []
@@ -29,7 +29,7 @@ def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
         yield from _step(layers[way], *operands)()
 
     for way in ways:
-        if cannot(way, problem) is None and not fits(lambda way=way: first_step(way)):
+        if cannot(way, problem) is None and not runs(way, lambda way=way: first_step(way)):
             layers.pop(way, None)
     if "frozen" not in layers:
         return []
@@ -58,13 +58,19 @@ def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
     return rows
 
 
-def fits(step: Callable[[], Iterable[None]]) -> bool:
-    """Run ``step`` once; return whether there was enough memory, and say so where there was not."""
+def runs(way: str, step: Callable[[], Iterable[None]]) -> bool:
+    """Run ``step`` once; return whether that worked, and say so where it did not.
+
+    A compiler that is missing or too little memory takes the row of one way, not the whole run.
+    """
     try:
         list(step())
-    except torch.OutOfMemoryError as error:
-        tqdm.write(f"left out: {str(error).partition('.')[0]}")
-        torch.cuda.empty_cache()
+    except Exception as error:
+        tqdm.write(
+            f"left out {way}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         return False
     return True
 
