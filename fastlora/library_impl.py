@@ -1,15 +1,15 @@
 """The ``library`` implementation: the vendor's product for what is wide, our kernels for the rest.
 
-y and dx are one library product each, into which the low-rank product is added; that costs a
-second pass over y and dx, but no Triton product has to be as fast as the library's. What is as
-narrow as the rank (s, ds, da, db) comes from the Triton kernels, dropout drawn inside them.
+y and dx are one library product each, which adds itself to the low-rank product: that is written
+first and read again in the product's epilogue, but no Triton product has to be as fast as the
+library's. What is as narrow as the rank (s, ds, da, db) comes from the Triton kernels, dropout
+drawn inside them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch.nn.functional as F
 from fastlora_kernels.columns import da as da_of
 from fastlora_kernels.columns import ds_db
 from fastlora_kernels.configs import Config
@@ -18,7 +18,7 @@ from fastlora_kernels.product import product
 from fastlora_kernels.shrink import shrink
 from torch import Tensor
 
-from fastlora.torch_impl import add_product
+from fastlora.torch_impl import expand
 
 
 def forward(
@@ -35,7 +35,8 @@ def forward(
     """Return y [M, N] in the dtype of x and s = dropout(x) aᵀ [M, R] in the adapters' dtype."""
     configs = measured_for(configs, x, a)
     s = shrink(x, a, seed, dropout_p=dropout_p, config=configs.get("shrink"))
-    return add_product(F.linear(x, w, bias), s, b.t(), scaling), s
+    y = expand(s, b.t(), scaling, x.new_empty(x.shape[0], w.shape[0]), bias)
+    return y.addmm_(x, w.t()), s
 
 
 def backward(
@@ -61,7 +62,7 @@ def backward(
     if not need_x:
         return None, da, db
     if seed is None:
-        return add_product(dy @ w, ds, a, 1.0), da, db
+        return expand(ds, a, 1.0, x.new_empty(x.shape)).addmm_(dy, w), da, db
     # The kernel's main loop has no steps: what it writes is the masked low-rank product alone.
     none = slice(0, 0)
     dx = product(dy[:, none], w.t()[:, none], ds, a.t(), **dropped)

@@ -1,8 +1,9 @@
 """The ``torch`` implementation: library products only, for CPUs and for what Triton cannot do.
 
-The low-rank product is added into the base product's own output, and nothing as wide as x or y
-is kept for backward beyond x itself: dropout is drawn again from its seed. What needs a temporary
-goes through it a block of rows at a time, in the same memory.
+In forward the low-rank product is written first and the base product adds itself to it; in
+backward it is the other way round (`kernels/CPU.md`). Nothing as wide as x or y is kept for
+backward beyond x itself: dropout is drawn again from its seed. What needs a temporary goes
+through it a block of rows at a time, in the same memory.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.dropout import KeptOnes, kept_scale
@@ -37,7 +37,6 @@ def forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Return y [M, N] in the dtype of x and s = dropout(x) aᵀ [M, R] in the adapters' dtype."""
-    y = F.linear(x, w, bias)
     if seed is None and _at_once(x, a.dtype):
         s = x.to(a.dtype) @ a.t()
     else:
@@ -46,7 +45,8 @@ def forward(
             torch.mm(x_hat, a.t(), out=_part(s, rows))
     if seed is not None:
         s.mul_(kept_scale(dropout_p))
-    return add_product(y, s, b.t(), scaling), s
+    y = expand(s, b.t(), scaling, x.new_empty(x.shape[0], w.shape[0]), bias)
+    return y.addmm_(x, w.t()), s
 
 
 def backward(
@@ -70,7 +70,7 @@ def backward(
     if seed is not None:
         ds.mul_(kept_scale(dropout_p))
     elif need_x:
-        add_product(dx, ds, a, 1.0)
+        _add_product(dx, ds, a)
     if seed is None and _at_once(x, a.dtype):
         return dx, _tall(ds) @ x.to(a.dtype) if need_a else None, db
     da = torch.zeros(a.shape, dtype=_sum_dtype(a), device=a.device) if need_a else None
@@ -112,17 +112,30 @@ def _tall(narrow: Tensor) -> Tensor:
     return narrow.t() if narrow.shape[0] * narrow.itemsize <= SHORT else narrow.t().contiguous()
 
 
-def add_product(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
-    """Add ``alpha · left @ right`` to ``out`` in place, rounding the sum once."""
-    if not out.numel():
-        return out
+def expand(
+    left: Tensor, right: Tensor, alpha: float, out: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Write ``alpha · left @ right + bias`` to ``out``, whose elements need not be set."""
     left, right = _in_dtype(left, right, out)
     if left.dtype == out.dtype:
-        return out.addmm_(left, right, alpha=alpha)
+        if bias is not None:
+            return torch.addmm(bias, left, right, alpha=alpha, out=out)
+        return out.addmm_(left, right, beta=0, alpha=alpha)
     for rows in _rows(out):  # float32 factors under float16, or few elements
-        part = _part(out, rows)
-        part.copy_(torch.addmm(part.to(left.dtype), _part(left, rows), right, alpha=alpha))
+        part = (_part(left, rows) @ right).mul_(alpha)
+        _part(out, rows).copy_(part if bias is None else part.add_(bias))
     return out
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to ``out`` in place, rounding the sum once."""
+    left, right = _in_dtype(left, right, out)
+    if left.dtype == out.dtype:
+        out.addmm_(left, right)
+        return
+    for rows in _rows(out):
+        part = _part(out, rows)
+        part.copy_(torch.addmm(part.to(left.dtype), _part(left, rows), right))
 
 
 def _in_dtype(left: Tensor, right: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

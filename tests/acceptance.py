@@ -41,6 +41,7 @@ class Case:
     dropout_p: float = 0.0
     scaling: float = 0.7
     seed: int = 0
+    bias: bool = True
 
     def tensors(self, device: str = "cpu") -> dict[str, Tensor | None]:
         """Draw x, w, a, b, bias, dy and the dropout seed; both paths of y are about as large."""
@@ -51,7 +52,7 @@ class Case:
             t = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
             return t.to(dtype).to(device)
 
-        return {
+        t = {
             "x": draw(self.M, self.K, scale=1.0, dtype=base),
             "w": draw(self.N, self.K, scale=self.K**-0.5, dtype=base) * (self.mode != "low_rank"),
             "a": draw(self.R, self.K, scale=self.K**-0.5, dtype=adapter),
@@ -61,6 +62,7 @@ class Case:
             "dy": draw(self.M, self.N, scale=1.0, dtype=base),
             "seed": torch.tensor([1234567 + self.seed], device=device) if self.dropout_p else None,
         }
+        return t if self.bias else {**t, "bias": None}
 
 
 def run(body, case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:

@@ -139,7 +139,13 @@ TORCH_MUTANTS = {
         "add_((_part(left, rows) @ right).to(x.dtype))",
     ),
     "float32 factors rounded to 16 bits": ("rest.nan_to_num_(0.0, 0.0, 0.0)", "rest.zero_()"),
-    "scaling forgotten": ("out.addmm_(left, right, alpha=alpha)", "out.addmm_(left, right)"),
+    "scaling forgotten": ("beta=0, alpha=alpha", "beta=0"),
+    "scaling forgotten where there is a bias": (
+        "torch.addmm(bias, left, right, alpha=alpha, out=out)",
+        "torch.addmm(bias, left, right, out=out)",
+    ),
+    "base product forgotten": ("return y.addmm_(x, w.t()), s", "return y, s"),
+    "low-rank part of dx forgotten": ("        _add_product(dx, ds, a)\n", "        pass\n"),
     "db not scaled": (
         "(_tall(s) @ dy).t().mul(scaling)",
         "(_tall(s) @ dy).t()",
@@ -148,14 +154,15 @@ TORCH_MUTANTS = {
     "da of the last block alone": ("da += (_tall", "da = (_tall"),
     "db of few rows not scaled": ("(dy.t() @ s).mul_(scaling)", "(dy.t() @ s)"),
     "few elements not scaled": (
-        "_part(left, rows), right, alpha=alpha",
-        "_part(left, rows), right",
+        "(_part(left, rows) @ right).mul_(alpha)",
+        "(_part(left, rows) @ right)",
     ),
     "s of few rows from 16 bits": (
         "s = x.to(a.dtype) @ a.t()",
         "s = (x @ a.t().to(x.dtype)).to(a.dtype)",
     ),
-    "bias dropped": ("F.linear(x, w, bias)", "F.linear(x, w)"),
+    "bias dropped": ("w.shape[0]), bias)", "w.shape[0]))"),
+    "bias of few elements dropped": ("part if bias is None else part.add_(bias)", "part"),
 }
 TORCH_CASES = [
     *CASES[:2],
@@ -163,6 +170,7 @@ TORCH_CASES = [
     Case(1100, 40, 30, 5, kind="bf16-fp32", mode="low_rank"),
     Case(1100, 40, 30, 5, kind="fp32", mode="low_rank", dropout_p=0.3),
     Case(100, 40, 30, 5, kind="bf16-fp32", mode="low_rank"),
+    Case(100, 40, 30, 5, kind="bf16", bias=False),
 ]
 
 

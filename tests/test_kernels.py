@@ -28,6 +28,16 @@ def test_acceptance_rule(body, case):
     verify(body, case)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("name", [*BODIES, "library"])
+def test_without_a_bias(name, kind, p, monkeypatch):
+    body = BODIES.get(name, library_impl)
+    verify(body, Case(33, 50, 70, 5, kind=kind, dropout_p=p, bias=False))
+    monkeypatch.setattr(torch_impl, "FEW", 0)
+    verify(body, Case(33, 50, 70, 5, kind=kind, mode="low_rank", dropout_p=p, bias=False))
+
+
 @each_body
 @pytest.mark.parametrize("r", RANKS)
 def test_every_rank(body, r):
