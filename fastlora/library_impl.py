@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from fastlora_kernels.columns import da as da_of
 from fastlora_kernels.columns import ds_db
 from fastlora_kernels.configs import Config
-from fastlora_kernels.launch import NO_CONFIGS, measured_for
+from fastlora_kernels.launch import NO_CONFIGS
 from fastlora_kernels.product import product
 from fastlora_kernels.shrink import shrink
 from torch import Tensor
@@ -33,7 +33,6 @@ def forward(
     configs: Mapping[str, Config] = NO_CONFIGS,
 ) -> tuple[Tensor, Tensor]:
     """Return y [M, N] in the dtype of x and s = dropout(x) aᵀ [M, R] in the adapters' dtype."""
-    configs = measured_for(configs, x, a)
     s = shrink(x, a, seed, dropout_p=dropout_p, config=configs.get("shrink"))
     y = expand(s, b.t(), scaling, x.new_empty(x.shape[0], w.shape[0]), bias)
     return y.addmm_(x, w.t()), s
@@ -54,7 +53,6 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return dx [M, K], da [R, K] and db [N, R], each None unless its flag in ``needs`` is set."""
     need_x, need_a, need_b = needs
-    configs = measured_for(configs, dy, x)
     needed = {"need_ds": need_x or need_a, "need_db": need_b}
     ds, db = ds_db(dy, s, b, scaling=scaling, **needed, config=configs.get("ds_db"))
     dropped = {"seed": seed, "dropout_p": dropout_p}

@@ -54,7 +54,7 @@ def _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl):
 def _backward(
     dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, impl, need_x, need_A, need_B
 ):
-    body = plans.function("backward", impl, x, weight, lora_A, seed is not None)
+    body = plans.function("backward", impl, x, weight, lora_A, seed is not None, dy)
     rest = (s, seed, float(scaling), dropout_p, (need_x, need_A, need_B))
     with exact(x.device):
         grads = body(dy, x, weight, lora_A, lora_B, *rest)

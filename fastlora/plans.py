@@ -69,14 +69,17 @@ _functions: dict[tuple, Callable[..., Any]] = {}
 
 
 def function(
-    op: str, impl: str, x: Tensor, w: Tensor, a: Tensor, dropout: bool
+    op: str, impl: str, x: Tensor, w: Tensor, a: Tensor, dropout: bool, dy: Tensor | None = None
 ) -> Callable[..., Any]:
     """Return what runs ``op`` ("forward" or "backward") on these operands: one look-up.
 
-    ``x`` [M, K], ``w`` [N, K], ``a`` [R, K]; ``impl`` names an implementation or is "auto".
+    ``x`` [M, K], ``w`` [N, K], ``a`` [R, K], ``dy`` [M, N] in backward; ``impl`` names an
+    implementation or is "auto". The kernels' configs are chosen with it, where the operands can
+    be read 16 bytes at a time; others make the launchers ask for each.
     """
+    wide = _wide(x) and _wide(w) and (dy is None or _wide(dy))
     (m, k), r, n = x.shape, a.shape[0], w.shape[0]
-    key = (op, impl, max(m - 1, 0).bit_length(), n, k, r, x.dtype, a.dtype, dropout, x.device)
+    key = (op, impl, max(m - 1, 0).bit_length(), n, k, r, x.dtype, a.dtype, dropout, wide, x.device)
     found = _functions.get(key)
     if found is None:
         problem = Problem(m, n, k, r, x.dtype, a.dtype, dropout)
@@ -84,8 +87,9 @@ def function(
             _tune_on_first_use(problem, x.device)
         plan = choose(op, impl, problem, x.device)
         found = getattr(importlib.import_module(MODULES[plan.impl]), op)
-        if plan.configs and plan.impl != "torch":
-            found = functools.partial(found, configs=plan.configs)
+        if wide and plan.impl != "torch":
+            configs = {**_default_configs(op, problem, x.device), **plan.configs}
+            found = functools.partial(found, configs=configs)
         _functions[key] = found
     return found
 
@@ -124,6 +128,23 @@ def _tune_on_first_use(problem: Problem, device: torch.device) -> None:
         tuner.tune_on_first_use(problem, device)
 
 
+def _wide(t: Tensor) -> bool:
+    """Return whether Triton can load ``t`` 16 bytes at a time: strides 1 and a multiple of 16."""
+    strides = t.stride()
+    return 1 in strides and sum(strides) % 16 == 1 and t.data_ptr() % 16 == 0
+
+
+def _default_configs(op: str, problem: Problem, device: torch.device) -> dict[str, Any]:
+    from fastlora_kernels.configs import KERNEL_OF, default_config, kind_of
+    from fastlora_kernels.launch import chip_of
+
+    kind, chip = kind_of(problem.dtype, problem.adapter), chip_of(device)
+    return {
+        name: default_config(KERNEL_OF[name], kind, problem.R, drops(op, name, problem), chip)
+        for name in LAUNCHERS[op]
+    }
+
+
 def _configs(
     op: str, fields: Mapping[str, dict], problem: Problem, device: torch.device
 ) -> dict[str, Any]:
@@ -137,6 +158,10 @@ def _configs(
         for name, config in found.items()
         if is_valid(config, KERNEL_OF[name], kind, problem.R, drops(op, name, problem), chip)
     }
+
+
+# The launchers of each direction.
+LAUNCHERS = {"forward": ("shrink", "product"), "backward": ("ds_db", "da", "product")}
 
 
 def drops(op: str, launcher: str, problem: Problem) -> bool:

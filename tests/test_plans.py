@@ -49,6 +49,11 @@ def chosen(op="forward", problem=PROBLEM, impl="auto"):
     return plans.choose(op, impl, problem, CPU).impl
 
 
+def module(function):
+    """The module of a function, or of the one whose arguments are bound."""
+    return getattr(function, "func", function).__module__
+
+
 def operands(m=64, dtype=torch.bfloat16, adapter=torch.float32):
     x, w = torch.randn(m, 32).to(dtype), torch.randn(48, 32).to(dtype)
     return x, w, torch.randn(16, 32).to(adapter), torch.randn(48, 16).to(adapter)
@@ -119,8 +124,8 @@ def test_measurements_hold_for_their_bucket():
     """M and R are rounded up to powers of two; everything else is exact."""
     measured.add({PROBLEM: timings(), PROBLEM._replace(M=2): timings()}, CPU)
     x, w, a, _ = operands(2)
-    assert plans.function("forward", "auto", x[:0], w, a, False).__module__ == "fastlora.torch_impl"
-    assert plans.function("forward", "auto", x, w, a, False).__module__ == "fastlora_kernels.linear"
+    assert module(plans.function("forward", "auto", x[:0], w, a, False)) == "fastlora.torch_impl"
+    assert module(plans.function("forward", "auto", x, w, a, False)) == "fastlora_kernels.linear"
     for same in ({"M": 33}, {"M": 64, "R": 3}):
         assert chosen(problem=PROBLEM._replace(**same)) == "triton"
     others = ({"M": 32}, {"M": 65}, {"R": 17}, {"N": 47}, {"K": 33}, {"dropout": True})
@@ -136,7 +141,7 @@ def test_a_compiled_graph_chooses_for_the_rows_that_come(monkeypatch):
     torch._dynamo.reset()
     for m in (128, 64):
         layer(x[:m], w, a, b)
-    taken = {key[2]: function.__module__ for key, function in plans._functions.items()}
+    taken = {key[2]: module(function) for key, function in plans._functions.items()}
     assert taken == {7: "fastlora.torch_impl", 6: "fastlora_kernels.linear"}
 
 
@@ -159,7 +164,7 @@ def test_the_choice_is_one_look_up(monkeypatch):
 
 def test_measured_configs_reach_the_kernels(monkeypatch):
     """Where they are valid; an invalid one is left out and the kernel takes its default."""
-    from fastlora_kernels import linear
+    from fastlora_kernels import launch, linear
 
     good = {"block_m": 32, "block_n": 32, "block_k": 32, "block_r": 16}
     good |= {"group_m": 1, "num_warps": 2, "num_stages": 2}
@@ -181,7 +186,8 @@ def test_measured_configs_reach_the_kernels(monkeypatch):
     x, *rest = operands()
     with torch.no_grad():
         assert fastlora.lora_linear(x, *rest).shape == (64, 48)
-        assert seen == {"shrink": configs["shrink"], "product": None}
+        default = launch.config_for("product", x, rest[0], 16, torch.float32, False)
+        assert seen == {"shrink": configs["shrink"], "product": default}
         misaligned = torch.empty(64 * 32 + 1, dtype=torch.bfloat16)[1:].view(64, 32).copy_(x)
         fastlora.lora_linear(misaligned, *rest)
     assert seen == {"shrink": None, "product": None}

@@ -91,14 +91,6 @@ def _aligned(t: Tensor) -> bool:
     return 1 in strides and sum(strides) % 16 == 1 and t.data_ptr() % 16 == 0
 
 
-def measured_for(configs: Mapping[str, Config], *operands: Tensor) -> Mapping[str, Config]:
-    """Return ``configs``, none of them where an operand cannot be loaded 16 bytes at a time.
-
-    They were measured on operands that can; others take the defaults that are made for them.
-    """
-    return configs if configs and all(map(_aligned, operands)) else NO_CONFIGS
-
-
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, x: Tensor, *args: Any) -> None:
     """Run ``kernel(x, *args)`` over ``grid`` on x's device with ``config``'s warps and stages.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastlora_kernels.columns import da as da_of
 from fastlora_kernels.columns import ds_db
 from fastlora_kernels.configs import Config
-from fastlora_kernels.launch import NO_CONFIGS, measured_for
+from fastlora_kernels.launch import NO_CONFIGS
 from fastlora_kernels.product import product
 from fastlora_kernels.shrink import shrink
 
@@ -31,7 +31,6 @@ def forward(
     acts where a ``seed`` ([1], int64, on x's device) is given. ``configs`` may hold one for each
     launcher, by its name; the others take their default.
     """
-    configs = measured_for(configs, x, w, a)
     s = shrink(x, a, seed, dropout_p=dropout_p, config=configs.get("shrink"))
     return product(x, w, s, b, bias, scaling=scaling, config=configs.get("product")), s
 
@@ -51,7 +50,6 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return dx [M, K], da [R, K] and db [N, R], each None unless its flag in ``needs`` is set."""
     need_x, need_a, need_b = needs
-    configs = measured_for(configs, dy, x, w)
     needed = {"need_ds": need_x or need_a, "need_db": need_b}
     ds, db = ds_db(dy, s, b, scaling=scaling, **needed, config=configs.get("ds_db"))
     dropped = {"seed": seed, "dropout_p": dropout_p}
