@@ -59,6 +59,7 @@ def test_launch_cost(benchmark, trained, monkeypatch):
     from fastlora_kernels.configs import Chip
 
     monkeypatch.setattr(plans, "default", lambda *_: ("triton", "the kernels, whatever is here"))
+    monkeypatch.setattr(plans, "usable_implementations", lambda *_: ("triton", "torch"))
     plans.forget()
     benchmark.group = "Python time of a forward on a GPU, without its launches"
     problem = Problem("launch", 16, 64, 64)

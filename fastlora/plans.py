@@ -56,7 +56,7 @@ class Problem(NamedTuple):
 class Plan:
     """How one direction of a problem runs, why, and what was measured.
 
-    ``seconds`` holds medians by implementation, ``configs`` the kernels' measured configs.
+    ``seconds`` holds measured medians by implementation, ``configs`` what the launchers run with.
     """
 
     impl: str
@@ -77,7 +77,7 @@ def function(
     implementation or is "auto". The kernels' configs are chosen with it, where the operands can
     be read 16 bytes at a time; others make the launchers ask for each.
     """
-    wide = _wide(x) and _wide(w) and (dy is None or _wide(dy))
+    wide = _wide(x) and _wide(w) and _wide(a) and (dy is None or _wide(dy))
     (m, k), r, n = x.shape, a.shape[0], w.shape[0]
     key = (op, impl, max(m - 1, 0).bit_length(), n, k, r, x.dtype, a.dtype, dropout, wide, x.device)
     found = _functions.get(key)
@@ -87,9 +87,8 @@ def function(
             _tune_on_first_use(problem, x.device)
         plan = choose(op, impl, problem, x.device)
         found = getattr(importlib.import_module(MODULES[plan.impl]), op)
-        if wide and plan.impl != "torch":
-            configs = {**_default_configs(op, problem, x.device), **plan.configs}
-            found = functools.partial(found, configs=configs)
+        if wide and plan.configs and plan.impl != "torch":
+            found = functools.partial(found, configs=plan.configs)
         _functions[key] = found
     return found
 
@@ -101,10 +100,9 @@ def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
     if len(usable) > 1:
         from fastlora import measured
 
-        timing = measured.find(problem, device)
-        if timing is not None:
-            seconds = timing[op].seconds
-            configs = _configs(op, timing[op].configs, problem, device)
+        timing = (measured.find(problem, device) or {}).get(op, measured.Timing({}))
+        seconds = timing.seconds
+        configs = _configs(op, timing.configs, problem, device)
     why = f"impl={impl!r}"
     if impl == "auto" and FORCED != "auto":
         impl, why = FORCED, f"FASTLORA_IMPL={FORCED}"
@@ -134,30 +132,20 @@ def _wide(t: Tensor) -> bool:
     return 1 in strides and sum(strides) % 16 == 1 and t.data_ptr() % 16 == 0
 
 
-def _default_configs(op: str, problem: Problem, device: torch.device) -> dict[str, Any]:
-    from fastlora_kernels.configs import KERNEL_OF, default_config, kind_of
-    from fastlora_kernels.launch import chip_of
-
-    kind, chip = kind_of(problem.dtype, problem.adapter), chip_of(device)
-    return {
-        name: default_config(KERNEL_OF[name], kind, problem.R, drops(op, name, problem), chip)
-        for name in LAUNCHERS[op]
-    }
-
-
 def _configs(
     op: str, fields: Mapping[str, dict], problem: Problem, device: torch.device
 ) -> dict[str, Any]:
-    """Return the kernels' configs from a file's fields, but none that cannot run here."""
-    from fastlora_kernels.configs import KERNEL_OF, Chip, Config, is_valid, kind_of
+    """Return each launcher's config: the measured one where it can run here, or the default."""
+    from fastlora_kernels.configs import KERNEL_OF, Config, default_config, is_valid, kind_of
+    from fastlora_kernels.launch import chip_of
 
-    kind, chip = kind_of(problem.dtype, problem.adapter), Chip.of(device)
-    found = {name: Config(**f) for name, f in fields.items() if name in KERNEL_OF}
-    return {
-        name: config
-        for name, config in found.items()
-        if is_valid(config, KERNEL_OF[name], kind, problem.R, drops(op, name, problem), chip)
-    }
+    kind, chip, found = kind_of(problem.dtype, problem.adapter), chip_of(device), {}
+    for name in LAUNCHERS[op]:
+        rest = KERNEL_OF[name], kind, problem.R, drops(op, name, problem), chip
+        measured = Config(**fields[name]) if name in fields else None
+        usable = measured is not None and is_valid(measured, *rest)
+        found[name] = measured if usable else default_config(*rest)
+    return found
 
 
 # The launchers of each direction.

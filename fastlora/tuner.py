@@ -150,13 +150,14 @@ def _best_configs(op: str, operands: _Operands, say: Say) -> dict:
     from fastlora_kernels.configs import KERNEL_OF, Chip, candidates, kind_of
 
     problem, device = operands.problem, operands.device
+    if problem.N % 16 or problem.K % 16:
+        return {}  # read element by element: one config is made for that
     kind, chip = kind_of(problem.dtype, problem.adapter), Chip.of(device)
     best = {}
     for name, launcher in operands.launchers(op).items():
         dropout = plans.drops(op, name, problem)
         steps = {}
-        aligned = problem.K % 16 == problem.N % 16 == 0
-        for config in candidates(KERNEL_OF[name], kind, problem.R, dropout, chip, aligned):
+        for config in candidates(KERNEL_OF[name], kind, problem.R, dropout, chip):
             step = _once(launcher, config)
             if _attempt(lambda step=step: list(step()), f"{name} with {config}", say) is not None:
                 steps[config] = step

@@ -172,7 +172,8 @@ def test_measured_configs_reach_the_kernels(monkeypatch):
         configs = {"shrink": good, "product": {**good, **wrong}, "unknown": good}
         measured.add({PROBLEM: timings(configs=configs)}, CPU)
         configs = plans.choose("forward", "auto", PROBLEM, CPU).configs
-        assert configs == {"shrink": linear.Config(**good)}
+        assert configs.keys() == {"shrink", "product"}
+        assert configs["shrink"] == linear.Config(**good) != configs["product"]
     seen = {}
     for name in ("shrink", "product"):
         right = getattr(linear, name)
@@ -190,6 +191,10 @@ def test_measured_configs_reach_the_kernels(monkeypatch):
         assert seen == {"shrink": configs["shrink"], "product": default}
         misaligned = torch.empty(64 * 32 + 1, dtype=torch.bfloat16)[1:].view(64, 32).copy_(x)
         fastlora.lora_linear(misaligned, *rest)
+        assert seen == {"shrink": None, "product": None}
+        seen.clear()
+        wide = torch.empty(16 * 32 + 1)[1:].view(16, 32).copy_(rest[1])
+        fastlora.lora_linear(x, rest[0], wide, rest[2])
     assert seen == {"shrink": None, "product": None}
 
 
@@ -201,7 +206,7 @@ def test_what_was_measured_is_found_by_the_next_process(cache, monkeypatch):
     path = measured.add({PROBLEM: timings(configs=configs)}, CPU)
     assert path is not None and path.parent == cache
     monkeypatch.setattr(measured, "_loaded", {})
-    assert measured.find(PROBLEM, CPU) == timings(configs=configs)
+    assert measured.find(PROBLEM, CPU) == timings(configs=configs) and measured.count(CPU) == 1
 
 
 def test_nothing_is_written_before_anything_is_measured(cache):
