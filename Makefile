@@ -16,10 +16,10 @@ export OMP_WAIT_POLICY := passive
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint gpu bench clean
+.PHONY: help demo test lint figures gpu bench clean
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
 # The folder `kernels` must not be imported in the place of a package of that name (3.11+).
 demo: export PYTHONSAFEPATH := 1
@@ -32,6 +32,9 @@ test: $(VENV)/.test ## run the whole test suite
 lint: $(VENV)/.test ## check style and formatting
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
+
+figures: $(VENV)/.test ## compile every kernel for every chip, keep what each uses: kernels/figures
+	@$(RUN) tests/figures.py
 
 gpu: ## run the GPU tests with this machine's own PyTorch and Triton, without a network
 	@$(or $(PYTHON),python3) tests/run_gpu.py

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from baselines import WAYS, Problem, cannot
+from predict import predicted
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastlora import plans
 from fastlora.timing import interleaved, ratio
 
 PHASES = ("forward", "backward", "both")
@@ -40,9 +42,10 @@ def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
         way: [(f, b, f + b) for f, b in found]
         for way, found in interleaved(steps, device, seconds).items()
     }
-    rows = []
+    machine, rows = machine_of(device), []
     for way, found in rounds.items():
         row = {"way": way, "rounds": len(found), **memory[way]}
+        row["predicted_s"] = predicted(problem, way, machine)
         for i, phase in enumerate(PHASES):
             times = [times[i] for times in found]
             low, high = (statistics.quantiles(times, n=10)[j] for j in (1, 7))
@@ -73,6 +76,15 @@ def runs(way: str, step: Callable[[], Iterable[None]]) -> bool:
             torch.cuda.empty_cache()
         return False
     return True
+
+
+def machine_of(device: torch.device):
+    """Return the model of ``device``, or None where there is none."""
+    if device.type != "cuda" or plans.triton_missing() is not None:
+        return None
+    from fastlora_kernels.machine import Machine
+
+    return Machine.of(device)
 
 
 def flops(problem: Problem, way: str, phase: str) -> float:

@@ -57,10 +57,17 @@ def markdown(result: dict) -> str:
         "*of peak*, *of copy*: of the measured matrix rate and copy bandwidth, both directions "
         "together, if every wide tensor moved once.",
     ]
+    modelled = [r for p in result["problems"] for r in p["rows"] if r.get("predicted_s")]
+    columns = (*COLUMNS, "predicted") if modelled else COLUMNS
+    if modelled:
+        lines[-1] += (
+            " *predicted*: milliseconds of both directions by `fastlora_kernels.machine`, and how "
+            "far the measurement is from them."
+        )
     for problem in result["problems"]:
         lines += ["", f"## {title(problem)}", ""]
-        lines.append("| | " + " | ".join(COLUMNS) + " |")
-        lines.append("|---|" + "---:|" * len(COLUMNS))
+        lines.append("| | " + " | ".join(columns) + " |")
+        lines.append("|---|" + "---:|" * len(columns))
         ceiling = result["ceilings"][problem["dtype"]]
         for row in problem["rows"]:
             cells = []
@@ -70,6 +77,8 @@ def markdown(result: dict) -> str:
             cells.append(f"{row['both']['bytes_s'] / ceiling['copy_bytes_s']:.0%}")
             cells.append(f"{row['kept_bytes'] / (problem['M'] * problem['K']):.2f}")
             cells.append(f"{row['peak_bytes'] / 2**20:.1f}")
+            if modelled:
+                cells.append(_predicted(row))
             lines.append(f"| {row['way']} | " + " | ".join(cells) + " |")
     if result["end_to_end"]:
         lines += ["", "## A training step of a whole model", ""]
@@ -207,6 +216,13 @@ def _like_the_first(problem: dict, result: dict, but: str) -> bool:
 
 def _ratio(value: float | None) -> str:
     return "no PEFT" if value is None else f"{value:.2f}"
+
+
+def _predicted(row: dict) -> str:
+    if not row.get("predicted_s"):
+        return ""
+    seconds = row["predicted_s"]["both"]
+    return f"{seconds * 1e3:.2f} ({row['both']['median_s'] / seconds - 1:+.0%})"
 
 
 def _short(dtype: str) -> str:

@@ -125,7 +125,18 @@ def _is_shape(what: object) -> bool:
 
 
 def _times(plan: Plan) -> str:
-    if not plan.seconds:
+    times = plan.seconds or plan.predicted
+    if not times:
         return ""
-    fastest_first = sorted(plan.seconds.items(), key=lambda item: item[1])
-    return ": " + ", ".join(f"{impl} {seconds * 1e3:.3g} ms" for impl, seconds in fastest_first)
+    fastest_first = sorted(times.items(), key=lambda item: item[1])
+    each = (
+        f"{impl} {seconds * 1e3:.3g} ms{_beside(plan, impl)}" for impl, seconds in fastest_first
+    )
+    return (": " if plan.seconds else "; predicted: ") + ", ".join(each)
+
+
+def _beside(plan: Plan, impl: str) -> str:
+    """Return the prediction that stands beside a measurement."""
+    if not plan.seconds or impl not in plan.predicted:
+        return ""
+    return f" (predicted {plan.predicted[impl] * 1e3:.3g})"

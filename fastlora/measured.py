@@ -31,18 +31,19 @@ MAX_BYTES = 16 << 20
 OPS = ("forward", "backward")
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 _SIZES = ("M", "N", "K", "R")
-_CONFIG_FIELDS = {"block_m", "block_n", "block_k", "block_r", "group_m", "num_warps", "num_stages"}
+_NUMBERS = {"block_m", "block_n", "block_k", "block_r", "group_m", "num_warps", "num_stages"}
+_FLAGS = {"tma", "specialized", "early"}
 
 
 @dataclass(frozen=True)
 class Timing:
     """One direction of a problem: median seconds by implementation, the kernels' best configs.
 
-    ``configs`` maps a launcher's name ("shrink", "product", "ds_db", "da") to a Config's fields.
+    ``configs`` maps a launcher ("shrink", "product", "ds_db", "da", "dx") to a Config's fields.
     """
 
     seconds: dict[str, float]
-    configs: dict[str, dict[str, int]] = field(default_factory=dict)
+    configs: dict[str, dict[str, int | bool | str]] = field(default_factory=dict)
 
 
 Measurements = dict[Problem, dict[str, Timing]]
@@ -224,10 +225,13 @@ def _timing(value: Any) -> Timing:
         if type(time) is not float or not math.isfinite(time) or time <= 0:
             raise ValueError(f"{time!r:.50} is no time")
     for config in configs.values():
-        if config.keys() != _CONFIG_FIELDS:
+        if config.keys() != _NUMBERS | _FLAGS | {"low_rank"}:
             raise ValueError("a config has other fields")
-        for number in config.values():
-            _integer(number, 1024)
+        for name, value in config.items():
+            if name in _NUMBERS:
+                _integer(value, 1024)
+            elif type(value) is not (bool if name in _FLAGS else str):
+                raise ValueError(f"{value!r:.50} is no {name}")
     return Timing(dict(seconds), dict(configs))
 
 

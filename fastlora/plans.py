@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,9 @@ IMPLEMENTATIONS = ("auto", "triton", "library", "torch", "reference")
 FORCED = os.environ.get("FASTLORA_IMPL", "auto")
 # Whether a problem that nothing was measured for is measured when it first comes up.
 TUNE = os.environ.get("FASTLORA_TUNE", "0") == "1"
+
+# A prediction has to be this much below the default's to be taken: by less it may be wrong.
+MARGIN = 0.85
 
 MODULES = {
     "triton": "fastlora_kernels",
@@ -56,13 +59,15 @@ class Problem(NamedTuple):
 class Plan:
     """How one direction of a problem runs, why, and what was measured.
 
-    ``seconds`` holds measured medians by implementation, ``configs`` what the launchers run with.
+    ``seconds`` holds measured medians by implementation, ``configs`` what the launchers run with,
+    ``predicted`` seconds by implementation on a GPU that `fastlora_kernels.machine` knows.
     """
 
     impl: str
     why: str
     seconds: Mapping[str, float]
     configs: Mapping[str, Any]
+    predicted: Mapping[str, float] = field(default_factory=dict)
 
 
 _functions: dict[tuple, Callable[..., Any]] = {}
@@ -96,25 +101,31 @@ def function(
 def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
     """Return the plan for ``op``: the one asked for, the measured fastest, or the default."""
     usable = usable_implementations(problem.dtype, device)
-    seconds, configs = {}, {}
+    seconds, configs, predicted = {}, {}, {}
     if len(usable) > 1:
+        # As the look-up has it: not the number of tokens that happens to come first.
+        problem = problem._replace(M=problem.bucketed().M)
         from fastlora import measured
 
         timing = (measured.find(problem, device) or {}).get(op, measured.Timing({}))
         seconds = timing.seconds
         configs = _configs(op, timing.configs, problem, device)
+        predicted = _predicted(op, usable, problem, device, configs)
     why = f"impl={impl!r}"
     if impl == "auto" and FORCED != "auto":
         impl, why = FORCED, f"FASTLORA_IMPL={FORCED}"
     if impl == "auto":
         impl, why = default(problem.dtype, device)
+        least = min(predicted, key=predicted.get, default=impl)
+        if predicted and predicted[least] < MARGIN * predicted[impl]:
+            impl, why = least, "predicted, not measured"
         best = min((i for i in usable if i in seconds), key=seconds.get, default=None)
         if best is not None:
             why = "measured on this machine"
             # Measurements scatter: a draw leaves the default.
             if seconds[best] < 0.98 * seconds.get(impl, float("inf")):
                 impl = best
-    return Plan(impl, why, seconds, configs)
+    return Plan(impl, why, seconds, configs, predicted)
 
 
 def _tune_on_first_use(problem: Problem, device: torch.device) -> None:
@@ -135,26 +146,29 @@ def _wide(t: Tensor) -> bool:
 def _configs(
     op: str, fields: Mapping[str, dict], problem: Problem, device: torch.device
 ) -> dict[str, Any]:
-    """Return each launcher's config: the measured one where it can run here, or the default."""
-    from fastlora_kernels.configs import KERNEL_OF, Config, default_config, is_valid, kind_of
+    """Return each launcher's config: the measured one where it can run here, or a predicted one."""
+    from fastlora_kernels.configs import DROPPING, KERNEL_OF, LAUNCHERS, Config, is_valid, kind_of
     from fastlora_kernels.launch import chip_of
+    from fastlora_kernels.machine import Machine, best_configs
 
     kind, chip, found = kind_of(problem.dtype, problem.adapter), chip_of(device), {}
-    for name in LAUNCHERS[op]:
-        rest = KERNEL_OF[name], kind, problem.R, drops(op, name, problem), chip
-        measured = Config(**fields[name]) if name in fields else None
-        usable = measured is not None and is_valid(measured, *rest)
-        found[name] = measured if usable else default_config(*rest)
-    return found
+    for name in set(fields) & set(LAUNCHERS[op]):
+        dropout, config = problem.dropout and name in DROPPING, Config(**fields[name])
+        if is_valid(config, KERNEL_OF[name], kind, problem.R, dropout, chip):
+            found[name] = config
+    return best_configs(op, problem, chip, Machine.of(device), found)
 
 
-# The launchers of each direction.
-LAUNCHERS = {"forward": ("shrink", "product"), "backward": ("ds_db", "da", "product")}
+def _predicted(
+    op: str, usable: tuple[str, ...], problem: Problem, device: torch.device, configs: dict
+) -> dict[str, float]:
+    """Return the seconds that each usable implementation should take, where the GPU is known."""
+    from fastlora_kernels.machine import Machine, predict
 
-
-def drops(op: str, launcher: str, problem: Problem) -> bool:
-    """Return whether ``launcher`` draws a dropout mask in ``op``."""
-    return problem.dropout and (op, launcher) not in (("forward", "product"), ("backward", "ds_db"))
+    machine = Machine.of(device)
+    if machine is None:
+        return {}
+    return {impl: predict(op, impl, problem, machine, configs).seconds for impl in usable}
 
 
 def indexed(device: torch.device) -> torch.device:
@@ -170,7 +184,7 @@ def forget() -> None:
 
 
 def default(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """Return what runs where nothing was measured, and why.
+    """Return what runs where nothing was measured or predicted, and why.
 
     "library" for bfloat16 and float16 on a GPU: its second pass over y costs 500 / K of the
     product, so a Triton product would have to reach 89 to 98% of the library's to win.

@@ -124,38 +124,43 @@ class _Operands:
 
         return step
 
-    def launchers(self, op: str) -> dict[str, Callable]:
-        """Return by name what runs one kernel of ``op`` with the config it is given."""
+    def launchers(self, op: str, best: dict) -> dict[str, Callable]:
+        """Return by name what runs a launcher of ``op`` with the config it is given.
+
+        The products, which come last, run with the whole direction and the ``best`` configs so
+        far: some start while the kernel before them runs, or do its work.
+        """
         import fastlora_kernels as kernels
 
-        dropped = {"seed": self.seed, "dropout_p": self.p}
+        dropped, rest = {"seed": self.seed, "dropout_p": self.p}, (self.seed, 0.5, self.p)
         if op == "forward":
             return {
                 "shrink": lambda config: kernels.shrink(self.x, self.a, **dropped, config=config),
-                "product": lambda config: kernels.product(
-                    self.x, self.w, self.s, self.b, config=config
+                "product": lambda config: kernels.forward(
+                    *(self.x, self.w, self.a, self.b, None, *rest), {**best, "product": config}
                 ),
             }
         return {
             "ds_db": lambda config: kernels.ds_db(self.dy, self.s, self.b, config=config),
             "da": lambda config: kernels.da(self.x, self.ds, **dropped, config=config),
-            "product": lambda config: kernels.product(
-                self.dy, self.w.t(), self.ds, self.a.t(), **dropped, config=config
+            "dx": lambda config: kernels.backward(
+                *(self.dy, self.x, self.w, self.a, self.b, self.s, *rest, (True, True, True)),
+                {**best, "dx": config},
             ),
         }
 
 
 def _best_configs(op: str, operands: _Operands, say: Say) -> dict:
     """Return for each launcher of ``op`` the config that measured fastest."""
-    from fastlora_kernels.configs import KERNEL_OF, Chip, candidates, kind_of
+    from fastlora_kernels.configs import DROPPING, KERNEL_OF, Chip, candidates, kind_of
 
     problem, device = operands.problem, operands.device
     if problem.N % 16 or problem.K % 16:
         return {}  # read element by element: one config is made for that
     kind, chip = kind_of(problem.dtype, problem.adapter), Chip.of(device)
     best = {}
-    for name, launcher in operands.launchers(op).items():
-        dropout = plans.drops(op, name, problem)
+    for name, launcher in operands.launchers(op, best).items():
+        dropout = problem.dropout and name in DROPPING
         steps = {}
         for config in candidates(KERNEL_OF[name], kind, problem.R, dropout, chip):
             step = _once(launcher, config)

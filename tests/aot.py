@@ -18,6 +18,8 @@ import torch
 import triton
 from fastlora_kernels.configs import Chip
 from fastlora_kernels.launch import Call
+from occupancy import blocks_per_processor
+from sass import Code, MainLoop
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -30,6 +32,9 @@ CHIPS = {
     100: Chip((10, 0), 232448, 148),
     120: Chip((12, 0), 101376, 170),
 }
+
+# What configs depend on of an AMD Instinct MI300X.
+GFX942 = Chip((0, 0), 65536, 304)
 
 _TYPES = {
     torch.float64: "*fp64",
@@ -44,19 +49,63 @@ _TYPES = {
 class Resources:
     """What one compiled kernel uses: per thread registers and stack bytes, per block shared bytes.
 
-    ``instructions`` counts the opcodes of the machine code, without modifiers.
+    ``warps`` a block, with those that Triton adds where it specialises them; ``blocks`` a
+    processor; ``instructions`` counts the opcodes of the machine code, without modifiers.
     """
 
     registers: int
     stack: int
     shared: int
+    warps: int
+    blocks: int
     instructions: Counter = field(repr=False)
     ptx: str = field(repr=False)
     sass: str = field(repr=False)
+    main_loop: MainLoop | None = field(repr=False)
 
 
 def compile_call(call: Call, capability: int) -> Resources:
     """Compile one recorded launch for ``capability`` (80 for sm_80) and return what it uses."""
+    compiled = _compile(call, GPUTarget("cuda", capability, 32))
+    usage, sass = _disassemble(compiled.asm["cubin"])
+    registers, code, uses = int(re.search(r"REG:(\d+)", usage)[1]), Code(sass), compiled.metadata
+    return Resources(
+        registers=registers,
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        shared=uses.shared,
+        warps=uses.num_warps,
+        blocks=blocks_per_processor(
+            capability, uses.num_warps, registers, uses.shared, uses.tmem_size or 0
+        ),
+        instructions=code.opcodes,
+        ptx=compiled.asm["ptx"],
+        sass=sass,
+        main_loop=code.main_loop(),
+    )
+
+
+def compile_for_amd(call: Call) -> dict[str, int]:
+    """Compile one recorded launch for gfx942 and return what it uses.
+
+    Vector registers and bytes of scratch of a thread, bytes of shared memory of a block, and the
+    matrix instructions in the whole program.
+    """
+    compiled = _compile(call, GPUTarget("hip", "gfx942", 64))
+    code = compiled.asm["amdgcn"]
+
+    def number(field: str) -> int:
+        return int(re.search(rf"\.{field}:\s*(\d+)", code)[1])
+
+    return {
+        "registers": number("vgpr_count"),
+        "spilled": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "scratch": number("private_segment_fixed_size"),
+        "shared": compiled.metadata.shared,
+        "matrix": code.count("v_mfma"),
+    }
+
+
+def _compile(call: Call, target: GPUTarget):
     signature, constexprs, attrs = {}, {}, {}
     for i, name in enumerate(call.kernel.arg_names):
         value = call.args[name]
@@ -66,22 +115,10 @@ def compile_call(call: Call, capability: int) -> Resources:
         elif divisible:
             attrs[(i,)] = [["tt.divisibility", 16]]
     options = {"num_warps": call.config.num_warps, "num_stages": call.config.num_stages}
-    compiled = triton.compile(
-        ASTSource(call.kernel, signature, constexprs, attrs),
-        target=GPUTarget("cuda", capability, 32),
-        options=options,
-    )
-    usage, sass = _disassemble(compiled.asm["cubin"])
-    return Resources(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
-        shared=compiled.metadata.shared,
-        instructions=Counter(
-            re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", sass, re.M)
-        ),
-        ptx=compiled.asm["ptx"],
-        sass=sass,
-    )
+    if call.early:
+        options["launch_pdl"] = True
+    source = ASTSource(call.kernel, signature, constexprs, attrs)
+    return triton.compile(source, target=target, options=options)
 
 
 def _argument(value, constexpr: bool) -> tuple[str, bool, bool]:

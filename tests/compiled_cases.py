@@ -5,36 +5,121 @@ Run by test_compiled.py in processes of their own: the compiler needs the interp
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import hashlib
 import itertools
 import json
 import os
+import re
 import sys
+from pathlib import Path
 
 import aot
+import fastlora_kernels
 import torch
+import triton
 from acceptance import KINDS
 from fastlora_kernels import backward, forward, launch
+from fastlora_kernels.configs import (
+    DROPPING,
+    EXPERIMENTAL,
+    KERNEL_OF,
+    LAUNCHERS,
+    Config,
+    candidates,
+    is_valid,
+    kind_of,
+)
 
 CAPABILITIES = (80, 89, 90, 100, 120)
-SIZES = {"even": (4096, 4096, 4096), "ragged": (1000, 1001, 999)}
+SIZES = {"even": (4096, 4096, 4096), "ragged": (1000, 1001, 999), "uneven": (1000, 1001, 1008)}
 # (size, kind, rank): every mix of dtypes, the ranks that need other tiles, and the masked variants.
-PROBLEMS = tuple(itertools.product(SIZES, ("bf16", "bf16-fp32", "fp16-fp32", "fp32"), (16, 128)))
+KINDS_COMPILED = ("bf16", "bf16-fp32", "fp16-fp32", "fp32")
+PROBLEMS = (
+    *itertools.product(("even",), KINDS_COMPILED, (16, 128)),
+    *itertools.product(("ragged",), KINDS_COMPILED, (16,)),  # its rank tile is 16 for any rank
+    *itertools.product(("uneven",), KINDS_COMPILED[:2], (16,)),  # y has odd rows, x and w do not
+    ("even", "fp16", 16),
+)
 
 
-def calls(chip, kind: str, r: int, size: str) -> list[launch.Call]:
-    """Return what a forward and a backward with and without dropout launch on ``chip``."""
+def calls(chip, kind: str, r: int, size: str, which: str = "default") -> list[launch.Call]:
+    """Return what a forward and a backward with and without dropout launch on ``chip``.
+
+    With the "default" configs, "every" one that the tuner may try, or those that start "early".
+    """
     (M, N, K), (base, adapter) = SIZES[size], KINDS[kind]
 
     def empty(*shape, dtype=base):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
+    def some(launcher: str, dropout: bool) -> list[dict[str, Config]]:
+        if which == "default":
+            return [{}]
+        rest = KERNEL_OF[launcher], kind_of(base, adapter), r, dropout, chip
+        tried = candidates(*rest) + [c for c in EXPERIMENTAL if is_valid(c, *rest)]
+        return [{launcher: config} for config in tried if which == "every" or config.early]
+
     x, w, dy, bias = empty(M, K), empty(N, K), empty(M, N), empty(N)
     a, b, s = (empty(*d, dtype=adapter) for d in ((r, K), (N, r), (M, r)))
     with launch.recording(chip) as recorded:
         for seed, p in ((None, 0.0), (empty(1, dtype=torch.int64), 0.1)):
-            forward(x, w, a, b, bias, seed, 0.5, p)
-            backward(dy, x, w, a, b, s, seed, 0.5, p, (True, True, True))
+            for op, launchers in LAUNCHERS.items():
+                for launcher in launchers[:1] if which == "default" else launchers:
+                    for configs in some(launcher, p > 0 and launcher in DROPPING):
+                        if op == "forward":
+                            forward(x, w, a, b, bias, seed, 0.5, p, configs)
+                        else:
+                            needs = (True, True, True)
+                            backward(dy, x, w, a, b, s, seed, 0.5, p, needs, configs)
     return recorded
+
+
+def jobs(every: bool) -> list[tuple[int, str, str, launch.Call]]:
+    """Return capability, problem, name and launch of each program, all of them or the defaults'."""
+    found, names = [], set()
+    problems = [(*problem, "default") for problem in PROBLEMS] + [("even", "bf16", 16, "early")]
+    if every:
+        more = itertools.product(("even",), ("bf16", "bf16-fp32"), (16, 128), ("every",))
+        problems += more
+    for capability in CAPABILITIES:
+        seen = set()
+        for size, kind, r, which in problems:
+            problem = f"{kind} r={r} {size}"
+            for call in calls(aot.CHIPS[capability], kind, r, size, which):
+                if key(call) in seen:
+                    continue
+                seen.add(key(call))
+                name = program_name(call, problem)
+                if (capability, name) in names:
+                    raise ValueError(f"two programs of sm_{capability} are called {name!r}")
+                names.add((capability, name))
+                found.append((capability, problem, name, call))
+    return found
+
+
+def amd_jobs() -> list[tuple[str, launch.Call]]:
+    """Return problem and launch of the programs that are compiled for an AMD chip."""
+    found = {}
+    for size, kind, r in (("even", "bf16", 16), ("even", "bf16-fp32", 128), ("ragged", "bf16", 16)):
+        for call in calls(aot.GFX942, kind, r, size):
+            found.setdefault(key(call), (f"{kind} r={r} {size}", call))
+    return list(found.values())
+
+
+def fingerprint() -> str:
+    """Return a hash of the kernels' code without its comments."""
+    code = []
+    for path in sorted(Path(fastlora_kernels.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(
+                ast.unparse, node.decorator_list
+            ):
+                if ast.get_docstring(node) is not None:
+                    del node.body[0]
+                code.append(ast.unparse(node))
+    return hashlib.sha256("\n".join(code).encode()).hexdigest()[:16]
 
 
 def key(call: launch.Call) -> tuple:
@@ -47,7 +132,74 @@ def key(call: launch.Call) -> tuple:
         v.dtype if isinstance(v, torch.Tensor) else v is None for v in call.args.values()
     )
     ones = tuple(isinstance(v, int) and v == 1 for v in call.args.values())
-    return call.kernel.__name__, call.config, signature, pointers, ones
+    return call.kernel.__name__, call.config, call.early, signature, pointers, ones
+
+
+def program_name(call: launch.Call, problem: str) -> str:
+    """Return what tells a program of a chip from all others, and means the same tomorrow.
+
+    Kernel, problem, config, then the constexprs that the config does not give and the arguments
+    that the program was compiled for because they are 1.
+    """
+    config, variant = call.config, ["launched early"] if call.early else []
+    for name, value in call.args.items():
+        if not (name.isupper() and len(name) > 1):
+            if isinstance(value, int) and value == 1:
+                variant.append(f"{name}=1")
+        elif isinstance(value, bool):
+            variant += [name] if value else []
+        elif value != getattr(config, name.lower(), None):
+            variant.append(f"{name}={value}")
+    tiles = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, bool):
+            tiles += [field.name] if value else []
+        elif isinstance(value, int) or value != field.default:
+            tiles.append(f"{field.name.removeprefix('block_').removeprefix('num_')}={value}")
+    return " | ".join((call.kernel.__name__, problem, " ".join(tiles), " ".join(variant)))
+
+
+def figures(found: aot.Resources) -> dict:
+    """Return what is kept of a program: `figures.py` says what each figure is."""
+    loop, whole = found.main_loop, found.instructions
+    kept = {
+        "registers": found.registers,
+        "stack": found.stack,
+        "shared": found.shared,
+        "blocks": found.blocks,
+        "ldgsts": whole["LDGSTS"],
+        "tma": whole["UTMALDG"],
+    }
+    if loop is not None:
+        kept |= {
+            "matrix": loop.kind,
+            "loop_matrix": loop.matrix,
+            "loop_instructions": loop.instructions,
+            "loop_ldgsts": loop.opcodes["LDGSTS"],
+            "loop_tma": loop.opcodes["UTMALDG"],
+            "loop_lds": loop.opcodes["LDS"] + loop.opcodes["LDSM"],
+        }
+    return kept
+
+
+def around_the_wait(sass: str) -> dict[str, int] | None:
+    """Return what an early program reads and writes before and after it waits for the one before.
+
+    None where it does not wait. What is left to the copy engine before is not counted.
+    """
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", sass, re.M)
+    if "ACQBULK" not in opcodes:
+        return None
+    at = opcodes.index("ACQBULK")
+    before, after = opcodes[:at], opcodes[at:]
+    return {
+        "loads_before": before.count("LDG"),
+        "loads_after": after.count("LDG"),
+        "stores_before": before.count("STG") + before.count("UTMASTG"),
+        "stores_after": after.count("STG") + after.count("UTMASTG"),
+        "products_before": before.count("HGMMA") + before.count("UTCHMMA"),
+    }
 
 
 def pipelined_loads(call: launch.Call) -> int:
@@ -56,6 +208,8 @@ def pipelined_loads(call: launch.Call) -> int:
     m, n, k = config.block_m, config.block_n, config.block_k
     if call.kernel.__name__ == "product_kernel":
         elements, tensor = (m + n) * k, args["x_ptr"]
+    elif call.kernel.__name__ == "persistent_kernel":
+        return 2 * config.num_stages  # of a tile each
     elif call.kernel.__name__ == "shrink_kernel":
         elements, tensor = m * k, args["x_ptr"]
     elif call.kernel.__name__ == "columns_kernel":
@@ -65,20 +219,21 @@ def pipelined_loads(call: launch.Call) -> int:
     return config.num_stages * elements * tensor.dtype.itemsize // (16 * 32 * config.num_warps)
 
 
-def main(share: int, of: int) -> None:
+def main(share: int, of: int, every: bool) -> None:
     os.nice(10)  # the tests that run meanwhile go first
-    jobs = []
-    for capability in CAPABILITIES:
-        seen = set()
-        for size, kind, r in PROBLEMS:
-            for call in calls(aot.CHIPS[capability], kind, r, size):
-                if key(call) not in seen:
-                    seen.add(key(call))
-                    jobs.append((capability, f"{kind} r={r} {size}", call))
-    for capability, problem, call in jobs[share::of]:
+    if share == 0:
+        programs = [(capability, name) for capability, _, name, _ in jobs(every=True)]
+        print(json.dumps({"all": programs, "kernels": fingerprint()}), flush=True)
+    for problem, call in amd_jobs()[share::of]:
+        found = aot.compile_for_amd(call)
+        about = {"problem": problem, "kernel": call.kernel.__name__, "config": str(call.config)}
+        print(json.dumps({"capability": "gfx942", **about, **found}), flush=True)
+    for capability, problem, name, call in jobs(every)[share::of]:
         found = aot.compile_call(call, capability)
         report = {
             "capability": capability,
+            "triton": triton.__version__,
+            "name": name,
             "problem": problem,
             "kernel": call.kernel.__name__,
             "dropout": bool(call.args.get("HAS_DROPOUT")),
@@ -86,7 +241,10 @@ def main(share: int, of: int) -> None:
             "registers": found.registers,
             "stack": found.stack,
             "shared": found.shared,
+            "warps": found.warps,
             "instructions": found.instructions,
+            "figures": figures(found),
+            "around_the_wait": around_the_wait(found.sass),
             "pipelined_loads": pipelined_loads(call),
             "ptx_f64": ".f64" in found.ptx,
             "ptx_tf32": "tf32" in found.ptx,
@@ -96,4 +254,4 @@ def main(share: int, of: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["every"])

@@ -5,11 +5,12 @@ A wrong kernel is a copy of the package with one line changed.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import fastlora_kernels
 import pytest
@@ -24,7 +25,7 @@ CASES = [
     Case(70, 50, 150, 5, kind="bf16", mode="base"),
     Case(70, 50, 90, 5, kind="bf16", mode="low_rank", dropout_p=0.3),
     Case(70, 50, 90, 40, kind="fp32", mode="both"),
-    Case(600, 50, 300, 5, kind="bf16", mode="both", dropout_p=0.3),
+    Case(600, 20, 300, 5, kind="bf16", mode="both", dropout_p=0.3),
     Case(70, 50, 90, 5, kind="bf16-fp32", mode="low_rank"),
     Case(200, 300, 300, 5, kind="fp16", mode="low_rank"),
     Case(70, 300, 20, 40, kind="bf16", mode="low_rank"),
@@ -32,10 +33,10 @@ CASES = [
 
 # name: (file, line as it is, line as it would be wrong)
 MUTANTS = {
-    "scaling forgotten": ("product.py", "acc *= tl.cast(scale, ACC)", "acc *= 1.0"),
-    "scaling applied twice": ("product.py", "acc *= tl.cast(scale, ACC)", "acc *= scale * scale"),
-    "low-rank path subtracted": ("product.py", "acc *= tl.cast(scale, ACC)", "acc *= -scale"),
-    "low-rank path dropped": ("product.py", "acc *= tl.cast(scale, ACC)", "acc *= 0.0"),
+    "scaling forgotten": ("tiles.py", "acc *= tl.cast(scale, ACC)", "acc *= 1.0"),
+    "scaling applied twice": ("tiles.py", "acc *= tl.cast(scale, ACC)", "acc *= scale * scale"),
+    "low-rank path subtracted": ("tiles.py", "acc *= tl.cast(scale, ACC)", "acc *= -scale"),
+    "low-rank path dropped": ("tiles.py", "acc *= tl.cast(scale, ACC)", "acc *= 0.0"),
     "base path dropped": ("product.py", "acc = dot(x, w, acc)", "pass"),
     "bias dropped": ("product.py", "acc += bias.to(ACC)[None, :]", "pass"),
     "K mask one short": ("product.py", "mask_k = offs_k < K - k", "mask_k = offs_k < K - k - 1"),
@@ -47,16 +48,20 @@ MUTANTS = {
         "acc = dot(x, w, acc).to(tl.bfloat16).to(tl.float32)",
     ),
     "rank tiles beyond the first lost": (
-        "product.py",
+        "tiles.py",
         "tl.range(0, R, BLOCK_R",
         "tl.range(0, 1, BLOCK_R",
     ),
     "mask of dx at the wrong column": (
-        "product.py",
-        "pid_n * BLOCK_N, N, keep_from",
-        "0, N, keep_from",
+        "tiles.py",
+        "keep_tile(seed_ptr, offs_m, first_n, N, keep_from, BLOCK_N)",
+        "keep_tile(seed_ptr, offs_m, 0, N, keep_from, BLOCK_N)",
     ),
-    "dx not masked": ("product.py", "acc *= keep.to(ACC)", "pass"),
+    "dx not masked": (
+        "tiles.py",
+        "acc *= keep_tile(seed_ptr, offs_m, first_n, N, keep_from, BLOCK_N).to(ACC)",
+        "pass",
+    ),
     "8 bits of float32 adapters": (
         "tiles.py",
         "part = tl.dot(left, middle, part)",
@@ -123,6 +128,78 @@ MUTANTS = {
     ),
 }
 
+
+# The same for the products of sm_90 and later, with the low-rank step at which it has to show.
+PERSISTENT_MUTANTS = {
+    "steps of the fold lost": ("fold", "persistent.py", "+= tl.cdiv(R, BLOCK_K)", "+= 0"),
+    "fold from the wrong columns": (
+        "fold",
+        "persistent.py",
+        "b_desc, (step - steps) * BLOCK_K",
+        "b_desc, step * BLOCK_K",
+    ),
+    "s of the first row tile": (
+        "after",
+        "persistent.py",
+        "rows = wrapped(offs_m, M)",
+        "rows = wrapped(tl.arange(0, BLOCK_M), M)",
+    ),
+    "b of the first column tile": (
+        "after",
+        "persistent.py",
+        "columns = wrapped(offs_n, N)",
+        "columns = wrapped(tl.arange(0, BLOCK_N), N)",
+    ),
+    "one tile of s for all, loaded apart": (
+        "after by warps of its own",
+        "persistent.py",
+        "s_desc.load([first_m, 0])",
+        "s_desc.load([0, 0])",
+    ),
+    "16-bit sum of the base path": (
+        "fold",
+        "persistent.py",
+        "acc = tl.dot(x, w, acc)",
+        "acc = tl.dot(x, w, acc).to(tl.bfloat16).to(tl.float32)",
+    ),
+    "bias dropped": ("fold", "persistent.py", "acc += tl.load(bias_ptr", "tl.load(bias_ptr"),
+    "later tiles lost": ("fold", "persistent.py", "tiles_m * tiles_n,", "1,"),
+    "right half of a tile lost": (
+        "fold",
+        "persistent.py",
+        "y_desc.store([first_m, first_n + BLOCK_N // 2], right",
+        "y_desc.store([first_m, first_n], right",
+    ),
+    "s made again but not scaled": (
+        "recompute",
+        "persistent.py",
+        "(s_acc * tl.cast(scale, tl.float32))",
+        "s_acc",
+    ),
+    "s kept scaled": (
+        "recompute",
+        "persistent.py",
+        "tl.store(s_ptrs, s_acc.to(dtype)",
+        "tl.store(s_ptrs, (s_acc * scale).to(dtype)",
+    ),
+    "s of every second row tile not kept": (
+        "recompute",
+        "persistent.py",
+        "if pid_n == 0:",
+        "if pid_n + pid_m % 2 == 0:",
+    ),
+    "s not scaled": ("fold", "shrink.py", "acc *= tl.cast(factor, ACC)", "acc *= 1.0"),
+    "s scaled twice": (
+        "after",
+        "linear.py",
+        "product(x, w, scaled, b, bias, config=config)",
+        "product(x, w, scaled, b, bias, scaling=scaling, config=config)",
+    ),
+}
+PERSISTENT_CASES = [
+    Case(50, 104, 152, 16, kind="bf16", mode="base"),
+    Case(50, 296, 40, 16, kind="bf16", mode="low_rank"),
+]
 
 # The same for the torch implementation: name: (line as it is, line as it would be wrong)
 TORCH_MUTANTS = {
@@ -202,6 +279,33 @@ def test_a_wrong_kernel_is_refused(name, tmp_path):
             refused += 1
             break
     assert refused, f"the rule passes a kernel with this fault: {name}"
+
+
+def persistent(kernels, low_rank: str) -> SimpleNamespace:
+    """``kernels`` with small tiles of the persistent products, stored in two halves."""
+    rest = {"specialized": "warps" in low_rank, "tma": True, "low_rank": low_rank.split()[0]}
+    config = kernels.Config(16, 256, 16, **rest)
+    configs = {"product": config, "dx": config}
+    return SimpleNamespace(
+        forward=functools.partial(kernels.forward, configs=configs),
+        backward=functools.partial(kernels.backward, configs=configs),
+    )
+
+
+@pytest.mark.parametrize("name", PERSISTENT_MUTANTS)
+def test_a_wrong_persistent_kernel_is_refused(name, tmp_path):
+    low_rank, file, right, wrong = PERSISTENT_MUTANTS[name]
+    number = list(PERSISTENT_MUTANTS).index(name)
+    mutant = load(tmp_path, f"persistent_mutant_{number}", file, right, wrong)
+    with pytest.raises(AssertionError):
+        for case in PERSISTENT_CASES:
+            verify(persistent(mutant, low_rank), case)
+
+
+def test_the_right_persistent_kernel_is_accepted():
+    for low_rank in {how for how, *_ in PERSISTENT_MUTANTS.values()}:
+        for case in PERSISTENT_CASES:
+            verify(persistent(fastlora_kernels, low_rank), case)
 
 
 @pytest.mark.parametrize("name", TORCH_MUTANTS)

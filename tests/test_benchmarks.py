@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: every way on a small problem, and the files of a run."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,11 +14,15 @@ sys.path.insert(0, str(BENCHMARKS))
 try:
     import lorafusion
     import measure
+    import predict
+    import problems
     import report
     import run
     from baselines import WAYS, Problem, cannot
 finally:
     sys.path.remove(str(BENCHMARKS))
+
+from fastlora_kernels import machine  # noqa: E402
 
 from fastlora.timing import interleaved, ratio  # noqa: E402
 
@@ -64,8 +69,8 @@ def test_lorafusion_kernels(shape, dropped):
 
 def test_rows_say_what_was_measured(tmp_path):
     dropped = Problem("small", 300, 40, 64, R=4, p=0.05)
-    problems = [PROBLEM, Problem("small", 600, 40, 64, R=4), dropped]
-    rows = [measure.measure(p, EAGER, 0.0) for p in problems]
+    posed = [PROBLEM, Problem("small", 600, 40, 64, R=4), dropped]
+    rows = [measure.measure(p, EAGER, 0.0) for p in posed]
     for row in rows[0]:
         assert row["rounds"] >= 5 and row["both"]["median_s"] > 0
         assert row["way"] != "frozen" or row["both"]["ratio"] == 1
@@ -76,10 +81,8 @@ def test_rows_say_what_was_measured(tmp_path):
     assert kept["PEFT"] > 1.9 * kept["fastlora torch"]
     result = {
         "machine": run.machine(torch.device("cpu")),
-        "ceilings": {
-            str(p.dtype): {"copy_bytes_s": 1e10, "matrix_flops_s": 1e12} for p in problems
-        },
-        "problems": [{**run.described(p), "rows": r} for p, r in zip(problems, rows, strict=True)],
+        "ceilings": {str(p.dtype): {"copy_bytes_s": 1e10, "matrix_flops_s": 1e12} for p in posed},
+        "problems": [{**run.described(p), "rows": r} for p, r in zip(posed, rows, strict=True)],
         "end_to_end": [],
     }
     path = tmp_path / "cpu.json"
@@ -92,6 +95,35 @@ def test_rows_say_what_was_measured(tmp_path):
     )
     pictures = {p.name for p in tmp_path.glob("*.png")}
     assert pictures == {"cpu-ratio.png", "cpu-tokens.png", "cpu-roofline.png"}
+
+
+def test_predictions_stand_beside_measurements(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "machine_of", lambda device: machine.H100)
+    rows = {row["way"]: row for row in measure.measure(PROBLEM, EAGER, 0.0)}
+    assert rows["PEFT"]["predicted_s"] is None
+    for way in ("frozen", "fastlora torch"):
+        found = rows[way]["predicted_s"]
+        assert 0 < found["forward"] < found["both"] == found["forward"] + found["backward"] < 1e-3
+    ceiling = {"copy_bytes_s": 1e10, "matrix_flops_s": 1e12}
+    result = {
+        "machine": run.machine(torch.device("cpu")),
+        "ceilings": {str(PROBLEM.dtype): ceiling},
+        "problems": [{**run.described(PROBLEM), "rows": list(rows.values())}],
+        "end_to_end": [],
+    }
+    table = report.markdown(result)
+    assert "| predicted |" in table
+    line = next(line for line in table.splitlines() if line.startswith("| fastlora torch |"))
+    assert re.search(r"\| 0\.0\d \(\+\d+%\) \|$", line), line
+    assert next(x for x in table.splitlines() if x.startswith("| PEFT |")).endswith("|  |")
+
+
+def test_the_predicted_table_has_a_row_for_every_problem(capsys):
+    predict.main()
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head.count("|") == 8
+    assert len(rows) == len(list(problems.problems("cuda")))
+    assert all(float(row.split("|")[-4]) > 1 for row in rows)  # "triton", by the frozen layer
 
 
 def test_a_way_that_fails_has_no_row(monkeypatch, capsys):

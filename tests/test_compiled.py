@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import aot
+import figures
 import pytest
-from compiled_cases import CAPABILITIES, calls
+import triton
+from compiled_cases import CAPABILITIES, SIZES, calls
 
 KERNELS = ("shrink_kernel", "product_kernel", "columns_kernel", "sum_kernel")
+PERSISTENT = (90, 100)
+each_kernel = pytest.mark.parametrize(
+    ("kernel", "capability"),
+    [
+        *itertools.product(KERNELS, CAPABILITIES),
+        *(("persistent_kernel", capability) for capability in PERSISTENT),
+    ],
+)
 
 
 @pytest.fixture(scope="module")
-def reports(compiling):
+def found(compiling):
     """What the processes of conftest.py, started with the session, have found."""
     return [json.loads(line) for line in compiling().splitlines()]
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.fixture(scope="module")
+def reports(found):
+    """A report for each program that was compiled."""
+    return found[1:]
+
+
+@each_kernel
 def test_resources(reports, kernel, capability):
     mine = [r for r in reports if (r["kernel"], r["capability"]) == (kernel, capability)]
     assert mine, "nothing was compiled"
@@ -33,12 +49,11 @@ def test_resources(reports, kernel, capability):
         assert not r["ptx_tf32"], f"{where}: TF32 where IEEE float32 was asked for"
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("kernel", KERNELS[:3])
+@each_kernel
 def test_tensor_cores_and_pipelines(reports, kernel, capability):
     mma = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}[capability]
     for r in reports:
-        if (r["kernel"], r["capability"]) != (kernel, capability):
+        if (r["kernel"], r["capability"]) != (kernel, capability) or kernel == "sum_kernel":
             continue
         where = (
             f"{kernel} sm_{capability} {r['problem']} dropout={r['dropout']}: {r['instructions']}"
@@ -47,13 +62,62 @@ def test_tensor_cores_and_pipelines(reports, kernel, capability):
             assert {"FFMA", "FFMA2"} & r["instructions"].keys(), where
         else:
             assert {mma, "HMMA"} & r["instructions"].keys(), where
-            if kernel == "product_kernel":
+            if kernel in ("product_kernel", "persistent_kernel"):
                 assert mma in r["instructions"], where
-        if "even" in r["problem"]:
-            found = r["instructions"].get("LDGSTS", 0)
-            assert found >= r["pipelined_loads"], f"{where}: a pipeline is lost"
+        if r["problem"].endswith(" even"):
+            load = "UTMALDG" if kernel == "persistent_kernel" else "LDGSTS"
+            loads = r["instructions"].get(load, 0)
+            assert loads >= r["pipelined_loads"], f"{where}: a pipeline is lost"
+
+
+@pytest.mark.parametrize("capability", PERSISTENT)
+def test_early_programs_wait_before_they_read_and_write(reports, capability):
+    """The order of the machine code: a compiler may move what it does not know to be bound."""
+    waiting = [r for r in reports if r["capability"] == capability and r["around_the_wait"]]
+    assert {r["kernel"] for r in waiting} == {"persistent_kernel", "sum_kernel"}
+    for r in waiting:
+        around = r["around_the_wait"]
+        assert around["stores_before"] == 0 < around["stores_after"], r["name"]
+        assert around["loads_after"] > 0, r["name"]
+        if r["kernel"] == "sum_kernel":
+            assert around["loads_before"] == 0, r["name"]
+        else:
+            assert around["products_before"] > 0, f"{r['name']}: waits before its main loop"
+
+
+def test_an_amd_chip(found):
+    mine = [r for r in found[1:] if r["capability"] == "gfx942"]
+    assert {r["kernel"] for r in mine} == set(KERNELS)
+    for r in mine:
+        assert r["spilled"] == r["scratch"] == 0, r
+        assert r["registers"] <= 512 and r["shared"] <= aot.GFX942.shared_memory, r
+        assert r["matrix"] > 0 or r["kernel"] == "sum_kernel", r
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_no_figure_is_worse_than_the_one_kept(reports, capability):
+    kept = kept_for_this_triton(capability)["programs"]
+    now = {r["name"]: r["figures"] for r in reports if r["capability"] == capability}
+    worse = figures.compare({name: kept[name] for name in now if name in kept}, now)
+    assert not worse, f"sm_{capability}:\n" + "\n".join(worse)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_what_is_kept_is_of_these_kernels(found, capability):
+    """Configs that are no default are compiled by `make figures` alone."""
+    kept = kept_for_this_triton(capability)
+    names = {name for chip, name in found[0]["all"] if chip == capability}
+    assert kept["programs"].keys() == names, "programs differ: run `make figures`"
+    assert kept["kernels"] == found[0]["kernels"], "a kernel has changed: run `make figures`"
+
+
+def kept_for_this_triton(capability):
+    kept = figures.read(capability)
+    if kept["triton"] != triton.__version__:
+        pytest.skip(f"figures of Triton {kept['triton']}; this is {triton.__version__}")
+    return kept
 
 
 def test_the_recorder_sees_every_kernel():
-    recorded = calls(aot.CHIPS[90], "bf16", 16, "even")
-    assert {c.kernel.__name__ for c in recorded} == set(KERNELS)
+    recorded = [c for size in SIZES for c in calls(aot.CHIPS[90], "bf16", 16, size)]
+    assert {c.kernel.__name__ for c in recorded} == {*KERNELS, "persistent_kernel"}

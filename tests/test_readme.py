@@ -1,5 +1,7 @@
 """The code blocks of the documents run as they stand."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -55,9 +57,12 @@ def test_the_kernels_alone():
     names = {k: v for k, v in given().items() if k in ("x", "bias")}
     names |= {"w": torch.randn(24, 16), "a": torch.randn(4, 16), "b": torch.randn(24, 4)}
     names["dy"] = torch.randn(5, 24)
-    (block,) = blocks("kernels/README.md")
+    block, prediction = blocks("kernels/README.md")
     exec(block, names)
     assert [names[n].shape for n in ("dx", "da", "db")] == [(5, 16), (4, 16), (24, 4)]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(prediction, {})
+    assert "backward by triton" in said.getvalue()
 
 
 def test_what_is_named_exists():

@@ -15,10 +15,10 @@ from torch import Tensor
 from fastlora_kernels.configs import ON_THE_WAY_RANK, Config, cdiv
 from fastlora_kernels.dropout import keep_tile, kept_scale, lowest_kept
 from fastlora_kernels.launch import chip_of, config_for, launch
-from fastlora_kernels.tiles import dot, sum_dtype, triton_dtype
+from fastlora_kernels.tiles import dot, let_next_start, sum_dtype, triton_dtype, wait_for_last
 
 # Programs wanted for each processor, by splitting the rows.
-PROGRAMS = 4
+PROGRAMS = 2
 SUM_BLOCK = 1024
 
 
@@ -41,6 +41,7 @@ def columns_kernel(
     stride_or,
     stride_oc,
     keep_from,
+    TRIGGER: tl.constexpr,
     NEED_OUTER: tl.constexpr,
     NEED_INNER: tl.constexpr,
     ON_THE_WAY: tl.constexpr,
@@ -50,6 +51,8 @@ def columns_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    if TRIGGER:
+        let_next_start()
     # Programs that read the same elements are neighbours: rank tiles first, then tiles of a split.
     tiles_r = tl.cdiv(R, BLOCK_R)
     tiles_c = tl.cdiv(C, BLOCK_C)
@@ -116,19 +119,40 @@ def columns_kernel(
 
 @triton.jit
 def sum_kernel(
-    part_ptr,
-    out_ptr,
-    numel,
-    parts,
+    first_ptr,
+    second_ptr,
+    first_out_ptr,
+    second_out_ptr,
+    first_numel,
+    first_parts,
+    second_numel,
+    second_parts,
     scale,
+    HAS_SECOND: tl.constexpr,
+    EARLY: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if EARLY:
+        # In this order: what comes next may start too, and waits for this kernel to end.
+        let_next_start()
+        wait_for_last()
+    part_ptr, out_ptr = first_ptr, first_out_ptr
+    numel = tl.cast(first_numel, tl.int64)
+    parts = tl.cast(first_parts, tl.int32)
+    block = tl.program_id(0)
+    if HAS_SECOND:
+        blocks = tl.cdiv(first_numel, BLOCK)
+        if block >= blocks:
+            part_ptr, out_ptr = second_ptr, second_out_ptr
+            numel = tl.cast(second_numel, tl.int64)
+            parts = tl.cast(second_parts, tl.int32)
+            block -= blocks
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
     acc = tl.zeros((BLOCK,), dtype=ACC)
     for part in range(parts):
-        acc += tl.load(part_ptr + tl.cast(part, tl.int64) * numel + offs, mask=mask, other=0.0)
+        acc += tl.load(part_ptr + part * numel + offs, mask=mask, other=0.0)
     tl.store(out_ptr + offs, (acc * tl.cast(scale, ACC)).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -140,12 +164,14 @@ def ds_db(
     scaling: float = 1.0,
     need_ds: bool = True,
     need_db: bool = True,
+    in_use: list[Tensor] | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return ``ds = scaling · dy b`` [M, R] and ``db = scaling · dyᵀ s`` [N, R], in b's dtype.
 
     ``dy`` [M, N] and ``b`` [N, R] of any strides, ``s`` [M, R] contiguous. One launch reads dy
-    for both, and adds each of them up from float32 partial sums.
+    for both, another adds float32 partial sums up. With a list ``in_use`` an early kernel may
+    start at once; it gets what is still being read then, to be held until that kernel is launched.
     """
     if not (need_ds or need_db):
         return None, None
@@ -153,14 +179,19 @@ def ds_db(
     config = config or config_for("columns", dy, dy, R, b.dtype, False)
     on_the_way = need_ds and need_db and R <= ON_THE_WAY_RANK
     kinds = 2 if need_ds and need_db and not on_the_way else 1
-    splits, steps = _split(M, N, R, config, chip_of(dy.device).processors, kinds)
+    splits, steps = split(M, N, R, config, chip_of(dy.device).processors, kinds)
     acc = {"dtype": sum_dtype(dy.dtype), "device": dy.device}
     chunks = cdiv(cdiv(N, config.block_n), 1 if on_the_way else steps)
     inner = torch.empty(chunks, M, R, **acc) if need_ds else None
     outer = torch.empty(splits, N, R, **acc) if need_db else None
-    _columns(dy, s, b, None, outer, inner, splits, steps, on_the_way, 0.0, (1, R), config)
-    ds = _summed(inner, (M, R), b.dtype, scaling) if need_ds else None
-    return ds, _summed(outer, (N, R), b.dtype, scaling) if need_db else None
+    early = in_use is not None
+    _columns(dy, s, b, None, outer, inner, splits, steps, on_the_way, 0.0, (1, R), config, early)
+    if early:
+        in_use += [t for t in (inner, outer) if t is not None]
+    ds = b.new_empty(M, R) if need_ds else None
+    db = b.new_empty(N, R) if need_db else None
+    _sum([(inner, ds), (outer, db)], scaling, early)
+    return ds, db
 
 
 def da(
@@ -177,14 +208,15 @@ def da(
     """
     (M, K), R = x.shape, ds.shape[1]
     config = config or config_for("columns", x, x, R, ds.dtype, seed is not None)
-    splits, steps = _split(M, K, R, config, chip_of(x.device).processors)
+    splits, steps = split(M, K, R, config, chip_of(x.device).processors)
     outer = torch.empty(splits, R, K, dtype=sum_dtype(x.dtype), device=x.device)
     _columns(x, ds, None, seed, outer, None, splits, steps, False, dropout_p, (K, 1), config)
-    scale = 1.0 if seed is None else kept_scale(dropout_p)
-    return _summed(outer, (R, K), ds.dtype, scale)
+    out = ds.new_empty(R, K)
+    _sum([(outer, out)], 1.0 if seed is None else kept_scale(dropout_p))
+    return out
 
 
-def _split(
+def split(
     M: int, C: int, R: int, config: Config, processors: int, kinds: int = 1
 ) -> tuple[int, int]:
     """Return into how many splits the rows go, and the row tiles of each.
@@ -200,7 +232,19 @@ def _split(
 
 
 def _columns(
-    t, s, b, seed, outer, inner, splits, steps, on_the_way, dropout_p, outer_strides, config
+    t,
+    s,
+    b,
+    seed,
+    outer,
+    inner,
+    splits,
+    steps,
+    on_the_way,
+    dropout_p,
+    outer_strides,
+    config,
+    trigger=False,
 ) -> None:
     (M, C), R = t.shape, s.shape[1]
     block_r = config.rank_tile(R)
@@ -208,7 +252,7 @@ def _columns(
     if inner is not None and not on_the_way:
         tiles += steps * inner.shape[0]
     grid = tiles * cdiv(R, block_r), splits
-    flags = outer is not None, inner is not None, on_the_way, seed is not None
+    flags = trigger, outer is not None, inner is not None, on_the_way, seed is not None
     launch(
         *(columns_kernel, grid, config),
         *(t, s, b, seed, outer, inner),
@@ -223,13 +267,23 @@ def _columns(
     )
 
 
-def _summed(parts: Tensor, shape: tuple[int, int], dtype: torch.dtype, scale: float) -> Tensor:
-    out = torch.empty(shape, dtype=dtype, device=parts.device)
-    grid = (cdiv(out.numel(), SUM_BLOCK),)
-    sizes = out.numel(), parts.shape[0]
-    acc = triton_dtype(parts.dtype)
-    launch(sum_kernel, grid, SUM_CONFIG, parts, out, *sizes, scale, acc, SUM_BLOCK)
-    return out
+def _sum(
+    parts: list[tuple[Tensor | None, Tensor | None]], scale: float, early: bool = False
+) -> None:
+    """Write ``scale`` times the sum of each [parts, ...] to its output, in one launch."""
+    parts = [pair for pair in parts if pair[1] is not None and pair[1].numel()]
+    if not parts:
+        return
+    (first, out), (second, second_out) = parts[0], parts[1] if len(parts) > 1 else (None, None)
+    sizes = [(o.numel(), p.shape[0]) for p, o in parts] + [(0, 0)]
+    blocks = sum(cdiv(numel, SUM_BLOCK) for numel, _ in sizes)
+    launch(
+        *(sum_kernel, (blocks,), SUM_CONFIG),
+        *(first, second, out, second_out),
+        *(*sizes[0], *sizes[1], scale),
+        *(second is not None, early, triton_dtype(first.dtype), SUM_BLOCK),
+        early=early,
+    )
 
 
 SUM_CONFIG = Config(block_m=16, block_n=16, num_warps=4, num_stages=2)

@@ -28,9 +28,10 @@ class Chip:
         if device.type != "cuda":  # the interpreter: nothing is limited
             return Chip((0, 0), 1 << 30, 1)
         p = torch.cuda.get_device_properties(device)
-        # ROCm has capabilities too, of other numbers: gfx942 is (9, 4) and no Hopper.
-        capability = (0, 0) if torch.version.hip else (p.major, p.minor)
-        return Chip(capability, p.shared_memory_per_block_optin, p.multi_processor_count)
+        if torch.version.hip:  # it has capabilities too, of other numbers: gfx942 is (9, 4)
+            return Chip((0, 0), p.shared_memory_per_block, p.multi_processor_count)
+        shared = p.shared_memory_per_block_optin
+        return Chip((p.major, p.minor), shared, p.multi_processor_count)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Config:
     ``block_m`` rows; ``block_n`` columns of the output, or of the tall input that is read once;
     ``block_k`` of the reduced dimension where there is one; ``group_m`` row tiles share a pass
     over the columns. ``block_r`` is the widest tile of the rank: a higher rank takes several.
+
+    With ``tma`` a product runs as in `persistent.py`: ``low_rank`` says when the low-rank product
+    joins it ("first", "after", "fold" or "recompute"), ``specialized`` has warps of its own load
+    the tiles, and an ``early`` one starts while the kernel before it still runs.
     """
 
     block_m: int
@@ -49,6 +54,10 @@ class Config:
     group_m: int = 8
     num_warps: int = 4
     num_stages: int = 3
+    tma: bool = False
+    low_rank: str = "first"
+    specialized: bool = False
+    early: bool = False
 
     def rank_tile(self, r: int) -> int:
         """Return the rank tile for rank r: a power of two that ``tl.dot`` takes."""
@@ -61,14 +70,22 @@ def cdiv(size: int, block: int) -> int:
 
 
 def kind_of(base: torch.dtype, adapter: torch.dtype) -> str:
-    """Return which products a kernel makes: "16" bits, "mixed" (float32 adapters) or "32" bits."""
+    """Return which products a kernel makes: "16" or "32" bits, or "mixed" (float32 adapters).
+
+    Float16 is a kind of its own, "fp16", because it can overflow; it takes the configs of "16".
+    """
     if base.itemsize > 2:
         return "32"
-    return "16" if adapter == base else "mixed"
+    if adapter != base:
+        return "mixed"
+    return "fp16" if base == torch.float16 else "16"
 
 
 def is_valid(config: Config, kernel: str, kind: str, r: int, dropout: bool, chip: Chip) -> bool:
-    """Return whether ``config`` can run ``kernel`` ("product", "shrink", "columns") on ``chip``.
+    """Return whether ``config`` can run ``kernel`` on ``chip``.
+
+    Kernels: "product" (y), "dx" (the same, as backward needs it), "shrink", "columns". With
+    ``dropout`` they draw a mask, all but "product", whose s is then not that of x as it is.
 
     Tiles must be powers of two of at least 16, warps a power of two of at most 32; the pipeline
     must fit a block's shared memory: one step of both operands for each of ``num_stages``, less
@@ -80,22 +97,19 @@ def is_valid(config: Config, kernel: str, kind: str, r: int, dropout: bool, chip
     m, n, k, r_tile = config.block_m, config.block_n, config.block_k, config.rank_tile(r)
     if any(b < 16 or b & (b - 1) for b in (m, n, k, r_tile)):
         return False
+    if config.tma:
+        return _is_valid_tma(config, kernel, kind, r, dropout, chip)
+    if config.low_rank != "first" or config.specialized or config.early:
+        return False
+    dropout = dropout and kernel != "product"
     if kind == "32" and dropout and chip.capability[0] == 10:
         # Triton 3.7 multiplies a masked float32 tile of 64 rows in TF32 there, asked or not.
-        rows = {"product": 0, "shrink": m, "columns": max(m, n)}[kernel]
+        rows = {"product": 0, "dx": 0, "shrink": m, "columns": max(m, n)}[kernel]
         if rows >= 64:
             return False
     if kind == "mixed" and kernel == "columns" and r > ON_THE_WAY_RANK and n > 64:
         return False  # the split terms of a wider tile of t, times b, overflow the registers
-    wide = 2 if kind == "16" else 4
-    base = 4 if kind == "32" else 2
-    step = {
-        "product": (m + n) * k * base,
-        "shrink": m * k * base + r_tile * k * wide,
-        # Beside t comes a tile of s, or one of b; the step that drops has no b.
-        "columns": m * n * base + (m if dropout else max(m, n)) * r_tile * wide,
-    }[kernel]
-    accumulators = {"product": m * n, "shrink": m * r_tile, "columns": n * r_tile}[kernel]
+    accumulators = {"shrink": m * r_tile, "columns": max(m, n) * r_tile}.get(kernel, m * n)
     wgmma, from_shared = chip.capability[0] == 9, chip.capability[0] in (9, 10)
     most = 128
     if dropout:
@@ -106,17 +120,101 @@ def is_valid(config: Config, kernel: str, kind: str, r: int, dropout: bool, chip
         most = 64
     fits = accumulators <= most * 32 * config.num_warps
     copies = config.num_stages - (0 if from_shared or dropout else 1)
-    return fits and step * copies <= chip.shared_memory
+    return fits and step_bytes(config, kernel, kind, r, dropout) * copies <= chip.shared_memory
+
+
+def widths(kind: str) -> tuple[int, int]:
+    """Return the bytes of an element of the base and of the adapters, float64 apart."""
+    return (4 if kind == "32" else 2), (2 if kind in ("16", "fp16") else 4)
+
+
+def step_bytes(config: Config, kernel: str, kind: str, r: int, dropout: bool = False) -> int:
+    """Return the shared memory, in bytes, that one step of the main loop of ``kernel`` loads to."""
+    m, n, k, r_tile = config.block_m, config.block_n, config.block_k, config.rank_tile(r)
+    base, wide = widths(kind)
+    if kernel == "shrink":
+        return m * k * base + r_tile * k * wide
+    if kernel == "columns":
+        # Beside t comes a tile of s, or one of b; the step that drops has no b.
+        return m * n * base + (m if dropout else max(m, n)) * r_tile * wide
+    return (m + n) * k * base
+
+
+def _is_valid_tma(
+    config: Config, kernel: str, kind: str, r: int, dropout: bool, chip: Chip
+) -> bool:
+    """Return whether a config of `persistent.py` can run a product on ``chip``.
+
+    Shared memory: the pipeline, the tile on its way out, and the factors of the low-rank product
+    (in every stage where warps are specialised, which also splits the accumulators over twice
+    the warps).
+    """
+    if kernel not in ("product", "dx") or kind == "32":
+        return False
+    if max(config.block_m, config.block_n, config.block_k) > 256 or config.num_warps % 4:
+        return False
+    takes_scale = kernel == "product" and kind == "fp16"  # scaled before, it might overflow
+    dropped, dropout = dropout, dropout and kernel != "product"
+    if chip.capability != (0, 0) and chip.capability[0] < 9:
+        return False
+    if chip.capability == (0, 0) and chip.shared_memory < 1 << 30:
+        return False  # ROCm
+    m, n, k, stages = config.block_m, config.block_n, config.block_k, config.num_stages
+    r_tile, whole_rank = config.rank_tile(r), config.rank_tile(r) >= r
+    if config.low_rank == "first":
+        allowed, factors = not (config.specialized or config.early), (m + n) * min(32, r_tile) * 2
+    elif config.low_rank == "after":
+        aligned = r % 8 == 0 and not config.early and chip.capability[0] in (0, 9)
+        allowed = whole_rank and (aligned if config.specialized else True)
+        factors = (m + n) * r_tile * 2 * (stages if config.specialized else 1)
+    elif config.low_rank == "fold":
+        allowed, factors = r % 8 == 0 and not (config.specialized or config.early), 0
+    elif config.low_rank == "recompute":
+        allowed = whole_rank and kernel == "product" and not dropped
+        allowed = allowed and not (config.specialized or config.early)
+        factors = r_tile * k * 2 * stages
+    else:
+        return False
+    if not allowed:
+        return False
+    if config.low_rank != "first" and (dropout or takes_scale or kind == "mixed"):
+        return False
+    accumulators = m * n + (m * r_tile if config.low_rank == "recompute" else 0)
+    warps = config.num_warps * (2 if config.specialized else 1)
+    out = m * (n // 2 if n > 128 else n)
+    if chip.capability[0] == 10:
+        # A second accumulator overfills the tensor memory (Triton 3.7 compiles a trap), a mask
+        # the registers; a bias takes a way through shared memory.
+        if n > 128 and (config.low_rank == "recompute" or kind == "mixed" or dropout):
+            return False
+        out += 1 << 13
+    shared = ((m + n) * k * stages + out) * 2 + factors + 1024
+    return accumulators <= 160 * 32 * warps and shared <= chip.shared_memory
+
+
+def _tma(low_rank: str, *tiles: tuple[int, int, int, int, int], **rest) -> tuple[Config, ...]:
+    """Return configs of `persistent.py` from (block_m, block_n, block_k, warps, stages)."""
+    return tuple(
+        Config(m, n, k, num_warps=warps, num_stages=stages, tma=True, low_rank=low_rank, **rest)
+        for m, n, k, warps, stages in tiles
+    )
 
 
 # By kernel and kind, best first; `default_config` picks. None is measured yet.
 DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
     ("product", "16"): (
+        *_tma("fold", (128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
+        *_tma("fold", (64, 128, 64, 4, 6), (64, 64, 128, 4, 5)),
+        *_tma("after", (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
+        *_tma("after", (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), early=True),
+        *_tma("recompute", (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 32, 128, 4, 6)),
+        *_tma("first", (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
         Config(128, 256, 64, block_r=32, num_warps=8, num_stages=3),
         Config(128, 128, 64, block_r=32, num_warps=8, num_stages=3),
         Config(128, 128, 32, block_r=32, num_warps=8, num_stages=3),
     ),
     ("product", "mixed"): (
+        *_tma("first", (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), block_r=16),
         Config(128, 256, 64, block_r=16, num_warps=8, num_stages=3),
         Config(128, 128, 64, block_r=16, num_warps=8, num_stages=3),
         Config(128, 128, 32, block_r=16, num_warps=8, num_stages=3),
@@ -126,6 +224,8 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
     ("shrink", "16"): (
         Config(64, 16, 64, num_warps=4, num_stages=4),
         Config(64, 16, 64, num_warps=8, num_stages=4),
+        Config(32, 16, 128, num_warps=4, num_stages=5),
+        Config(16, 16, 128, num_warps=2, num_stages=6),
     ),
     ("shrink", "mixed"): (
         Config(64, 16, 64, block_r=16, num_warps=4, num_stages=3),
@@ -136,6 +236,9 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(64, 128, num_warps=4, num_stages=3),
         Config(64, 128, num_warps=8, num_stages=3),
         Config(32, 128, num_warps=8, num_stages=3),
+        Config(32, 256, num_warps=8, num_stages=3),
+        Config(128, 64, num_warps=4, num_stages=3),
+        Config(128, 128, num_warps=8, num_stages=3),
     ),
     ("columns", "mixed"): (
         Config(32, 128, block_r=16, num_warps=8, num_stages=3),
@@ -146,28 +249,57 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(32, 32, block_r=16, num_warps=4, num_stages=2),
     ),
 }
-# The kernel behind each launcher.
-KERNEL_OF = {"product": "product", "shrink": "shrink", "ds_db": "columns", "da": "columns"}
+# Compiled and interpreted like the others, but not for the tuner before a GPU has run them: warps
+# that wait for each other in vain would hang it.
+EXPERIMENTAL = _tma("after", (128, 256, 64, 4, 3), (128, 128, 64, 4, 4), specialized=True)
+# The launchers of each direction, the kernel behind each, and those to which dropout matters.
+LAUNCHERS = {"forward": ("shrink", "product"), "backward": ("ds_db", "da", "dx")}
+KERNEL_OF = {
+    "shrink": "shrink",
+    "product": "product",
+    "ds_db": "columns",
+    "da": "columns",
+    "dx": "dx",
+}
+DROPPING = ("shrink", "product", "da", "dx")
+# Elements of a tile that is stored one by one: more need more addresses than there are registers.
+MOST_UNEVEN = 128 * 128
 # Runs anywhere: where nothing above fits, and where elements must be loaded one by one.
 SMALL = Config(16, 32, 32, block_r=16, num_warps=4, num_stages=2)
 
 
 def default_config(
-    kernel: str, kind: str, r: int, dropout: bool, chip: Chip, aligned: bool = True
+    kernel: str,
+    kind: str,
+    r: int,
+    dropout: bool,
+    chip: Chip,
+    aligned: bool = True,
+    even: bool = True,
 ) -> Config:
     """Return the valid config of ``kernel`` with the widest rank tile, of those the first listed.
 
     A tile narrower than the rank has the tall input read again for the rest of it.
     ``aligned`` is false when rows do not start at multiples of 16 bytes: every element is then
-    loaded by itself and needs a register for its address.
+    loaded by itself and needs a register for its address. ``even`` is false when the rows of the
+    result do not, or an operand does not suit the tensor memory accelerator. What starts early is
+    left to measurements.
     """
-    valid = candidates(kernel, kind, r, dropout, chip, aligned)
+    valid = [c for c in candidates(kernel, kind, r, dropout, chip, aligned) if not c.early]
+    if not even:
+        valid = [c for c in valid if not c.tma and c.block_m * c.block_n <= MOST_UNEVEN]
     return max(valid, key=lambda c: c.rank_tile(r), default=SMALL)
 
 
 def candidates(
     kernel: str, kind: str, r: int, dropout: bool, chip: Chip, aligned: bool = True
 ) -> list[Config]:
-    """Return the configs of ``kernel`` that are worth measuring on ``chip``: the valid ones."""
-    listed = DEFAULTS.get((kernel, kind if aligned else "unaligned"), ())
+    """Return the configs of ``kernel`` that are worth measuring on ``chip``: the valid ones.
+
+    The interpreter, which measures nothing, gets those that run on every chip.
+    """
+    kernel_name, kind_name = {"dx": "product"}.get(kernel, kernel), {"fp16": "16"}.get(kind, kind)
+    listed = DEFAULTS.get((kernel_name, kind_name if aligned else "unaligned"), ())
+    if chip.capability == (0, 0):
+        listed = [c for c in listed if not c.tma]
     return [c for c in listed if is_valid(c, kernel, kind, r, dropout, chip)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import functools
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ class Call:
     grid: tuple[int, ...]
     values: tuple[Any, ...]
     config: Config
+    early: bool = False
 
     @property
     def args(self) -> dict[str, Any]:
@@ -70,18 +73,25 @@ NO_CONFIGS: Mapping[str, Config] = {}
 
 
 def config_for(
-    kernel: str, x: Tensor, other: Tensor, r: int, adapter: torch.dtype, dropout: bool
+    kernel: str,
+    x: Tensor,
+    other: Tensor,
+    r: int,
+    adapter: torch.dtype,
+    dropout: bool,
+    even: bool = True,
 ) -> Config:
     """Return the default config of ``kernel`` for inputs of x's dtype and rank-r factors.
 
     The main loop reads ``x`` and ``other``: whether it can do so 16 bytes at a time matters.
+    ``even``: as `default_config` has it.
     """
     aligned = _aligned(x) and _aligned(other)
-    key = (kernel, _recorded_chip, x.device, x.dtype, adapter, r, dropout, aligned)
+    key = (kernel, _recorded_chip, x.device, x.dtype, adapter, r, dropout, aligned, even)
     config = _configs.get(key)
     if config is None:
         kind, chip = kind_of(x.dtype, adapter), chip_of(x.device)
-        config = _configs[key] = default_config(kernel, kind, r, dropout, chip, aligned)
+        config = _configs[key] = default_config(kernel, kind, r, dropout, chip, aligned, even)
     return config
 
 
@@ -91,29 +101,53 @@ def _aligned(t: Tensor) -> bool:
     return 1 in strides and sum(strides) % 16 == 1 and t.data_ptr() % 16 == 0
 
 
-def launch(kernel: Any, grid: tuple[int, ...], config: Config, x: Tensor, *args: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    config: Config,
+    x: Tensor,
+    *args: Any,
+    early: bool = False,
+) -> None:
     """Run ``kernel(x, *args)`` over ``grid`` on x's device with ``config``'s warps and stages.
 
-    Positional arguments, in the kernel's order: names would take 5 µs more. Does nothing where
-    the grid is empty. Raises RuntimeError, and launches nothing, where a CUDA graph is being
-    captured and the kernel would have to be compiled first.
+    Positional arguments, in the kernel's order: names would take 5 µs more. An ``early`` kernel
+    may start before the one launched last has ended (programmatic dependent launch), and waits
+    by itself. Does nothing where the grid is empty. Raises RuntimeError, and launches nothing,
+    where a CUDA graph is being captured and the kernel would have to be compiled first.
     """
     if 0 in grid:
         return
     if _recorded is not None:
-        _recorded.append(Call(kernel, grid, (x, *args), config))
+        _recorded.append(Call(kernel, grid, (x, *args), config, early))
         return
-    run, warps, stages = kernel[grid], config.num_warps, config.num_stages
+    run, options = kernel[grid], {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if not x.is_cuda:
-        run(x, *args, num_warps=warps, num_stages=stages)
+        run(x, *args, **options)
         return
+    if early:
+        options["launch_pdl"] = True
+    if config.tma:
+        # In a copy of the context the caller's allocator stays what it is (not on Triton 3.4,
+        # which has one for the process).
+        run = functools.partial(contextvars.copy_context().run, _with_workspace, run)
     with contextlib.ExitStack() as stack:
         if x.device.index != torch.cuda.current_device():
             # Triton launches on the current device, which need not be the tensors'.
             stack.enter_context(torch.cuda.device(x.device))
         if torch.cuda.is_current_stream_capturing():
             stack.enter_context(_compiled_before())
-        run(x, *args, num_warps=warps, num_stages=stages)
+        run(x, *args, **options)
+
+
+def _with_workspace(run: Any, *args: Any, **options: Any) -> None:
+    """Launch a kernel that keeps its tensor descriptors in device memory."""
+    triton.set_allocator(_workspace)
+    run(*args, **options)
+
+
+def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")  # at multiples of 512 bytes
 
 
 _hook_lock = threading.Lock()

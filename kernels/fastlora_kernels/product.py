@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.configs import Config, cdiv
-from fastlora_kernels.dropout import keep_tile, kept_scale, lowest_kept
+from fastlora_kernels.configs import MOST_UNEVEN, Config, cdiv
+from fastlora_kernels.dropout import kept_scale, lowest_kept
 from fastlora_kernels.launch import config_for, launch
-from fastlora_kernels.tiles import dot, dot_16, triton_dtype, wrapped
+from fastlora_kernels.persistent import persistent_product, suits
+from fastlora_kernels.tiles import dot, low_rank_tile, tile_of, triton_dtype, wrapped
 
 
 @triton.jit
@@ -48,35 +49,34 @@ def product_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    group = tl.program_id(0) // (GROUP_M * tiles_n)
-    group_m = min(tiles_m - group * GROUP_M, GROUP_M)
-    within = tl.program_id(0) % (GROUP_M * tiles_n)
-    pid_m = group * GROUP_M + within % group_m
-    pid_n = within // group_m
+    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = wrapped(offs_m, M)
     columns = wrapped(offs_n, N)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for r in tl.range(0, R, BLOCK_R, num_stages=1):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < R
-        s = tl.load(s_ptr + rows[:, None] * R + offs_r[None, :], mask=mask_r[None, :], other=0.0)
-        b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r.to(tl.int64)[:, None] * stride_br
-        b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0)
-        if s.dtype == x_ptr.dtype.element_ty:
-            acc = dot(s, b, acc)  # [BLOCK_M, BLOCK_R] @ [BLOCK_R, BLOCK_N]
-        else:
-            acc = dot_16(s, b, acc)
-    acc *= tl.cast(scale, ACC)
-    if HAS_DROPOUT:
-        keep = keep_tile(seed_ptr, offs_m, pid_n * BLOCK_N, N, keep_from, BLOCK_N)
-        acc *= keep.to(ACC)
-
+    acc = low_rank_tile(
+        s_ptr,
+        b_ptr,
+        seed_ptr,
+        offs_m,
+        offs_n,
+        pid_n * BLOCK_N,
+        M,
+        N,
+        R,
+        stride_bn,
+        stride_br,
+        scale,
+        keep_from,
+        HAS_DROPOUT,
+        y_ptr.dtype.element_ty,
+        ACC,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_R,
+    )
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
     w_ptrs = w_ptr + columns[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
@@ -121,7 +121,12 @@ def product(
     int64) the low-rank product is masked at (m, n) and scaled by 1 / (1 - dropout_p).
     """
     (M, K), N, R = x.shape, w.shape[0], s.shape[1]
-    config = config or config_for("product", x, w, R, b.dtype, seed is not None)
+    config = config or config_for("dx", x, w, R, b.dtype, seed is not None)
+    if config.tma and suits(x, w):
+        return persistent_product(x, w, s, b, bias, seed, scaling, dropout_p, config)
+    large = N * x.element_size() % 16 != 0 and config.block_m * config.block_n > MOST_UNEVEN
+    if config.tma or large:
+        config = config_for("dx", x, w, R, b.dtype, seed is not None, even=False)
     y = x.new_empty(M, N)
     grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
     scale, keep_from = scaling, 0

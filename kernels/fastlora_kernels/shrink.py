@@ -9,7 +9,7 @@ from torch import Tensor
 from fastlora_kernels.configs import Config, cdiv
 from fastlora_kernels.dropout import keep_tile, kept_scale, lowest_kept
 from fastlora_kernels.launch import config_for, launch
-from fastlora_kernels.tiles import dot, triton_dtype, wrapped
+from fastlora_kernels.tiles import dot, let_next_start, triton_dtype, wrapped
 
 
 @triton.jit
@@ -18,6 +18,7 @@ def shrink_kernel(
     a_ptr,
     seed_ptr,
     s_ptr,
+    scaled_ptr,
     M,
     K,
     R,
@@ -26,8 +27,11 @@ def shrink_kernel(
     stride_ar,
     stride_ak,
     scale,
+    factor,
     keep_from,
     HAS_DROPOUT: tl.constexpr,
+    HAS_SCALED: tl.constexpr,
+    TRIGGER: tl.constexpr,
     EVEN_K: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -35,6 +39,8 @@ def shrink_kernel(
     BLOCK_R: tl.constexpr,
     TILES_R: tl.constexpr,
 ):
+    if TRIGGER:
+        let_next_start()
     # Neighbours read the same rows of x.
     offs_m = tl.program_id(0) // TILES_R * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.program_id(0) % TILES_R * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -64,9 +70,12 @@ def shrink_kernel(
         a_ptrs += step_a
     acc *= tl.cast(scale, ACC)
 
-    s_ptrs = s_ptr + rows[:, None] * R + offs_r[None, :]
+    offs = rows[:, None] * R + offs_r[None, :]
     mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
-    tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=mask)
+    tl.store(s_ptr + offs, acc.to(s_ptr.dtype.element_ty), mask=mask)
+    if HAS_SCALED:
+        acc *= tl.cast(factor, ACC)
+        tl.store(scaled_ptr + offs, acc.to(scaled_ptr.dtype.element_ty), mask=mask)
 
 
 def shrink(
@@ -76,12 +85,16 @@ def shrink(
     *,
     scaling: float = 1.0,
     dropout_p: float = 0.0,
+    scaled: Tensor | None = None,
+    factor: float = 1.0,
+    trigger: bool = False,
     config: Config | None = None,
 ) -> Tensor:
     """Return ``scaling · dropout(x) aᵀ`` [M, R] in the dtype of a, contiguous.
 
     ``x`` [M, K] and ``a`` [R, K] of any strides; a's dtype is that of x, or float32. Dropout
-    acts where a ``seed`` ([1], int64) is given.
+    acts where a ``seed`` ([1], int64) is given. ``scaled`` ([M, R], contiguous) is filled with
+    ``factor`` times the result, rounded once. With ``trigger`` an early kernel may start at once.
     """
     (M, K), R = x.shape, a.shape[0]
     config = config or config_for("shrink", x, a, R, a.dtype, seed is not None)
@@ -92,16 +105,18 @@ def shrink(
     scale, keep_from = scaling, 0
     if seed is not None:
         scale, keep_from = scaling * kept_scale(dropout_p), lowest_kept(dropout_p)
-    flags = seed is not None, K % config.block_k == 0, triton_dtype(x.dtype)
+    flags = seed is not None, scaled is not None, trigger
+    even_k, acc = K % config.block_k == 0, triton_dtype(x.dtype)
     tiles = config.block_m, config.block_k, block_r, tiles_r
     launch(
         *(shrink_kernel, grid, config),
-        *(x, a, seed, s),
+        *(x, a, seed, s, scaled),
         *(M, K, R),
         *x.stride(),
         *a.stride(),
-        *(scale, keep_from),
+        *(scale, factor, keep_from),
         *flags,
+        *(even_k, acc),
         *tiles,
     )
     return s

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora_kernels.dropout import keep_tile
+
 
 @triton.jit
 def wrapped(offs, size):
@@ -14,6 +16,32 @@ def wrapped(offs, size):
     The remainder keeps what the compiler knows of contiguity when 16 divides size.
     """
     return (offs % size).to(tl.int64)
+
+
+@triton.jit
+def let_next_start():
+    """Say that a kernel launched early may start once every program has come here (sm_90+)."""
+    # Triton has functions for this and the next one, but those of 3.4 do not compile.
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def wait_for_last():
+    """Wait until the kernel launched before has ended and what it wrote can be read (sm_90+)."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Return the row and the column of a tile, GROUP_M rows sharing a pass over the columns."""
+    group = tile // (GROUP_M * tiles_n)
+    group_m = min(tiles_m - group * GROUP_M, GROUP_M)
+    within = tile % (GROUP_M * tiles_n)
+    return group * GROUP_M + within % group_m, within // group_m
 
 
 @triton.jit
@@ -51,6 +79,48 @@ def dot_16(left, right, acc):
     acc = tl.dot(left_low, right_high, acc)
     acc = tl.dot(left_high, right_low, acc)
     return tl.dot(left_high, right_high, acc)
+
+
+@triton.jit
+def low_rank_tile(
+    s_ptr,
+    b_ptr,
+    seed_ptr,
+    offs_m,
+    offs_n,
+    first_n,
+    M,
+    N,
+    R,
+    stride_bn,
+    stride_br,
+    scale,
+    keep_from,
+    HAS_DROPOUT: tl.constexpr,
+    dtype: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Return the tile [BLOCK_M, BLOCK_N] of scale · dropout'(s bᵀ), for a result of ``dtype``."""
+    rows = wrapped(offs_m, M)
+    columns = wrapped(offs_n, N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < R
+        s = tl.load(s_ptr + rows[:, None] * R + offs_r[None, :], mask=mask_r[None, :], other=0.0)
+        b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r.to(tl.int64)[:, None] * stride_br
+        b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0)
+        if s.dtype == dtype:
+            acc = dot(s, b, acc)  # [BLOCK_M, BLOCK_R] @ [BLOCK_R, BLOCK_N]
+        else:
+            acc = dot_16(s, b, acc)
+    acc *= tl.cast(scale, ACC)
+    if HAS_DROPOUT:
+        acc *= keep_tile(seed_ptr, offs_m, first_n, N, keep_from, BLOCK_N).to(ACC)
+    return acc
 
 
 @triton.jit
