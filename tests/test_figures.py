@@ -7,7 +7,7 @@ import json
 import figures
 import pytest
 from aot import CHIPS
-from compiled_cases import CAPABILITIES
+from compiled_cases import CAPABILITIES, MORE_CAPABILITIES
 from occupancy import blocks_per_processor
 from sass import Code
 
@@ -294,7 +294,7 @@ def test_a_chip_s_file_reads_back():
     assert "| 168 | 0 | 144 | 2 | 14 | HGMMA | 25.0 |" in figures.table(programs)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", CAPABILITIES + MORE_CAPABILITIES)
 def test_what_is_kept_is_as_it_was_written(capability):
     kept = figures.read(capability)
     file = figures.FOLDER / f"sm_{capability}.json"
@@ -303,7 +303,7 @@ def test_what_is_kept_is_as_it_was_written(capability):
     assert table in (figures.FOLDER / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", CAPABILITIES + MORE_CAPABILITIES)
 def test_every_program_that_is_kept_is_in_bounds(capability):
     """Also those of configs that only the tuner tries, which `test_compiled.py` leaves out."""
     for name, program in figures.read(capability)["programs"].items():

@@ -193,6 +193,13 @@ def test_float16_is_not_scaled_before_it_has_to_be():
         torch.testing.assert_close(y.double(), reference, rtol=1e-2, atol=1.0)
 
 
+def test_the_first_step_takes_the_rank_in_narrow_tiles():
+    """Whole, a high rank would need more shared memory than the pipeline leaves."""
+    for launches in launched(Config(128, 256, 64, tma=True), R=128, p=0.0):
+        (call,) = (c for c in launches if c.kernel is persistent.persistent_kernel)
+        assert (call.args["LOW_RANK"], call.args["BLOCK_R"]) == ("first", 32)
+
+
 @pytest.mark.parametrize("low_rank", LOW_RANK)
 def test_launches(low_rank):
     forward, backward = launched(tiled(low_rank))

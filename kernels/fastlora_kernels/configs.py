@@ -104,7 +104,7 @@ def is_valid(config: Config, kernel: str, kind: str, r: int, dropout: bool, chip
     dropout = dropout and kernel != "product"
     if kind == "32" and dropout and chip.capability[0] == 10:
         # Triton 3.7 multiplies a masked float32 tile of 64 rows in TF32 there, asked or not.
-        rows = {"product": 0, "dx": 0, "shrink": m, "columns": max(m, n)}[kernel]
+        rows = {"shrink": m, "columns": max(m, n)}.get(kernel, 0)
         if rows >= 64:
             return False
     if kind == "mixed" and kernel == "columns" and r > ON_THE_WAY_RANK and n > 64:
@@ -149,47 +149,53 @@ def _is_valid_tma(
     (in every stage where warps are specialised, which also splits the accumulators over twice
     the warps).
     """
-    if kernel not in ("product", "dx") or kind == "32":
+    rocm = chip.capability == (0, 0) and chip.shared_memory < 1 << 30
+    if rocm or 0 < chip.capability[0] < 9 or kernel not in ("product", "dx") or kind == "32":
         return False
-    if max(config.block_m, config.block_n, config.block_k) > 256 or config.num_warps % 4:
-        return False
-    takes_scale = kernel == "product" and kind == "fp16"  # scaled before, it might overflow
-    dropped, dropout = dropout, dropout and kernel != "product"
-    if chip.capability != (0, 0) and chip.capability[0] < 9:
-        return False
-    if chip.capability == (0, 0) and chip.shared_memory < 1 << 30:
-        return False  # ROCm
     m, n, k, stages = config.block_m, config.block_n, config.block_k, config.num_stages
-    r_tile, whole_rank = config.rank_tile(r), config.rank_tile(r) >= r
-    if config.low_rank == "first":
-        allowed, factors = not (config.specialized or config.early), (m + n) * min(32, r_tile) * 2
-    elif config.low_rank == "after":
-        aligned = r % 8 == 0 and not config.early and chip.capability[0] in (0, 9)
-        allowed = whole_rank and (aligned if config.specialized else True)
-        factors = (m + n) * r_tile * 2 * (stages if config.specialized else 1)
-    elif config.low_rank == "fold":
-        allowed, factors = r % 8 == 0 and not (config.specialized or config.early), 0
-    elif config.low_rank == "recompute":
-        allowed = whole_rank and kernel == "product" and not dropped
-        allowed = allowed and not (config.specialized or config.early)
-        factors = r_tile * k * 2 * stages
-    else:
+    if max(m, n, k) > 256 or config.num_warps % 4:
         return False
-    if not allowed:
+    if not _takes_low_rank(config, kernel, kind, r, dropout, chip):
         return False
-    if config.low_rank != "first" and (dropout or takes_scale or kind == "mixed"):
-        return False
+    r_tile = config.rank_tile(r)
+    factors = {
+        "first": (m + n) * min(32, r_tile),
+        "after": (m + n) * r_tile * (stages if config.specialized else 1),
+        "fold": 0,
+        "recompute": r_tile * k * stages,
+    }[config.low_rank]
     accumulators = m * n + (m * r_tile if config.low_rank == "recompute" else 0)
     warps = config.num_warps * (2 if config.specialized else 1)
     out = m * (n // 2 if n > 128 else n)
     if chip.capability[0] == 10:
         # A second accumulator overfills the tensor memory (Triton 3.7 compiles a trap), a mask
         # the registers; a bias takes a way through shared memory.
-        if n > 128 and (config.low_rank == "recompute" or kind == "mixed" or dropout):
+        masked = dropout and kernel == "dx"
+        if n > 128 and (config.low_rank == "recompute" or kind == "mixed" or masked):
             return False
         out += 1 << 13
-    shared = ((m + n) * k * stages + out) * 2 + factors + 1024
+    shared = ((m + n) * k * stages + out + factors) * 2 + 1024
     return accumulators <= 160 * 32 * warps and shared <= chip.shared_memory
+
+
+def _takes_low_rank(
+    config: Config, kernel: str, kind: str, r: int, dropout: bool, chip: Chip
+) -> bool:
+    """Return whether the low-rank step of a config of `persistent.py` can make this product."""
+    plain = not (config.specialized or config.early)
+    if config.low_rank == "first":
+        return plain
+    if kind == "mixed" or (kind == "fp16" and kernel == "product"):
+        return False  # float32 factors, or an s that scaled before might overflow
+    if dropout and (kernel == "dx" or config.low_rank == "recompute"):
+        return False  # a mask on the product, or an s that is not of the x in the loop
+    whole_rank = config.rank_tile(r) >= r
+    if config.low_rank == "after":
+        aligned = r % 8 == 0 and not config.early and chip.capability[0] in (0, 9)
+        return whole_rank and (aligned or not config.specialized)
+    if config.low_rank == "fold":
+        return plain and r % 8 == 0
+    return plain and config.low_rank == "recompute" and kernel == "product" and whole_rank
 
 
 def _tma(low_rank: str, *tiles: tuple[int, int, int, int, int], **rest) -> tuple[Config, ...]:

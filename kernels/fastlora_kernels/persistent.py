@@ -250,7 +250,7 @@ def persistent_product(
     w_stride, b_stride = w.stride(), b.stride()
     by_rows, low_rank, block_r = w_stride[1] == 1, config.low_rank, config.rank_tile(R)
     if a is None and not (
-        low_rank != "recompute"
+        low_rank in ("after", "fold")
         and scaling == 1.0
         and seed is None
         and s.dtype == x.dtype
