@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import traceback
 
 import pytest
 import torch
@@ -39,13 +40,11 @@ def full(parameter):
 
 
 def worker(rank, how, store):
-    compare(rank, how, store)
-    # Not through Python's own end: a thread of gloo that then frees the last reference to a tensor
-    # needs an interpreter that is no longer there, and aborts (pytorch/pytorch#179291).
-    os._exit(0)
+    """Compare, and leave without freeing the process group.
 
-
-def compare(rank, how, store):
+    What frees it holds Python's lock and waits for a thread of gloo, which may be waiting for that
+    lock to free a tensor: a deadlock, or an abort while Python ends (pytorch/pytorch#179291).
+    """
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -67,8 +66,11 @@ def compare(rank, how, store):
             value = full(parameter.detach())
             torch.testing.assert_close(value, expected.state_dict()[name], msg=name)
             assert torch.equal(value, before[name]) == ("lora_" not in name), name
-    finally:
-        dist.destroy_process_group()
+        dist.barrier()  # the other process may still be asking for this one's shards
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
