@@ -18,7 +18,7 @@ IMPLEMENTATIONS = ("torch", "library", "triton")
 
 def predicted(problem: Problem, way: str, machine) -> dict[str, float] | None:
     """Return seconds by phase; None for a way, or on a machine, that is not modelled."""
-    from fastlora_kernels.machine import best_configs, frozen, predict
+    from fastlora_kernels.prediction import best_configs, frozen, predict
 
     posed, impl = _posed(problem), way.removeprefix("fastlora ")
     if machine is None or impl not in ("frozen", *IMPLEMENTATIONS):
@@ -39,7 +39,7 @@ def fastest(problem: Problem, machine) -> tuple[float, str]:
     Those that start early are among them, which `best_configs` leaves to measurements.
     """
     from fastlora_kernels.configs import candidates, kind_of
-    from fastlora_kernels.machine import best_configs, predict
+    from fastlora_kernels.prediction import best_configs, predict
 
     posed, total, how = _posed(problem), 0.0, []
     for op, name in zip(OPS, ("product", "dx"), strict=True):

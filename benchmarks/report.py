@@ -61,7 +61,7 @@ def markdown(result: dict) -> str:
     columns = (*COLUMNS, "predicted") if modelled else COLUMNS
     if modelled:
         lines[-1] += (
-            " *predicted*: milliseconds of both directions by `fastlora_kernels.machine`, and how "
+            " *predicted*: milliseconds of both directions by the model of the GPU, and how "
             "far the measurement is from them."
         )
     for problem in result["problems"]:

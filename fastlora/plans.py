@@ -149,7 +149,8 @@ def _configs(
     """Return each launcher's config: the measured one where it can run here, or a predicted one."""
     from fastlora_kernels.configs import DROPPING, KERNEL_OF, LAUNCHERS, Config, is_valid, kind_of
     from fastlora_kernels.launch import chip_of
-    from fastlora_kernels.machine import Machine, best_configs
+    from fastlora_kernels.machine import Machine
+    from fastlora_kernels.prediction import best_configs
 
     kind, chip, found = kind_of(problem.dtype, problem.adapter), chip_of(device), {}
     for name in set(fields) & set(LAUNCHERS[op]):
@@ -163,7 +164,8 @@ def _predicted(
     op: str, usable: tuple[str, ...], problem: Problem, device: torch.device, configs: dict
 ) -> dict[str, float]:
     """Return the seconds that each usable implementation should take, where the GPU is known."""
-    from fastlora_kernels.machine import Machine, predict
+    from fastlora_kernels.machine import Machine
+    from fastlora_kernels.prediction import predict
 
     machine = Machine.of(device)
     if machine is None:

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastlora_kernels import da, ds_db, machine, shrink
+from fastlora_kernels import da, ds_db, prediction, shrink
 from fastlora_kernels.configs import Config
 from fastlora_kernels.launch import recording
-from fastlora_kernels.machine import H100, Machine, best_configs, frozen, library, predict
+from fastlora_kernels.machine import H100, Machine
+from fastlora_kernels.prediction import best_configs, frozen, library, predict
 
 from fastlora.plans import Problem
 
@@ -50,7 +51,7 @@ def test_library_products_as_published(M, N, K, published):
 def test_persistent_products_as_published(K, published):
     """TFLOP/s of a persistent TMA product (meta-pytorch/tritonbench#894); one is fitted."""
     config = replace(WIDE, low_rank="fold")
-    step = machine.product("product", H100, "16", 8192, 8192, K, 1, config, False)
+    step = prediction.product("product", H100, "16", 8192, 8192, K, 1, config, False)
     assert 2 * 8192 * 8192 * K / step.seconds / 1e12 == pytest.approx(published, rel=0.05)
 
 
@@ -77,14 +78,14 @@ def eager(M, d):
 
 def lorafusion(M, d):
     """Bytes and seconds of LoRAFusion's schedule with its config for an H100."""
-    x, product = M * d * 2, machine.product("", H100, "16", M, d, d, 16, WIDE, False)
+    x, product = M * d * 2, prediction.product("", H100, "16", M, d, d, 16, WIDE, False)
     # Dropout with s, one pass over dy, the mask in dx; da by the library.
     return together([2.5 * x, x, 0.5 * x], [x], [product] * 2)
 
 
 def together(streams, skinny, products):
     total = sum(streams) + sum(skinny) + sum(p.bytes for p in products)
-    seconds = (sum(streams) + sum(skinny) / machine.SKINNY) / H100.copy
+    seconds = (sum(streams) + sum(skinny) / prediction.SKINNY) / H100.copy
     seconds += (len(streams) + len(skinny)) * H100.gap + sum(p.seconds for p in products)
     return total, seconds
 
@@ -121,9 +122,9 @@ def test_grids_are_those_of_the_launchers(M, C, r):
         shrink(t, b.t(), config=wide)
         ds_db(t, s, b, config=COLUMNS)
         da(t, s, config=COLUMNS)
-    steps = [machine.shrink(H100, "16", M, C, r, wide, False)]
-    steps += machine.columns("ds_db", H100, "16", M, C, r, COLUMNS)
-    steps += machine.columns("da", H100, "16", M, C, r, COLUMNS)
+    steps = [prediction.shrink(H100, "16", M, C, r, wide, False)]
+    steps += prediction.columns("ds_db", H100, "16", M, C, r, COLUMNS)
+    steps += prediction.columns("da", H100, "16", M, C, r, COLUMNS)
     assert [math.prod(call.grid) for call in calls] == [step.programs for step in steps]
 
 
@@ -166,7 +167,7 @@ OPS = ("forward", "backward")
 
 def test_few_programs_cannot_fill_the_memory():
     half, full = (
-        machine.shrink(H100, "16", M, 4096, 16, Config(64, 16, 64, num_stages=4), False)
+        prediction.shrink(H100, "16", M, 4096, 16, Config(64, 16, 64, num_stages=4), False)
         for M in (1024, 8192)
     )
     assert full.bytes / full.seconds > 0.8 * H100.copy
@@ -175,7 +176,7 @@ def test_few_programs_cannot_fill_the_memory():
 
 def test_ragged_tiles_and_last_waves_cost_whole_ones():
     def seconds(M):
-        return machine.product("y", H100, "16", M, 4096, 4096, 16, WIDE, False).seconds
+        return prediction.product("y", H100, "16", M, 4096, 4096, 16, WIDE, False).seconds
 
     assert seconds(1025) == seconds(1152) > seconds(1024)  # 144 tiles and 128, of 132 processors
     assert seconds(1024) > seconds(1025) / 2 * 0.99
