@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from compiled_cases import faults
+
 FOLDER = Path(__file__).resolve().parent.parent / "kernels" / "figures"
 TOLERANCE = 1.02  # of the instructions around a matrix instruction
 # Less shared memory than this share: a stage of the pipeline or more is gone. Warps of their own
@@ -134,6 +136,8 @@ def main() -> None:
     for report in reports:
         if report["capability"] == "gfx942":  # compiled to see that it compiles
             continue
+        if found := faults(report):
+            sys.exit(f"sm_{report['capability']} {report['name']}: {', '.join(found)}")
         chips[report["capability"]][report["name"]] = report["figures"]
         versions.add(report["triton"])
     (version,) = versions
