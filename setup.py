@@ -8,11 +8,12 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fastlora/__init__.py").read_text())[1]
 
-PEFT = ["peft>=0.17"]
+PEFT = ["peft>=0.19,<0.22"]  # as fastlora.peft.TESTED
 FINETUNE = ["transformers>=4.56", "accelerate", "matplotlib", "tqdm"]
 DEMO = ["gguf", "PyYAML"]
-BENCH = ["pytest-benchmark", "peft>=0.17", "matplotlib"]
-TEST = ["pytest", "pytest-benchmark", "hypothesis", *PEFT, *FINETUNE, *DEMO]
+BENCH = ["pytest-benchmark", *PEFT, "matplotlib"]
+STACKS = ["trl", "diffusers", "datasets"]  # what patched models are trained and tested with
+TEST = ["pytest", "pytest-benchmark", "hypothesis", *PEFT, *FINETUNE, *DEMO, *STACKS]
 
 setup(
     name="fastlora-kernels",

@@ -7,6 +7,7 @@ from fastlora.functional import lora_linear
 from fastlora.inject import InjectReport, inject
 from fastlora.layer import LoRALinear
 from fastlora.model import delete_adapter, disable_adapters, merge, set_adapter, unmerge
+from fastlora.peft import PatchReport, patch_peft, unpatch_peft
 
 __version__ = "0.1.0"
 
@@ -15,6 +16,7 @@ __all__ = [
     "InjectReport",
     "LoRAConfig",
     "LoRALinear",
+    "PatchReport",
     "delete_adapter",
     "disable_adapters",
     "explain",
@@ -22,7 +24,9 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "merge",
+    "patch_peft",
     "save_adapter",
     "set_adapter",
     "unmerge",
+    "unpatch_peft",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from fastlora.hyperparameters import default_adapter_dtype
 from fastlora.layer import LoRALinear
 from fastlora.measured import OPS
 from fastlora.plans import Plan, Problem
+from fastlora.several import Adapter
 
 TOKENS = (16, 512, 8192)
 
@@ -44,11 +46,12 @@ def explain(
 ) -> Explanation:
     """Say which implementation ``impl="auto"`` takes, why, and what was measured; print the result.
 
-    ``what`` is a LoRALinear or a model that holds some, each taken as it is: active adapters,
-    dtypes, device, training or not; equal ones are listed once, merged and disabled ones are left
-    out, as they run no LoRA. Or it is one or several shapes: (N, K), weights of ``dtype`` on
-    ``device`` under rank ``r`` and ``adapter_dtype`` (float32 under a 16-bit base, as in PEFT), or
-    a whole `Problem`. ``tokens`` is M, several of them, or an input x [..., K].
+    ``what`` is a LoRALinear, a layer of PEFT's that `patch_peft` has fused, or a model that holds
+    some, each taken as it is: active adapters, dtypes, device, training or not; equal ones are
+    listed once, merged and disabled ones are left out, as they run no LoRA. Or it is one or several
+    shapes: (N, K), weights of ``dtype`` on ``device`` under rank ``r`` and ``adapter_dtype``
+    (float32 under a 16-bit base, as in PEFT), or a whole `Problem`. ``tokens`` is M, several of
+    them, or an input x [..., K].
     Raises TypeError or ValueError where ``what`` holds no LoRA layer and no shape.
     """
     if isinstance(tokens, Tensor):
@@ -81,15 +84,33 @@ def explain(
 
 def _of_module(model: nn.Module, tokens: Iterable[int]) -> list[tuple[torch.device, Problem]]:
     """Return the different problems that the LoRA layers of ``model`` pose for ``tokens``."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    layers = [m for m in layers if m.active_adapters and not m.merged and not m.disable_adapters]
+    layers = [row for module in model.modules() if (row := _running(module)) is not None]
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} holds no LoRALinear with an active adapter; "
-            "fastlora.inject(model, config) puts them in"
+            f"{type(model).__name__} holds no LoRALinear with an active adapter, and no layer of "
+            "PEFT's that patch_peft() has fused; fastlora.inject(model, config) puts layers in"
         )
-    posed = [(m.weight.device, Problem(size, *_key(m))) for m in layers for size in tokens]
+    posed = [
+        (weight.device, Problem(size, *_key(weight, adapters)))
+        for weight, adapters in layers
+        for size in tokens
+    ]
     return list(dict.fromkeys(posed))
+
+
+def _running(module: nn.Module) -> tuple[Tensor, list[Adapter]] | None:
+    """Return weight [N, K] and active adapters of a layer that runs LoRA, None of any other."""
+    if isinstance(module, LoRALinear):
+        off = module.merged or module.disable_adapters
+        weight, adapters = module._oriented(module.weight), module.adapters()
+    elif (peft_layer := sys.modules.get("fastlora.peft_layer")) and isinstance(
+        module, peft_layer.FusedLinear
+    ):
+        off = module.merged or module.disable_adapters or peft_layer.why_not(module)
+        weight, _, adapters = (None, None, []) if off else peft_layer.operands(module)
+    else:
+        return None
+    return None if off or not adapters else (weight, adapters)
 
 
 def _problems(
@@ -108,14 +129,12 @@ def _problems(
     return [Problem(m, *shape, r, dtype, adapter, dropout) for m in tokens]
 
 
-def _key(layer: LoRALinear) -> tuple:
+def _key(weight: Tensor, adapters: list[Adapter]) -> tuple:
     """Return a layer's problem but for the tokens, as its forward poses it."""
-    names = layer.active_adapters
-    stacked = not (layer.training and any(layer.lora_dropout[n] for n in names))
-    dropout = layer.training and layer.lora_dropout[names[0]] > 0
-    r = sum(layer.r[n] for n in names) if stacked else layer.r[names[0]]
-    adapter = layer.lora_A[names[0]].dtype
-    return layer.out_features, layer.in_features, r, layer.weight.dtype, adapter, dropout
+    (a, _, _, p), *_ = adapters
+    stacked = not any(p for *_, p in adapters)
+    r = sum(a.shape[0] for a, *_ in adapters) if stacked else a.shape[0]
+    return *weight.shape, r, weight.dtype, a.dtype, p > 0
 
 
 def _is_shape(what: object) -> bool:

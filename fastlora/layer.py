@@ -9,10 +9,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from fastlora.dropout import keep_mask, kept_scale, new_seed
-from fastlora.functional import DTYPES, lora_linear
+from fastlora.functional import DTYPES
 from fastlora.hyperparameters import (
     check_adapter_dtype,
     check_adapter_name,
@@ -21,6 +19,7 @@ from fastlora.hyperparameters import (
     initial_factors,
     scaling_of,
 )
+from fastlora.several import Adapter, lora_sum
 
 DEFAULT_ADAPTER = "default"
 
@@ -278,14 +277,19 @@ class LoRALinear(nn.Linear):
         """Return [..., out] for x [..., in] in x's dtype; see `fastlora.lora_linear`."""
         if self.disable_adapters or self.merged_adapters or not self.active_adapters:
             return F.linear(x, self._oriented(self._forward_weight()), self.bias)
-        first, *others = self.active_adapters
-        weight = self._oriented(self.weight)
-        if others and not (self.training and any(map(self.lora_dropout.get, self.active_adapters))):
-            return self._stacked(x, weight)
-        y = self._one(x, weight, first)
-        for name in others:  # each adapter drops its own elements of x
-            y = y + self._low_rank(x, name).to(y.dtype)
-        return y
+        return lora_sum(x, self._oriented(self.weight), self.bias, self.adapters())
+
+    def adapters(self) -> list[Adapter]:
+        """Return the active adapters as `lora_sum` takes them."""
+        return [
+            (
+                self.lora_A[name],
+                self.lora_B[name],
+                self.scaling[name],
+                self.lora_dropout[name] if self.training else 0.0,
+            )
+            for name in self.active_adapters
+        ]
 
     def _forward_weight(self) -> Tensor:
         if self.disable_adapters and self.merged_adapters:
@@ -294,36 +298,6 @@ class LoRALinear(nn.Linear):
 
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight.t() if self.fan_in_fan_out else weight
-
-    def _one(self, x: Tensor, weight: Tensor, name: str) -> Tensor:
-        return lora_linear(
-            x,
-            weight,
-            self.lora_A[name],
-            self.lora_B[name],
-            self.bias,
-            scaling=self.scaling[name],
-            dropout_p=self.lora_dropout[name],
-            training=self.training,
-        )
-
-    def _stacked(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Sum several adapters without dropout as one of the ranks' sum."""
-        names = self.active_adapters
-        dtype = torch.float32
-        if all(self.lora_A[n].dtype == weight.dtype for n in names):
-            dtype = weight.dtype
-        a = torch.cat([self.lora_A[n].to(dtype) for n in names])
-        b = torch.cat([self.lora_B[n].to(dtype) * self.scaling[n] for n in names], dim=1)
-        return lora_linear(x, weight, a, b, self.bias)
-
-    def _low_rank(self, x: Tensor, name: str) -> Tensor:
-        p = self.lora_dropout[name] if self.training else 0.0
-        seed = new_seed(x.device) if p else None
-        factors = self.lora_A[name], self.lora_B[name]
-        # Backward makes the dropped input again instead of keeping it.
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        return checkpoint(_low_rank, x, *factors, self.scaling[name], seed, p, **options)
 
     # State
 
@@ -354,16 +328,6 @@ class LoRALinear(nn.Linear):
     def extra_repr(self) -> str:
         adapters = ", ".join(f"{n}: r={r}, scaling={self.scaling[n]:g}" for n, r in self.r.items())
         return f"{super().extra_repr()}, adapters=[{adapters}], active={list(self.active_adapters)}"
-
-
-def _low_rank(
-    x: Tensor, a: Tensor, b: Tensor, scaling: float, seed: Tensor | None, p: float
-) -> Tensor:
-    x_hat = x.to(a.dtype)
-    if seed is not None:
-        keep = keep_mask(seed, range(x.shape[:-1].numel()), x.shape[-1], p).view(x.shape)
-        x_hat = x_hat * keep.to(a.dtype) * kept_scale(p)
-    return F.linear(F.linear(x_hat, a), b) * scaling
 
 
 def _check_shared(

@@ -86,3 +86,18 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Calls that the fused forward of PEFT's layers has made: a list of their inputs."""
+    from fastlora import peft_layer
+
+    calls, own = [], peft_layer.lora_sum
+
+    def counted(x, *rest):
+        calls.append(x)
+        return own(x, *rest)
+
+    monkeypatch.setattr(peft_layer, "lora_sum", counted)
+    return calls

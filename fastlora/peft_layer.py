@@ -1,0 +1,168 @@
+"""`FusedLinear`: PEFT's LoRA layer with the fused forward; else PEFT's code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from peft.tuners.lora.model import LoraModel
+from torch import Tensor, nn
+
+from fastlora.functional import DTYPES
+from fastlora.layer import is_conv1d
+from fastlora.several import Adapter, lora_sum
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class FusedLinear(lora.Linear):
+    """PEFT's ``lora.Linear``, and nothing beside: the same attributes, keys, merging and saving.
+
+    An instance of PEFT's layer becomes one, and again PEFT's, by its ``__class__`` alone. Whether a
+    forward is fused is decided each time, as adapters come, go and change.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return [..., out] for x [..., in], in the dtype of the base layer's output."""
+        if not (args or kwargs or self.disable_adapters or self.merged):
+            found = operands(self, x)
+            if not isinstance(found, str) and found[2]:
+                return lora_sum(x, *found)
+        return super().forward(x, *args, **kwargs)
+
+
+def fuse(layer: nn.Module) -> bool:
+    """Have ``layer`` run the fused forward where it can; say whether it is of a kind that may."""
+    if type(layer) is lora.Linear:
+        layer.__class__ = FusedLinear
+    return isinstance(layer, FusedLinear)
+
+
+def unfuse(layer: nn.Module) -> None:
+    """Make a layer that `fuse` has changed PEFT's own again."""
+    if type(layer) is FusedLinear:
+        layer.__class__ = lora.Linear
+
+
+def new_layer(config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+    """Return what PEFT puts around ``target``, fused; stands in for PEFT's function of a model."""
+    layer = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
+    fuse(layer)
+    return layer
+
+
+def registered_layer(
+    target: nn.Module, adapter_name: str, config: Any, **kwargs: Any
+) -> nn.Module | None:
+    """Return a fused layer around a plain linear one; None leaves the target to PEFT."""
+    layer = None
+    if is_plain(target):
+        layer = lora.layer.dispatch_default(target, adapter_name, config=config, **kwargs)
+        fuse(layer)
+    return layer
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Return whether ``base`` is an ``nn.Linear`` or a Conv1D, and no subclass of one."""
+    return type(base) is nn.Linear or is_conv1d(base)
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Return why PEFT's own code runs in ``layer``'s forward as it stands, or None: it is fused.
+
+    For an input of the weight's dtype. Merged or disabled adapters are no reason: then there is
+    only the base layer to run.
+    """
+    if not (isinstance(layer, FusedLinear) or type(layer) is lora.Linear):
+        return f"{_kind(layer)}, not PEFT's plain lora.Linear"
+    if "forward" in layer.__dict__:
+        return "it has a forward set on the object, as accelerate's hooks and X-LoRA do"
+    found = operands(layer)
+    return found if isinstance(found, str) else None
+
+
+def operands(
+    layer: lora.Linear, x: Tensor | None = None
+) -> str | tuple[Tensor, Tensor | None, list[Adapter]]:
+    """Return weight [N, K], bias [N] and active adapters, or why PEFT's own code has to run.
+
+    Each call of the layer pays for this: members are read from their dictionaries, as the way
+    through a module's attributes would take longer than the operator does.
+    """
+    parts = layer._modules
+    base = parts["base_layer"]
+    if not is_plain(base):
+        return f"its base layer is {_kind(base)}, not a plain nn.Linear or Conv1D"
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if type(weight) not in _PLAIN or weight.dtype not in DTYPES:
+        dtype = getattr(weight, "dtype", None)
+        return f"its weight is a {type(weight).__name__} of {dtype}, not a dense float"
+    if _is_observed(base):
+        return "its base layer has hooks, or a forward of its own, and would not be called"
+    dtype, device = weight.dtype, weight.device
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type)
+    if x is not None and (
+        type(x) not in _PLAIN
+        or x.device != device
+        or (x.dtype != dtype and (not autocast or x.dtype == torch.float64))
+    ):
+        return f"its input is a {type(x).__name__} of {x.dtype} on {x.device}"
+    if bias is not None and bias.dtype != dtype and not autocast:
+        return f"its weight is {dtype}, its bias {bias.dtype}"
+    downs, ups = parts["lora_A"]._modules, parts["lora_B"]._modules
+    adapters = []
+    for name in layer.active_adapters:
+        if name not in downs:
+            continue
+        down, up, dropout = downs[name], ups[name], parts["lora_dropout"]._modules[name]
+        if name in layer.lora_variant:
+            variant = type(layer.lora_variant[name]).__name__
+            return f"adapter {name!r} is a variant of LoRA ({variant})"
+        if type(down) is not nn.Linear or type(up) is not nn.Linear:
+            return f"adapter {name!r} has {_kind(down)} and {_kind(up)} for nn.Linear"
+        if type(dropout) not in (nn.Identity, nn.Dropout):
+            return f"adapter {name!r} drops by {_kind(dropout)}"
+        if _is_observed(down) or _is_observed(up) or _is_observed(dropout):
+            return f"adapter {name!r} has hooks on its own parts, which would not be called"
+        a, b = down._parameters.get("weight"), up._parameters.get("weight")
+        if type(a) not in _PLAIN or type(b) not in _PLAIN:
+            return f"adapter {name!r} has weights of {type(a).__name__} and {type(b).__name__}"
+        if not a.device == b.device == device:
+            return f"adapter {name!r} is on {a.device}, its base layer on {device}"
+        if b.dtype != a.dtype or not _takes(dtype, a.dtype, autocast):
+            return f"adapter {name!r} is {a.dtype} and {b.dtype} on a base of {dtype}"
+        if a.dtype != dtype and not layer.cast_input_dtype_enabled:
+            return f"adapter {name!r} is {a.dtype}, and the input is not to be cast from {dtype}"
+        if down._parameters["bias"] is not None:
+            return f"adapter {name!r} has a bias between its factors"
+        scaling, extra = layer.scaling[name], up._parameters["bias"]
+        if extra is not None:
+            if extra.dtype != dtype:
+                return f"adapter {name!r} has a bias of {extra.dtype} on a base of {dtype}"
+            bias = extra * scaling if bias is None else bias + extra * scaling
+        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        adapters.append((a, b, scaling, p))
+    return weight if type(base) is nn.Linear else weight.t(), bias, adapters
+
+
+def _takes(base: torch.dtype, adapter: torch.dtype, autocast: bool) -> bool:
+    """Return whether the operator takes an adapter's dtype under this base."""
+    if autocast:
+        return torch.float64 not in (base, adapter)
+    return adapter == base or (adapter == torch.float32 and base.itemsize == 2)
+
+
+def _is_observed(module: nn.Module) -> bool:
+    """Return whether someone would see that ``module`` itself is not called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _kind(module: nn.Module) -> str:
+    return f"a {type(module).__module__}.{type(module).__name__}"

@@ -1,0 +1,72 @@
+"""Small models that PEFT has wrapped, and one patched beside the other."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
+from tiny_models import mlp, train_a_little
+
+from fastlora import patch_peft
+
+X = torch.linspace(-1, 1, 18).reshape(3, 6)
+
+
+def config(**changes):
+    return LoraConfig(**{"r": 4, "target_modules": ["0", "2"], **changes})
+
+
+def wrapped(model=None, **changes):
+    """A PEFT model whose adapters all do something."""
+    torch.manual_seed(3)
+    model = get_peft_model(mlp() if model is None else model, config(**changes))
+    return train_a_little(model)
+
+
+def pair(*args, **changes):
+    """The same model twice, the second one patched."""
+    plain = wrapped(*args, **changes)
+    patched = copy.deepcopy(plain)
+    return plain, patched, patch_peft(patched)
+
+
+def grads(model, x=X):
+    model.zero_grad()
+    (model(x).float() ** 2).mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def run(layer, *inputs):
+    """Return the layer's output, or what its error says."""
+    try:
+        found = layer(*inputs)
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def same(plain, patched, x=X, **tolerance):
+    """Assert that outputs, dtypes and gradients agree."""
+    tolerance = tolerance or {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(patched(x), plain(x), **tolerance)
+    expected, found = grads(plain, x), grads(patched, x)
+    assert expected.keys() == found.keys() and expected
+    for name in expected:
+        torch.testing.assert_close(
+            found[name], expected[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance
+        )
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, lora.LoraLayer)]
+
+
+def add(model, name="other", **changes):
+    torch.manual_seed(4)
+    model.add_adapter(name, config(**changes))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                parameter.copy_(torch.randn_like(parameter) / 3)
