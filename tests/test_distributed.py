@@ -1,78 +1,139 @@
-"""An injected model under DDP and FSDP2 on two gloo processes trains as it does on one."""
+"""Adapted models under DDP and FSDP2 on two gloo processes train as they do on one, and resume."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import os
 import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
+from fastlora import peft_layer
+
+LORA = {"r": 4, "target_modules": ["0", "2"], "init_lora_weights": False}
+STEPS = 4
+CASES = list(itertools.product(("ours", "patched"), ("ddp", "fsdp2")))
 
 
-def build():
+def build(whose):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8))
-    config = fastlora.LoRAConfig(r=4, target_modules=["0", "2"], init_lora_weights=False)
-    fastlora.inject(model, config)
+    if whose == "ours":
+        fastlora.inject(model, fastlora.LoRAConfig(**LORA))
+        return model
+    model = get_peft_model(model, LoraConfig(**LORA))
+    if whose == "patched":
+        assert len(fastlora.patch_peft(model).fused) == 2
     return model
 
 
-def train(model, batches, steps=3):
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.1)
+def optimizer_of(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+
+def train(model, optimizer, batches, steps=STEPS):
     for _ in range(steps):
         optimizer.zero_grad()
         torch.stack([model(x).square().mean() for x in batches]).mean().backward()
         optimizer.step()
 
 
-def full(parameter):
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+def wrap(model, how):
+    if how == "ddp":
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (2,))
+    for module in list(model.modules()):
+        if isinstance(module, (fastlora.LoRALinear, peft_layer.lora.Linear)):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
-def worker(rank, how, store):
-    """Compare, and leave without freeing the process group.
+def check(model, expected, before):
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        torch.testing.assert_close(value, expected[name], msg=name)
+        assert torch.equal(value, before[name]) == ("lora_" not in name), name
+
+
+def trains_as_one(rank, whose, how, folder):
+    torch.manual_seed(1)
+    batches = torch.randn(2, 12, 16).unbind()
+    expected, model = build("peft" if whose == "patched" else whose), build(whose)
+    before = copy.deepcopy(expected.state_dict())
+    train(expected, optimizer_of(expected), batches)
+    expected = expected.state_dict()
+
+    calls, own = [], peft_layer.lora_sum
+    peft_layer.lora_sum = lambda *args: calls.append(1) or own(*args)
+    wrapped = wrap(model, how)
+    optimizer = optimizer_of(model)
+    train(wrapped, optimizer, [batches[rank]], STEPS // 2)
+    if how == "fsdp2":  # saved, and taken up by another model
+        state, states = get_state_dict(wrapped, optimizer)
+        dcp.save({"model": state, "optimizer": states}, checkpoint_id=folder)
+        model = build(whose)
+        torch.nn.init.zeros_(next(p for p in model.parameters() if p.requires_grad))
+        wrapped = wrap(model, how)
+        optimizer = optimizer_of(model)
+        state, states = get_state_dict(wrapped, optimizer)
+        saved = {"model": state, "optimizer": states}
+        dcp.load(saved, checkpoint_id=folder)
+        set_state_dict(
+            wrapped,
+            optimizer,
+            model_state_dict=saved["model"],
+            optim_state_dict=saved["optimizer"],
+        )
+    train(wrapped, optimizer, [batches[rank]], STEPS - STEPS // 2)
+    check(model, expected, before)
+    assert len(calls) == (2 * STEPS if whose == "patched" else 0)
+
+
+def worker(rank, folder):
+    """Note what each case comes to, and leave without freeing the process group.
 
     What frees it holds Python's lock and waits for a thread of gloo, which may be waiting for that
     lock to free a tensor: a deadlock, or an abort while Python ends (pytorch/pytorch#179291).
     """
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     try:
-        torch.manual_seed(1)
-        batches = torch.randn(2, 12, 16).unbind()
-        expected, model = build(), build()
-        before = copy.deepcopy(expected.state_dict())
-        train(expected, batches)
-        if how == "ddp":
-            wrapped = DistributedDataParallel(model)
-        else:
-            mesh = init_device_mesh("cpu", (2,))
-            for layer in (model[0], model[2]):
-                fully_shard(layer, mesh=mesh)
-            wrapped = fully_shard(model, mesh=mesh)
-        train(wrapped, [batches[rank]])
-        for name, parameter in model.named_parameters():
-            value = full(parameter.detach())
-            torch.testing.assert_close(value, expected.state_dict()[name], msg=name)
-            assert torch.equal(value, before[name]) == ("lora_" not in name), name
-        dist.barrier()  # the other process may still be asking for this one's shards
+        for whose, how in CASES:
+            trains_as_one(rank, whose, how, folder / f"{whose}-{how}-saved")
+            dist.barrier()  # the other process may still be asking for this one's shards
+            (folder / f"{whose}-{how}-{rank}").touch()
     except BaseException:
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one(how, tmp_path):
-    mp.spawn(worker, (how, tmp_path / "store"), nprocs=2)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where both processes have noted the cases that went well; the first that did not ends it."""
+    path = tmp_path_factory.mktemp("distributed")
+    with contextlib.suppress(mp.ProcessExitedException):
+        mp.spawn(worker, (path,), nprocs=2)
+    return path
+
+
+@pytest.mark.parametrize(("whose", "how"), CASES)
+def test_two_processes_train_as_one(whose, how, folder):
+    for rank in range(2):
+        assert (folder / f"{whose}-{how}-{rank}").exists(), "see the traceback printed above"

@@ -1,6 +1,7 @@
 """Tiny models with random weights, always the same ones, and inputs for them."""
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     BertConfig,
@@ -32,6 +33,40 @@ def bert():
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     rest = {"num_attention_heads": 4, "vocab_size": VOCABULARY, "num_labels": 3}
     return _made(BertForSequenceClassification, BertConfig(**sizes, **rest))
+
+
+def decoder(name, **changes):
+    """A decoder of transformers by the name that its classes begin with."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    rest = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+    text = getattr(transformers, f"{name}TextConfig", None)
+    config = text or getattr(transformers, f"{name}Config")
+    kind = getattr(transformers, f"{name}ForCausalLM")
+    return _made(kind, config(**sizes, **rest, pad_token_id=0, **changes))
+
+
+def t5():
+    """An encoder and a decoder, whose linear layers are called q, k, v, o, wi and wo."""
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes)
+    return _made(transformers.T5ForConditionalGeneration, config)
+
+
+def vit():
+    """Images in, classes out."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    rest = {"num_attention_heads": 4, "image_size": 8, "patch_size": 4, "num_labels": 3}
+    return _made(transformers.ViTForImageClassification, transformers.ViTConfig(**sizes, **rest))
+
+
+def diffusion_transformer():
+    """Attention with to_q, to_k, to_v and to_out.0, as in diffusers."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 2}
+    rest = {"sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 10, "norm_num_groups": 2}
+    return DiTTransformer2DModel(**sizes, **rest).eval()
 
 
 def mlp(bias=True):
