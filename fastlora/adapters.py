@@ -59,7 +59,8 @@ def save_adapter(
 
     Both files are complete on the disk before either takes its name, the weights first: until
     then an adapter that the folder held stays as it was, and from then on `load_adapter` finds the
-    new one, even where the process is killed between the two. Raises ValueError for an unknown
+    new one, even where the process is killed between the two. A model that FSDP2 has sharded is
+    saved by all its processes together, of which the first writes. Raises ValueError for an unknown
     adapter and OSError when the files cannot be written, such as on a full disk.
     """
     from safetensors.torch import save
@@ -71,7 +72,10 @@ def save_adapter(
     if config.base_model_name_or_path is None:
         origin = getattr(getattr(model, "config", None), "_name_or_path", None)
         config = replace(config, base_model_name_or_path=origin or None)
-    tensors = {PREFIX + key: _on_cpu(t) for key, t in tensors_of(model, adapter).items()}
+    own = tensors_of(model, adapter)
+    tensors = {PREFIX + key: _on_cpu(tensor) for key, tensor in own.items()}
+    if any(map(_is_shard, own.values())) and torch.distributed.get_rank() != 0:
+        return
     if broken := [key for key, tensor in tensors.items() if not _finite(tensor)]:
         warnings.warn(f"NaN or infinity in {_few(broken)}: load_adapter() refuses it", stacklevel=2)
     if wide := [key for key, tensor in tensors.items() if _is_wide(key, tensor)]:
@@ -186,9 +190,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _is_shard(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
 def _on_cpu(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):  # a shard: every rank has to call save_adapter
+    if _is_shard(tensor):
         tensor = tensor.full_tensor()
     return tensor.to("cpu", copy=True).contiguous()
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-FORMAT = 1
+FORMAT = 2
 
 
 def replace_file(path: Path, write) -> None:
@@ -33,20 +32,9 @@ def replace_file(path: Path, write) -> None:
             os.close(folder)
 
 
-def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict) -> None:
-    """Write the trainable parameters, the optimizer, torch's generators and ``progress``.
-
-    ``progress`` holds numbers, strings, lists and dicts only.
-    """
-    state = {
-        "format": FORMAT,
-        "parameters": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
-        "optimizer": optimizer.state_dict(),
-        "rng_cpu": torch.get_rng_state(),
-        "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "progress": progress,
-    }
-    replace_file(path, lambda file: torch.save(state, file))
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state``: tensors, numbers, strings, and lists and dicts of them only."""
+    replace_file(path, lambda file: torch.save({"format": FORMAT, **state}, file))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -58,17 +46,3 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged file may fail anywhere in torch.load
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
     raise ValueError(f"{path} has checkpoint format {state['format']}; this version reads {FORMAT}")
-
-
-@torch.no_grad()
-def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a loaded state back into a model and an optimizer built the same way, and into torch."""
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if trainable.keys() != state["parameters"].keys():
-        raise ValueError("the checkpoint holds other parameters than the model trains")
-    for name, parameter in trainable.items():
-        parameter.copy_(state["parameters"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng_cpu"])
-    if state["rng_cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["rng_cuda"])

@@ -24,8 +24,9 @@ from fastlora.finetune_model import (
     load_model,
     require,
     response_loss,
-    torch_device,
 )
+from fastlora.model import unwrapped
+from fastlora.processes import Processes, is_first
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HELD_OUT_AT_MOST = 256
@@ -70,14 +71,14 @@ class Settings:
             option = name.replace("_", "-")
             raise UserError(f"--{option} must be {expected}, got {getattr(self, name)}")
 
-    def fingerprint(self) -> dict:
+    def fingerprint(self, device: torch.device) -> dict:
         """Return what a checkpoint must agree with: what decides the numbers, and a hash."""
         values = dataclasses.asdict(self)
         for name in ("output", "save_every", "restart"):
             del values[name]
         if isinstance(self.target_modules, tuple):
             values["target_modules"] = list(self.target_modules)
-        values["device"] = str(torch_device(self.device))
+        values["device"] = device.type
         values["data sha256"] = hashlib.sha256(Path(self.data).read_bytes()).hexdigest()
         return values
 
@@ -89,8 +90,44 @@ def run(settings: Settings) -> dict:
     checkpoint.pt only until these are there. Raises UserError for what the user can put right.
     """
     examples = data.read_examples(settings.data)
-    fingerprint = settings.fingerprint()
     require("transformers", "tqdm", "matplotlib", "accelerate")
+    processes = Processes(settings.device)
+    if settings.batch_size % processes.count:
+        raise UserError(
+            f"--batch-size {settings.batch_size} must be a multiple of the {processes.count} "
+            "processes that share it"
+        )
+    fingerprint = settings.fingerprint(processes.device)
+    output = Path(settings.output)
+    saved_file, metrics_file = output / "checkpoint.pt", output / "metrics.json"
+    state: dict = {}  # its tensors stay in the first process
+    metrics, progress = processes.from_first(lambda: _left_by_before(settings, fingerprint, state))
+    if metrics is not None:
+        say("finished", f"{output} holds this run already; --restart trains again")
+        say("held out", f"{metrics['held_out_before']:.3f} -> {metrics['held_out_after']:.3f}")
+        return metrics
+    try:
+        metrics = _Run(settings, examples, fingerprint, processes).all(progress, state)
+    except KeyboardInterrupt:
+        print()
+        kept = f"at {saved_file}" if saved_file.exists() else "not written yet"
+        say("stopped", f"checkpoint {kept}; the same command goes on from there")
+        raise
+    if processes.first:
+        text = json.dumps(metrics, indent=1, ensure_ascii=False)
+        checkpoint.replace_file(metrics_file, lambda file: file.write(text.encode()))
+        saved_file.unlink(missing_ok=True)
+        say("wrote", ", ".join(str(output / n) for n in ("loss_curve.png", "metrics.json")))
+    return processes.from_first(lambda: metrics)
+
+
+def _left_by_before(
+    settings: Settings, fingerprint: dict, state: dict
+) -> tuple[dict | None, dict | None]:
+    """Return the metrics of a run that finished, and the progress of one that did not.
+
+    What else the checkpoint of the latter holds goes into ``state``.
+    """
     output = Path(settings.output)
     _make_folder(output)
     metrics_file, saved_file = output / "metrics.json", output / "checkpoint.pt"
@@ -100,22 +137,11 @@ def run(settings: Settings) -> dict:
     if metrics_file.exists():
         metrics = json.loads(metrics_file.read_text(encoding="utf-8"))
         _refuse_other_settings(metrics["settings"], fingerprint, metrics_file)
-        say("finished", f"{output} holds this run already; --restart trains again")
-        say("held out", f"{metrics['held_out_before']:.3f} -> {metrics['held_out_after']:.3f}")
-        return metrics
-    state = _load_state(saved_file, fingerprint) if saved_file.exists() else None
-    try:
-        metrics = _Run(settings, examples, fingerprint, state).all()
-    except KeyboardInterrupt:
-        print()
-        kept = f"at {saved_file}" if saved_file.exists() else "not written yet"
-        say("stopped", f"checkpoint {kept}; the same command goes on from there")
-        raise
-    text = json.dumps(metrics, indent=1, ensure_ascii=False)
-    checkpoint.replace_file(metrics_file, lambda file: file.write(text.encode()))
-    saved_file.unlink(missing_ok=True)
-    say("wrote", ", ".join(str(output / n) for n in ("loss_curve.png", "metrics.json")))
-    return metrics
+        return metrics, None
+    if not saved_file.exists():
+        return None, None
+    state |= _load_state(saved_file, fingerprint)
+    return None, state.pop("progress")
 
 
 class _Run:
@@ -126,27 +152,29 @@ class _Run:
         settings: Settings,
         examples: list[data.Example],
         fingerprint: dict,
-        state: dict | None,
+        processes: Processes,
     ) -> None:
-        self.settings, self.fingerprint, self.state = settings, fingerprint, state
-        self.device = torch_device(settings.device)
-        name = f"{settings.model}, {settings.dtype} on {self.device}"
+        self.settings, self.fingerprint, self.processes = settings, fingerprint, processes
+        name = f"{settings.model}, {settings.dtype} on {processes}"
         say("model", f"{name}; loading may take half a minute")
-        self.model, self.tokenizer = load_model(settings.model, DTYPES[settings.dtype])
-        self.model.to(self.device)
+        model, self.tokenizer = load_model(settings.model, DTYPES[settings.dtype])
         torch.manual_seed(settings.seed)
-        say("inject", first_line(self._inject()))
+        say("inject", first_line(self._inject(model)))
         self.training, self.held_out = self._encode(examples)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0)
+        self.model, self.optimizer = processes.prepare(model, optimizer)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=0.0)
 
-    def all(self) -> dict:
-        progress = self._start()
+    def all(self, progress: dict | None, state: dict) -> dict:
+        """Train on from ``progress``, or from the start, and return what metrics.json holds."""
+        progress = self._start(progress, state)
         self._train(progress)
         after = self._measure("after")
         output = Path(self.settings.output)
-        say("saved", f"{output / 'adapter'} (PEFT format); loaded again, {self._save_and_check()}")
-        self._draw(output / "loss_curve.png", progress, after)
+        say("saved", f"{output / 'adapter'} (PEFT format){self._save_and_check()}")
+        if self.processes.first:
+            self._draw(output / "loss_curve.png", progress, after)
         rate = progress["tokens"] / progress["seconds"]
         say("speed", f"{rate:.0f} tokens/s, {progress['seconds'] / 60:.1f} minutes of training")
         return {
@@ -158,11 +186,12 @@ class _Run:
             "trainable": sum(p.numel() for p in self.parameters),
             "tokens": progress["tokens"],
             "seconds": round(progress["seconds"], 2),
+            "processes": self.processes.count,
             "versions": {"fastlora": fastlora.__version__, "torch": torch.__version__},
             "losses": progress["losses"],
         }
 
-    def _inject(self):
+    def _inject(self, model: nn.Module):
         s = self.settings
         try:
             config = fastlora.LoRAConfig(
@@ -173,7 +202,7 @@ class _Run:
                 task_type="CAUSAL_LM",
                 base_model_name_or_path=s.model,
             )
-            return fastlora.inject(self.model, config)
+            return fastlora.inject(model, config)
         except (TypeError, ValueError) as error:
             raise UserError(first_line(error)) from error
 
@@ -191,14 +220,12 @@ class _Run:
         say("data", f"{len(training)} examples to train on, {len(held_out)} held out{note}")
         return training, held_out
 
-    def _start(self) -> dict:
+    def _start(self, progress: dict | None, state: dict) -> dict:
         """Return the progress so far: the checkpoint's, or that of a run that begins."""
-        if self.state is None:
+        if progress is None:
             before = self._measure("before")
             return {"step": 0, "losses": [], "tokens": 0, "seconds": 0.0, "before": before}
-        checkpoint.restore(self.state, self.model, self.optimizer)
-        progress = self.state["progress"]
-        self.state = None
+        self.processes.restore(self.model, self.optimizer, state)
         say("resumed", f"after step {progress['step']} of {self.settings.steps}")
         return progress
 
@@ -208,7 +235,8 @@ class _Run:
         s = self.settings
         self.model.train()
         start = progress["step"]
-        with tqdm(total=s.steps, initial=start, desc="training", unit="step") as bar:
+        shown = {"desc": "training", "unit": "step", "disable": not self.processes.first}
+        with tqdm(total=s.steps, initial=start, **shown) as bar:
             for step in range(start, s.steps):
                 began = time.perf_counter()
                 loss, tokens = self._step(step)
@@ -220,26 +248,38 @@ class _Run:
                 bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} tokens/s", refresh=False)
                 bar.update()
                 if progress["step"] % s.save_every == 0 or progress["step"] == s.steps:
-                    path = Path(s.output) / "checkpoint.pt"
+                    state = self.processes.state(self.model, self.optimizer)
                     own = {**progress, "settings": self.fingerprint}
-                    checkpoint.save(path, self.model, self.optimizer, own)
+                    if self.processes.first:
+                        checkpoint.save(
+                            Path(s.output) / "checkpoint.pt", {**state, "progress": own}
+                        )
 
     def _step(self, step: int) -> tuple[float, int]:
         s = self.settings
         indices = data.batch_indices(len(self.training), s.batch_size, s.seed, step)
-        batch = self._batch([self.training[i] for i in indices])
+        # What is dropped depends on the step alone, so that a run that goes on has the same.
+        torch.manual_seed(data.step_seed(s.seed, step, self.processes.index))
+        batch = self._batch([self.training[i] for i in self.processes.share(indices)])
         loss, count = response_loss(self.model, batch)
-        (loss / count).backward()
-        nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+        count, tokens = self.processes.total(count, batch["attention_mask"].sum())
         for group in self.optimizer.param_groups:
             group["lr"] = s.lr * schedule(step, s.steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.item() / count.item(), int(batch["attention_mask"].sum())
+        self.processes.step(loss / count, self.parameters, self.optimizer, CLIP_NORM)
+        (loss,) = self.processes.total(loss.detach())
+        self._check_finite(loss.item(), f"step {step + 1}")
+        return loss.item() / count.item(), int(tokens)
+
+    def _check_finite(self, loss: float, where: str) -> None:
+        if not math.isfinite(loss):
+            lr = f"--lr {self.settings.lr:g}"
+            raise UserError(
+                f"the loss is {loss} at {where}: {lr} is too high; --restart with a lower one"
+            )
 
     def _batch(self, examples: list[data.Encoded]) -> dict[str, Tensor]:
         batch = data.collate(examples, self.tokenizer.pad_token_id)
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return {name: tensor.to(self.processes.device) for name, tensor in batch.items()}
 
     def _held_out_batches(self) -> list[dict[str, Tensor]]:
         size, ordered = self.settings.batch_size, sorted(self.held_out, key=lambda e: len(e.ids))
@@ -252,9 +292,11 @@ class _Run:
         for batch in self._held_out_batches():
             loss, tokens = response_loss(self.model, batch)
             total, count = total + loss.item(), count + tokens.item()
+        self._check_finite(total, f"the end, {when} training")
         say(when, f"held-out loss {total / count:.3f}")
         question = self.settings.ask
-        answer = None if question is None else generate(self.model, self.tokenizer, question)
+        bare = unwrapped(self.model)
+        answer = None if question is None else generate(bare, self.tokenizer, question)
         if answer is not None:
             say("question", question)
             say("answer", answer)
@@ -264,15 +306,22 @@ class _Run:
     def _save_and_check(self) -> str:
         """Save the adapter, load it into the bare model, and return how the outputs compare."""
         folder, batch = Path(self.settings.output) / "adapter", self._held_out_batches()[0]
+        model = unwrapped(self.model)
+        if self.processes.sharded:
+            fastlora.save_adapter(model, folder)
+            return ", from all processes' shards"
+        if not self.processes.first:
+            return ""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        trained = self.model(**inputs).logits
-        fastlora.save_adapter(self.model, folder)
-        fastlora.delete_adapter(self.model, "default")
-        fastlora.load_adapter(self.model, folder, any_rank=True)  # written above
-        loaded = self.model(**inputs).logits
+        trained = model(**inputs).logits
+        fastlora.save_adapter(model, folder)
+        fastlora.delete_adapter(model, "default")
+        fastlora.load_adapter(model, folder, any_rank=True)  # written above
+        loaded = model(**inputs).logits
         if torch.equal(trained, loaded):
-            return "its outputs are identical"
-        return f"its outputs differ by at most {(trained - loaded).abs().max().item():.2g}"
+            return "; loaded again, its outputs are identical"
+        largest = (trained - loaded).abs().max().item()
+        return f"; loaded again, its outputs differ by at most {largest:.2g}"
 
     def _draw(self, path: Path, progress: dict, after: dict) -> None:
         from fastlora import loss_curve
@@ -291,7 +340,8 @@ class _Run:
 
 
 def say(what: str, text: object) -> None:
-    print(f"{what:<9} {text}", flush=True)
+    if is_first():
+        print(f"{what:<9} {text}", flush=True)
 
 
 def schedule(step: int, steps: int) -> float:

@@ -153,6 +153,11 @@ def batch_indices(count: int, batch_size: int, seed: int, step: int) -> list[int
     return [_shuffled(count, seed, p // count)[p % count] for p in positions]
 
 
+def step_seed(seed: int, step: int, process: int) -> int:
+    """Return what torch's generators start a step with, in one of several processes."""
+    return random.Random(f"step {seed} {step} {process}").getrandbits(63)
+
+
 def collate(batch: list[Encoded], pad_id: int) -> dict[str, Tensor]:
     """Pad a batch on the right: ``input_ids``, ``attention_mask`` and ``labels``, int64 [B, T]."""
     pad = functools.partial(pad_sequence, batch_first=True)

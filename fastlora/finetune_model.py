@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastlora import finetune_data as data
 from fastlora.finetune_data import IGNORED, UserError
+from fastlora.model import unwrapped
 
 ANSWER_TOKENS = 48
 
@@ -59,7 +60,7 @@ def response_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, T
     targets = batch["labels"][:, 1:]
     keep = (targets != IGNORED).any(0).nonzero().squeeze(1)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters:
         logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits
     else:
         logits = model(**inputs, use_cache=False).logits[:, keep]

@@ -317,7 +317,8 @@ def _check_arguments(model: nn.Module, config: LoRAConfig, adapter: str) -> None
     for name, module in model.named_modules():
         if any(f"{k.__module__}.{k.__name__}" == _PEFT_LAYER for k in type(module).__mro__):
             raise ValueError(
-                f"{name!r} is a layer of PEFT's already; inject() takes the model as it was before"
+                f"{name!r} is a layer of PEFT's already: patch_peft() fuses it as it is; inject() "
+                "takes the model as it was before"
             )
     if is_merged(model):
         raise ValueError("the model is merged: unmerge() it before another adapter is added")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_chat
 import torch
 
 import fastlora
@@ -22,42 +24,10 @@ from fastlora.__main__ import main
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-WORDS = ["what", "is", "plus", "times", "the", "sum", "of", *NUMBERS]
-CHAT = (
-    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <eos> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A tiny random Llama with a tokenizer of words, as a Hugging Face folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    path = tmp_path_factory.mktemp("model")
-    vocab = ["<eos>", "<unk>", "<user>", "<assistant>", *WORDS]
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<eos>", unk_token="<unk>", chat_template=CHAT
-    )
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocab),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        eos_token_id=0,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    return tiny_chat.model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -67,14 +37,7 @@ def tokenizer(folder):
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    rows = [
-        {"prompt": f"what is {a} plus {b}", "response": f"the sum of {a} plus {b} is {b} times {a}"}
-        for a in NUMBERS
-        for b in NUMBERS[:5]
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
-    return path
+    return tiny_chat.sums(tmp_path_factory.mktemp("data") / "sums.jsonl")
 
 
 def arguments(folder: Path, lines: Path, output: Path, **changes) -> list[str]:
@@ -186,6 +149,13 @@ def test_a_damaged_checkpoint_is_refused(folder, lines, tmp_path, capsys):
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
     assert main(arguments(folder, lines, tmp_path)) == 2
     assert "checkpoint.pt is not a readable checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_says_so(folder, lines, tmp_path, capsys):
+    assert main(arguments(folder, lines, tmp_path, lr=1e30, steps=8)) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"error: the loss is nan at step \d: --lr 1e\+30 is too high; --rest", error)
+    assert not (tmp_path / "adapter").exists() and not (tmp_path / "metrics.json").exists()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

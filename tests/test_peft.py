@@ -377,3 +377,23 @@ def test_explained_as_a_layer_of_our_own():
     unpatch_peft(model)
     with pytest.raises(ValueError, match="no layer of PEFT's that patch_peft"):
         fastlora.explain(model)
+
+
+def test_a_hot_swap_compiles_nothing_again(tmp_path):
+    from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+
+    wrapped(r=7, lora_alpha=3).save_pretrained(tmp_path)
+    plain, model, _ = pair()
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    for each in (plain, model):
+        prepare_model_for_compiled_hotswap(each.eval(), target_rank=8)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        before, count = compiled(X), counter.frame_count
+        torch.testing.assert_close(before, plain(X), rtol=1e-4, atol=1e-5)
+        for each in (plain, model):
+            hotswap_adapter(each, str(tmp_path), adapter_name="default")
+        after = compiled(X)
+        torch.testing.assert_close(after, plain(X), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == count and not torch.allclose(after, before)

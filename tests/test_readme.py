@@ -5,6 +5,7 @@ import io
 import re
 from pathlib import Path
 
+import peft
 import tiny_models as tiny
 import torch
 from torch import nn
@@ -15,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def blocks(document, language="python"):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    text = (ROOT / document).read_text()
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [block for kind, block in found if kind == language]
 
 
 def given():
@@ -36,7 +39,7 @@ def given():
 def test_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = given()
-    exec(blocks("README.md")[0], names)
+    exec(blocks("README.md")[1], names)
     assert str(names["report"]).startswith("adapter 'default': 14 layers")
     names["fastlora"].load_adapter(other := tiny.llama(hidden_size=32), "my-adapter")
     assert torch.equal(tiny.outputs(other), tiny.outputs(names["model"]))
@@ -46,11 +49,27 @@ def test_a_layer_and_the_operator():
     names = given()
     config = fastlora.LoRAConfig(target_modules="all-linear")
     fastlora.inject(names["model"], config)
-    for block in ("import fastlora", *blocks("README.md")[1:]):
+    for block in ("import fastlora", *blocks("README.md")[2:]):
         exec(block, names)
     assert names["layer"].weight is names["linear"].weight and names["y"].shape == (5, 24)
     names["y"].sum().backward()
     assert names["lora_A"].grad.shape == (4, 16)
+
+
+def test_under_peft(capsys):
+    names = given()
+    names["LoraConfig"] = lambda _: peft.LoraConfig(target_modules="all-linear")
+    names["get_peft_model"] = peft.get_peft_model
+    exec(blocks("README.md")[0], names)
+    assert capsys.readouterr().out.startswith("14 of 14 LoRA layers fused")
+    names = given()
+    patch, registered = blocks("docs/peft.md")
+    exec(patch, names)
+    (report,) = blocks("docs/peft.md", "")
+    assert capsys.readouterr().out == report
+    exec(f"from peft import LoraConfig, get_peft_model\n{registered}", names)
+    again = names["get_peft_model"](given()["model"], names["config"])
+    assert len(fastlora.patch_peft(again).fused) == 4
 
 
 def test_the_kernels_alone():
@@ -67,7 +86,8 @@ def test_the_kernels_alone():
 
 def test_what_is_named_exists():
     """Targets of the Makefile, and files that are named with their folder."""
-    documents = ["README.md", "CONTRIBUTING.md", "kernels/README.md"]
+    documents = ["README.md", "CONTRIBUTING.md", "kernels/README.md", "examples/README.md"]
+    documents += [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
     text = "\n".join((ROOT / name).read_text() for name in documents)
     targets = set(re.findall(r"(?m)(?:^|`)make ([a-z]+)", text))
     assert {"demo", "test", "gpu"} <= targets

@@ -1,0 +1,52 @@
+"""A tiny chat model, and sums to teach it, as files that fine-tuning reads."""
+
+import json
+
+import torch
+
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+WORDS = ["what", "is", "plus", "times", "the", "sum", "of", *NUMBERS]
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def model(path):
+    """Write a random Llama with a tokenizer of words as a Hugging Face folder; return ``path``."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = ["<eos>", "<unk>", "<user>", "<assistant>", *WORDS]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<eos>", unk_token="<unk>", chat_template=CHAT
+    )
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        eos_token_id=0,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def sums(path):
+    """Write fifty questions and answers, one a line; return ``path``."""
+    rows = [
+        {"prompt": f"what is {a} plus {b}", "response": f"the sum of {a} plus {b} is {b} times {a}"}
+        for a in NUMBERS
+        for b in NUMBERS[:5]
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+    return path
