@@ -57,7 +57,18 @@ def peft(model: nn.Module) -> nn.Module:
     return get_peft_model(model, LoraConfig(**LORA))
 
 
-WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {"fastlora": ours, "PEFT": peft}
+def patched(model: nn.Module) -> nn.Module:
+    """Return ``model`` with PEFT's adapters and our forward under them."""
+    model = peft(model)
+    fastlora.patch_peft(model)
+    return model
+
+
+WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "fastlora": ours,
+    "PEFT, patched": patched,
+    "PEFT": peft,
+}
 
 
 def measure(name: str, device: torch.device, seconds: float) -> Iterator[list[dict]]:

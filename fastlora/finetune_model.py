@@ -47,6 +47,28 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
     return model, tokenizer
 
 
+def empty_model(name: str) -> nn.Module:
+    """Return what `load_model` would, on the meta device: the config alone is read.
+
+    A model without a language head, which only ``tune`` takes, comes as it is.
+    """
+    require("transformers")
+    import transformers
+
+    gguf = gguf_file(name)
+    if gguf is not None:
+        require("gguf", extra="demo")
+    try:
+        source = {"gguf_file": gguf.name} if gguf else {}
+        config = transformers.AutoConfig.from_pretrained(name, **source)
+        causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+        kind = transformers.AutoModelForCausalLM if type(config) in causal else None
+        with torch.device("meta"):
+            return (kind or transformers.AutoModel).from_config(config)
+    except Exception as error:  # whatever the reader of a damaged file may raise
+        raise UserError(f"--model {name} cannot be read: {first_line(error)}") from error
+
+
 def gguf_file(folder: str) -> Path | None:
     files = [] if Path(folder, "config.json").exists() else list(Path(folder).glob("*.gguf"))
     return files[0] if len(files) == 1 else None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from fastlora.config import LoRAConfig
 from fastlora.finetune_data import UserError
-from fastlora.finetune_model import first_line, gguf_file, require
+from fastlora.finetune_model import empty_model, first_line
 from fastlora.inject import plan
 
 Targets = str | tuple[str, ...]
@@ -31,7 +30,7 @@ def target_sets(name: str, start: Targets | None) -> list[Targets]:
     the set before it, and more, is left out. ``start`` None is the first of `STARTS` that the
     model has. Raises UserError.
     """
-    model = _empty(name)
+    model = empty_model(name)
     linear = _modules(model, "all-linear")
     known = next((names for names in STARTS if all(_has(linear, n) for n in names)), None)
     if start is None and known is None:
@@ -49,22 +48,6 @@ def target_sets(name: str, start: Targets | None) -> list[Targets]:
 
 def listed(targets: Targets) -> str:
     return targets if isinstance(targets, str) else ", ".join(targets)
-
-
-def _empty(name: str) -> nn.Module:
-    require("transformers")
-    import transformers
-
-    gguf = gguf_file(name)
-    if gguf is not None:
-        require("gguf", extra="demo")
-    try:
-        source = {"gguf_file": gguf.name} if gguf else {}
-        config = transformers.AutoConfig.from_pretrained(name, **source)
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever the reader of a damaged file may raise
-        raise UserError(f"--model {name} cannot be read: {first_line(error)}") from error
 
 
 def _has(names: set[str], part: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from fastlora import measured, plans
 from fastlora.finetune_data import UserError
-from fastlora.finetune_model import first_line, gguf_file, require, torch_device
+from fastlora.finetune_model import empty_model, first_line, require, torch_device
 from fastlora.measured import OPS
 from fastlora.plans import Problem
 
@@ -99,28 +99,13 @@ def _of_list(shapes: list[str]) -> list[tuple[int, int]]:
 
 def _of_model(name: str, target_modules: str | tuple[str, ...]) -> list[tuple[int, int]]:
     """Return the different weights (N, K) that LoRA would be put on; no weight is loaded."""
-    require("transformers")
-    import transformers
-
     from fastlora import LoRAConfig, inject
     from fastlora.layer import LoRALinear
 
-    gguf = gguf_file(name)
-    if gguf is not None:
-        require("gguf", extra="demo")
+    model = empty_model(name)
     try:
-        source = {"gguf_file": gguf.name} if gguf else {}
-        config = transformers.AutoConfig.from_pretrained(name, **source)
-        with torch.device("meta"):
-            model = _model_class(transformers, config).from_config(config)
         inject(model, LoRAConfig(target_modules=target_modules))
-    except Exception as error:  # whatever the reader of a damaged file may raise
-        raise UserError(f"--model {name} cannot be read: {first_line(error)}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--target-modules: {first_line(error)}") from error
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     return list(dict.fromkeys((layer.out_features, layer.in_features) for layer in layers))
-
-
-def _model_class(transformers, config):
-    """Return what `finetune` makes of such a config, so that names of modules are the same."""
-    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
-    return transformers.AutoModelForCausalLM if type(config) in causal else transformers.AutoModel
