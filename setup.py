@@ -12,6 +12,8 @@ PEFT = ["peft>=0.19,<0.22"]  # as fastlora.peft.TESTED
 FINETUNE = ["transformers>=4.56", "accelerate", "matplotlib", "tqdm"]
 DEMO = ["gguf", "PyYAML"]
 BENCH = ["pytest-benchmark", *PEFT, "matplotlib"]
+# The model and texts of the examples are packages too, installed without what they depend on.
+EXAMPLES = [*PEFT, "transformers>=4.56"]
 STACKS = ["trl", "diffusers", "datasets"]  # what patched models are trained and tested with
 TEST = ["pytest", "pytest-benchmark", "hypothesis", *PEFT, *FINETUNE, *DEMO, *STACKS]
 
@@ -34,6 +36,7 @@ setup(
         "peft": PEFT,
         "finetune": FINETUNE,
         "demo": [*FINETUNE, *DEMO],
+        "examples": EXAMPLES,
         "bench": BENCH,
         "test": TEST,
         "dev": [*TEST, "ruff", "pre-commit"],

@@ -8,7 +8,7 @@ import sys
 
 from fastlora import finetune, ranks, tune_command
 from fastlora.finetune import Settings
-from fastlora.processes import is_first, leave
+from fastlora.processes import leave, rank
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             finetune.run(Settings(**options))
     except finetune.UserError as error:
-        if is_first():
-            print(f"error: {error}", file=sys.stderr)
+        which = f"process {rank()}: " if rank() else ""
+        print(f"{which}error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -106,8 +106,9 @@ def _running(module: nn.Module) -> tuple[Tensor, list[Adapter]] | None:
     elif (peft_layer := sys.modules.get("fastlora.peft_layer")) and isinstance(
         module, peft_layer.FusedLinear
     ):
-        off = module.merged or module.disable_adapters or peft_layer.why_not(module)
-        weight, _, adapters = (None, None, []) if off else peft_layer.operands(module)
+        found = peft_layer.operands(module)
+        off = module.merged or module.disable_adapters or isinstance(found, str)
+        weight, adapters = (None, []) if off else (found[0], found[2])
     else:
         return None
     return None if off or not adapters else (weight, adapters)

@@ -26,7 +26,7 @@ from fastlora.finetune_model import (
     response_loss,
 )
 from fastlora.model import unwrapped
-from fastlora.processes import Processes, is_first
+from fastlora.processes import Processes, rank
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HELD_OUT_AT_MOST = 256
@@ -135,8 +135,12 @@ def _left_by_before(
         metrics_file.unlink(missing_ok=True)
         saved_file.unlink(missing_ok=True)
     if metrics_file.exists():
-        metrics = json.loads(metrics_file.read_text(encoding="utf-8"))
-        _refuse_other_settings(metrics["settings"], fingerprint, metrics_file)
+        try:
+            metrics = json.loads(metrics_file.read_text(encoding="utf-8"))
+            saved = metrics["settings"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{metrics_file} is damaged; --restart begins again") from error
+        _refuse_other_settings(saved, fingerprint, metrics_file)
         return metrics, None
     if not saved_file.exists():
         return None, None
@@ -189,6 +193,7 @@ class _Run:
             "processes": self.processes.count,
             "versions": {"fastlora": fastlora.__version__, "torch": torch.__version__},
             "losses": progress["losses"],
+            "gradient_norms": progress["gradient_norms"],
         }
 
     def _inject(self, model: nn.Module):
@@ -224,8 +229,12 @@ class _Run:
         """Return the progress so far: the checkpoint's, or that of a run that begins."""
         if progress is None:
             before = self._measure("before")
-            return {"step": 0, "losses": [], "tokens": 0, "seconds": 0.0, "before": before}
-        self.processes.restore(self.model, self.optimizer, state)
+            empty = {"losses": [], "gradient_norms": [], "tokens": 0, "seconds": 0.0}
+            return {"step": 0, "before": before, **empty}
+        try:
+            self.processes.restore(self.model, self.optimizer, state)
+        except ValueError as error:
+            raise UserError(f"{first_line(error)}; --restart begins again") from error
         say("resumed", f"after step {progress['step']} of {self.settings.steps}")
         return progress
 
@@ -239,9 +248,10 @@ class _Run:
         with tqdm(total=s.steps, initial=start, **shown) as bar:
             for step in range(start, s.steps):
                 began = time.perf_counter()
-                loss, tokens = self._step(step)
+                loss, norm, tokens = self._step(step)
                 progress["seconds"] += time.perf_counter() - began
                 progress["losses"].append(loss)
+                progress["gradient_norms"].append(norm)
                 progress["tokens"] += tokens
                 progress["step"] = step + 1
                 rate = progress["tokens"] / progress["seconds"]
@@ -255,7 +265,8 @@ class _Run:
                             Path(s.output) / "checkpoint.pt", {**state, "progress": own}
                         )
 
-    def _step(self, step: int) -> tuple[float, int]:
+    def _step(self, step: int) -> tuple[float, float, int]:
+        """Return the loss, the norm of its gradient before clipping, and the tokens read."""
         s = self.settings
         indices = data.batch_indices(len(self.training), s.batch_size, s.seed, step)
         # What is dropped depends on the step alone, so that a run that goes on has the same.
@@ -265,10 +276,10 @@ class _Run:
         count, tokens = self.processes.total(count, batch["attention_mask"].sum())
         for group in self.optimizer.param_groups:
             group["lr"] = s.lr * schedule(step, s.steps)
-        self.processes.step(loss / count, self.parameters, self.optimizer, CLIP_NORM)
+        norm = self.processes.step(loss / count, self.parameters, self.optimizer, CLIP_NORM)
         (loss,) = self.processes.total(loss.detach())
         self._check_finite(loss.item(), f"step {step + 1}")
-        return loss.item() / count.item(), int(tokens)
+        return loss.item() / count.item(), norm, int(tokens)
 
     def _check_finite(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):
@@ -340,7 +351,7 @@ class _Run:
 
 
 def say(what: str, text: object) -> None:
-    if is_first():
+    if rank() == 0:
         print(f"{what:<9} {text}", flush=True)
 
 
@@ -362,9 +373,10 @@ def _make_folder(path: Path) -> None:
 def _load_state(path: Path, fingerprint: dict) -> dict:
     try:
         state = checkpoint.load(path)
-    except ValueError as error:
+        saved = state["progress"].pop("settings")
+    except (ValueError, KeyError) as error:
         raise UserError(f"{first_line(error)}; --restart begins again") from error
-    _refuse_other_settings(state["progress"].pop("settings"), fingerprint, path)
+    _refuse_other_settings(saved, fingerprint, path)
     return state
 
 

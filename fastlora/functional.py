@@ -34,9 +34,9 @@ def lora_linear(
     "torch" and "reference") float64; ``lora_A`` and ``lora_B`` the same, or both float32 under
     a bfloat16 or float16 base. Under autocast x, weight and bias are cast to its dtype.
 
-    ``scaling`` is alpha / r; as a 0-d tensor on x's device it may change without a recompilation
-    of a compiled model. Dropout with probability ``dropout_p`` acts on the input of the low-rank
-    path when ``training``; its seed comes from torch's generator for ``x.device``.
+    ``scaling`` is alpha / r; as a 0-d tensor on x's device or the CPU it may change without a
+    recompilation of a compiled model. Dropout with probability ``dropout_p`` acts on the input of
+    the low-rank path when ``training``; its seed comes from torch's generator for ``x.device``.
     ``impl`` is "auto" (choose), "triton", "library" (the vendor's wide products, Triton kernels
     for the narrow ones), "torch" or "reference"; a named one never falls back.
 
@@ -170,7 +170,7 @@ def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
     if bias is not None and bias.device != x.device:
         raise ValueError(f"bias is on {bias.device}, but x is on {x.device}")
     if isinstance(scaling, Tensor):
-        if scaling.dim() or scaling.device != x.device:
+        if scaling.dim() or scaling.device not in (x.device, torch.device("cpu")):
             raise ValueError(
                 f"scaling must be a number or a 0-d tensor on {x.device}, got shape "
                 f"{tuple(scaling.shape)} on {scaling.device}"

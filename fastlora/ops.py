@@ -15,6 +15,8 @@ from __future__ import annotations
 import contextlib
 
 import torch
+from torch.autograd import forward_ad
+from torch.nn.functional import linear
 
 from fastlora import plans
 from fastlora.dropout import keep_mask, kept_scale
@@ -155,6 +157,8 @@ def run(x, weight, lora_A, lora_B, bias, *rest) -> torch.Tensor:
 
     ``rest``: seed, scaling, dropout_p, impl.
     """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _transformed(x, weight, lora_A, lora_B, bias, *rest)
     if not _unobserved(x, weight, lora_A, lora_B, bias):
         return torch.ops.fastlora.lora_linear(x, weight, lora_A, lora_B, bias, *rest)[0]
     if torch.is_grad_enabled() and (
@@ -166,6 +170,17 @@ def run(x, weight, lora_A, lora_B, bias, *rest) -> torch.Tensor:
     ):
         return _apply(x, weight, lora_A, lora_B, bias, rest)
     return _forward(x, weight, lora_A, lora_B, bias, *rest)[0]
+
+
+def _transformed(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl) -> torch.Tensor:
+    """Return y in plain torch, which `torch.func` and forward-mode AD can go through."""
+    with exact(x.device):
+        x_hat = x.to(lora_A.dtype)
+        if seed is not None:
+            keep = keep_mask(seed, range(x.shape[0]), x.shape[1], dropout_p)
+            x_hat = x_hat * keep.to(lora_A.dtype) * kept_scale(dropout_p)
+        low_rank = linear(linear(x_hat, lora_A), lora_B) * scaling
+        return (linear(x, weight, bias) + low_rank).to(x.dtype)
 
 
 def _unobserved(x, weight, lora_A, lora_B, other) -> bool:

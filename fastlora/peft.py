@@ -51,8 +51,9 @@ def patch_peft(model: nn.Module) -> PatchReport:
     """Give the LoRA layers that PEFT put into ``model`` the fused forward, in place.
 
     Nothing else changes: parameters, keys, merging, saving and every call of PEFT's stay as they
-    were. Adapters added or loaded into it later are picked up. What cannot be fused runs PEFT's own
-    code and is listed with the reason; a second patch finds what has come and lists it all again.
+    were. Adapters added to a ``PeftModel`` or loaded into it later are picked up; in models that
+    are wrapped otherwise new layers are not. What cannot be fused runs PEFT's own code and is
+    listed with the reason; a second patch finds what has come and lists it all again.
     Raises ImportError without PEFT and RuntimeError for a release that was not tested; ValueError
     for a model that has no LoRA layer of PEFT's or that has been compiled. The model is then as it
     was.
@@ -67,18 +68,18 @@ def patch_peft(model: nn.Module) -> PatchReport:
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     if not layers:
         raise ValueError(_no_layers(model))
-    for _, layer in layers:
-        peft_layer.fuse(layer)
-    for module in model.modules():
-        if type(module) is LoraModel:
-            module._create_new_module = peft_layer.new_layer
-    reasons = [(name, peft_layer.why_not(layer)) for name, layer in layers]
+    reasons = [(name or "the layer", peft_layer.why_not(layer)) for name, layer in layers]
     report = PatchReport(
         [name for name, why in reasons if why is None],
         [(name, why) for name, why in reasons if why is not None],
     )
-    if not report.fused:
+    if not report.fused:  # before anything is changed, as a warning may be an error
         warnings.warn(f"patch_peft() fused nothing\n{report}", stacklevel=2)
+    for _, layer in layers:
+        peft_layer.fuse(layer)
+    for module in model.modules():
+        if type(module) is LoraModel:
+            vars(module).setdefault("_create_new_module", peft_layer.new_layer)
     return report
 
 
@@ -86,7 +87,7 @@ def unpatch_peft(model: nn.Module) -> None:
     """Give the layers of a model that `patch_peft` has changed their own classes again.
 
     A model that was not patched stays as it is. Raises ValueError, before anything is changed,
-    where FSDP has since put a class of its own around a fused one.
+    where something, such as FSDP2, has since given a fused layer a class of its own.
     """
     _check_release()
     from fastlora import peft_layer
@@ -97,7 +98,8 @@ def unpatch_peft(model: nn.Module) -> None:
     ]
     for name, layer in fused:
         if type(layer) is not peft_layer.FusedLinear:
-            raise ValueError(f"{name!r} is a {type(layer).__name__} now: unpatch before FSDP")
+            kind = type(layer).__name__
+            raise ValueError(f"{name!r} has become a {kind}: undo that first, or unpatch before it")
     for _, layer in fused:
         peft_layer.unfuse(layer)
     for module in model.modules():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from peft.tuners import lora
 from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as module_hooks
 
 from fastlora.functional import DTYPES
 from fastlora.layer import is_conv1d
@@ -56,10 +58,10 @@ def registered_layer(
     target: nn.Module, adapter_name: str, config: Any, **kwargs: Any
 ) -> nn.Module | None:
     """Return a fused layer around a plain linear one; None leaves the target to PEFT."""
-    layer = None
-    if is_plain(target):
-        layer = lora.layer.dispatch_default(target, adapter_name, config=config, **kwargs)
-        fuse(layer)
+    if not is_plain(target) or not _is_dense(target.weight):
+        return None
+    layer = lora.layer.dispatch_default(target, adapter_name, config=config, **kwargs)
+    fuse(layer)
     return layer
 
 
@@ -94,20 +96,22 @@ def operands(
     base = parts["base_layer"]
     if not is_plain(base):
         return f"its base layer is {_kind(base)}, not a plain nn.Linear or Conv1D"
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    if type(weight) not in _PLAIN or weight.dtype not in DTYPES:
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias", base)
+    if not _is_dense(weight) or bias is base:
         dtype = getattr(weight, "dtype", None)
         return f"its weight is a {type(weight).__name__} of {dtype}, not a dense float"
-    if _is_observed(base):
+    if _is_observed(base) or module_hooks():
         return "its base layer has hooks, or a forward of its own, and would not be called"
     dtype, device = weight.dtype, weight.device
-    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type)
-    if x is not None and (
-        type(x) not in _PLAIN
-        or x.device != device
-        or (x.dtype != dtype and (not autocast or x.dtype == torch.float64))
-    ):
-        return f"its input is a {type(x).__name__} of {x.dtype} on {x.device}"
+    autocast = (
+        torch._C._is_any_autocast_enabled()
+        and device.type != "meta"
+        and torch.is_autocast_enabled(device.type)
+    )
+    if x is not None and not _suits(x, dtype, device, autocast):
+        return (
+            f"its input is a {type(x).__name__}: {getattr(x, 'dtype', None)}, not strided {dtype}"
+        )
     if bias is not None and bias.dtype != dtype and not autocast:
         return f"its weight is {dtype}, its bias {bias.dtype}"
     downs, ups = parts["lora_A"]._modules, parts["lora_B"]._modules
@@ -115,7 +119,8 @@ def operands(
     for name in layer.active_adapters:
         if name not in downs:
             continue
-        down, up, dropout = downs[name], ups[name], parts["lora_dropout"]._modules[name]
+        down, up = downs[name], ups.get(name)
+        dropout = parts["lora_dropout"]._modules.get(name)
         if name in layer.lora_variant:
             variant = type(layer.lora_variant[name]).__name__
             return f"adapter {name!r} is a variant of LoRA ({variant})"
@@ -136,7 +141,11 @@ def operands(
             return f"adapter {name!r} is {a.dtype}, and the input is not to be cast from {dtype}"
         if down._parameters["bias"] is not None:
             return f"adapter {name!r} has a bias between its factors"
-        scaling, extra = layer.scaling[name], up._parameters["bias"]
+        scaling, extra = layer.scaling.get(name), up._parameters["bias"]
+        if type(scaling) is int:
+            scaling = float(scaling)
+        if not _scales(scaling, device):
+            return f"adapter {name!r} is scaled by {scaling!r:.60}, no finite number"
         if extra is not None:
             if extra.dtype != dtype:
                 return f"adapter {name!r} has a bias of {extra.dtype} on a base of {dtype}"
@@ -144,6 +153,33 @@ def operands(
         p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         adapters.append((a, b, scaling, p))
     return weight if type(base) is nn.Linear else weight.t(), bias, adapters
+
+
+def _is_dense(weight: Any) -> bool:
+    return type(weight) in _PLAIN and weight.dtype in DTYPES
+
+
+def _suits(x: Any, dtype: torch.dtype, device: torch.device, autocast: bool) -> bool:
+    """Return whether the operator takes this input, where PEFT would too."""
+    return (
+        type(x) in _PLAIN
+        and x.device == device
+        and (x.dtype == dtype or (autocast and x.is_floating_point() and x.dtype != torch.float64))
+        and x.layout is torch.strided
+        and not x.is_nested
+        and not torch.jit.is_tracing()
+    )
+
+
+def _scales(scaling: Any, device: torch.device) -> bool:
+    """Return whether the operator takes a scaling: PEFT also takes arrays, and numbers of NumPy."""
+    if type(scaling) is float:
+        return -math.inf < scaling < math.inf
+    return (
+        type(scaling) in _PLAIN
+        and scaling.dim() == 0
+        and scaling.device.type in (device.type, "cpu")
+    )
 
 
 def _takes(base: torch.dtype, adapter: torch.dtype, autocast: bool) -> bool:

@@ -41,7 +41,9 @@ class Processes:
         # Left alone, Accelerate takes processes without a GPU for so many runs of one.
         cpu = one.type == "cpu" if one is not None else not torch.accelerator.is_available()
         try:
-            self._accelerator = Accelerator(cpu=cpu)
+            # Precision and accumulation are the run's own, whatever the configuration says.
+            own = {"mixed_precision": "no", "gradient_accumulation_steps": 1}
+            self._accelerator = Accelerator(cpu=cpu, **own)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"accelerate cannot begin: {first_line(error)}") from error
         kind = self._accelerator.distributed_type
@@ -83,12 +85,13 @@ class Processes:
 
     def step(
         self, loss: Tensor, parameters: list[nn.Parameter], optimizer: Any, most: float
-    ) -> None:
-        """Back-propagate the sum of all processes' losses, clip its gradient's norm and step."""
+    ) -> float:
+        """Step by the gradient of all processes' summed losses, clipped; return its whole norm."""
         self._accelerator.backward(loss * self.count)  # gradients are averaged
-        self._accelerator.clip_grad_norm_(parameters, most)
+        norm = self._accelerator.clip_grad_norm_(parameters, most)
         optimizer.step()
         optimizer.zero_grad()
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def from_first(self, function: Callable[[], T]) -> T:
         """Return everywhere what ``function`` returns, or raise what it raises, in the first."""
@@ -96,7 +99,7 @@ class Processes:
         if self.first:
             try:
                 found[0] = function()
-            except (OSError, UserError) as error:
+            except (OSError, ValueError, UserError) as error:
                 found[1] = error
         if self.count > 1:
             torch.distributed.broadcast_object_list(found)
@@ -113,21 +116,25 @@ class Processes:
     def restore(self, model: nn.Module, optimizer: Any, state: dict[str, dict]) -> None:
         """Put back what `state` returned, which the first process holds; all must ask.
 
-        Raises ValueError where it is of other parameters.
+        Raises ValueError, everywhere, where it is of other parameters.
         """
-        held = {"parameters": {}, "optimizer": {}} if not self.first else state
-        trained = {n for n, p in unwrapped(model).named_parameters() if p.requires_grad}
-        if self.first and trained != held["parameters"].keys():
-            raise ValueError("the checkpoint holds other parameters than the model trains")
+        held = state if self.first else {"parameters": {}, "optimizer": {}}
+        trained = {n: p.shape for n, p in unwrapped(model).named_parameters() if p.requires_grad}
+
+        def check() -> None:
+            if trained != {name: p.shape for name, p in held["parameters"].items()}:
+                raise ValueError("the checkpoint holds other parameters than the model trains")
+
+        self.from_first(check)
         own = getattr(optimizer, "optimizer", optimizer)
         options = _options(broadcast_from_rank0=self.count > 1, strict=False)
         set_model_state_dict(model, held["parameters"], options=options)
         set_optimizer_state_dict(model, own, held["optimizer"], options=options)
 
 
-def is_first() -> bool:
-    """Return whether this is the only process or the first of several: the one that speaks."""
-    return os.environ.get("RANK", "0") == "0"
+def rank() -> int:
+    """Return which of several processes this is, 0 of a single one: that speaks for all."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def leave(code: int) -> NoReturn:

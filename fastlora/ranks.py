@@ -20,7 +20,7 @@ from fastlora import checkpoint, finetune
 from fastlora.finetune import Settings, say
 from fastlora.finetune_data import UserError
 from fastlora.finetune_model import gguf_file
-from fastlora.processes import is_first
+from fastlora.processes import rank
 from fastlora.rank_search import Step, Trial, reason, search, table, taken
 from fastlora.target_sets import Targets, listed, target_sets
 
@@ -59,7 +59,7 @@ def run(
         "settings": _same_in_all(settings),
         "trials": [_row(step) for step in steps],
     }
-    if is_first():
+    if rank() == 0:
         _show(found, steps, settings)
     return found
 

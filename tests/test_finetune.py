@@ -151,6 +151,30 @@ def test_a_damaged_checkpoint_is_refused(folder, lines, tmp_path, capsys):
     assert "checkpoint.pt is not a readable checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("held", ["{", "[]", "{}"])
+def test_damaged_metrics_are_refused(folder, lines, tmp_path, capsys, held):
+    (tmp_path / "metrics.json").write_text(held)
+    assert main(arguments(folder, lines, tmp_path)) == 2
+    assert "metrics.json is damaged; --restart begins again" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_model_is_refused(folder, lines, tmp_path, capsys):
+    command = arguments(folder, lines, tmp_path, steps=2)
+    checkpoint.save(tmp_path / "checkpoint.pt", {"progress": {"no": "settings"}})
+    assert main(command) == 2
+    assert "--restart begins again" in capsys.readouterr().err
+    assert main([*command, "--restart"]) == 0
+    settings = metrics(tmp_path)["settings"]
+    (tmp_path / "metrics.json").unlink()
+    state = {"parameters": {"other": torch.ones(1)}, "optimizer": {}}
+    checkpoint.save(
+        tmp_path / "checkpoint.pt", {**state, "progress": {"step": 1, "settings": settings}}
+    )
+    assert main(command) == 2
+    error = "error: the checkpoint holds other parameters than the model trains; --restart begins"
+    assert error in capsys.readouterr().err
+
+
 def test_a_run_that_diverges_says_so(folder, lines, tmp_path, capsys):
     assert main(arguments(folder, lines, tmp_path, lr=1e30, steps=8)) == 2
     error = capsys.readouterr().err

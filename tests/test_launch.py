@@ -62,7 +62,8 @@ def metrics(folder):
 
 def agree(one, several):
     expected, found = metrics(one), metrics(several)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    for name in ("losses", "gradient_norms"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3), name
     assert found["held_out_after"] == pytest.approx(expected["held_out_after"], rel=1e-4)
     assert found["answer_after"] == expected["answer_after"]
     assert found["tokens"] == expected["tokens"]
@@ -131,10 +132,12 @@ def test_several_processes_take_no_device(folder, monkeypatch, capsys):
     assert capsys.readouterr().err == error and not (folder / "out").exists()
 
 
-def test_a_mistake_is_said_by_the_first_process_alone(folder, monkeypatch, capsys):
+def test_a_mistake_names_the_process(folder, monkeypatch, capsys):
+    """It may be of its machine alone, such as a file that is not there."""
     monkeypatch.setenv("RANK", "1")
-    assert main(options(folder, folder / "out", steps=0)) == 2
-    assert capsys.readouterr() == ("", "")
+    assert main(options(folder, folder / "out", data="nowhere.jsonl")) == 2
+    error = "process 1: error: --data nowhere.jsonl: No such file or directory\n"
+    assert capsys.readouterr() == ("", error)
 
 
 def test_a_batch_is_shared_evenly(folder, monkeypatch, capsys):
@@ -155,7 +158,7 @@ def test_a_batch_is_shared_evenly(folder, monkeypatch, capsys):
 )
 def test_what_accelerate_can_but_this_cannot(kind, environment, problem, monkeypatch):
     state = {"distributed_type": DistributedType[kind], "is_fsdp2": False}
-    monkeypatch.setattr("accelerate.Accelerator", lambda cpu: types.SimpleNamespace(**state))
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: types.SimpleNamespace(**state))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=problem):

@@ -12,6 +12,7 @@ import torch
 from acceptance import KINDS, Case, accept, oracle, plain
 from torch import nn
 from torch._inductor.compile_fx import compile_fx
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -581,3 +582,40 @@ def test_the_short_way_gives_what_the_operator_gives(impl, p):
     assert all(map(torch.equal, mine, torch.autograd.grad(through.sum(), leaves)))
     with torch.no_grad():
         assert torch.equal(ops.run(*tensors, *rest), direct)
+
+
+# Transforms
+
+
+def _formula(x, w, a, b):
+    return x @ w.t() + 0.5 * x @ a.t() @ b.t()
+
+
+def _transformed(function, x, w, a, b):
+    """What `torch.func` makes of y, of its gradient for a, and of its tangents."""
+    tangents = tuple(map(torch.sin, (x, w, a, b)))
+    per_sample = torch.func.vmap(
+        torch.func.grad(lambda a, row: function(row[None], w, a, b).square().sum()), (None, 0)
+    )
+    yield torch.func.jvp(function, (x, w, a, b), tangents)[1]
+    yield torch.func.jacrev(function, argnums=2)(x, w, a, b)
+    yield torch.func.jacfwd(function, argnums=0)(x, w, a, b)
+    yield per_sample(a, x)
+    with forward_ad.dual_level():
+        dual = [forward_ad.make_dual(*pair) for pair in zip((x, w, a, b), tangents, strict=True)]
+        yield forward_ad.unpack_dual(function(*dual)).tangent
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_function_transforms_and_forward_mode(requires_grad):
+    """Not the operator's kernels, but what plain torch gives; never zeros without a word."""
+    sizes = ((3, 5), (4, 5), (2, 5), (4, 2))
+    given = [torch.randn(*s, dtype=torch.float64, requires_grad=requires_grad) for s in sizes]
+
+    def operator(x, w, a, b):
+        return fastlora.lora_linear(x, w, a, b, scaling=0.5)
+
+    wanted = list(_transformed(_formula, *given))
+    for found, expected in zip(_transformed(operator, *given), wanted, strict=True):
+        torch.testing.assert_close(found, expected)
+        assert expected.abs().max() > 0.1

@@ -21,6 +21,8 @@ FUSED = {"0.21.2": 762}
 def test_peft_s_own_tests(tmp_path):
     if not SOURCE.exists():
         pytest.skip(f"PEFT's source distribution is not in {SOURCE.parent}; `make test` fetches it")
+    if peft.__version__ not in FUSED:
+        pytest.skip(f"how many calls are fused is not known for PEFT {peft.__version__}")
     folder = tmp_path / "peft_tests"
     folder.mkdir()
     (folder / "__init__.py").touch()
