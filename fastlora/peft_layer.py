@@ -16,6 +16,7 @@ from fastlora.layer import is_conv1d
 from fastlora.several import Adapter, lora_sum
 
 _PLAIN = (Tensor, nn.Parameter)
+_LIKE_WEIGHT = object()
 
 
 class FusedLinear(lora.Linear):
@@ -85,11 +86,11 @@ def why_not(layer: nn.Module) -> str | None:
 
 
 def operands(
-    layer: lora.Linear, x: Tensor | None = None
+    layer: lora.Linear, x: Any = _LIKE_WEIGHT
 ) -> str | tuple[Tensor, Tensor | None, list[Adapter]]:
     """Return weight [N, K], bias [N] and active adapters, or why PEFT's own code has to run.
 
-    Each call of the layer pays for this: members are read from their dictionaries, as the way
+    For an input ``x``, or one of the weight's dtype and device. Each call of the layer pays for this: members are read from their dictionaries, as the way
     through a module's attributes would take longer than the operator does.
     """
     parts = layer._modules
@@ -97,7 +98,9 @@ def operands(
     if not is_plain(base):
         return f"its base layer is {_kind(base)}, not a plain nn.Linear or Conv1D"
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias", base)
-    if not _is_dense(weight) or bias is base:
+    if bias is base:
+        return "its base layer's bias is no parameter"
+    if not _is_dense(weight):
         dtype = getattr(weight, "dtype", None)
         return f"its weight is a {type(weight).__name__} of {dtype}, not a dense float"
     if _is_observed(base) or module_hooks():
@@ -108,7 +111,7 @@ def operands(
         and device.type != "meta"
         and torch.is_autocast_enabled(device.type)
     )
-    if x is not None and not _suits(x, dtype, device, autocast):
+    if x is not _LIKE_WEIGHT and not _suits(x, dtype, device, autocast):
         return (
             f"its input is a {type(x).__name__}: {getattr(x, 'dtype', None)}, not strided {dtype}"
         )

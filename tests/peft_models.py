@@ -42,7 +42,7 @@ def run(layer, *inputs):
     """Return the layer's output, or what its error says."""
     try:
         found = layer(*inputs)
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, TypeError) as error:
         return str(error)
     return found[0] if isinstance(found, tuple) else found
 

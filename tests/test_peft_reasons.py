@@ -8,7 +8,9 @@ import inspect
 import re
 import textwrap
 import types
+import warnings
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -118,6 +120,21 @@ def narrow_adapter(model):
     return model
 
 
+def bias_of_its_own(model):
+    model = wrapped(model, target_modules=["0"])
+    base = model.base_model.model[0].base_layer
+    bias = base.bias.detach().clone() + 1
+    del base.bias
+    base.register_buffer("bias", bias)
+    return model
+
+
+def scaled_by_rows(model):
+    model = wrapped(model, target_modules=["0"])
+    model.base_model.model[0].scaling["default"] = torch.ones(1)
+    return model
+
+
 def mixed_adapter(model):
     model = wrapped(model.bfloat16(), target_modules=["0"])
     model.base_model.model[0].lora_B.to(torch.bfloat16)
@@ -148,6 +165,8 @@ REASONS = {
     attention: "a peft.tuners.lora.layer.MultiheadAttention, not PEFT's plain lora.Linear",
     quantised: "its base layer is a test_peft_reasons.Subclass, not a plain nn.Linear or Conv1D",
     tensor_subclass: "its weight is a Weight of torch.float32, not a dense float",
+    bias_of_its_own: "its base layer's bias is no parameter",
+    scaled_by_rows: "adapter 'default' is scaled by tensor([1.]), no finite number",
     eight_bits: "its weight is a Parameter of torch.int8, not a dense float",
     parametrised: "its base layer is a torch.nn.utils.parametrize.ParametrizedLinear, "
     "not a plain nn.Linear or Conv1D",
@@ -234,6 +253,91 @@ def test_an_input_of_a_kind_that_is_not_known(fused):
     assert torch.equal(layers(model)[0](x), layers(plain)[0](x)) and fused == []
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.nested.nested_tensor([X, X[:2]]),
+        X.to_sparse(),
+        X.to_mkldnn(),
+        X.double(),
+        X.tolist(),
+        None,
+    ],
+    ids=["nested", "sparse", "mkldnn", "double", "list", "None"],
+)
+def test_inputs_that_only_peft_can_answer(given, fused):
+    plain, model, _ = pair()
+    expected, found = (run(layers(each)[0], given) for each in (plain, model))
+    assert type(found) is type(expected) and fused == []
+    if isinstance(expected, str):
+        assert found == expected
+
+
+def test_an_integer_input_under_autocast(fused):
+    plain, model, _ = pair()
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(layers(model)[0], ids) == run(layers(plain)[0], ids) and fused == []
+
+
+def test_hooks_on_every_module(fused):
+    plain, model, _ = pair()
+    expected = plain(X)
+    called = []
+    hook = nn.modules.module.register_module_forward_hook(lambda m, *_: called.append(type(m)))
+    try:
+        assert torch.equal(model(X), expected)
+    finally:
+        hook.remove()
+    assert fused == [] and called.count(nn.Linear) == 3 * 2 + 1
+    model(X)
+    assert len(fused) == 2
+
+
+def test_traced(fused):
+    plain, model, _ = pair()
+    traced = torch.jit.trace(model, X, check_trace=False)
+    assert torch.equal(traced(X), plain(X)) and fused == []
+
+
+def test_scalings_as_numbers_and_tensors(fused):
+    plain, model, _ = pair()
+    kinds = [3, 0.5, torch.tensor(2.0), np.float32(2), np.int64(2), float("inf")]
+    for scaling in kinds:
+        fused.clear()
+        for each in (plain, model):
+            for layer in layers(each):
+                layer.scaling["default"] = scaling
+        torch.testing.assert_close(model(X), plain(X), rtol=1e-4, atol=1e-5, equal_nan=True)
+        own = type(scaling) in (int, float, torch.Tensor) and scaling != float("inf")
+        assert len(fused) == (2 if own else 0), scaling
+
+
+def test_on_the_meta_device_under_autocast(fused):
+    plain, model, _ = pair()
+    for each in (plain, model):
+        each.to("meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(X.to("meta")).shape == plain(X.to("meta")).shape == (3, 5)
+        unpatch_peft(model)
+        assert patch_peft(model).not_fused == []
+
+
+def test_function_transforms(fused):
+    plain, model, _ = pair()
+    tangent = torch.cos(X)
+    for each in (torch.func.jvp, torch.func.vjp):
+        expected, found = (
+            each(m, (X,), (tangent,)) if each is torch.func.jvp else each(m, X)
+            for m in (plain, model)
+        )
+        if each is torch.func.vjp:
+            expected, found = ((y, pull(torch.ones_like(y))[0]) for y, pull in (expected, found))
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    assert len(fused) == 4
+
+
 def test_adapters_of_other_methods_are_listed():
     asked = peft.AdaLoraConfig(target_modules=["0"], total_step=10)
     model = get_peft_model(mlp(), asked)
@@ -307,6 +411,24 @@ def test_without_peft(monkeypatch):
 def test_registering_something_else():
     with pytest.raises(TypeError, match=r"must be a peft\.LoraConfig, got LoRAConfig"):
         register(fastlora.LoRAConfig(target_modules=["0"]))
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was():
+    model = dora(mlp())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="fused nothing"):
+            patch_peft(model)
+    assert all(type(layer) is lora.Linear for layer in layers(model))
+    assert "_create_new_module" not in vars(model.base_model)
+
+
+def test_registered_configs_leave_quantised_weights_to_peft(monkeypatch):
+    """By the weight, as torchao keeps a plain nn.Linear around its own tensors."""
+    base = nn.Linear(6, 8)
+    base.weight = Weight(base.weight.detach())
+    model = get_peft_model(nn.Sequential(base), register(config(target_modules=["0"])))
+    assert type(layers(model)[0]) is lora.Linear
 
 
 def test_a_class_that_came_between():
