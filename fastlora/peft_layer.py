@@ -90,11 +90,11 @@ def operands(
 ) -> str | tuple[Tensor, Tensor | None, list[Adapter]]:
     """Return weight [N, K], bias [N] and active adapters, or why PEFT's own code has to run.
 
-    For an input ``x``, or one of the weight's dtype and device. Each call of the layer pays for this: members are read from their dictionaries, as the way
-    through a module's attributes would take longer than the operator does.
+    For an input ``x``, or one of the weight's dtype and device. Each call of the layer pays for
+    this: members are read from their dictionaries, as the way through a module's attributes would
+    take longer than the operator does.
     """
-    parts = layer._modules
-    base = parts["base_layer"]
+    base = layer._modules["base_layer"]
     if not is_plain(base):
         return f"its base layer is {_kind(base)}, not a plain nn.Linear or Conv1D"
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias", base)
@@ -112,50 +112,60 @@ def operands(
         and torch.is_autocast_enabled(device.type)
     )
     if x is not _LIKE_WEIGHT and not _suits(x, dtype, device, autocast):
-        return (
-            f"its input is a {type(x).__name__}: {getattr(x, 'dtype', None)}, not strided {dtype}"
-        )
+        found = f"{type(x).__name__} of {getattr(x, 'dtype', None)}"
+        return f"its input is a {found}, not a dense {dtype} on {device}"
     if bias is not None and bias.dtype != dtype and not autocast:
         return f"its weight is {dtype}, its bias {bias.dtype}"
-    downs, ups = parts["lora_A"]._modules, parts["lora_B"]._modules
     adapters = []
     for name in layer.active_adapters:
-        if name not in downs:
-            continue
-        down, up = downs[name], ups.get(name)
-        dropout = parts["lora_dropout"]._modules.get(name)
-        if name in layer.lora_variant:
-            variant = type(layer.lora_variant[name]).__name__
-            return f"adapter {name!r} is a variant of LoRA ({variant})"
-        if type(down) is not nn.Linear or type(up) is not nn.Linear:
-            return f"adapter {name!r} has {_kind(down)} and {_kind(up)} for nn.Linear"
-        if type(dropout) not in (nn.Identity, nn.Dropout):
-            return f"adapter {name!r} drops by {_kind(dropout)}"
-        if _is_observed(down) or _is_observed(up) or _is_observed(dropout):
-            return f"adapter {name!r} has hooks on its own parts, which would not be called"
-        a, b = down._parameters.get("weight"), up._parameters.get("weight")
-        if type(a) not in _PLAIN or type(b) not in _PLAIN:
-            return f"adapter {name!r} has weights of {type(a).__name__} and {type(b).__name__}"
-        if not a.device == b.device == device:
-            return f"adapter {name!r} is on {a.device}, its base layer on {device}"
-        if b.dtype != a.dtype or not _takes(dtype, a.dtype, autocast):
-            return f"adapter {name!r} is {a.dtype} and {b.dtype} on a base of {dtype}"
-        if a.dtype != dtype and not layer.cast_input_dtype_enabled:
-            return f"adapter {name!r} is {a.dtype}, and the input is not to be cast from {dtype}"
-        if down._parameters["bias"] is not None:
-            return f"adapter {name!r} has a bias between its factors"
-        scaling, extra = layer.scaling.get(name), up._parameters["bias"]
-        if type(scaling) is int:
-            scaling = float(scaling)
-        if not _scales(scaling, device):
-            return f"adapter {name!r} is scaled by {scaling!r:.60}, no finite number"
-        if extra is not None:
-            if extra.dtype != dtype:
-                return f"adapter {name!r} has a bias of {extra.dtype} on a base of {dtype}"
-            bias = extra * scaling if bias is None else bias + extra * scaling
-        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        adapters.append((a, b, scaling, p))
+        if name in layer._modules["lora_A"]._modules:
+            found = _adapter(layer, name, dtype, device, autocast)
+            if isinstance(found, str):
+                return f"adapter {name!r} {found}"
+            adapter, extra = found
+            adapters.append(adapter)
+            if extra is not None:
+                extra = extra * adapter[2]
+                bias = extra if bias is None else bias + extra
     return weight if type(base) is nn.Linear else weight.t(), bias, adapters
+
+
+def _adapter(
+    layer: lora.Linear, name: str, dtype: torch.dtype, device: torch.device, autocast: bool
+) -> str | tuple[Adapter, Tensor | None]:
+    """Return an adapter and the bias of its lora_B, or what keeps it from being fused."""
+    if name in layer.lora_variant:
+        return f"is a variant of LoRA ({type(layer.lora_variant[name]).__name__})"
+    down, up, dropout = (
+        layer._modules[part]._modules.get(name) for part in ("lora_A", "lora_B", "lora_dropout")
+    )
+    if type(down) is not nn.Linear or type(up) is not nn.Linear:
+        return f"has {_kind(down)} and {_kind(up)} for nn.Linear"
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"drops by {_kind(dropout)}"
+    if _is_observed(down) or _is_observed(up) or _is_observed(dropout):
+        return "has hooks on its own parts, which would not be called"
+    a, b = down._parameters.get("weight"), up._parameters.get("weight")
+    if type(a) not in _PLAIN or type(b) not in _PLAIN:
+        return f"has weights of {type(a).__name__} and {type(b).__name__}"
+    if not a.device == b.device == device:
+        return f"is on {a.device}, its base layer on {device}"
+    if b.dtype != a.dtype or not _takes(dtype, a.dtype, autocast):
+        return f"is {a.dtype} and {b.dtype} on a base of {dtype}"
+    if a.dtype != dtype and not layer.cast_input_dtype_enabled:
+        return f"is {a.dtype}, and the input is not to be cast from {dtype}"
+    if down._parameters["bias"] is not None:
+        return "has a bias between its factors"
+    extra = up._parameters["bias"]
+    if extra is not None and extra.dtype != dtype:
+        return f"has a bias of {extra.dtype} on a base of {dtype}"
+    scaling = layer.scaling.get(name)
+    if type(scaling) is int:
+        scaling = float(scaling)
+    if not _scales(scaling, device):
+        return f"is scaled by {scaling!r:.60}, no finite number"
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    return (a, b, scaling, p), extra
 
 
 def _is_dense(weight: Any) -> bool:
