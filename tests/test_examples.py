@@ -69,16 +69,16 @@ def test_a_loop_of_ones_own_trains_merges_saves_and_loads(run, tmp_path):
 
 
 def test_adapters_of_rank_1_learn_sentiment(run):
-    said = run("sentiment.py", "--steps", "25", "--held-out", "150", needs=MODEL_AND_TEXTS)
+    said = run("sentiment.py", "--steps", "20", "--held-out", "100", needs=MODEL_AND_TEXTS)
     assert "37 layers, 43,395 of 22,757,766 parameters train" in said and "r=1" in said
     (majority,) = numbers(r"accuracy if all are called negative: (\S+)", said)
     (before,) = numbers(r"accuracy before: (\S+)", said)
     (after,) = numbers(r"accuracy after: (\S+)", said)
-    assert before < majority < after - 0.08
+    assert before < majority < after - 0.1
 
 
 def test_adapters_are_switched_saved_loaded_and_merged(run, tmp_path):
-    said = run("adapters.py", "--steps", "12", "--held-out", "60", needs=MODEL_AND_TEXTS)
+    said = run("adapters.py", "--steps", "10", "--held-out", "50", needs=MODEL_AND_TEXTS)
     found = re.findall(r"(?m)^(.+?) +accuracy on sentiment (\S+), on question (\S+)$", said)
     on = {name: (float(sentiment), float(question)) for name, sentiment, question in found}
     assert on["sentiment"][0] > max(on["question"][0], on["none"][0], 0.5) + 0.1
