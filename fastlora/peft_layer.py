@@ -35,11 +35,10 @@ class FusedLinear(lora.Linear):
         return super().forward(x, *args, **kwargs)
 
 
-def fuse(layer: nn.Module) -> bool:
-    """Have ``layer`` run the fused forward where it can; say whether it is of a kind that may."""
+def fuse(layer: nn.Module) -> None:
+    """Have a layer of PEFT's plain kind run the fused forward where it can."""
     if type(layer) is lora.Linear:
         layer.__class__ = FusedLinear
-    return isinstance(layer, FusedLinear)
 
 
 def unfuse(layer: nn.Module) -> None:
