@@ -86,22 +86,17 @@ def patch_peft(model: nn.Module) -> PatchReport:
 def unpatch_peft(model: nn.Module) -> None:
     """Give the layers of a model that `patch_peft` has changed their own classes again.
 
-    A model that was not patched stays as it is. Raises ValueError, before anything is changed,
-    where something, such as FSDP2, has since given a fused layer a class of its own.
+    A model that was not patched stays as it is. Where FSDP2 or a parametrization has since given a
+    layer a class of its own, it gets the one that they would have given PEFT's.
     """
     _check_release()
     from fastlora import peft_layer
 
     model = unwrapped(model)
-    fused = [
-        (name, m) for name, m in model.named_modules() if isinstance(m, peft_layer.FusedLinear)
-    ]
-    for name, layer in fused:
-        if type(layer) is not peft_layer.FusedLinear:
-            kind = type(layer).__name__
-            raise ValueError(f"{name!r} has become a {kind}: undo that first, or unpatch before it")
-    for _, layer in fused:
-        peft_layer.unfuse(layer)
+    fused = [module for module in model.modules() if isinstance(module, peft_layer.FusedLinear)]
+    kinds = {kind: peft_layer.pefts_class(kind) for kind in {type(layer) for layer in fused}}
+    for layer in fused:
+        layer.__class__ = kinds[type(layer)]
     for module in model.modules():
         if vars(module).get("_create_new_module") is peft_layer.new_layer:
             del module._create_new_module

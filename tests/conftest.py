@@ -101,3 +101,13 @@ def fused(monkeypatch):
 
     monkeypatch.setattr(peft_layer, "lora_sum", counted)
     return calls
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()

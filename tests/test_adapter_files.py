@@ -216,15 +216,6 @@ def test_a_merged_or_compiled_model_saves_the_same(tmp_path):
         assert (tmp_path / "merged" / name).read_bytes() == plain
 
 
-@pytest.fixture
-def one_process():
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("spread", [DistributedDataParallel, fully_shard])
 def test_a_distributed_model_saves_the_same(spread, one_process, tmp_path):
     model = tiny.mlp()

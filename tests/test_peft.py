@@ -10,10 +10,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft_models import X, add, config, grads, layers, pair, same, wrapped
+from peft_models import X, add, config, grads, layers, pair, run, same, wrapped
 from tiny_models import bert, gpt2, llama, mlp, outputs, tokens, train_a_little
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.utils import parametrize
 
 import fastlora
 from fastlora import patch_peft, unpatch_peft
@@ -115,6 +117,34 @@ def test_copies_and_pickles_are_patched_too(fused):
         assert type(copied.base_model.model.head) is FusedLinear
         unpatch_peft(copied)
         assert not any(type(layer) is FusedLinear for layer in layers(copied))
+
+
+def test_unpatching_what_fsdp_has_sharded(one_process, fused):
+    plain, model, _ = pair()
+    for layer in layers(model):
+        fully_shard(layer)
+    expected = run(fully_shard(plain), X)
+    fully_shard(model)
+    assert type(layers(model)[0]).__name__ == "FSDPFusedLinear"
+    unpatch_peft(model)
+    kinds = {type(layer) for layer in layers(model)}
+    assert [(kind.__name__, kind.__bases__) for kind in kinds] == [
+        ("FSDPLinear", (FSDPModule, lora.Linear))
+    ]
+    fused.clear()
+    assert torch.equal(run(model, X), expected) and fused == []
+
+
+def test_unpatching_a_parametrized_layer(fused):
+    _, model, _ = pair()
+    layer = layers(model)[0]
+    layer.gain = nn.Parameter(torch.ones(2))
+    parametrize.register_parametrization(layer, "gain", nn.Softplus())
+    unpatch_peft(model)
+    assert type(layer).__name__ == "ParametrizedLinear" and type(layer).__base__ is lora.Linear
+    torch.testing.assert_close(layer.gain, nn.functional.softplus(torch.ones(2)))
+    parametrize.remove_parametrizations(layer, "gain")
+    assert type(layer) is lora.Linear
 
 
 def test_registered_configs_build_fused_layers(fused):
