@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import plans
 from fastlora.dropout import keep_mask, new_seed
 from fastlora.ops import exact, run
+from fastlora.projection import Operands, Projection
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -44,24 +47,62 @@ def lora_linear(
     Raises TypeError or ValueError naming the argument that is wrong, and RuntimeError when the
     named implementation cannot run here.
     """
-    if not _plainly_right(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
-        _check_types(x, weight, lora_A, lora_B, bias)
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
-        _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
-        if isinstance(scaling, Tensor):
-            lora_B, scaling = lora_B * scaling, 1.0
+    if lora_A is None:  # a projection may have no adapter, this function is about one
+        raise TypeError("lora_A must be a Tensor, got NoneType")
+    given = Projection(weight, lora_A, lora_B, bias, scaling, dropout_p)
+    if not _plainly_right(x, *given):
+        x, given = _checked(x, *given)
+    return _apply(x, [given], training, impl)[0]
+
+
+def lora_linears(
+    x: Tensor,
+    projections: Sequence[Projection],
+    *,
+    training: bool = False,
+    impl: str = "auto",
+) -> list[Tensor]:
+    """Return what `lora_linear` does for each of several projections of one x, such as q, k and v.
+
+    They may differ in all but K: width, rank, bias, scaling, dropout, and in whether they have an
+    adapter at all. x is read once for all of them where that is faster, and its gradient is added
+    up as it is made. Each drops its own elements of x.
+
+    Shapes: ``x`` [..., K]; a list of [..., N], one for each projection, each a tensor of its own.
+    Dtypes, ``training``, ``impl`` and errors as for `lora_linear`; an error says which projection
+    is wrong.
+    """
+    if not len(projections):
+        raise ValueError("projections must hold at least one, got none")
+    checked = []
+    for i, projection in enumerate(projections):
+        if not _plainly_right(x, *projection):
+            try:
+                x, projection = _checked(x, *projection)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"projections[{i}]: {error}") from None
+        checked.append(projection)
+    return list(_apply(x, checked, training, impl))
+
+
+def _apply(
+    x: Tensor, projections: Sequence[Projection], training: bool, impl: str
+) -> Sequence[Tensor]:
     if impl != "auto" or plans.FORCED != "auto":
         impl = plans.named(impl, x)
-    seed = new_seed(x.device) if training and dropout_p > 0.0 else None
+    operands = [
+        Operands(
+            w, a, b, bias, new_seed(x.device) if training and p and a is not None else None, c, p
+        )
+        for w, a, b, bias, c, p in projections
+    ]
     shape = x.shape
     if len(shape) != 2:
         x = x.reshape(math.prod(shape[:-1]), shape[-1])
-    if impl == "reference":
-        y = _reference(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
-    else:
-        y = run(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl)
-    return y if len(shape) == 2 else y.reshape(*shape[:-1], weight.shape[0])
+    ys = [_reference(x, *o) for o in operands] if impl == "reference" else run(x, operands, impl)
+    if len(shape) == 2:
+        return ys
+    return [y.reshape(*shape[:-1], y.shape[1]) for y in ys]
 
 
 def _plainly_right(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> bool:
@@ -69,6 +110,8 @@ def _plainly_right(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> bool:
 
     It takes a third of the time of `_check`, which can say what is wrong.
     """
+    if lora_A is lora_B is None and isinstance(weight, Tensor):
+        lora_A, lora_B = weight[:1], weight[:, :1]  # of a right shape
     if not (
         isinstance(x, Tensor)
         and isinstance(weight, Tensor)
@@ -113,6 +156,8 @@ def _plainly_right(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> bool:
 def _reference(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p):
     from fastlora import reference
 
+    if lora_A is None:
+        return F.linear(x, weight, bias)
     mask = None
     if seed is not None:
         mask = keep_mask(seed, range(x.shape[0]), x.shape[1], dropout_p)
@@ -122,17 +167,29 @@ def _reference(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p):
         )
 
 
+def _checked(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> tuple[Tensor, Projection]:
+    """Return x and a projection of it as the operator takes them, or raise."""
+    _check_types(x, weight, lora_A, lora_B, bias)
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
+    _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    if isinstance(scaling, Tensor):
+        lora_B, scaling = None if lora_B is None else lora_B * scaling, 1.0
+    return x, Projection(weight, lora_A, lora_B, bias, scaling, dropout_p)
+
+
 def _autocast(x, weight, lora_A, lora_B, bias):
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype == torch.float64:  # autocast leaves float64 alone
         return x, weight, lora_A, lora_B, bias
-    if lora_A.dtype != torch.float32:  # float32 adapters are kept: the operator takes them
+    # Float32 adapters are kept: the operator takes them.
+    if lora_A is not None and lora_A.dtype != torch.float32:
         lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     return x.to(dtype), weight.to(dtype), lora_A, lora_B, None if bias is None else bias.to(dtype)
 
 
 def _check_types(x, weight, lora_A, lora_B, bias):
-    for name, tensor in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+    for name, tensor in (("x", x), ("weight", weight), *_factors(lora_A, lora_B)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if bias is not None and not isinstance(bias, Tensor):
@@ -142,29 +199,32 @@ def _check_types(x, weight, lora_A, lora_B, bias):
 def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
     if x.dim() < 1:
         raise ValueError("x must have at least one dimension ([..., K]), got a scalar")
-    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+    factors = _factors(lora_A, lora_B)
+    for name, tensor in (("weight", weight), *factors):
         if tensor.dim() != 2:
             raise ValueError(f"{name} must be 2-D, got shape {tuple(tensor.shape)}")
-    k, n, r = x.shape[-1], weight.shape[0], lora_A.shape[0]
+    k, n = x.shape[-1], weight.shape[0]
     if weight.shape[1] != k:
         raise ValueError(
             f"weight must be [N, {k}] to match x {tuple(x.shape)}, got {tuple(weight.shape)}"
         )
-    if r < 1:
-        raise ValueError(f"lora_A must have rank at least 1, got shape {tuple(lora_A.shape)}")
-    if lora_A.shape[1] != k:
-        raise ValueError(
-            f"lora_A must be [R, {k}] to match x {tuple(x.shape)}, got {tuple(lora_A.shape)}"
-        )
-    if lora_B.shape[0] != n or lora_B.shape[1] != r:
-        raise ValueError(
-            f"lora_B must be [{n}, {r}] to match weight {tuple(weight.shape)} and lora_A "
-            f"{tuple(lora_A.shape)}, got {tuple(lora_B.shape)}"
-        )
+    if factors:
+        r = lora_A.shape[0]
+        if r < 1:
+            raise ValueError(f"lora_A must have rank at least 1, got shape {tuple(lora_A.shape)}")
+        if lora_A.shape[1] != k:
+            raise ValueError(
+                f"lora_A must be [R, {k}] to match x {tuple(x.shape)}, got {tuple(lora_A.shape)}"
+            )
+        if lora_B.shape[0] != n or lora_B.shape[1] != r:
+            raise ValueError(
+                f"lora_B must be [{n}, {r}] to match weight {tuple(weight.shape)} and lora_A "
+                f"{tuple(lora_A.shape)}, got {tuple(lora_B.shape)}"
+            )
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != n):
         raise ValueError(f"bias must be [{n}] to match weight, got {tuple(bias.shape)}")
     _check_dtypes(x, weight, lora_A, lora_B, bias)
-    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+    for name, tensor in (("weight", weight), *factors):
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
     if bias is not None and bias.device != x.device:
@@ -194,11 +254,18 @@ def _check_dtypes(x, weight, lora_A, lora_B, bias):
         raise TypeError(f"bias must have the dtype of x ({x.dtype}), got {bias.dtype}")
     mixed = x.dtype in (torch.bfloat16, torch.float16)
     allowed = (x.dtype, torch.float32) if mixed else (x.dtype,)
-    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+    for name, tensor in _factors(lora_A, lora_B):
         if tensor.dtype not in allowed:
             names = " or ".join(str(d) for d in allowed)
             raise TypeError(f"{name} must be {names} for x of {x.dtype}, got {tensor.dtype}")
-    if lora_A.dtype != lora_B.dtype:
+    if lora_A is not None and lora_A.dtype != lora_B.dtype:
         raise TypeError(
             f"lora_B must have the dtype of lora_A ({lora_A.dtype}), got {lora_B.dtype}"
         )
+
+
+def _factors(lora_A, lora_B):
+    """Return the names and factors of an adapter, none where there is none."""
+    if lora_A is lora_B is None:
+        return ()
+    return ("lora_A", lora_A), ("lora_B", lora_B)

@@ -1,10 +1,12 @@
 """The ``torch.library`` operators behind `lora_linear`: schema, fake, autograd, bodies.
 
-``fastlora::lora_linear`` returns y and what backward needs of the low-rank path (s);
-``fastlora::lora_linear_backward`` returns the gradients of x and of the adapters. Both take
-2-D tensors and the name of an implementation; "auto" is resolved inside, for the sizes that come,
-so that one compiled graph serves them all. The gradients of a trained base weight and bias are
-plain products and are written in the autograd formula.
+``fastlora::lora_linears`` returns y and what backward needs of the low-rank path (s) for each of
+several projections of one x; ``fastlora::lora_linears_backward`` returns the gradients of x and of
+the adapters. Both take 2-D tensors and the name of an implementation; "auto" is resolved inside,
+for the sizes that come, so that one compiled graph serves them all. Lists hold an element for each
+projection; where it has no adapter, bias, seed or gradient, an empty tensor stands for it. There is
+one scaling: in a list its value would be part of a compiled graph. The gradients of trained base
+weights and biases are plain products and are written in the autograd formula.
 
 `run` calls the bodies without the dispatcher where nothing could tell: in eager mode the way
 through it and back costs as much Python time as ten small products.
@@ -13,24 +15,27 @@ through it and back costs as much Python time as ten small products.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from fastlora import plans
 from fastlora.dropout import keep_mask, kept_scale
+from fastlora.projection import Operands
 
 _lib = torch.library.Library("fastlora", "DEF")
 _lib.define(
-    "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
-    "Tensor? seed, Scalar scaling, float dropout_p, str impl) -> (Tensor, Tensor)",
+    "lora_linears(Tensor x, Tensor[] weight, Tensor[] lora_A, Tensor[] lora_B, Tensor[] bias, "
+    "Tensor[] seed, Scalar scaling, float[] dropout_p, str impl) -> (Tensor[], Tensor[])",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _lib.define(
-    "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
-    "Tensor s, Tensor? seed, Scalar scaling, float dropout_p, str impl, "
-    "bool need_x, bool need_A, bool need_B) -> (Tensor, Tensor, Tensor)",
+    "lora_linears_backward(Tensor[] dy, Tensor x, Tensor[] weight, Tensor[] lora_A, "
+    "Tensor[] lora_B, Tensor[] s, Tensor[] seed, Scalar scaling, float[] dropout_p, str impl, "
+    "bool need_x, bool[] need_A, bool[] need_B) -> (Tensor, Tensor[], Tensor[])",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -45,106 +50,236 @@ def exact(device: torch.device) -> contextlib.AbstractContextManager:
 _NOTHING = contextlib.nullcontext()
 
 
-@torch.library.impl(_lib, "lora_linear", "CompositeExplicitAutograd")
-def _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl):
-    body = plans.function("forward", impl, x, weight, lora_A, seed is not None)
+def _forward(
+    x: Tensor, projections: Sequence[Operands], impl: str
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    body = plans.function("forward", impl, x, projections)
     with exact(x.device):
-        return body(x, weight, lora_A, lora_B, bias, seed, float(scaling), dropout_p)
+        return body(x, projections)
 
 
-@torch.library.impl(_lib, "lora_linear_backward", "CompositeExplicitAutograd")
 def _backward(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Operands],
+    ss: Sequence[Tensor | None],
+    impl: str,
+    need_x: bool,
+    needs: Sequence[tuple[bool, bool]],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    body = plans.function("backward", impl, x, projections, dys)
+    with exact(x.device):
+        return body(dys, x, projections, ss, need_x, needs)
+
+
+# The operators, which hold lists of tensors.
+
+
+def _or_empty(x: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [x.new_empty(0) if t is None else t for t in tensors]
+
+
+def _or_none(tensors: Sequence[Tensor], there: Sequence[bool]) -> list[Tensor | None]:
+    return [t if flag else None for t, flag in zip(tensors, there, strict=True)]
+
+
+def _projections(weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> list[Operands]:
+    """Return the lists of an operator's arguments by projection."""
+    adapted = [a.dim() == 2 for a in lora_A]
+    return [
+        Operands(*row)
+        for row in zip(
+            weight,
+            _or_none(lora_A, adapted),
+            _or_none(lora_B, adapted),
+            _or_none(bias, [t.numel() == w.shape[0] for t, w in zip(bias, weight, strict=True)]),
+            _or_none(seed, [t.numel() > 0 for t in seed]),
+            [scaling] * len(weight),
+            dropout_p,
+            strict=True,
+        )
+    ]
+
+
+def _lists(x: Tensor, projections: Sequence[Operands]) -> list[list]:
+    """Return projections as the operator takes them."""
+    w, a, b, bias, seed, scaling, p = (list(field) for field in zip(*projections, strict=True))
+    return [w, *(_or_empty(x, tensors) for tensors in (a, b, bias, seed)), scaling[0], p]
+
+
+def _alike(projections: Sequence[Operands]) -> Sequence[Operands]:
+    """Return projections of one scaling: where they differ, it becomes part of each b."""
+    first, *others = projections  # a symbolic scaling would lose that by being compared with itself
+    if all(p.scaling == first.scaling for p in others):
+        return projections
+    return [
+        p._replace(b=None if p.b is None else p.b * p.scaling, scaling=1.0) for p in projections
+    ]
+
+
+@torch.library.impl(_lib, "lora_linears", "CompositeExplicitAutograd")
+def _forward_op(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl):
+    projections = _projections(weight, lora_A, lora_B, bias, seed, float(scaling), dropout_p)
+    ys, ss = _forward(x, projections, impl)
+    return ys, _or_empty(x, ss)
+
+
+@torch.library.impl(_lib, "lora_linears_backward", "CompositeExplicitAutograd")
+def _backward_op(
     dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, impl, need_x, need_A, need_B
 ):
-    body = plans.function("backward", impl, x, weight, lora_A, seed is not None, dy)
-    rest = (s, seed, float(scaling), dropout_p, (need_x, need_A, need_B))
-    with exact(x.device):
-        grads = body(dy, x, weight, lora_A, lora_B, *rest)
-    # An operator returns tensors: an empty one stands for a gradient nobody asked for.
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+    nothing = [x.new_empty(0)] * len(weight)
+    projections = _projections(weight, lora_A, lora_B, nothing, seed, float(scaling), dropout_p)
+    dys = _or_none(dy, [d.dim() == 2 for d in dy])
+    ss = _or_none(s, [p.a is not None for p in projections])
+    needs = list(zip(need_A, need_B, strict=True))
+    dx, da, db = _backward(dys, x, projections, ss, impl, need_x, needs)
+    return x.new_empty(0) if dx is None else dx, _or_empty(x, da), _or_empty(x, db)
 
 
-@torch.library.register_fake("fastlora::lora_linear", lib=_lib)
+@torch.library.register_fake("fastlora::lora_linears", lib=_lib)
 def _forward_fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl):
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    return y, x.new_empty(x.shape[0], lora_A.shape[0], dtype=lora_A.dtype)
+    ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weight]
+    adapted = [
+        x.new_empty(x.shape[0], a.shape[0], dtype=a.dtype) if a.dim() == 2 else None for a in lora_A
+    ]
+    return ys, _or_empty(x, adapted)
 
 
-@torch.library.register_fake("fastlora::lora_linear_backward", lib=_lib)
+@torch.library.register_fake("fastlora::lora_linears_backward", lib=_lib)
 def _backward_fake(
     dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, impl, need_x, need_A, need_B
 ):
-    return (
-        x.new_empty(x.shape) if need_x else dy.new_empty(0),
-        lora_A.new_empty(lora_A.shape) if need_A else dy.new_empty(0),
-        lora_B.new_empty(lora_B.shape) if need_B else dy.new_empty(0),
-    )
+    def grads(factors, needs):
+        wanted = [
+            need and a.dim() == d.dim() == 2 for a, d, need in zip(factors, dy, needs, strict=True)
+        ]
+        return _or_empty(
+            x,
+            [
+                a.new_empty(a.shape) if flag else None
+                for a, flag in zip(factors, wanted, strict=True)
+            ],
+        )
+
+    dx = x.new_empty(x.shape) if need_x else x.new_empty(0)
+    return dx, grads(lora_A, need_A), grads(lora_B, need_B)
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.mark_non_differentiable(output[1])
-    _save(ctx, *inputs[:4], output[1], inputs[5:])
+    x, *lists, impl = inputs
+    ctx.mark_non_differentiable(*output[1])
+    projections = _projections(*lists)
+    ss = _or_none(output[1], [p.a is not None for p in projections])
+    _save(ctx, x, projections, ss, impl)
 
 
-def _save(ctx, x, weight, lora_A, lora_B, s, rest):
-    ctx.rest = rest[1:]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, lora_A, lora_B, rest[0], s)
-
-
-def _autograd(ctx, dy, _):
-    return (*_grads(ctx, dy), None, None, None, None)
-
-
-def _grads(ctx, dy):
-    """Return the gradients of x, weight, lora_A, lora_B and bias, each None where none is asked."""
-    if dy is None:
-        return (None,) * 5
-    x, weight, lora_A, lora_B, seed, s = ctx.saved_tensors
-    scaling, dropout_p, impl = ctx.rest
-    need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
-    dx = da = db = None
-    if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
-        dx, da, db = _differentiable_grads(dy, x, weight, lora_A, lora_B, seed, scaling, dropout_p)
-    elif need_x or need_A or need_B:
-        needs = (need_x, need_A, need_B)
-        direct = _unobserved(x, weight, lora_A, lora_B, dy)
-        body = _backward if direct else torch.ops.fastlora.lora_linear_backward
-        grads = body(dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, impl, *needs)
-        dx, da, db = (g if needed else None for g, needed in zip(grads, needs, strict=True))
-    dw = dy.t() @ x if need_weight else None
-    dbias = dy.sum(0) if need_bias else None
-    return dx, dw, da, db, dbias
-
-
-def _differentiable_grads(dy, x, weight, lora_A, lora_B, seed, scaling, dropout_p):
-    keep = None
-    if seed is not None:
-        keep = keep_mask(seed, range(x.shape[0]), x.shape[1], dropout_p)
-        keep = keep.to(lora_A.dtype) * kept_scale(dropout_p)
-    x_hat = x.to(lora_A.dtype) if keep is None else x.to(lora_A.dtype) * keep
-    dy_scaled = dy.to(lora_B.dtype) * scaling
-    ds = dy_scaled @ lora_B
-    low_rank = ds @ lora_A if keep is None else (ds @ lora_A) * keep
-    dx = dy @ weight + low_rank.to(x.dtype)
-    return dx, ds.t() @ x_hat, dy_scaled.t() @ (x_hat @ lora_A.t())
+def _autograd(ctx, dys, _):
+    need_x, *needs = ctx.needs_input_grad[:5]
+    dx, *grads = _grads(ctx, dys, need_x, list(zip(*needs, strict=True)))
+    return (dx, *grads, [None] * len(dys), None, None, None)
 
 
 torch.library.register_autograd(
-    "fastlora::lora_linear", _autograd, setup_context=_setup_context, lib=_lib
+    "fastlora::lora_linears", _autograd, setup_context=_setup_context, lib=_lib
 )
+
+
+# Gradients
+
+
+def _save(ctx, x, projections, ss, impl) -> None:
+    ctx.rest = [p[5:] for p in projections], impl
+    ctx.set_materialize_grads(False)
+    kept = [t for w, a, b, _, seed, _, _ in projections for t in (w, a, b, seed)]
+    ctx.save_for_backward(x, *kept, *ss)
+
+
+def _grads(ctx, dys, need_x, needs):
+    """Return dx, and lists of the gradients of each weight, lora_A, lora_B and bias.
+
+    ``needs`` holds a flag for each of those four, for each projection; what is not asked for, or
+    has no dy, is None.
+    """
+    x, *kept = ctx.saved_tensors
+    rest, impl = ctx.rest
+    n = len(rest)
+    projections = [
+        Operands(w, a, b, None, seed, *numbers)
+        for (w, a, b, seed), numbers in zip(_by_four(kept[: 4 * n]), rest, strict=True)
+    ]
+    ss = kept[4 * n :]
+    needs = [
+        flags if dy is not None else (False,) * 4 for dy, flags in zip(dys, needs, strict=True)
+    ]
+    need_x = need_x and any(dy is not None for dy in dys)
+    dx, da, db = None, [None] * n, [None] * n
+    if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
+        dx, da, db = _differentiable_grads(dys, x, projections)
+    elif need_x or any(need_a or need_b for _, need_a, need_b, _ in needs):
+        factors = [(need_a, need_b) for _, need_a, need_b, _ in needs]
+        direct = _unobserved(x, *kept[: 4 * n], *dys)
+        body = _backward if direct else _observed_backward
+        dx, da, db = body(dys, x, projections, ss, impl, need_x, factors)
+    dw = [dy.t() @ x if flags[0] else None for dy, flags in zip(dys, needs, strict=True)]
+    dbias = [dy.sum(0) if flags[3] else None for dy, flags in zip(dys, needs, strict=True)]
+    return dx, dw, da, db, dbias
+
+
+def _observed_backward(dys, x, projections, ss, impl, need_x, needs):
+    """Do what `_backward` does through the operator, for whom it may concern."""
+    alike = _alike(projections)
+    w, a, b, _, *rest = _lists(x, alike)
+    lists = [_or_empty(x, dys), x, w, a, b, _or_empty(x, ss), *rest]
+    need_a, need_b = (list(flags) for flags in zip(*needs, strict=True))
+    dx, da, db = torch.ops.fastlora.lora_linears_backward(*lists, impl, need_x, need_a, need_b)
+    db = _or_none(db, need_b)
+    if alike is not projections:
+        db = [g if g is None else g * p.scaling for g, p in zip(db, projections, strict=True)]
+    return dx if need_x else None, _or_none(da, need_a), db
+
+
+def _by_four(flat: Sequence) -> list[Sequence]:
+    return [flat[i : i + 4] for i in range(0, len(flat), 4)]
+
+
+def _differentiable_grads(dys, x, projections):
+    dx, da, db = None, [None] * len(dys), [None] * len(dys)
+    for i, (dy, (w, a, b, _, seed, scaling, p)) in enumerate(zip(dys, projections, strict=True)):
+        if dy is None:
+            continue
+        part = dy @ w
+        if a is not None:
+            keep = _kept(x, a, seed, p)
+            x_hat = x.to(a.dtype) if keep is None else x.to(a.dtype) * keep
+            dy_scaled = dy.to(b.dtype) * scaling
+            ds = dy_scaled @ b
+            low_rank = ds @ a if keep is None else (ds @ a) * keep
+            part = part + low_rank.to(x.dtype)
+            da[i], db[i] = ds.t() @ x_hat, dy_scaled.t() @ (x_hat @ a.t())
+        dx = part if dx is None else dx + part
+    return dx, da, db
+
+
+def _kept(x, a, seed, p):
+    """Return what dropout multiplies x with, [M, K] in the dtype of a, or None."""
+    if seed is None:
+        return None
+    return keep_mask(seed, range(x.shape[0]), x.shape[1], p).to(a.dtype) * kept_scale(p)
 
 
 class _Direct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, rest):
-        y, s = _forward(x, weight, lora_A, lora_B, bias, *rest)
-        _save(ctx, x, weight, lora_A, lora_B, s, rest)
-        return y
+    def forward(ctx, x, projections, impl, *_):
+        ys, ss = _forward(x, projections, impl)
+        _save(ctx, x, projections, ss, impl)
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx, dy):
-        return (*_grads(ctx, dy), None)
+    def backward(ctx, *dys):
+        need_x, _, _, *flat = ctx.needs_input_grad
+        dx, *grads = _grads(ctx, dys, need_x, _by_four(flat))
+        return (dx, None, None, *(grad for row in zip(*grads, strict=True) for grad in row))
 
 
 # Without Function.apply's preparations for functorch, which take 7 µs: `_unobserved` excludes its
@@ -152,52 +287,42 @@ class _Direct(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Direct).apply
 
 
-def run(x, weight, lora_A, lora_B, bias, *rest) -> torch.Tensor:
-    """Return y of ``fastlora::lora_linear``, by the shortest way that gives what the operator does.
-
-    ``rest``: seed, scaling, dropout_p, impl.
-    """
+def run(x: Tensor, projections: Sequence[Operands], impl: str) -> Sequence[Tensor]:
+    """Return y of each projection, by the shortest way that gives what the operator does."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _transformed(x, weight, lora_A, lora_B, bias, *rest)
-    if not _unobserved(x, weight, lora_A, lora_B, bias):
-        return torch.ops.fastlora.lora_linear(x, weight, lora_A, lora_B, bias, *rest)[0]
+        return [_transformed(x, projection) for projection in projections]
+    flat = [t for w, a, b, bias, _, _, _ in projections for t in (w, a, b, bias)]
+    if not _unobserved(x, *flat):
+        return torch.ops.fastlora.lora_linears(x, *_lists(x, _alike(projections)), impl)[0]
     if torch.is_grad_enabled() and (
-        lora_A.requires_grad
-        or lora_B.requires_grad
-        or x.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
+        x.requires_grad or any(t is not None and t.requires_grad for t in flat)
     ):
-        return _apply(x, weight, lora_A, lora_B, bias, rest)
-    return _forward(x, weight, lora_A, lora_B, bias, *rest)[0]
+        return _apply(x, projections, impl, *flat)
+    return _forward(x, projections, impl)[0]
 
 
-def _transformed(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl) -> torch.Tensor:
+def _transformed(x: Tensor, projection: Operands) -> Tensor:
     """Return y in plain torch, which `torch.func` and forward-mode AD can go through."""
+    w, a, b, bias, seed, scaling, p = projection
     with exact(x.device):
-        x_hat = x.to(lora_A.dtype)
-        if seed is not None:
-            keep = keep_mask(seed, range(x.shape[0]), x.shape[1], dropout_p)
-            x_hat = x_hat * keep.to(lora_A.dtype) * kept_scale(dropout_p)
-        low_rank = linear(linear(x_hat, lora_A), lora_B) * scaling
-        return (linear(x, weight, bias) + low_rank).to(x.dtype)
+        y = linear(x, w, bias)
+        if a is None:
+            return y
+        keep = _kept(x, a, seed, p)
+        x_hat = x.to(a.dtype) if keep is None else x.to(a.dtype) * keep
+        return (y + linear(linear(x_hat, a), b) * scaling).to(x.dtype)
 
 
-def _unobserved(x, weight, lora_A, lora_B, other) -> bool:
+def _unobserved(*tensors: Tensor | None) -> bool:
     """Return whether no compiler, dispatch mode, transform or subclass would see an operator."""
-    return (
-        type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and type(lora_A) in _PLAIN
-        and type(lora_B) in _PLAIN
-        and type(other) in _PLAIN
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and not (_wrapped(x) or _wrapped(weight) or _wrapped(lora_A) or _wrapped(lora_B))
-        and (other is None or not _wrapped(other))
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return False
+    return all(not (t is not None and (type(t) not in _PLAIN or _wrapped(t))) for t in tensors)
 
 
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+_PLAIN = (Tensor, torch.nn.Parameter)

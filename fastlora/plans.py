@@ -6,12 +6,14 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastlora.projection import Operands
 
 IMPLEMENTATIONS = ("auto", "triton", "library", "torch", "reference")
 # What "auto" takes, from the environment when Python starts: one of the above.
@@ -74,28 +76,76 @@ _functions: dict[tuple, Callable[..., Any]] = {}
 
 
 def function(
-    op: str, impl: str, x: Tensor, w: Tensor, a: Tensor, dropout: bool, dy: Tensor | None = None
+    op: str,
+    impl: str,
+    x: Tensor,
+    projections: Sequence[Operands],
+    dys: Sequence[Tensor | None] = (),
 ) -> Callable[..., Any]:
     """Return what runs ``op`` ("forward" or "backward") on these operands: one look-up.
 
-    ``x`` [M, K], ``w`` [N, K], ``a`` [R, K], ``dy`` [M, N] in backward; ``impl`` names an
-    implementation or is "auto". The kernels' configs are chosen with it, where the operands can
-    be read 16 bytes at a time; others make the launchers ask for each.
+    ``x`` [M, K], ``dys`` [M, N] in backward; ``impl`` names an implementation or is "auto". The
+    kernels' configs are chosen with it, where the operands can be read 16 bytes at a time; others
+    make the launchers ask for each.
     """
-    wide = _wide(x) and _wide(w) and _wide(a) and (dy is None or _wide(dy))
-    (m, k), r, n = x.shape, a.shape[0], w.shape[0]
-    key = (op, impl, max(m - 1, 0).bit_length(), n, k, r, x.dtype, a.dtype, dropout, wide, x.device)
+    wide = _wide(x)
+    sizes: list[Any] = []
+    for w, a, _, _, seed, _, _ in projections:
+        if a is None:
+            sizes += w.shape[0], 0
+        else:
+            sizes += w.shape[0], a.shape[0], a.dtype, seed is not None
+            wide = wide and _wide(a)
+        wide = wide and _wide(w)
+    for dy in dys:
+        wide = wide and (dy is None or _wide(dy))
+    m, k = x.shape
+    key = (op, impl, max(m - 1, 0).bit_length(), k, x.dtype, wide, x.device, *sizes)
     found = _functions.get(key)
     if found is None:
-        problem = Problem(m, n, k, r, x.dtype, a.dtype, dropout)
-        if TUNE and impl == "auto":
-            _tune_on_first_use(problem, x.device)
-        plan = choose(op, impl, problem, x.device)
-        found = getattr(importlib.import_module(MODULES[plan.impl]), op)
-        if wide and plan.configs and plan.impl != "torch":
-            found = functools.partial(found, configs=plan.configs)
-        _functions[key] = found
+        found = _functions[key] = _function(op, impl, x, projections, wide)
     return found
+
+
+def _function(
+    op: str, impl: str, x: Tensor, projections: Sequence[Operands], wide: bool
+) -> Callable[..., Any]:
+    posed = [
+        None if a is None else Problem(*_mnk(x, w), a.shape[0], x.dtype, a.dtype, seed is not None)
+        for w, a, _, _, seed, _, _ in projections
+    ]
+    if TUNE and impl == "auto":
+        for problem in dict.fromkeys(filter(None, posed)):
+            _tune_on_first_use(problem, x.device)
+    each = {p: choose(op, impl, p, x.device) for p in dict.fromkeys(filter(None, posed))}
+    taken = _together(list(each.values())) if each else default(x.dtype, x.device)[0]
+    found = getattr(importlib.import_module(MODULES[taken]), f"{op}_all")
+    configs = [NO_CONFIGS if problem is None else each[problem].configs for problem in posed]
+    if wide and any(configs) and taken != "torch":
+        found = functools.partial(found, configs=configs)
+    return found
+
+
+NO_CONFIGS: Mapping[str, Any] = {}
+
+
+def _mnk(x: Tensor, w: Tensor) -> tuple[int, int, int]:
+    return x.shape[0], w.shape[0], x.shape[1]
+
+
+def _together(chosen: Sequence[Plan]) -> str:
+    """Return the implementation for projections of one x, from the plans that each would take.
+
+    The one that takes least in all, by what was measured or else predicted for every plan; where
+    neither is known of all, that of the first.
+    """
+    if len({plan.impl for plan in chosen}) == 1:
+        return chosen[0].impl
+    for times in ([p.seconds for p in chosen], [p.predicted for p in chosen]):
+        known = set.intersection(*map(set, times))
+        if known:
+            return min(sorted(known), key=lambda impl: sum(t[impl] for t in times))
+    return chosen[0].impl
 
 
 def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:

@@ -1,19 +1,22 @@
 """The ``torch`` implementation: library products only, for CPUs and for what Triton cannot do.
 
 In forward the low-rank product is written first and the base product adds itself to it; in
-backward it is the other way round (`kernels/CPU.md`). Nothing as wide as x or y is kept for
-backward beyond x itself: dropout is drawn again from its seed. What needs a temporary goes
-through it a block of rows at a time, in the same memory.
+backward it is the other way round (`kernels/CPU.md`). Projections of one x share what they can:
+their adapters read it stacked, and their gradients of it add up in one tensor. Nothing as wide as
+x or y is kept for backward beyond x itself: dropout is drawn again from its seed. What needs a
+temporary goes through it a block of rows at a time, in the same memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.dropout import KeptOnes, kept_scale
+from fastlora.projection import Operands
 
 # Rows of x or dy per temporary: on a CPU small enough for the cache, elsewhere large enough for
 # the launches.
@@ -37,16 +40,8 @@ def forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Return y [M, N] in the dtype of x and s = dropout(x) aᵀ [M, R] in the adapters' dtype."""
-    if seed is None and _at_once(x, a.dtype):
-        s = x.to(a.dtype) @ a.t()
-    else:
-        s = x.new_empty(x.shape[0], a.shape[0], dtype=a.dtype)
-        for rows, x_hat, _ in _blocks(x, a.dtype, seed, dropout_p):
-            torch.mm(x_hat, a.t(), out=_part(s, rows))
-    if seed is not None:
-        s.mul_(kept_scale(dropout_p))
-    y = expand(s, b.t(), scaling, x.new_empty(x.shape[0], w.shape[0]), bias)
-    return y.addmm_(x, w.t()), s
+    (y,), (s,) = forward_all(x, (Operands(w, a, b, bias, seed, scaling, dropout_p),))
+    return y, s
 
 
 def backward(
@@ -62,26 +57,130 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return dx [M, K], da [R, K] and db [N, R], each None unless its flag in ``needs`` is set."""
-    need_x, need_a, need_b = needs
-    dx = dy @ w if need_x else None
-    ds, db = _ds_db(dy, b, s, scaling, need_x or need_a, need_b)
-    if ds is None:
-        return None, None, db
+    need_x, *needs = needs
+    one = (Operands(w, a, b, None, seed, scaling, dropout_p),)
+    dx, (da,), (db,) = backward_all((dy,), x, one, (s,), need_x, (needs,))
+    return dx, da, db
+
+
+def forward_all(
+    x: Tensor, projections: Sequence[Operands]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Return y [M, N] and s = dropout(x) aᵀ [M, R] of each projection, s None without an a."""
+    ss: list[Tensor | None] = [None] * len(projections)
+    for same in _stacks(projections):
+        a = _stack([projections[i].a for i in same])
+        s = _shrink(x, a, projections[same[0]].seed, projections[same[0]].p)
+        for i, part in zip(
+            same, _parts(s, [projections[i].a.shape[0] for i in same], 1), strict=True
+        ):
+            ss[i] = part
+    ys = []
+    for (w, _, b, bias, _, scaling, _), s in zip(projections, ss, strict=True):
+        if s is None:
+            ys.append(F.linear(x, w, bias))
+        else:
+            y = expand(s, b.t(), scaling, x.new_empty(x.shape[0], w.shape[0]), bias)
+            ys.append(y.addmm_(x, w.t()))
+    return ys, ss
+
+
+def backward_all(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Operands],
+    ss: Sequence[Tensor | None],
+    need_x: bool,
+    needs: Sequence[tuple[bool, bool]],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Return dx [M, K] of all projections together, and da [R, K] and db [N, R] of each.
+
+    ``needs`` says of each projection whether da and db are asked for; what is not asked for, or
+    has no dy, is None.
+    """
+    dx = None
+    dss, dbs, das = ([None] * len(projections) for _ in range(3))
+    for i, (dy, (w, a, b, _, _, scaling, _), s, (need_a, need_b)) in enumerate(
+        zip(dys, projections, ss, needs, strict=True)
+    ):
+        if dy is None:
+            continue
+        if need_x:
+            dx = dy @ w if dx is None else dx.addmm_(dy, w)
+        if a is not None:
+            dss[i], dbs[i] = _ds_db(dy, b, s, scaling, need_x or need_a, need_b)
+    for same in _stacks(projections):
+        same = [i for i in same if dss[i] is not None]
+        if not same:
+            continue
+        (_, _, _, _, seed, _, p), need_a = projections[same[0]], any(needs[i][0] for i in same)
+        a, ds = _stack([projections[i].a for i in same]), _stack([dss[i] for i in same], 1)
+        da = _add_low_rank(dx, x, ds, a, seed, p, need_a)
+        if need_a:
+            for i, part in zip(
+                same, _parts(da, [projections[i].a.shape[0] for i in same], 0), strict=True
+            ):
+                das[i] = part if needs[i][0] else None
+    return dx, das, dbs
+
+
+def _stacks(projections: Sequence[Operands]) -> list[list[int]]:
+    """Return which adapters read x together, stacked along the rank: those that drop nothing."""
+    if len(projections) == 1:
+        return [[0]] if projections[0].a is not None else []
+    apart, together = [], {}
+    for i, (_, a, _, _, seed, _, _) in enumerate(projections):
+        if seed is not None:
+            apart.append([i])
+        elif a is not None:
+            together.setdefault(a.dtype, []).append(i)
+    return [*together.values(), *apart]
+
+
+def _stack(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _parts(whole: Tensor, sizes: list[int], dim: int) -> Sequence[Tensor]:
+    """Return the parts of a stack, each in memory of its own."""
+    return (whole,) if len(sizes) == 1 else torch.split_with_sizes_copy(whole, sizes, dim)
+
+
+def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """Return dropout(x) aᵀ [M, R] in the dtype of a."""
+    if seed is None and _at_once(x, a.dtype):
+        return x.to(a.dtype) @ a.t()
+    s = x.new_empty(x.shape[0], a.shape[0], dtype=a.dtype)
+    for rows, x_hat, _ in _blocks(x, a.dtype, seed, p):
+        torch.mm(x_hat, a.t(), out=_part(s, rows))
+    return s if seed is None else s.mul_(kept_scale(p))
+
+
+def _add_low_rank(
+    dx: Tensor | None,
+    x: Tensor,
+    ds: Tensor,
+    a: Tensor,
+    seed: Tensor | None,
+    p: float,
+    need_a: bool,
+) -> Tensor | None:
+    """Add dropout'(ds a) to ``dx`` where there is one; return da [R, K] if it is asked for."""
     if seed is not None:
-        ds.mul_(kept_scale(dropout_p))
-    elif need_x:
+        ds.mul_(kept_scale(p))
+    elif dx is not None:
         _add_product(dx, ds, a)
     if seed is None and _at_once(x, a.dtype):
-        return dx, _tall(ds) @ x.to(a.dtype) if need_a else None, db
+        return _tall(ds) @ x.to(a.dtype) if need_a else None
     da = torch.zeros(a.shape, dtype=_sum_dtype(a), device=a.device) if need_a else None
     if need_a or seed is not None:
-        left, right = _in_dtype(ds, a, x)
-        for rows, x_hat, ones in _blocks(x, a.dtype, seed, dropout_p):
+        left, right = (ds, a) if dx is None else _in_dtype(ds, a, x)
+        for rows, x_hat, ones in _blocks(x, a.dtype, seed, p):
             if need_a:
                 da += (_tall(_part(ds, rows)) @ x_hat).to(da.dtype)
-            if need_x and ones is not None:
+            if dx is not None and ones is not None:
                 _part(dx, rows).addcmul_((_part(left, rows) @ right).to(x.dtype), ones)
-    return dx, da.to(a.dtype) if need_a else None, db
+    return da.to(a.dtype) if need_a else None
 
 
 def _ds_db(

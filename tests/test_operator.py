@@ -21,8 +21,10 @@ import fastlora
 from fastlora import ops, reference
 from fastlora.dropout import keep_mask, new_seed
 from fastlora.flops import FORMULAS
+from fastlora.projection import Operands
 
-OP = torch.ops.fastlora.lora_linear.default
+OP = torch.ops.fastlora.lora_linears.default
+BACKWARD = torch.ops.fastlora.lora_linears_backward.default
 each_impl = pytest.mark.parametrize("impl", ["torch", "triton"])
 
 
@@ -34,6 +36,11 @@ def arguments(dtype=torch.float32, adapter=None, m=6, n=10, k=8, r=3, grad=True)
     for name in ("x", "lora_A", "lora_B"):
         t[name].requires_grad_(grad)
     return t
+
+
+def listed(*tensors):
+    """Lists of one for the operator; an empty tensor for None."""
+    return tuple([torch.empty(0) if t is None else t] for t in tensors)
 
 
 def grads(y, t, names=("x", "lora_A", "lora_B")):
@@ -112,7 +119,7 @@ def test_gradcheck_and_double_backward(p):
     inputs = [t[n].requires_grad_() for n in ("x", "weight", "lora_A", "lora_B", "bias")]
 
     def layer(x, weight, lora_A, lora_B, bias):
-        return OP(x, weight, lora_A, lora_B, bias, seed, 0.5, p, "torch")[0]
+        return OP(x, *listed(weight, lora_A, lora_B, bias, seed), 0.5, [p], "torch")[0][0]
 
     assert torch.autograd.gradcheck(layer, inputs)
     assert torch.autograd.gradgradcheck(layer, inputs)
@@ -128,18 +135,23 @@ def test_opcheck(impl, kind, p):
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if kind == "fp32":
         tests.append("test_aot_dispatch_dynamic")
-    args = (t["x"], t["weight"], t["lora_A"], t["lora_B"], t["bias"], seed, 0.5, p, impl)
+    lists = listed(*(t[n] for n in ("weight", "lora_A", "lora_B", "bias")), seed)
+    args = (t["x"], *lists, 0.5, [p], impl)
     opcheck(OP, args, test_utils=tests)
-    y, s = OP(*args)
-    dy = torch.randn_like(y).detach()
-    detached = [t[n].detach() for n in ("x", "weight", "lora_A", "lora_B")]
-    for needs in itertools.product((True, False), repeat=3):
-        backward_args = (dy, *detached, s.detach(), seed, 0.5, p, impl, *needs)
-        opcheck(
-            torch.ops.fastlora.lora_linear_backward.default,
-            backward_args,
-            test_utils=["test_schema", "test_faketensor"],
+    (y,), (s,) = OP(*args)
+    x, weight, a, b = (t[n].detach() for n in ("x", "weight", "lora_A", "lora_B"))
+    lists = (*listed(weight, a, b, s.detach(), seed), 0.5, [p])
+    for need_x, need_a, need_b in itertools.product((True, False), repeat=3):
+        backward_args = (
+            [torch.randn_like(y).detach()],
+            x,
+            *lists,
+            impl,
+            need_x,
+            [need_a],
+            [need_b],
         )
+        opcheck(BACKWARD, backward_args, test_utils=["test_schema", "test_faketensor"])
 
 
 @each_impl
@@ -396,15 +408,13 @@ def test_float32_adapters_keep_their_precision_under_autocast(impl, mode):
 @pytest.mark.parametrize("kind", ["fp32", "bf16-fp32"])
 def test_fake_and_real_gradients_lie_alike(impl, kind, p):
     t = arguments(*KINDS[kind], grad=False)
-    args = [t[n].t().contiguous().t() for n in ("x", "weight", "lora_A", "lora_B")]
+    x, *args = (t[n].t().contiguous().t() for n in ("x", "weight", "lora_A", "lora_B"))
     seed = torch.tensor([1]) if p else None
-    y, s = OP(*args, None, seed, 0.5, p, impl)
+    (y,), (s,) = OP(x, *listed(*args, None, seed), 0.5, [p], impl)
     dy = torch.randn_like(y).t().contiguous().t()
-    opcheck(
-        torch.ops.fastlora.lora_linear_backward.default,
-        (dy, *args, s, seed, 0.5, p, impl, True, True, True),
-        test_utils=["test_faketensor"],
-    )
+    lists = (*listed(*args, s, seed), 0.5, [p])
+    backward_args = ([dy], x, *lists, impl, True, [True], [True])
+    opcheck(BACKWARD, backward_args, test_utils=["test_faketensor"])
 
 
 def test_float64_runs_on_torch_and_not_on_triton():
@@ -510,9 +520,12 @@ def test_info_ends_in_ok(interpret):
 def test_info_says_what_failed(monkeypatch, capsys):
     from fastlora import info, torch_impl
 
-    right = torch_impl.backward
-    wrong = lambda *a: tuple(-g for g in right(*a))  # noqa: E731
-    monkeypatch.setattr(torch_impl, "backward", wrong)
+    def wrong(*args):
+        dx, das, dbs = right(*args)
+        return -dx, das, dbs
+
+    right = torch_impl.backward_all
+    monkeypatch.setattr(torch_impl, "backward_all", wrong)
     assert info.main() == 1
     out = capsys.readouterr().out
     assert "torch on cpu, float32: forward and backward WRONG" in out and "FAILED" in out
@@ -573,15 +586,16 @@ def test_the_short_way_gives_what_the_operator_gives(impl, p):
     """Without the dispatcher, in eager mode: the same bits, and the same gradients."""
     t = arguments(torch.bfloat16, torch.float32)
     seed = torch.tensor([7]) if p else None
-    rest = (None, seed, 0.5, p, impl)
-    tensors = [t[name] for name in ("x", "weight", "lora_A", "lora_B")]
-    direct, (through, _) = ops.run(*tensors, *rest), torch.ops.fastlora.lora_linear(*tensors, *rest)
+    x, *tensors = (t[name] for name in ("x", "weight", "lora_A", "lora_B"))
+    (through,), _ = OP(x, *listed(*tensors, None, seed), 0.5, [p], impl)
+    projections = [Operands(*tensors, None, seed, 0.5, p)]
+    (direct,) = ops.run(x, projections, impl)
     assert torch.equal(direct, through)
-    leaves = [tensors[i] for i in (0, 2, 3)]
+    leaves = [x, *tensors[1:]]
     mine = torch.autograd.grad(direct.sum(), leaves)
     assert all(map(torch.equal, mine, torch.autograd.grad(through.sum(), leaves)))
     with torch.no_grad():
-        assert torch.equal(ops.run(*tensors, *rest), direct)
+        assert torch.equal(ops.run(x, projections, impl)[0], direct)
 
 
 # Transforms

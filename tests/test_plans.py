@@ -22,6 +22,7 @@ from fastlora import measured, plans, tuner
 from fastlora.__main__ import main
 from fastlora.measured import Timing
 from fastlora.plans import Problem
+from fastlora.projection import Operands
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PROBLEM = Problem(64, 48, 32, 16, torch.bfloat16, torch.float32)
@@ -155,9 +156,10 @@ def test_a_draw_leaves_the_default():
 def test_measurements_hold_for_their_bucket():
     """M and R are rounded up to powers of two; everything else is exact."""
     measured.add({PROBLEM: timings(), PROBLEM._replace(M=2): timings()}, CPU)
-    x, w, a, _ = operands(2)
-    assert module(plans.function("forward", "auto", x[:0], w, a, False)) == "fastlora.torch_impl"
-    assert module(plans.function("forward", "auto", x, w, a, False)) == "fastlora_kernels.linear"
+    x, *projection = operands(2)
+    projection = [Operands(*projection, None, None, 1.0, 0.0)]
+    assert module(plans.function("forward", "auto", x[:0], projection)) == "fastlora.torch_impl"
+    assert module(plans.function("forward", "auto", x, projection)) == "fastlora_kernels.linear"
     for same in ({"M": 33}, {"M": 64, "R": 3}):
         assert chosen(problem=PROBLEM._replace(**same)) == "triton"
     others = ({"M": 32}, {"M": 65}, {"R": 17}, {"N": 47}, {"K": 33}, {"dropout": True})
@@ -179,16 +181,17 @@ def test_a_compiled_graph_chooses_for_the_rows_that_come(monkeypatch):
 
 def test_the_choice_is_one_look_up(monkeypatch):
     """Nothing is computed again and no memory is kept by further calls."""
-    x, w, a, _ = operands()
-    plans.function("forward", "auto", x, w, a, False)
+    x, *projection = operands()
+    projection = [Operands(*projection, None, None, 1.0, 0.0)]
+    plans.function("forward", "auto", x, projection)
     monkeypatch.setattr(plans, "choose", None)
     tracemalloc.start()
     for m in range(33, 65):
-        plans.function("forward", "auto", x[:m], w, a, False)
+        plans.function("forward", "auto", x[:m], projection)
     before = tracemalloc.get_traced_memory()[0]
     for _ in range(10):
         for m in range(33, 65):
-            plans.function("forward", "auto", x[:m], w, a, False)
+            plans.function("forward", "auto", x[:m], projection)
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert grown < 1024

@@ -3,7 +3,7 @@
 from fastlora_kernels.columns import da, ds_db
 from fastlora_kernels.configs import Chip, Config
 from fastlora_kernels.launch import INTERPRETED
-from fastlora_kernels.linear import backward, forward
+from fastlora_kernels.linear import backward, backward_all, forward, forward_all
 from fastlora_kernels.product import product
 from fastlora_kernels.shrink import shrink
 
@@ -12,9 +12,11 @@ __all__ = [
     "Chip",
     "Config",
     "backward",
+    "backward_all",
     "da",
     "ds_db",
     "forward",
+    "forward_all",
     "product",
     "shrink",
 ]

@@ -1,0 +1,37 @@
+"""A projection of x: a frozen weight, and beside it an adapter or none."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Projection(NamedTuple):
+    """What `lora_linears` makes of x: ``x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ``.
+
+    ``weight`` [N, K], ``lora_A`` [R, K], ``lora_B`` [N, R] and ``bias`` [N], dtypes as for
+    `lora_linear`. Without ``lora_A`` and ``lora_B`` there is no adapter: x Wᵀ + bias.
+    """
+
+    weight: Tensor
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    bias: Tensor | None = None
+    scaling: float | Tensor = 1.0
+    dropout_p: float = 0.0
+
+
+class Operands(NamedTuple):
+    """A projection as implementations take it: checked, and with dropout's seed drawn.
+
+    ``a`` and ``b`` are None without an adapter; ``seed`` ([1], int64) is None without dropout.
+    """
+
+    w: Tensor
+    a: Tensor | None
+    b: Tensor | None
+    bias: Tensor | None
+    seed: Tensor | None
+    scaling: float
+    p: float
