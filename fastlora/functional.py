@@ -52,7 +52,7 @@ def lora_linear(
     given = Projection(weight, lora_A, lora_B, bias, scaling, dropout_p)
     if not _plainly_right(x, *given):
         x, given = _checked(x, *given)
-    return _apply(x, [given], training, impl)[0]
+    return run_checked(x, [given], training, impl)[0]
 
 
 def lora_linears(
@@ -74,20 +74,27 @@ def lora_linears(
     """
     if not len(projections):
         raise ValueError("projections must hold at least one, got none")
-    checked = []
+    x, projections = checked(x, projections)
+    return list(run_checked(x, projections, training, impl))
+
+
+def checked(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, list[Projection]]:
+    """Return x and projections as `run_checked` takes them, or raise as `lora_linears` does."""
+    found = []
     for i, projection in enumerate(projections):
         if not _plainly_right(x, *projection):
             try:
                 x, projection = _checked(x, *projection)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"projections[{i}]: {error}") from None
-        checked.append(projection)
-    return list(_apply(x, checked, training, impl))
+        found.append(projection)
+    return x, found
 
 
-def _apply(
-    x: Tensor, projections: Sequence[Projection], training: bool, impl: str
+def run_checked(
+    x: Tensor, projections: Sequence[Projection], training: bool, impl: str = "auto"
 ) -> Sequence[Tensor]:
+    """Do what `lora_linears` does once everything is checked."""
     if impl != "auto" or plans.FORCED != "auto":
         impl = plans.named(impl, x)
     operands = [

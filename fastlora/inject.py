@@ -6,13 +6,13 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastlora import targets
+from fastlora import sibling_search, targets
 from fastlora.config import LoRAConfig
 from fastlora.hyperparameters import (
     check_adapter_dtype,
@@ -50,7 +50,8 @@ class InjectReport:
     """What `inject` did; ``print`` it.
 
     ``replaced``: (name, in, out, r); ``trained``: (name, parameters) of modules trained in full;
-    ``skipped``: (name, why) of other linear layers; ``trainable``, ``total``: parameter counts.
+    ``skipped``: (name, why) of other linear layers; ``trainable``, ``total``: parameter counts;
+    ``siblings``: (parent, children's names) of each group that runs as one operator.
     """
 
     adapter: str
@@ -59,6 +60,7 @@ class InjectReport:
     skipped: list[tuple[str, str]]
     trainable: int
     total: int
+    siblings: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
 
     @property
     def percentage(self) -> float:
@@ -76,6 +78,7 @@ class InjectReport:
         for row in rows:
             lines.append("  " + "  ".join(map(str.ljust, row, widths)).rstrip())
         lines += [f"  trained in full: {name} ({count:,})" for name, count in self.trained]
+        lines += [f"  {line}" for line in sibling_search.listed(self.siblings)]
         reasons = defaultdict(Counter)
         for name, why in self.skipped:
             reasons[why][_last(name)] += 1
@@ -89,6 +92,7 @@ def inject(
     adapter: str = DEFAULT_ADAPTER,
     *,
     adapter_dtype: torch.dtype | None = None,
+    fuse_siblings: sibling_search.How = False,
 ) -> InjectReport:
     """Put an adapter into ``model``, in place, make it the active one and report what was done.
 
@@ -96,12 +100,25 @@ def inject(
     that shares its weight; modules in ``config.modules_to_save`` become `TrainableModule`. The
     first adapter freezes everything else; later ones leave the rest as it is. ``adapter_dtype``
     defaults to float32 under 16-bit weights and to the weights' dtype otherwise.
+
+    With ``fuse_siblings`` layers that are called with the same tensor, such as q, k and v, run as
+    one operator (`lora_linears`), the frozen ``nn.Linear`` among them included. True finds them by
+    a forward on the small input that models of transformers bring along; for other models give an
+    example input (a tensor, or a mapping of keyword arguments), or the names of children in the
+    order of their calls: ``[("q", "k", "v"), ("gate", "up")]``.
     Raises ValueError or TypeError, naming what is wrong, before anything is changed.
     """
     made = plan(model, config, adapter, adapter_dtype)
     model = unwrapped(model)
+    siblings = []
+    if fuse_siblings is not False:
+        adapted = [module for module, *_ in made.layers.values()]
+        adapted += [module for module in model.modules() if isinstance(module, LoRALinear)]
+        siblings = sibling_search.find(model, fuse_siblings, adapted)
     apply(model, made, adapter)
-    return made.report(model, adapter)
+    report = made.report(model, adapter)
+    report.siblings = sibling_search.make(siblings)
+    return report
 
 
 @dataclass

@@ -20,6 +20,7 @@ from fastlora.hyperparameters import (
     scaling_of,
 )
 from fastlora.several import Adapter, lora_sum
+from fastlora.siblings import FrozenLinear, Group, Operands, handed
 
 DEFAULT_ADAPTER = "default"
 
@@ -42,6 +43,7 @@ class LoRALinear(nn.Linear):
 
     # True when ``weight`` is stored [in, out], as in transformers' Conv1D.
     fan_in_fan_out = False
+    _siblings: Group | None = None
 
     def __init__(
         self,
@@ -275,6 +277,9 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] for x [..., in] in x's dtype; see `fastlora.lora_linear`."""
+        y = handed(self, x)
+        if y is not None:
+            return y
         if self.disable_adapters or self.merged_adapters or not self.active_adapters:
             return F.linear(x, self._oriented(self._forward_weight()), self.bias)
         return lora_sum(x, self._oriented(self.weight), self.bias, self.adapters())
@@ -290,6 +295,12 @@ class LoRALinear(nn.Linear):
             )
             for name in self.active_adapters
         ]
+
+    def sibling_operands(self, x: Tensor) -> Operands | None:
+        """Return what `siblings` computes with, None while the weight alone is used."""
+        if self.disable_adapters or self.merged_adapters:
+            return None
+        return Operands(self.weight, self.fan_in_fan_out, self.bias, self.adapters())
 
     def _forward_weight(self) -> Tensor:
         if self.disable_adapters and self.merged_adapters:
@@ -366,7 +377,7 @@ def unsupported(module: nn.Module) -> str | None:
     if not is_conv1d(module):
         if not isinstance(module, nn.Linear):
             return f"must be an nn.Linear or a transformers Conv1D, got {kind.__name__}"
-        if kind.forward is not nn.Linear.forward:
+        if kind.forward is not nn.Linear.forward and kind is not FrozenLinear:
             return f"is a {kind.__name__}, whose forward is not that of nn.Linear"
         if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
             return "belongs to nn.MultiheadAttention, which reads its weight and never calls it"

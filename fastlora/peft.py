@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from fastlora import sibling_search
 from fastlora.layer import LoRALinear
 from fastlora.model import unwrapped
 
@@ -29,17 +30,20 @@ class PatchReport:
     """What `patch_peft` did; ``print`` it.
 
     ``fused``: names of the LoRA layers that run the fused forward; ``not_fused``: (name, why) of
-    the others, which run PEFT's own code.
+    the others, which run PEFT's own code. ``siblings``: (parent, children's names) of each group
+    that runs as one operator.
     """
 
     fused: list[str]
     not_fused: list[tuple[str, str]]
+    siblings: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
 
     def __str__(self) -> str:
         total = len(self.fused) + len(self.not_fused)
         lines = [f"{len(self.fused)} of {total} LoRA layers fused"]
         if self.fused:
             lines.append(f"  fused: {_counted(self.fused)}")
+        lines += [f"  {line}" for line in sibling_search.listed(self.siblings)]
         reasons = defaultdict(list)
         for name, why in self.not_fused:
             reasons[why].append(name)
@@ -47,16 +51,20 @@ class PatchReport:
         return "\n".join(lines)
 
 
-def patch_peft(model: nn.Module) -> PatchReport:
+def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -> PatchReport:
     """Give the LoRA layers that PEFT put into ``model`` the fused forward, in place.
 
     Nothing else changes: parameters, keys, merging, saving and every call of PEFT's stay as they
     were. Adapters added to a ``PeftModel`` or loaded into it later are picked up; in models that
     are wrapped otherwise new layers are not. What cannot be fused runs PEFT's own code and is
     listed with the reason; a second patch finds what has come and lists it all again.
+
+    With ``fuse_siblings`` layers that are called with the same tensor, such as q, k and v, run as
+    one operator; see `inject` for its values. A plain ``nn.Linear`` between them takes part, by a
+    class of its own.
     Raises ImportError without PEFT and RuntimeError for a release that was not tested; ValueError
-    for a model that has no LoRA layer of PEFT's or that has been compiled. The model is then as it
-    was.
+    for a model that has no LoRA layer of PEFT's or that has been compiled, and as `inject` for
+    ``fuse_siblings``. The model is then as it was.
     """
     _check_release()
     from peft.tuners.lora import LoraLayer
@@ -73,6 +81,10 @@ def patch_peft(model: nn.Module) -> PatchReport:
         [name for name, why in reasons if why is None],
         [(name, why) for name, why in reasons if why is not None],
     )
+    siblings = []
+    if fuse_siblings is not False:
+        fused = [layer for (_, layer), (_, why) in zip(layers, reasons, strict=True) if why is None]
+        siblings = sibling_search.find(model, fuse_siblings, fused)
     if not report.fused:  # before anything is changed, as a warning may be an error
         warnings.warn(f"patch_peft() fused nothing\n{report}", stacklevel=2)
     for _, layer in layers:
@@ -80,6 +92,7 @@ def patch_peft(model: nn.Module) -> PatchReport:
     for module in model.modules():
         if type(module) is LoraModel:
             vars(module).setdefault("_create_new_module", peft_layer.new_layer)
+    report.siblings = sibling_search.make(siblings)
     return report
 
 
@@ -93,6 +106,7 @@ def unpatch_peft(model: nn.Module) -> None:
     from fastlora import peft_layer
 
     model = unwrapped(model)
+    sibling_search.separate(model)
     fused = [module for module in model.modules() if isinstance(module, peft_layer.FusedLinear)]
     kinds = {kind: peft_layer.pefts_class(kind) for kind in {type(layer) for layer in fused}}
     for layer in fused:

@@ -14,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook as module_hooks
 from fastlora.functional import DTYPES
 from fastlora.layer import is_conv1d
 from fastlora.several import Adapter, lora_sum
+from fastlora.siblings import FrozenLinear, Group, Operands, handed
 
 _PLAIN = (Tensor, nn.Parameter)
 _LIKE_WEIGHT = object()
@@ -26,19 +27,38 @@ class FusedLinear(lora.Linear):
     forward is fused is decided each time, as adapters come, go and change.
     """
 
+    _siblings: Group | None = None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return [..., out] for x [..., in], in the dtype of the base layer's output."""
         if not (args or kwargs or self.disable_adapters or self.merged):
+            y = handed(self, x)
+            if y is not None:
+                return y
             found = operands(self, x)
             if not isinstance(found, str) and found[2]:
                 return lora_sum(x, *found)
         return super().forward(x, *args, **kwargs)
+
+    def sibling_operands(self, x: Tensor) -> Operands | None:
+        """Return what `siblings` computes with, None while PEFT's own code has to run."""
+        if self.disable_adapters or self.merged:
+            return None
+        found = operands(self, x)
+        base = self._modules["base_layer"]
+        if isinstance(found, str) or found[1] is not base._parameters["bias"]:
+            return None
+        return Operands(base.weight, not isinstance(base, nn.Linear), base.bias, found[2])
 
 
 def fuse(layer: nn.Module) -> None:
     """Have a layer of PEFT's plain kind run the fused forward where it can."""
     if type(layer) is lora.Linear:
         layer.__class__ = FusedLinear
+        base = layer.base_layer
+        if type(base) is FrozenLinear:  # it takes its place among its siblings
+            base.__class__ = nn.Linear
+            layer._siblings = vars(base).pop("_siblings", None)
 
 
 def pefts_class(kind: type) -> type:
@@ -80,7 +100,7 @@ def registered_layer(
 
 def is_plain(base: nn.Module) -> bool:
     """Return whether ``base`` is an ``nn.Linear`` or a Conv1D, and no subclass of one."""
-    return type(base) is nn.Linear or is_conv1d(base)
+    return type(base) in (nn.Linear, FrozenLinear) or is_conv1d(base)
 
 
 def why_not(layer: nn.Module) -> str | None:
@@ -139,7 +159,7 @@ def operands(
             if extra is not None:
                 extra = extra * adapter[2]
                 bias = extra if bias is None else bias + extra
-    return weight if type(base) is nn.Linear else weight.t(), bias, adapters
+    return weight if isinstance(base, nn.Linear) else weight.t(), bias, adapters
 
 
 def _adapter(

@@ -22,7 +22,7 @@ def lora_sum(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[
     Shapes, dtypes and errors as for `lora_linear`; each adapter drops its own elements of x.
     """
     if len(adapters) > 1 and not any(p for *_, p in adapters):
-        adapters = [_stacked(weight.dtype, adapters)]
+        adapters = [stacked(weight.dtype, adapters)]
     (a, b, scaling, p), *others = adapters
     y = lora_linear(x, weight, a, b, bias, scaling=scaling, dropout_p=p, training=p > 0.0)
     for a, b, scaling, p in others:
@@ -33,7 +33,7 @@ def lora_sum(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[
     return y
 
 
-def _stacked(base: torch.dtype, adapters: Sequence[Adapter]) -> Adapter:
+def stacked(base: torch.dtype, adapters: Sequence[Adapter]) -> Adapter:
     """Return the adapter of the ranks' sum that adds what ``adapters`` add together."""
     dtype = base if all(a.dtype == base for a, *_ in adapters) else torch.float32
     a = torch.cat([a.to(dtype) for a, *_ in adapters])

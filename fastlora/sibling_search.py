@@ -1,0 +1,217 @@
+"""Finding siblings, by a traced forward or by name, and making groups of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.siblings import FrozenLinear, Group, Groups
+
+# True: an input that the model brings along (transformers); or one; or names of children.
+How = bool | Tensor | Mapping[str, Any] | Sequence[Sequence[str]]
+
+
+class Found(NamedTuple):
+    """Children of one module, in the order of their calls."""
+
+    parent: nn.Module
+    path: str
+    names: tuple[str, ...]
+
+
+def find(model: nn.Module, how: How, adapted: Collection[nn.Module]) -> list[Found]:
+    """Return the groups of siblings of ``model`` that hold at least one of ``adapted``.
+
+    Siblings are children of one module that are called with one and the same tensor, every time:
+    ``adapted`` layers, and plain ``nn.Linear`` ones beside them. ``how`` says how to find out:
+
+    - True: one forward on the small input that models of transformers bring along;
+    - an example input, a tensor or keyword arguments: one forward on that, without gradients, in
+      evaluation mode;
+    - sequences of children's names in the order of their calls, such as ``[("q", "k", "v")]``: no
+      forward.
+
+    Raises ValueError where there is no such input, where the forward fails or where names select
+    nothing, and TypeError for anything else. The model stays as it is.
+    """
+    layers = {id(layer) for layer in adapted}
+    children = _children(model, layers)
+    if isinstance(how, (Tensor, Mapping)) or how is True:
+        groups = _traced(model, _example(model, how), children)
+    elif _are_names(how):
+        groups = _named(model, how, children)
+    else:
+        raise TypeError(
+            "fuse_siblings must be True, an example input (a tensor or a mapping of keyword "
+            f"arguments) or sequences of names, such as [('q', 'k', 'v')], got {how!r:.100}"
+        )
+    return [
+        found
+        for found in groups
+        if any(id(found.parent._modules[name]) in layers for name in found.names)
+    ]
+
+
+def make(groups: Sequence[Found]) -> list[tuple[str, tuple[str, ...]]]:
+    """Make groups of what `find` has found; return (path of the parent, names) of each."""
+    by_parent = defaultdict(list)
+    for found in groups:
+        by_parent[found.parent].append(found.names)
+    for parent, several in by_parent.items():
+        made = []
+        for names in several:
+            made.append(Group(names))
+            for name in names:
+                child = parent._modules[name]
+                if type(child) is nn.Linear:
+                    child.__class__ = FrozenLinear
+                child._siblings = made[-1]
+        parent._sibling_groups = Groups(parent, made)
+    return [(found.path, found.names) for found in groups]
+
+
+def separate(model: nn.Module) -> None:
+    """Take every group in ``model`` apart: each layer computes alone, as before `make`."""
+    for module in model.modules():
+        vars(module).pop("_siblings", None)
+        vars(module).pop("_sibling_groups", None)
+        if type(module) is FrozenLinear:
+            module.__class__ = nn.Linear
+
+
+def listed(groups: Sequence[tuple[str, tuple[str, ...]]]) -> list[str]:
+    """Return a line of a report for each different group, with how often it comes."""
+    counts = defaultdict(int)
+    for _, names in groups:
+        counts[names] += 1
+    return [f"siblings: {', '.join(names)}" + f" x{n}" * (n > 1) for names, n in counts.items()]
+
+
+def _children(model: nn.Module, adapted: set[int]) -> dict[int, tuple[nn.Module, str, str]]:
+    """Return what can be a sibling, by id: its first parent, the parent's path and its name."""
+    found: dict[int, tuple[nn.Module, str, str]] = {}
+    inside: set[int] = set()  # PEFT keeps linear layers in its own
+    for path, parent in model.named_modules():
+        if id(parent) in adapted:
+            inside.update(id(module) for module in parent.modules())
+        if id(parent) in inside:
+            continue
+        for name, child in parent._modules.items():
+            if id(child) in adapted or type(child) in (nn.Linear, FrozenLinear):
+                found.setdefault(id(child), (parent, path, name))
+    return found
+
+
+def _example(model: nn.Module, how: How) -> Mapping[str, Any] | Tensor:
+    if how is not True:
+        return how
+    example = getattr(model, "dummy_inputs", None)
+    if not isinstance(example, Mapping) or not example:
+        raise ValueError(
+            f"fuse_siblings=True: {type(model).__name__} brings no input along to find siblings "
+            "with; give one, such as fuse_siblings={'x': torch.zeros(1, 16)}, or the children's "
+            "names: fuse_siblings=[('q', 'k', 'v')]"
+        )
+    return example
+
+
+def _traced(
+    model: nn.Module, example: Mapping[str, Any] | Tensor, children: dict[int, tuple]
+) -> list[Found]:
+    seen: dict[tuple, list[int]] = defaultdict(list)  # by parent and input: children as called
+    alive = []  # an id is a tensor's own only while it lives
+
+    def called(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(x, Tensor):
+            alive.append(x)
+            together = seen[id(children[id(module)][0]), id(x), x._version]
+            if id(module) not in together:
+                together.append(id(module))
+
+    modules = {id(m): m for m in model.modules() if id(m) in children}
+    hooks = [m.register_forward_pre_hook(called, with_kwargs=True) for m in modules.values()]
+    try:
+        with _evaluating(model):
+            _call(model, example)
+    except Exception as error:
+        raise ValueError(
+            f"fuse_siblings: {type(model).__name__} raised {type(error).__name__} on the example "
+            f"input ({error!s:.200}); give another, or names: fuse_siblings=[('q', 'k', 'v')]"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    always: dict[int, set[tuple[int, ...]]] = defaultdict(set)
+    for together in seen.values():
+        for child in together:
+            always[child].add(tuple(together))
+    groups = dict.fromkeys(map(tuple, seen.values()))
+    return [
+        _found(group, children)
+        for group in groups
+        if len(group) > 1 and all(always[child] == {group} for child in group)
+    ]
+
+
+def _call(model: nn.Module, example: Mapping[str, Any] | Tensor) -> None:
+    where = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(example, Tensor):
+        model(example.to(where))
+    else:
+        model(**{k: v.to(where) if isinstance(v, Tensor) else v for k, v in example.items()})
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    """Run ``model`` in evaluation mode, without gradients and without using up random numbers."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _are_names(how: Any) -> bool:
+    return (
+        isinstance(how, Sequence)
+        and not isinstance(how, str)
+        and len(how) > 0
+        and all(isinstance(names, Sequence) and not isinstance(names, str) for names in how)
+        and all(isinstance(name, str) for names in how for name in names)
+    )
+
+
+def _named(
+    model: nn.Module, how: Sequence[Sequence[str]], children: dict[int, tuple]
+) -> list[Found]:
+    flat = [name for names in how for name in names]
+    if len(set(flat)) < len(flat) or any(len(names) < 2 for names in how):
+        raise ValueError(
+            "fuse_siblings: a group is two names or more, each in one group only, got "
+            f"{[tuple(names) for names in how]}"
+        )
+    groups = []
+    for names in how:
+        of_these = []
+        for module in model.modules():
+            group = tuple(id(module._modules.get(name)) for name in names)
+            if all(child in children and children[child][0] is module for child in group):
+                of_these.append(_found(group, children))
+        if not of_these:
+            raise ValueError(f"fuse_siblings: no module has linear layers named {tuple(names)}")
+        groups += of_these
+    return groups
+
+
+def _found(group: tuple[int, ...], children: dict[int, tuple]) -> Found:
+    parent, path, _ = children[group[0]]
+    return Found(parent, path, tuple(children[child][2] for child in group))
