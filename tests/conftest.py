@@ -111,3 +111,22 @@ def one_process():
     )
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """How many layers each operator of siblings computed."""
+    from fastlora import functional, siblings
+
+    sizes = []
+
+    class Counting:
+        checked = staticmethod(functional.checked)
+
+        @staticmethod
+        def run_checked(x, projections, **options):
+            sizes.append(len(projections))
+            return functional.run_checked(x, projections, **options)
+
+    monkeypatch.setattr(siblings, "functional", Counting)
+    return sizes
