@@ -97,6 +97,18 @@ def run_checked(
     """Do what `lora_linears` does once everything is checked."""
     if impl != "auto" or plans.FORCED != "auto":
         impl = plans.named(impl, x)
+    shape = x.shape
+    x, operands = drawn(x, projections, training)
+    ys = [_reference(x, *o) for o in operands] if impl == "reference" else run(x, operands, impl)
+    if len(shape) == 2:
+        return ys
+    return [y.reshape(*shape[:-1], y.shape[1]) for y in ys]
+
+
+def drawn(
+    x: Tensor, projections: Sequence[Projection], training: bool
+) -> tuple[Tensor, list[Operands]]:
+    """Return x as [M, K] and each projection with a seed where it drops."""
     operands = [
         Operands(
             w, a, b, bias, new_seed(x.device) if training and p and a is not None else None, c, p
@@ -106,10 +118,7 @@ def run_checked(
     shape = x.shape
     if len(shape) != 2:
         x = x.reshape(math.prod(shape[:-1]), shape[-1])
-    ys = [_reference(x, *o) for o in operands] if impl == "reference" else run(x, operands, impl)
-    if len(shape) == 2:
-        return ys
-    return [y.reshape(*shape[:-1], y.shape[1]) for y in ys]
+    return x, operands
 
 
 def _plainly_right(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> bool:

@@ -51,7 +51,7 @@ class InjectReport:
 
     ``replaced``: (name, in, out, r); ``trained``: (name, parameters) of modules trained in full;
     ``skipped``: (name, why) of other linear layers; ``trainable``, ``total``: parameter counts;
-    ``siblings``: (parent, children's names) of each group that runs as one operator.
+    ``siblings``, ``gated_mlps``: (module, children's names) of what runs as one operator.
     """
 
     adapter: str
@@ -60,7 +60,8 @@ class InjectReport:
     skipped: list[tuple[str, str]]
     trainable: int
     total: int
-    siblings: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    siblings: list[sibling_search.Names] = field(default_factory=list)
+    gated_mlps: list[sibling_search.Names] = field(default_factory=list)
 
     @property
     def percentage(self) -> float:
@@ -78,7 +79,7 @@ class InjectReport:
         for row in rows:
             lines.append("  " + "  ".join(map(str.ljust, row, widths)).rstrip())
         lines += [f"  trained in full: {name} ({count:,})" for name, count in self.trained]
-        lines += [f"  {line}" for line in sibling_search.listed(self.siblings)]
+        lines += [f"  {line}" for line in sibling_search.listed(self.siblings, self.gated_mlps)]
         reasons = defaultdict(Counter)
         for name, why in self.skipped:
             reasons[why][_last(name)] += 1
@@ -117,7 +118,7 @@ def inject(
         siblings = sibling_search.find(model, fuse_siblings, adapted)
     apply(model, made, adapter)
     report = made.report(model, adapter)
-    report.siblings = sibling_search.make(siblings)
+    report.siblings, report.gated_mlps = sibling_search.make(siblings)
     return report
 
 

@@ -50,9 +50,10 @@ def exact(device: torch.device) -> contextlib.AbstractContextManager:
 _NOTHING = contextlib.nullcontext()
 
 
-def _forward(
+def forward(
     x: Tensor, projections: Sequence[Operands], impl: str
 ) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Return y and s of each projection of x [M, K], s None without an adapter."""
     body = plans.function("forward", impl, x, projections)
     with exact(x.device):
         return body(x, projections)
@@ -120,7 +121,7 @@ def _alike(projections: Sequence[Operands]) -> Sequence[Operands]:
 @torch.library.impl(_lib, "lora_linears", "CompositeExplicitAutograd")
 def _forward_op(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl):
     projections = _projections(weight, lora_A, lora_B, bias, seed, float(scaling), dropout_p)
-    ys, ss = _forward(x, projections, impl)
+    ys, ss = forward(x, projections, impl)
     return ys, _or_empty(x, ss)
 
 
@@ -196,11 +197,6 @@ def _save(ctx, x, projections, ss, impl) -> None:
 
 
 def _grads(ctx, dys, need_x, needs):
-    """Return dx, and lists of the gradients of each weight, lora_A, lora_B and bias.
-
-    ``needs`` holds a flag for each of those four, for each projection; what is not asked for, or
-    has no dy, is None.
-    """
     x, *kept = ctx.saved_tensors
     rest, impl = ctx.rest
     n = len(rest)
@@ -208,7 +204,24 @@ def _grads(ctx, dys, need_x, needs):
         Operands(w, a, b, None, seed, *numbers)
         for (w, a, b, seed), numbers in zip(_by_four(kept[: 4 * n]), rest, strict=True)
     ]
-    ss = kept[4 * n :]
+    return gradients(dys, x, projections, kept[4 * n :], impl, need_x, needs)
+
+
+def gradients(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Operands],
+    ss: Sequence[Tensor | None],
+    impl: str,
+    need_x: bool,
+    needs: Sequence[Sequence[bool]],
+) -> tuple[Tensor | None, ...]:
+    """Return dx, and lists of the gradients of each weight, lora_A, lora_B and bias.
+
+    ``needs`` holds a flag for each of those four, for each projection; what is not asked for, or
+    has no dy, is None.
+    """
+    n = len(projections)
     needs = [
         flags if dy is not None else (False,) * 4 for dy, flags in zip(dys, needs, strict=True)
     ]
@@ -218,7 +231,7 @@ def _grads(ctx, dys, need_x, needs):
         dx, da, db = _differentiable_grads(dys, x, projections)
     elif need_x or any(need_a or need_b for _, need_a, need_b, _ in needs):
         factors = [(need_a, need_b) for _, need_a, need_b, _ in needs]
-        direct = _unobserved(x, *kept[: 4 * n], *dys)
+        direct = unobserved(x, *dys, *(t for p in projections for t in p[:3]))
         body = _backward if direct else _observed_backward
         dx, da, db = body(dys, x, projections, ss, impl, need_x, factors)
     dw = [dy.t() @ x if flags[0] else None for dy, flags in zip(dys, needs, strict=True)]
@@ -271,7 +284,7 @@ def _kept(x, a, seed, p):
 class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, projections, impl, *_):
-        ys, ss = _forward(x, projections, impl)
+        ys, ss = forward(x, projections, impl)
         _save(ctx, x, projections, ss, impl)
         return tuple(ys)
 
@@ -282,7 +295,7 @@ class _Direct(torch.autograd.Function):
         return (dx, None, None, *(grad for row in zip(*grads, strict=True) for grad in row))
 
 
-# Without Function.apply's preparations for functorch, which take 7 µs: `_unobserved` excludes its
+# Without Function.apply's preparations for functorch, which take 7 µs: `unobserved` excludes its
 # tensors, also those that outlived their transform.
 _apply = super(torch.autograd.Function, _Direct).apply
 
@@ -292,13 +305,13 @@ def run(x: Tensor, projections: Sequence[Operands], impl: str) -> Sequence[Tenso
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return [_transformed(x, projection) for projection in projections]
     flat = [t for w, a, b, bias, _, _, _ in projections for t in (w, a, b, bias)]
-    if not _unobserved(x, *flat):
+    if not unobserved(x, *flat):
         return torch.ops.fastlora.lora_linears(x, *_lists(x, _alike(projections)), impl)[0]
     if torch.is_grad_enabled() and (
         x.requires_grad or any(t is not None and t.requires_grad for t in flat)
     ):
         return _apply(x, projections, impl, *flat)
-    return _forward(x, projections, impl)[0]
+    return forward(x, projections, impl)[0]
 
 
 def _transformed(x: Tensor, projection: Operands) -> Tensor:
@@ -313,7 +326,7 @@ def _transformed(x: Tensor, projection: Operands) -> Tensor:
         return (y + linear(linear(x_hat, a), b) * scaling).to(x.dtype)
 
 
-def _unobserved(*tensors: Tensor | None) -> bool:
+def unobserved(*tensors: Tensor | None) -> bool:
     """Return whether no compiler, dispatch mode, transform or subclass would see an operator."""
     if (
         torch.compiler.is_compiling()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fastlora import sibling_search
+from fastlora.classes import rebased
 from fastlora.layer import LoRALinear
 from fastlora.model import unwrapped
 
@@ -30,20 +31,21 @@ class PatchReport:
     """What `patch_peft` did; ``print`` it.
 
     ``fused``: names of the LoRA layers that run the fused forward; ``not_fused``: (name, why) of
-    the others, which run PEFT's own code. ``siblings``: (parent, children's names) of each group
-    that runs as one operator.
+    the others, which run PEFT's own code. ``siblings``, ``gated_mlps``: (module, children's names)
+    of what runs as one operator.
     """
 
     fused: list[str]
     not_fused: list[tuple[str, str]]
-    siblings: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    siblings: list[sibling_search.Names] = field(default_factory=list)
+    gated_mlps: list[sibling_search.Names] = field(default_factory=list)
 
     def __str__(self) -> str:
         total = len(self.fused) + len(self.not_fused)
         lines = [f"{len(self.fused)} of {total} LoRA layers fused"]
         if self.fused:
             lines.append(f"  fused: {_counted(self.fused)}")
-        lines += [f"  {line}" for line in sibling_search.listed(self.siblings)]
+        lines += [f"  {line}" for line in sibling_search.listed(self.siblings, self.gated_mlps)]
         reasons = defaultdict(list)
         for name, why in self.not_fused:
             reasons[why].append(name)
@@ -92,7 +94,7 @@ def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -
     for module in model.modules():
         if type(module) is LoraModel:
             vars(module).setdefault("_create_new_module", peft_layer.new_layer)
-    report.siblings = sibling_search.make(siblings)
+    report.siblings, report.gated_mlps = sibling_search.make(siblings)
     return report
 
 
@@ -103,12 +105,15 @@ def unpatch_peft(model: nn.Module) -> None:
     layer a class of its own, it gets the one that they would have given PEFT's.
     """
     _check_release()
+    from peft.tuners import lora
+
     from fastlora import peft_layer
 
     model = unwrapped(model)
-    sibling_search.separate(model)
+    changed = peft_layer.FusedLinear, lora.Linear
     fused = [module for module in model.modules() if isinstance(module, peft_layer.FusedLinear)]
-    kinds = {kind: peft_layer.pefts_class(kind) for kind in {type(layer) for layer in fused}}
+    kinds = {kind: rebased(kind, *changed) for kind in {type(layer) for layer in fused}}
+    sibling_search.separate(model)
     for layer in fused:
         layer.__class__ = kinds[type(layer)]
     for module in model.modules():

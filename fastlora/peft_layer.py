@@ -61,25 +61,6 @@ def fuse(layer: nn.Module) -> None:
             layer._siblings = vars(base).pop("_siblings", None)
 
 
-def pefts_class(kind: type) -> type:
-    """Return ``kind`` with PEFT's ``lora.Linear`` in the place of `FusedLinear`.
-
-    That is PEFT's class itself, or where FSDP2 or a parametrization has since put a class of its
-    own before `FusedLinear`, the class that they would have put before PEFT's.
-    Raises ValueError for a class with methods that name it, as ``super()`` does.
-    """
-    if kind is FusedLinear:
-        return lora.Linear
-    if not issubclass(kind, FusedLinear):
-        return kind
-    own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-    for value in own.values():
-        if "__class__" in getattr(getattr(value, "__code__", None), "co_freevars", ()):
-            raise ValueError(f"{kind.__name__} is not to be undone: its methods call super()")
-    name = kind.__name__.replace(FusedLinear.__name__, lora.Linear.__name__)
-    return type(kind)(name, tuple(pefts_class(base) for base in kind.__bases__), own)
-
-
 def new_layer(config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
     """Return what PEFT puts around ``target``, fused; stands in for PEFT's function of a model."""
     layer = LoraModel._create_new_module(config, adapter_name, target, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,10 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastlora import gated_modules
+from fastlora.gated_modules import Form, form_of
 from fastlora.siblings import FrozenLinear, Group, Groups
 
 # True: an input that the model brings along (transformers); or one; or names of children.
 How = bool | Tensor | Mapping[str, Any] | Sequence[Sequence[str]]
+
+
+# The path of a module and its children's names, as in a report.
+Names = tuple[str, tuple[str, ...]]
 
 
 class Found(NamedTuple):
@@ -22,6 +28,11 @@ class Found(NamedTuple):
     parent: nn.Module
     path: str
     names: tuple[str, ...]
+    form: Form | None = None  # of the parent, where it is a gated MLP
+
+    def layers(self) -> list[nn.Module]:
+        names = self.names if self.form is None else (*self.names, self.form.down)
+        return [self.parent._modules[name] for name in names]
 
 
 def find(model: nn.Module, how: How, adapted: Collection[nn.Module]) -> list[Found]:
@@ -50,15 +61,18 @@ def find(model: nn.Module, how: How, adapted: Collection[nn.Module]) -> list[Fou
             "fuse_siblings must be True, an example input (a tensor or a mapping of keyword "
             f"arguments) or sequences of names, such as [('q', 'k', 'v')], got {how!r:.100}"
         )
-    return [
-        found
+    groups = [
+        found._replace(form=form_of(found.parent, found.names, lambda m: id(m) in children))
         for found in groups
-        if any(id(found.parent._modules[name]) in layers for name in found.names)
     ]
+    return [found for found in groups if any(id(layer) in layers for layer in found.layers())]
 
 
-def make(groups: Sequence[Found]) -> list[tuple[str, tuple[str, ...]]]:
-    """Make groups of what `find` has found; return (path of the parent, names) of each."""
+def make(groups: Sequence[Found]) -> tuple[list[Names], list[Names]]:
+    """Make groups of what `find` has found, and one operator of each gated MLP.
+
+    Returns (path, names) of each group, and of each gated MLP.
+    """
     by_parent = defaultdict(list)
     for found in groups:
         by_parent[found.parent].append(found.names)
@@ -72,7 +86,11 @@ def make(groups: Sequence[Found]) -> list[tuple[str, tuple[str, ...]]]:
                     child.__class__ = FrozenLinear
                 child._siblings = made[-1]
         parent._sibling_groups = Groups(parent, made)
-    return [(found.path, found.names) for found in groups]
+    for found in groups:
+        if found.form is not None:
+            gated_modules.fuse(found.parent, found.form)
+    mlps = [(found.path, found.form.names) for found in groups if found.form is not None]
+    return [(found.path, found.names) for found in groups if found.form is None], mlps
 
 
 def separate(model: nn.Module) -> None:
@@ -80,16 +98,16 @@ def separate(model: nn.Module) -> None:
     for module in model.modules():
         vars(module).pop("_siblings", None)
         vars(module).pop("_sibling_groups", None)
+        gated_modules.separate(module)
         if type(module) is FrozenLinear:
             module.__class__ = nn.Linear
 
 
-def listed(groups: Sequence[tuple[str, tuple[str, ...]]]) -> list[str]:
-    """Return a line of a report for each different group, with how often it comes."""
-    counts = defaultdict(int)
-    for _, names in groups:
-        counts[names] += 1
-    return [f"siblings: {', '.join(names)}" + f" x{n}" * (n > 1) for names, n in counts.items()]
+def listed(groups: Sequence[Names], mlps: Sequence[Names]) -> list[str]:
+    """Return a line of a report for each different group and MLP, with how often it comes."""
+    lines = Counter(f"siblings: {', '.join(names)}" for _, names in groups)
+    lines.update(f"gated MLP: {', '.join(names)}" for _, names in mlps)
+    return [f"{line} x{n}" if n > 1 else line for line, n in lines.items()]
 
 
 def _children(model: nn.Module, adapted: set[int]) -> dict[int, tuple[nn.Module, str, str]]:

@@ -100,7 +100,7 @@ _slot = threading.local()
 def handed(member: nn.Module, x: Tensor) -> Tensor | None:
     """Return ``member``'s output for ``x`` if it can be had with its siblings', else None."""
     group = member._siblings
-    if group is None or torch.compiler.is_compiling() or not _is_plain(x):
+    if group is None or torch.compiler.is_compiling() or not is_plain(x):
         return None
     held: _Held | None = getattr(_slot, "held", None)
     if held is not None and held.group is group and held.x is x:
@@ -108,7 +108,7 @@ def handed(member: nn.Module, x: Tensor) -> Tensor | None:
     if group.parent is None:
         return None
     members = group.members()
-    if members is None or members[0] is not member or any(map(_is_observed, members)):
+    if members is None or members[0] is not member or any(map(may_differ, members)):
         return None
     return _compute(group, members, x)
 
@@ -131,7 +131,7 @@ def _compute(group: Group, members: list[nn.Module], x: Tensor) -> Tensor | None
     operands = [member.sibling_operands(x) for member in members]
     if any(each is None for each in operands):
         return None
-    projections = list(map(_projection, operands))
+    projections = list(map(projection_of, operands))
     if any(each is None for each in projections):
         return None
     try:
@@ -168,7 +168,8 @@ def _drop() -> None:
         )
 
 
-def _is_plain(x: Any) -> bool:
+def is_plain(x: Any) -> bool:
+    """Return whether x is a tensor that tells whether it has been written to."""
     return type(x) in (Tensor, nn.Parameter) and not x.is_inference()
 
 
@@ -180,7 +181,8 @@ def _circumstances(x: Tensor) -> tuple:
     return x._version, torch.is_grad_enabled(), dtype
 
 
-def _projection(operands: Operands) -> Projection | None:
+def projection_of(operands: Operands) -> Projection | None:
+    """Return the projection that a layer is, None if several of its adapters draw dropout."""
     weight, transposed, bias, adapters = operands
     if transposed:
         weight = weight.t()
@@ -212,8 +214,8 @@ def _same(then: Operands, now: Operands) -> bool:
     )
 
 
-def _is_observed(member: nn.Module) -> bool:
-    """Return whether ``member``, called on its own, might be called with another tensor."""
+def may_differ(member: nn.Module) -> bool:
+    """Return whether ``member``, when it is called, might compute with another tensor."""
     return bool(
         member._forward_pre_hooks
         or member._backward_hooks

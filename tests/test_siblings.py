@@ -132,7 +132,7 @@ def test_finding_them_leaves_the_model_as_it_was():
     from fastlora.sibling_search import find
 
     found = find(model, True, [model.model.layers[0].self_attn.q_proj])
-    assert [names for *_, names in found] == [("q_proj", "k_proj", "v_proj")]
+    assert [group.names for group in found] == [("q_proj", "k_proj", "v_proj")]
     assert same(before, bits(model)) and torch.equal(state, torch.get_rng_state())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -640,12 +640,10 @@ def test_a_trained_model_of_transformers(together):
     """The input that it brings along is found through PEFT's wrapper."""
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "up_proj"], r=2))
     report = patch_peft(model, fuse_siblings=True)
-    assert [names for _, names in report.siblings] == [
-        ("q_proj", "k_proj", "v_proj"),
-        ("gate_proj", "up_proj"),
-    ] * 2
+    assert [names for _, names in report.siblings] == [("q_proj", "k_proj", "v_proj")] * 2
+    assert [names for _, names in report.gated_mlps] == [("gate_proj", "up_proj", "down_proj")] * 2
     loss_of(model).backward()
-    assert together == [3, 2] * 2
+    assert together == [3] * 2
 
 
 # What bad input gets

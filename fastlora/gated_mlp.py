@@ -1,0 +1,121 @@
+"""A gated MLP as one operator: ``down(act(gate(x)) · up(x))``, three projections between two.
+
+Backward makes the product of the activation again from gate(x) and up(x); it is not kept.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlora import ops, plans
+from fastlora.projection import Operands
+
+_aten = torch.ops.aten
+# By name: the activation, and its gradient from that of its result and from its input.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, _aten.silu_backward),
+    "gelu": (F.gelu, _aten.gelu_backward),
+    "gelu_tanh": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda dy, x: _aten.gelu_backward(dy, x, approximate="tanh"),
+    ),
+}
+
+
+def run(x: Tensor, projections: Sequence[Operands], activation: str) -> Tensor | None:
+    """Return y [M, N] for x [M, K] and the projections gate and up [F, K] and down [N, F].
+
+    None where something else than autograd looks on, such as a compiler or a dispatch mode.
+    """
+    flat = [t for w, a, b, bias, *_ in projections for t in (w, a, b, bias)]
+    if not ops.unobserved(x, *flat):
+        return None
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for t in flat)
+    ):
+        return _GatedMLP.apply(x, projections, activation, *flat)
+    return _forward(x, projections, activation)[0]
+
+
+def _forward(
+    x: Tensor, projections: Sequence[Operands], activation: str
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """Return y, gate(x), up(x) and s of each projection."""
+    (g, u), ss = ops.forward(x, projections[:2], "auto")
+    (y,), (s,) = ops.forward(_product(g, u, activation), projections[2:], "auto")
+    return y, g, u, [*ss, s]
+
+
+def _product(g: Tensor, u: Tensor, activation: str) -> Tensor:
+    """Return act(g) · u."""
+    kernels = _kernels(g, u)
+    if kernels is not None:
+        return kernels.gated(g, u, activation)
+    return ACTIVATIONS[activation][0](g).mul_(u)
+
+
+def _product_grads(dh: Tensor, g: Tensor, u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Return the gradients of g and u from that of act(g) · u, whose memory is used."""
+    kernels = _kernels(dh, g, u)
+    if kernels is not None:
+        return kernels.gated_backward(dh, g, u, activation, need_h=False)[:2]
+    act, act_backward = ACTIVATIONS[activation]
+    du = act(g).mul_(dh)
+    return act_backward(dh.mul_(u), g), du
+
+
+def _kernels(*tensors: Tensor):
+    """Return the Triton kernels where they run on these tensors, or None."""
+    impl, _ = plans.default(tensors[0].dtype, tensors[0].device)
+    return None if impl == "torch" else importlib.import_module("fastlora_kernels")
+
+
+class _GatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, projections, activation, *_):
+        y, g, u, ss = _forward(x, projections, activation)
+        ctx.activation = activation
+        ctx.numbers = [(p.scaling, p.p) for p in projections]
+        kept = [t for w, a, b, bias, seed, *_ in projections for t in (w, a, b, bias, seed)]
+        ctx.save_for_backward(x, g, u, *ss, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, g, u, *rest = ctx.saved_tensors
+        ss, kept = rest[:3], rest[3:]
+        projections = [
+            Operands(*kept[5 * i : 5 * i + 5], *numbers) for i, numbers in enumerate(ctx.numbers)
+        ]
+        need_x, _, _, *flat = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
+            dx, *grads = _differentiable_grads(dy, x, projections, ctx.activation, [need_x, *flat])
+            return dx, None, None, *grads
+        needs = [flat[i : i + 4] for i in (0, 4, 8)]
+        need_inner = need_x or any(map(any, needs[:2]))
+        # Only the gradients of down's own parameters read what it was given.
+        own = projections[2].a is not None or any(needs[2])
+        h = _product(g, u, ctx.activation) if own else g
+        dh, *outer = ops.gradients([dy], h, projections[2:], ss[2:], "auto", need_inner, needs[2:])
+        del h
+        dx, inner = None, [[None, None]] * 4
+        if need_inner:
+            dys = _product_grads(dh, g, u, ctx.activation)
+            dx, *inner = ops.gradients(dys, x, projections[:2], ss[:2], "auto", need_x, needs[:2])
+        of_each = zip(*(two + one for two, one in zip(inner, outer, strict=True)), strict=True)
+        return dx, None, None, *(grad for row in of_each for grad in row)
+
+
+def _differentiable_grads(dy, x, projections, activation, needs):
+    """Return a gradient for x and for w, a, b and bias of each projection, or None."""
+    inputs = [x, *(t for w, a, b, bias, *_ in projections for t in (w, a, b, bias))]
+    g, u = ops.run(x, projections[:2], "auto")
+    (y,) = ops.run(ACTIVATIONS[activation][0](g) * u, projections[2:], "auto")
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(found) if need else None for need in needs]
