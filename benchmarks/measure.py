@@ -144,6 +144,11 @@ def _memory(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, int]:
     """Return what a step allocates at its peak, and what it keeps from forward to backward."""
     run = _step(layer, x, dy)
     list(run())  # what is allocated once (workspaces, compiled code) is not the step's
+    return {"kept_bytes": kept_bytes(layer, x), "peak_bytes": peak_bytes(run, x.device)}
+
+
+def kept_bytes(layer: nn.Module, x: Tensor) -> int:
+    """Return what ``layer`` keeps for backward beside its own parameters."""
     own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, int] = {}
 
@@ -156,7 +161,7 @@ def _memory(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, int]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = layer(x)
     del y
-    return {"kept_bytes": sum(kept.values()), "peak_bytes": peak_bytes(run, x.device)}
+    return sum(kept.values())
 
 
 def peak_bytes(run, device: torch.device) -> int:
