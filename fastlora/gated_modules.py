@@ -168,7 +168,7 @@ def _output(module: nn.Module, x: Tensor) -> Tensor | None:
         return None
     wide, ready = functional.drawn(wide, [*checked, *last], training=True)
     y = gated_mlp.run(wide, ready, form.activation)
-    return None if y is None else y.reshape(*x.shape[:-1], y.shape[1])
+    return y if y is None or x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[1])
 
 
 def _differ(a: object, b: object) -> bool:

@@ -21,15 +21,41 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
-from fastlora import peft_layer
+from fastlora import functional, gated_mlp, peft_layer, siblings
 
 LORA = {"r": 4, "target_modules": ["0", "2"], "init_lora_weights": False}
 STEPS = 4
-CASES = list(itertools.product(("ours", "patched"), ("ddp", "fsdp2")))
+CASES = list(itertools.product(("ours", "patched", "siblings"), ("ddp", "fsdp2")))
+
+
+class Block(nn.Module):
+    """Two siblings, and a gated MLP."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.mlp = MLP()
+
+    def forward(self, x):
+        return self.mlp(self.q(x) * self.k(x))
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
 def build(whose):
     torch.manual_seed(0)
+    if whose in ("siblings", "apart"):
+        model = nn.Sequential(Block())
+        asked = fastlora.LoRAConfig(**{**LORA, "target_modules": ["q", "gate", "down"]})
+        fastlora.inject(model, asked, fuse_siblings=whose == "siblings" and torch.ones(1, 16))
+        return model
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8))
     if whose == "ours":
         fastlora.inject(model, fastlora.LoRAConfig(**LORA))
@@ -55,8 +81,11 @@ def wrap(model, how):
     if how == "ddp":
         return DistributedDataParallel(model)
     mesh = init_device_mesh("cpu", (2,))
-    for module in list(model.modules()):
-        if isinstance(module, (fastlora.LoRALinear, peft_layer.lora.Linear)):
+    kinds = fastlora.LoRALinear, peft_layer.lora.Linear
+    if any(isinstance(module, Block) for module in model.modules()):
+        kinds = Block, MLP  # what shards its own layers one by one has no siblings left
+    for module in reversed(list(model.modules())):
+        if isinstance(module, kinds):
             fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -72,13 +101,16 @@ def check(model, expected, before):
 def trains_as_one(rank, whose, how, folder):
     torch.manual_seed(1)
     batches = torch.randn(2, 12, 16).unbind()
-    expected, model = build("peft" if whose == "patched" else whose), build(whose)
+    expected = build({"patched": "peft", "siblings": "apart"}.get(whose, whose))
+    model = build(whose)
     before = copy.deepcopy(expected.state_dict())
     train(expected, optimizer_of(expected), batches)
     expected = expected.state_dict()
 
     calls, own = [], peft_layer.lora_sum
     peft_layer.lora_sum = lambda *args: calls.append(1) or own(*args)
+    mlps = []
+    siblings.functional, gated_mlp.run = Counted(calls), counted(mlps, gated_mlp.run)
     wrapped = wrap(model, how)
     optimizer = optimizer_of(model)
     train(wrapped, optimizer, [batches[rank]], STEPS // 2)
@@ -100,7 +132,21 @@ def trains_as_one(rank, whose, how, folder):
         )
     train(wrapped, optimizer, [batches[rank]], STEPS - STEPS // 2)
     check(model, expected, before)
-    assert len(calls) == (2 * STEPS if whose == "patched" else 0)
+    assert len(calls) == {"patched": 2 * STEPS, "siblings": STEPS}.get(whose, 0)
+    assert len(mlps) == (STEPS if whose == "siblings" else 0)
+
+
+def counted(calls, own):
+    return lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)
+
+
+class Counted:
+    """The module `functional` as siblings see it."""
+
+    checked = staticmethod(functional.checked)
+
+    def __init__(self, calls):
+        self.run_checked = counted(calls, functional.run_checked)
 
 
 def worker(rank, folder):
