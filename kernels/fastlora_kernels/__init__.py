@@ -2,6 +2,11 @@
 
 from fastlora_kernels.columns import da, ds_db
 from fastlora_kernels.configs import Chip, Config
+from fastlora_kernels.gated import gated, gated_backward
+from fastlora_kernels.joint_columns import da_all
+from fastlora_kernels.joint_product import product_all
+from fastlora_kernels.joint_shrink import shrink_all
+from fastlora_kernels.joint_sum import product_sum
 from fastlora_kernels.launch import INTERPRETED
 from fastlora_kernels.linear import backward, forward
 from fastlora_kernels.product import product
@@ -13,8 +18,14 @@ __all__ = [
     "Config",
     "backward",
     "da",
+    "da_all",
     "ds_db",
     "forward",
+    "gated",
+    "gated_backward",
     "product",
+    "product_all",
+    "product_sum",
     "shrink",
+    "shrink_all",
 ]
