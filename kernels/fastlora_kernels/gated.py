@@ -26,30 +26,32 @@ CUBIC: tl.constexpr = tl.constexpr(0.044715)
 
 @triton.jit
 def _logistic(x):
-    below = 1.0 + tl.exp(-x)
+    """Return 1 / (1 + exp(-x)), and what it lacks to 1, which a difference would have rounded."""
+    power = tl.exp(-x)
     if x.dtype == tl.float32:
-        return tl.div_rn(tl.full(below.shape, 1.0, tl.float32), below)
+        part = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + power)
     else:
-        return 1.0 / below
+        part = 1.0 / (1.0 + power)
+    return part, part * tl.minimum(power, 3e38)
 
 
 @triton.jit
 def _activated(x, ACTIVATION: tl.constexpr):
     """Return act(x) and its derivative."""
     if ACTIVATION == "silu":
-        part = _logistic(x)
+        part, rest = _logistic(x)
         value = x * part
-        slope = part * (1.0 + x * (1.0 - part))
+        slope = part * (1.0 + x * rest)
     elif ACTIVATION == "gelu":
         part = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
         value = x * part
         slope = part + x * (tl.exp(-0.5 * x * x) * INV_SQRT_2PI)
     else:
         # (1 + tanh(u)) / 2 is the logistic function of 2 u.
-        part = _logistic((x + x * x * x * CUBIC) * SQRT_2_BY_PI * 2.0)
+        part, rest = _logistic((x + x * x * x * CUBIC) * SQRT_2_BY_PI * 2.0)
         value = x * part
         inner = (x * x * CUBIC * 3.0 + 1.0) * SQRT_2_BY_PI
-        slope = part + 2.0 * x * (part * (1.0 - part)) * inner
+        slope = part + 2.0 * x * (part * rest) * inner
     return value, slope
 
 

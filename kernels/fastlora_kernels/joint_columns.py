@@ -204,7 +204,7 @@ def da_all(
     splits, steps = split(M, K, 1, config, chip_of(x.device).processors, tiles_r)
     acc = {"dtype": sum_dtype(x.dtype), "device": x.device}
     parts = tuple(torch.empty(splits, r, K, **acc) for r in ranks)
-    drop = [(p if seed is not None else 0.0) for p, seed in zip(dropout_p, seeds, strict=True)]
+    drop = [0.0 if seed is None else p for p, seed in zip(dropout_p, seeds, strict=True)]
     launch(
         *(da_all_kernel, (cdiv(K, config.block_n) * tiles_r, splits), config),
         *(x, tuple(ds), tuple(seeds) if together else filled(seeds), parts),

@@ -155,7 +155,7 @@ def shrink_all(
     together = room <= config.block_r
     block_r = room // len(a) if together else config.rank_tile(max(ranks))
     tiles_r = 1 if together else sum(cdiv(r, block_r) for r in ranks)
-    drop = [(p if seed is not None else 0.0) for p, seed in zip(dropout_p, seeds, strict=True)]
+    drop = [0.0 if seed is None else p for p, seed in zip(dropout_p, seeds, strict=True)]
     scales, keep_froms = tuple(map(kept_scale, drop)), tuple(map(lowest_kept, drop))
     s = tuple(t.new_empty(M, r) for t, r in zip(a, ranks, strict=True))
     launch(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlora_kernels.configs import Config, cdiv
 from fastlora_kernels.dropout import kept_scale, lowest_kept
-from fastlora_kernels.joint import check, number_of, strides
+from fastlora_kernels.joint import alike, check, filled, number_of, pointer_of, strides
 from fastlora_kernels.launch import config_for_all, launch
 from fastlora_kernels.product import add_product
 from fastlora_kernels.tiles import add_low_rank, low_rank_tile, tile_of, triton_dtype, wrapped
@@ -40,6 +40,7 @@ def product_sum_kernel(
     strides_ak,
     scales,
     keep_froms,
+    HAS_LOW_RANK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     EVEN_N: tl.constexpr,
     ACC: tl.constexpr,
@@ -58,39 +59,31 @@ def product_sum_kernel(
     rows = wrapped(offs_m, M)
     columns = wrapped(offs_k, K)
 
+    # Loops over the projections, so that one does not hold registers for the next.
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for i in tl.static_range(COUNT):
-        if ds_ptrs[i] is not None:
+    if HAS_LOW_RANK:
+        for i in tl.range(0, COUNT, num_stages=1):
+            # A projection without an adapter has rank 0 here.
+            ds_ptr = pointer_of(i, ds_ptrs)
+            a_ptr = pointer_of(i, a_ptrs)
+            R = number_of(i, ranks, tl.int32)
             stride_ar = number_of(i, strides_ar, tl.int64)
             stride_ak = number_of(i, strides_ak, tl.int64)
-            if seed_ptrs[i] is None:
-                acc = add_low_rank(
-                    acc,
-                    ds_ptrs[i],
-                    a_ptrs[i],
-                    rows,
-                    columns,
-                    ranks[i],
-                    stride_ak,
-                    stride_ar,
-                    dtype,
-                    BLOCK_R,
-                )
-            else:
+            if HAS_DROPOUT:
                 acc += low_rank_tile(
-                    ds_ptrs[i],
-                    a_ptrs[i],
-                    seed_ptrs[i],
+                    ds_ptr,
+                    a_ptr,
+                    pointer_of(i, seed_ptrs),
                     offs_m,
                     offs_k,
                     pid_k * BLOCK_N,
                     M,
                     K,
-                    ranks[i],
+                    R,
                     stride_ak,
                     stride_ar,
-                    scales[i],
-                    keep_froms[i],
+                    number_of(i, scales, ACC),
+                    number_of(i, keep_froms, tl.int32),
                     True,
                     dtype,
                     ACC,
@@ -98,14 +91,18 @@ def product_sum_kernel(
                     BLOCK_N,
                     BLOCK_R,
                 )
-    for i in tl.static_range(COUNT):
+            else:
+                acc = add_low_rank(
+                    acc, ds_ptr, a_ptr, rows, columns, R, stride_ak, stride_ar, dtype, BLOCK_R
+                )
+    for i in tl.range(0, COUNT, num_stages=1):
         acc = add_product(
             acc,
-            dy_ptrs[i],
-            w_ptrs[i],
+            pointer_of(i, dy_ptrs),
+            pointer_of(i, w_ptrs),
             rows,
             columns,
-            sizes[i],
+            number_of(i, sizes, tl.int32),
             number_of(i, strides_dym, tl.int64),
             number_of(i, strides_dyn, tl.int64),
             number_of(i, strides_wk, tl.int64),
@@ -137,21 +134,21 @@ def product_sum(
     check(dy=dy, w=w, ds=ds, a=a, seeds=seeds, dropout_p=dropout_p)
     M, K = dy[0].shape[0], w[0].shape[1]
     sizes, ranks = (tuple(0 if t is None else t.shape[i] for t in ts) for ts, i in ((w, 0), (a, 0)))
-    seeds = tuple(seed if t is not None else None for seed, t in zip(seeds, a, strict=True))
     dropout = any(seed is not None for seed in seeds)
     adapter = next((t.dtype for t in a if t is not None), dy[0].dtype)
     rest = dy, w, max(1, *ranks), adapter, dropout
     config = config or config_for_all("product_sum", *rest, even=K * dy[0].element_size() % 16 == 0)
+    drop = [0.0 if seed is None else p for p, seed in zip(dropout_p, seeds, strict=True)]
     dx = dy[0].new_empty(M, K)
     launch(
         *(product_sum_kernel, (cdiv(M, config.block_m) * cdiv(K, config.block_n),), config),
-        *(dx, tuple(dy), tuple(w), tuple(ds), tuple(a), seeds),
+        *(dx, tuple(dy), tuple(w), filled(ds), filled(a), filled(seeds)),
         *(M, K, sizes, ranks),
         *(strides(dy, 0), strides(dy, 1)),
         *(strides(w, 0), strides(w, 1)),
         *(strides(a, 0), strides(a, 1)),
-        *(tuple(map(kept_scale, dropout_p)), tuple(map(lowest_kept, dropout_p))),
-        *(dropout, all(n % config.block_k == 0 for n in sizes)),
+        *(alike([*map(kept_scale, drop)]), alike([*map(lowest_kept, drop)])),
+        *(any(ranks), dropout, all(n % config.block_k == 0 for n in sizes)),
         *(triton_dtype(dx.dtype), len(dy)),
         *(config.block_m, config.block_n, config.block_k),
         *(config.rank_tile(max(1, *ranks)), config.group_m),
