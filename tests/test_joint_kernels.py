@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from acceptance import KINDS, Case, accept, mask_of, oracle, plain
 from fastlora_kernels import columns, configs, gated, gated_backward
+from fastlora_kernels.launch import NO_CONFIGS
 from test_acceptance import load
 from test_kernels import strided
 
@@ -53,14 +54,17 @@ class Joint:
             for i, (n, r) in enumerate(zip(self.sizes, self.ranks, strict=True))
         ]
 
-    def tensors(self) -> list[dict]:
+    def tensors(self, device: str = "cpu") -> list[dict]:
         """Return the tensors of each projection; x is the same one in all."""
-        drawn = [case.tensors() for case in self.cases()]
+        drawn = [case.tensors(device) for case in self.cases()]
         return [{**t, "x": drawn[0]["x"]} for t in drawn]
 
 
-def run(kernels, joint: Joint, ts: list[dict]) -> tuple[list[dict], torch.Tensor]:
-    """Return what the kernels make of each projection, and dx."""
+def run(kernels, joint: Joint, ts: list[dict], configs=NO_CONFIGS):
+    """Return what the kernels make of each projection, and dx.
+
+    ``configs`` may hold one for each launcher, by its name.
+    """
     cases, there = joint.cases(), [i for i, r in enumerate(joint.ranks) if r]
     x, scalings = ts[0]["x"], [case.scaling for case in cases]
     results = [{} for _ in ts]
@@ -78,15 +82,33 @@ def run(kernels, joint: Joint, ts: list[dict]) -> tuple[list[dict], torch.Tensor
     dropped = {"dropout_p": [case.dropout_p for case in cases]}
     shared = {"dropout_p": adapted(dropped["dropout_p"])}
     seeds, b = adapted(of("seed")), of("b", there)
-    s = kernels.shrink_all(x, adapted(of("a")), seeds, **shared) if there else []
-    y = kernels.product_all(x, of("w"), spread(s), b, of("bias"), scalings)
+    s = (
+        kernels.shrink_all(x, adapted(of("a")), seeds, **shared, config=configs.get("shrink_all"))
+        if there
+        else []
+    )
+    y = kernels.product_all(
+        x, of("w"), spread(s), b, of("bias"), scalings, config=configs.get("product_all")
+    )
     ds = [
         kernels.ds_db(ts[i]["dy"], s_i, ts[i]["b"], scaling=scalings[i])
         for i, s_i in zip(there, s, strict=True)
     ]
     spread_ds = spread([d for d, _ in ds])
-    dx = kernels.product_sum(of("dy"), of("w"), spread_ds, of("a", there), of("seed"), **dropped)
-    da = kernels.da_all(x, [d for d, _ in ds], seeds, **shared) if there else []
+    dx = kernels.product_sum(
+        of("dy"),
+        of("w"),
+        spread_ds,
+        of("a", there),
+        of("seed"),
+        **dropped,
+        config=configs.get("product_sum"),
+    )
+    da = (
+        kernels.da_all(x, [d for d, _ in ds], seeds, **shared, config=configs.get("da_all"))
+        if there
+        else []
+    )
     for i, y_i in enumerate(y):
         results[i]["y"] = y_i
     for i, s_i, da_i, (_, db) in zip(there, s, da, ds, strict=True):
@@ -109,9 +131,9 @@ def expected(joint: Joint, ts: list[dict], how) -> tuple[list[dict], torch.Tenso
     return found, dx
 
 
-def verify(kernels, joint: Joint, ts: list[dict] | None = None) -> None:
-    ts = joint.tensors() if ts is None else ts
-    results, dx = run(kernels, joint, ts)
+def verify(kernels, joint: Joint, device: str = "cpu", configs=NO_CONFIGS) -> None:
+    ts = joint.tensors(device)
+    results, dx = run(kernels, joint, ts, configs)
     (plains, plain_dx), (exact, exact_dx) = expected(joint, ts, plain), expected(joint, ts, oracle)
     for i, result in enumerate(results):
         for name, value in result.items():
@@ -367,8 +389,8 @@ def gated_plain(dh, gate, up, activation) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(7, 1100), (33, 45)])
-def test_gated(activation, dtype, shape):
-    ts = [(torch.randn(shape) * scale).to(dtype) for scale in (1.0, 3.0, 1.0)]
+def test_gated(activation, dtype, shape, device="cpu"):
+    ts = [(torch.randn(shape, device=device) * scale).to(dtype) for scale in (1.0, 3.0, 1.0)]
     found, plains = gated_results(*ts, activation), gated_plain(*ts, activation)
     exact = gated_plain(*(t.double() for t in ts), activation)
     for name, value in found.items():
