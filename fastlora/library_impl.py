@@ -8,14 +8,16 @@ drawn inside them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
+from fastlora_kernels import linears
 from fastlora_kernels.columns import da as da_of
 from fastlora_kernels.columns import ds_db
 from fastlora_kernels.configs import Config
+from fastlora_kernels.joint import MOST
+from fastlora_kernels.joint_sum import product_sum
 from fastlora_kernels.launch import NO_CONFIGS
-from fastlora_kernels.product import product
 from fastlora_kernels.shrink import shrink
 from torch import Tensor
 
@@ -64,17 +66,23 @@ def forward_all(
     x: Tensor, projections: Sequence[Operands], configs: Sequence[Mapping[str, Config]] = ()
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Return y [M, N] and s = dropout(x) aᵀ [M, R] of each projection, s None without an a."""
-    ys, ss = [], []
-    for (w, a, b, bias, seed, scaling, p), config in _configured(projections, configs):
+    ss, ys = _shrinks(x, projections, configs), []
+    for (w, a, b, bias, _, scaling, _), s in zip(projections, ss, strict=True):
         if a is None:
-            y, s = F.linear(x, w, bias), None
+            ys.append(F.linear(x, w, bias))
         else:
-            s = shrink(x, a, seed, dropout_p=p, config=config.get("shrink"))
             y = expand(s, b.t(), scaling, x.new_empty(x.shape[0], w.shape[0]), bias)
-            y.addmm_(x, w.t())
-        ys.append(y)
-        ss.append(s)
+            ys.append(y.addmm_(x, w.t()))
     return ys, ss
+
+
+def _shrinks(
+    x: Tensor, projections: Sequence[Operands], configs: Sequence[Mapping[str, Config]]
+) -> list[Tensor | None]:
+    if len(projections) > 1:
+        return linears.shrinks(x, projections)
+    (_, a, _, _, seed, _, p), config = projections[0], configs[0] if configs else NO_CONFIGS
+    return [None if a is None else shrink(x, a, seed, dropout_p=p, config=config.get("shrink"))]
 
 
 def backward_all(
@@ -91,35 +99,52 @@ def backward_all(
     ``needs`` says of each projection whether da and db are asked for; what is not asked for, or
     has no dy, is None.
     """
-    dx, das, dbs = None, [None] * len(projections), [None] * len(projections)
-    for i, ((_, a, b, _, seed, scaling, p), config) in enumerate(_configured(projections, configs)):
-        dy, (need_a, need_b) = dys[i], needs[i]
-        if dy is None or a is None:
-            continue
-        wanted = {"need_ds": need_x or need_a, "need_db": need_b}
-        ds, dbs[i] = ds_db(dy, ss[i], b, scaling=scaling, **wanted, config=config.get("ds_db"))
-        if need_a:
-            das[i] = da_of(x, ds, seed, dropout_p=p, config=config.get("da"))
-        if need_x:
-            low_rank = _masked(x, ds, a, seed, p)
-            dx = low_rank if dx is None else dx.add_(low_rank)
-    if need_x:
-        for dy, (w, *_) in zip(dys, projections, strict=True):
-            if dy is not None:
-                dx = dy @ w if dx is None else dx.addmm_(dy, w)
+    if len(projections) == 1:
+        found = _narrow_grads(dys, x, projections, ss, need_x, needs, configs)
+    else:
+        found = linears.narrow_grads(dys, x, projections, ss, need_x, needs, configs)
+    dss, das, dbs = found
+    dx = _low_rank_grad(x, dss, projections) if need_x else None
+    for dy, (w, *_) in zip(dys, projections, strict=True):
+        if need_x and dy is not None:
+            dx = dy @ w if dx is None else dx.addmm_(dy, w)
     return dx, das, dbs
 
 
-def _masked(x: Tensor, ds: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    """Return dropout'(ds a) [M, K] in the dtype of x."""
-    if seed is None:
-        return expand(ds, a, 1.0, x.new_empty(x.shape))
-    # The kernel's main loop has no steps: what it writes is the masked low-rank product alone.
-    none = x[:, :0]
-    return product(none, a.t()[:, :0].to(x.dtype), ds, a.t(), seed=seed, dropout_p=p)
+def _narrow_grads(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Operands],
+    ss: Sequence[Tensor | None],
+    need_x: bool,
+    needs: Sequence[tuple[bool, bool]],
+    configs: Sequence[Mapping[str, Config]],
+) -> tuple[list[Tensor | None], ...]:
+    """Return ds, da and db of one projection."""
+    ((_, a, b, _, seed, scaling, p),), (dy,), ((need_a, need_b),) = projections, dys, needs
+    if dy is None or a is None:
+        return [None], [None], [None]
+    config = configs[0] if configs else NO_CONFIGS
+    wanted = {"need_ds": need_x or need_a, "need_db": need_b, "config": config.get("ds_db")}
+    ds, db = ds_db(dy, ss[0], b, scaling=scaling, **wanted)
+    da = da_of(x, ds, seed, dropout_p=p, config=config.get("da")) if need_a else None
+    return [ds], [da], [db]
 
 
-def _configured(
-    projections: Sequence[Operands], configs: Sequence[Mapping[str, Config]]
-) -> Iterator[tuple[Operands, Mapping[str, Config]]]:
-    return zip(projections, configs or [NO_CONFIGS] * len(projections), strict=True)
+def _low_rank_grad(
+    x: Tensor, dss: Sequence[Tensor | None], projections: Sequence[Operands]
+) -> Tensor | None:
+    """Return the sum of dropout'(ds a) [M, K] in the dtype of x, None where there is no ds."""
+    there = [i for i, ds in enumerate(dss) if ds is not None]
+    dx = None
+    for few in (there[i : i + MOST] for i in range(0, len(there), MOST)):
+        _, a, _, _, seeds, _, p = zip(*(projections[i] for i in few), strict=True)
+        ds = [dss[i] for i in few]
+        if len(few) == 1 and seeds[0] is None:
+            part = expand(ds[0], a[0], 1.0, x.new_empty(x.shape))
+        else:
+            # Main loops without steps: what is written is the masked low-rank products alone.
+            none = [x[:, :0]] * len(few), [x[:0]] * len(few)
+            part = product_sum(*none, ds, a, seeds, dropout_p=p)
+        dx = part if dx is None else dx.add_(part)
+    return dx

@@ -107,13 +107,20 @@ def compile_for_amd(call: Call) -> dict[str, int]:
 
 def _compile(call: Call, target: GPUTarget):
     signature, constexprs, attrs = {}, {}, {}
-    for i, name in enumerate(call.kernel.arg_names):
-        value = call.args[name]
-        signature[name], constant, divisible = _argument(value, name.isupper() and len(name) > 1)
+
+    def described(path: tuple[int, ...], value, constexpr: bool):
+        if isinstance(value, tuple):
+            return tuple(described((*path, i), v, constexpr) for i, v in enumerate(value))
+        kind, constant, divisible = _argument(value, constexpr)
         if constant:
-            constexprs[(i,)] = value
+            constexprs[path] = value
         elif divisible:
-            attrs[(i,)] = [["tt.divisibility", 16]]
+            attrs[path] = [["tt.divisibility", 16]]
+        return kind
+
+    for i, name in enumerate(call.kernel.arg_names):
+        constexpr = name.isupper() and len(name) > 1
+        signature[name] = described((i,), call.args[name], constexpr)
     options = {"num_warps": call.config.num_warps, "num_stages": call.config.num_stages}
     if call.early:
         options["launch_pdl"] = True

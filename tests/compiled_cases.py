@@ -20,7 +20,17 @@ import fastlora_kernels
 import torch
 import triton
 from acceptance import KINDS
-from fastlora_kernels import backward, forward, launch
+from fastlora_kernels import (
+    backward,
+    da_all,
+    forward,
+    gated,
+    gated_backward,
+    launch,
+    product_all,
+    product_sum,
+    shrink_all,
+)
 from fastlora_kernels.configs import (
     DROPPING,
     EXPERIMENTAL,
@@ -31,6 +41,7 @@ from fastlora_kernels.configs import (
     is_valid,
     kind_of,
 )
+from fastlora_kernels.gated import ACTIVATIONS
 
 # The test suite compiles for the chips whose matrix instructions differ; `make figures` also for
 # those with sm_80's instructions and less shared memory.
@@ -44,6 +55,14 @@ PROBLEMS = (
     *itertools.product(("ragged",), KINDS_COMPILED, (16,)),  # its rank tile is 16 for any rank
     *itertools.product(("uneven",), KINDS_COMPILED[:2], (16,)),  # y has odd rows, x and w do not
     ("even", "fp16", 16),
+)
+# The problems for which the kernels of several projections are compiled too.
+JOINT = (
+    ("even", "bf16", 16),
+    ("even", "bf16", 128),
+    ("even", "bf16-fp32", 16),
+    ("even", "fp32", 16),
+    ("ragged", "bf16", 16),
 )
 
 
@@ -76,7 +95,28 @@ def calls(chip, kind: str, r: int, size: str, which: str = "default") -> list[la
                         else:
                             needs = (True, True, True)
                             backward(dy, x, w, a, b, s, seed, 0.5, p, needs, configs)
+        if which == "default" and (size, kind, r) in JOINT:
+            joint_calls(empty, (M, N, K), r, adapter)
+        if which == "default" and (size, kind, r) == JOINT[0]:
+            for activation in ACTIVATIONS:
+                gated(dy, dy, activation)
+                gated_backward(dy, dy, dy, activation)
     return recorded
+
+
+def joint_calls(empty, sizes: tuple[int, int, int], r: int, adapter: torch.dtype) -> None:
+    """Launch what q, k and v take, with and without dropout."""
+    (M, N, K), count = sizes, 3
+    outputs = (N, N // 4, N // 4)
+    x, w, dy = empty(M, K), [empty(n, K) for n in outputs], [empty(M, n) for n in outputs]
+    a, b = [empty(r, K, dtype=adapter)] * count, [empty(n, r, dtype=adapter) for n in outputs]
+    s, biases = [empty(M, r, dtype=adapter)] * count, [empty(n) for n in outputs]
+    product_all(x, w, s, b, biases, [0.5] * count)
+    for seed, p in ((None, 0.0), (empty(1, dtype=torch.int64), 0.1)):
+        dropped = {"dropout_p": [p] * count}
+        shrink_all(x, a, [seed] * count, **dropped)
+        product_sum(dy, w, s, a, [seed] * count, **dropped)
+        da_all(x, s, [seed] * count, **dropped)
 
 
 def jobs(every: bool) -> list[tuple[int, str, str, launch.Call]]:
@@ -131,10 +171,11 @@ def key(call: launch.Call) -> tuple:
         (name, getattr(value, "dtype", value) if name.isupper() and len(name) > 1 else None)
         for name, value in call.args.items()
     )
-    pointers = tuple(
-        v.dtype if isinstance(v, torch.Tensor) else v is None for v in call.args.values()
-    )
-    ones = tuple(isinstance(v, int) and v == 1 for v in call.args.values())
+    values = [v for v in call.args.values() if not isinstance(v, tuple)]
+    values += [(len(v), *v) for v in call.args.values() if isinstance(v, tuple)]
+    values = [v for part in values for v in (part if isinstance(part, tuple) else (part,))]
+    pointers = tuple(v.dtype if isinstance(v, torch.Tensor) else v is None for v in values)
+    ones = tuple(isinstance(v, int) and v == 1 for v in values)
     return call.kernel.__name__, call.config, call.early, signature, pointers, ones
 
 
@@ -224,12 +265,16 @@ def pipelined_loads(call: launch.Call) -> int:
     """Return how many loads of 16 bytes a thread issues when the large operands are pipelined."""
     args, config = call.args, call.config
     m, n, k = config.block_m, config.block_n, config.block_k
-    if call.kernel.__name__ == "product_kernel":
+    if call.kernel.__name__ == "product_sum_kernel":
+        elements, tensor = (m + n) * k, args["dx_ptr"]
+    elif call.kernel.__name__ in ("product_kernel", "product_all_kernel"):
         elements, tensor = (m + n) * k, args["x_ptr"]
     elif call.kernel.__name__ == "persistent_kernel":
         return 2 * config.num_stages  # of a tile each
-    elif call.kernel.__name__ == "shrink_kernel":
+    elif call.kernel.__name__ in ("shrink_kernel", "shrink_all_kernel"):
         elements, tensor = m * k, args["x_ptr"]
+    elif call.kernel.__name__ == "da_all_kernel":
+        elements, tensor = m * n, args["x_ptr"]
     elif call.kernel.__name__ == "columns_kernel":
         elements, tensor = m * n, args["t_ptr"]
     else:

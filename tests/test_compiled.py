@@ -11,7 +11,9 @@ import pytest
 import triton
 from compiled_cases import CAPABILITIES, MORE_CAPABILITIES, SIZES, calls, faults
 
-KERNELS = ("shrink_kernel", "product_kernel", "columns_kernel", "sum_kernel")
+JOINT = ("shrink_all_kernel", "product_all_kernel", "product_sum_kernel", "da_all_kernel")
+ELEMENTWISE = ("sum_kernel", "sum_all_kernel", "gated_kernel", "gated_backward_kernel")
+KERNELS = ("shrink_kernel", "product_kernel", "columns_kernel", *JOINT, *ELEMENTWISE)
 PERSISTENT = (90, 100)
 each_kernel = pytest.mark.parametrize(
     ("kernel", "capability"),
@@ -46,7 +48,7 @@ def test_resources(reports, kernel, capability):
 def test_tensor_cores_and_pipelines(reports, kernel, capability):
     mma = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[capability]
     for r in reports:
-        if (r["kernel"], r["capability"]) != (kernel, capability) or kernel == "sum_kernel":
+        if (r["kernel"], r["capability"]) != (kernel, capability) or kernel in ELEMENTWISE:
             continue
         where = (
             f"{kernel} sm_{capability} {r['problem']} dropout={r['dropout']}: {r['instructions']}"
@@ -55,7 +57,7 @@ def test_tensor_cores_and_pipelines(reports, kernel, capability):
             assert {"FFMA", "FFMA2"} & r["instructions"].keys(), where
         else:
             assert {mma, "HMMA"} & r["instructions"].keys(), where
-            if kernel in ("product_kernel", "persistent_kernel"):
+            if "product" in kernel or kernel == "persistent_kernel":
                 assert mma in r["instructions"], where
         if r["problem"].endswith(" even"):
             load = "UTMALDG" if kernel == "persistent_kernel" else "LDGSTS"
@@ -84,7 +86,7 @@ def test_an_amd_chip(found):
     for r in mine:
         assert r["spilled"] == r["scratch"] == 0, r
         assert r["registers"] <= 512 and r["shared"] <= aot.GFX942.shared_memory, r
-        assert r["matrix"] > 0 or r["kernel"] == "sum_kernel", r
+        assert r["matrix"] > 0 or r["kernel"] in ELEMENTWISE, r
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -157,6 +157,29 @@ def test_what_is_kept_for_backward():
     assert sum(kept.values()) == 120 * (64 + 2 * 96 + 3 + 2 + 4)
 
 
+def test_the_kernels_of_the_product(monkeypatch):
+    """The same results where the elementwise part is a Triton kernel."""
+    import fastlora_kernels
+
+    calls = []
+    for name in ("gated", "gated_backward"):
+        own = getattr(fastlora_kernels, name)
+
+        def counted(*args, own=own, **kwargs):
+            calls.append(own.__name__)
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(fastlora_kernels, name, counted)
+    monkeypatch.setattr(gated_mlp, "_kernels", lambda *tensors: fastlora_kernels)
+    for act in PLAIN:
+        x, dy, projections = operands()
+        found = all_of(gated_mlp.run, x, dy, projections, act)
+        expected = all_of(formula, x, dy, projections, act)
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert set(calls) == {"gated", "gated_backward"}
+
+
 # Modules of that form
 
 

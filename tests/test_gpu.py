@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import fastlora_kernels
 import pytest
+import test_joint_kernels as joint_kernels
 import torch
 import triton
 from acceptance import KINDS, Case, run, small_cases, verify, verify_exactly
@@ -75,7 +77,9 @@ def test_small_integers_are_exact(kind):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("kernel, kind", configs.DEFAULTS, ids=str)
+@pytest.mark.parametrize(
+    "kernel, kind", [key for key in configs.DEFAULTS if key[0] not in configs.LIKE], ids=str
+)
 def test_every_config(kernel, kind, p):
     """Each shipped config gives right results wherever it is valid on this chip."""
     used = 0
@@ -105,6 +109,38 @@ def with_configs(chosen):
         forward=functools.partial(fastlora_kernels.forward, configs=chosen),
         backward=functools.partial(fastlora_kernels.backward, configs=chosen),
     )
+
+
+LLAMA = [
+    joint_kernels.Joint(4096, 4096, (4096, 1024, 1024), (16,) * 3, "bf16", dropout_p=(0.1,) * 3),
+    joint_kernels.Joint(2000, 4096, (14336, 14336), (128,) * 2, "bf16-fp32"),
+]
+
+
+@pytest.mark.parametrize("joint", [*joint_kernels.joints(), *LLAMA], ids=str)
+def test_several_projections(joint):
+    joint_kernels.verify(fastlora_kernels, joint, "cuda")
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("kernel", configs.LIKE)
+def test_every_config_of_several_projections(kernel, p):
+    chip = configs.Chip.of(torch.device("cuda"))
+    for kind, r in itertools.product(("bf16", "bf16-fp32", "fp32"), (16, 128)):
+        sizes = (336, 128, 48)
+        joint = joint_kernels.Joint(500, 272, sizes, (r,) * 3, kind, dropout_p=(p,) * 3)
+        rank = r if kernel.startswith("product") else 3 * r
+        kept = configs.kind_of(*KINDS[kind]), rank, p > 0, chip
+        tried = configs.candidates(kernel, *kept)
+        assert tried, "no config of this kernel is valid here"
+        for config in tried:
+            joint_kernels.verify(fastlora_kernels, joint, "cuda", {kernel: config})
+
+
+@pytest.mark.parametrize("activation", joint_kernels.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gated(activation, dtype):
+    joint_kernels.test_gated(activation, dtype, (2000, 14336), "cuda")
 
 
 EARLY = [c for c in configs.DEFAULTS["product", "16"] if c.early]

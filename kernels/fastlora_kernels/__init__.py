@@ -2,8 +2,14 @@
 
 from fastlora_kernels.columns import da, ds_db
 from fastlora_kernels.configs import Chip, Config
+from fastlora_kernels.gated import gated, gated_backward
+from fastlora_kernels.joint_columns import da_all
+from fastlora_kernels.joint_product import product_all
+from fastlora_kernels.joint_shrink import shrink_all
+from fastlora_kernels.joint_sum import product_sum
 from fastlora_kernels.launch import INTERPRETED
-from fastlora_kernels.linear import backward, backward_all, forward, forward_all
+from fastlora_kernels.linear import backward, forward
+from fastlora_kernels.linears import backward_all, forward_all
 from fastlora_kernels.product import product
 from fastlora_kernels.shrink import shrink
 
@@ -14,9 +20,15 @@ __all__ = [
     "backward",
     "backward_all",
     "da",
+    "da_all",
     "ds_db",
     "forward",
     "forward_all",
+    "gated",
+    "gated_backward",
     "product",
+    "product_all",
+    "product_sum",
     "shrink",
+    "shrink_all",
 ]

@@ -118,6 +118,17 @@ def columns_kernel(
 
 
 @triton.jit
+def add_up(part_ptr, out_ptr, block, numel, parts, scale, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a block of ``scale`` times the sum of ``parts``, each ``numel`` elements long."""
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    acc = tl.zeros((BLOCK,), dtype=ACC)
+    for part in range(parts):
+        acc += tl.load(part_ptr + part * numel + offs, mask=mask, other=0.0)
+    tl.store(out_ptr + offs, (acc * tl.cast(scale, ACC)).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def sum_kernel(
     first_ptr,
     second_ptr,
@@ -148,12 +159,7 @@ def sum_kernel(
             numel = tl.cast(second_numel, tl.int64)
             parts = tl.cast(second_parts, tl.int32)
             block -= blocks
-    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < numel
-    acc = tl.zeros((BLOCK,), dtype=ACC)
-    for part in range(parts):
-        acc += tl.load(part_ptr + part * numel + offs, mask=mask, other=0.0)
-    tl.store(out_ptr + offs, (acc * tl.cast(scale, ACC)).to(out_ptr.dtype.element_ty), mask=mask)
+    add_up(part_ptr, out_ptr, block, numel, parts, scale, ACC, BLOCK)
 
 
 def ds_db(

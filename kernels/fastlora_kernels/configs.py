@@ -85,7 +85,8 @@ def is_valid(config: Config, kernel: str, kind: str, r: int, dropout: bool, chip
     """Return whether ``config`` can run ``kernel`` on ``chip``.
 
     Kernels: "product" (y), "dx" (the same, as backward needs it), "shrink", "columns". With
-    ``dropout`` they draw a mask, all but "product", whose s is then not that of x as it is.
+    ``dropout`` they draw a mask, all but "product", whose s is then not that of x as it is. Those
+    of several projections go by their own names (`LIKE`); ``r`` is what they come to if stacked.
 
     Tiles must be powers of two of at least 16, warps a power of two of at most 32; the pipeline
     must fit a block's shared memory: one step of both operands for each of ``num_stages``, less
@@ -101,6 +102,9 @@ def is_valid(config: Config, kernel: str, kind: str, r: int, dropout: bool, chip
         return _is_valid_tma(config, kernel, kind, r, dropout, chip)
     if config.low_rank != "first" or config.specialized or config.early:
         return False
+    if kernel == "da_all" and dropout and m * n + max(m, n) * r_tile > 80 * 32 * config.num_warps:
+        return False  # beside its sums a thread holds a tile, masked for each projection
+    kernel = LIKE.get(kernel, kernel)
     dropout = dropout and kernel != "product"
     if kind == "32" and dropout and chip.capability[0] == 10:
         # Triton 3.7 multiplies a masked float32 tile of 64 rows in TF32 there, asked or not.
@@ -206,6 +210,8 @@ def _tma(low_rank: str, *tiles: tuple[int, int, int, int, int], **rest) -> tuple
     )
 
 
+# The kernels of several projections, each like that of one with all its ranks stacked.
+LIKE = {"shrink_all": "shrink", "product_all": "product", "product_sum": "dx", "da_all": "columns"}
 # By kernel and kind, best first; `default_config` picks. None is measured yet.
 DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
     ("product", "16"): (
@@ -226,6 +232,7 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(128, 128, 32, block_r=16, num_warps=8, num_stages=3),
     ),
     ("product", "32"): (Config(64, 64, 32, block_r=32, num_warps=4, num_stages=2),),
+    ("product_sum", "32"): (Config(64, 64, 16, block_r=16, num_warps=4, num_stages=2),),
     ("product", "unaligned"): (Config(64, 64, 32, block_r=16, num_warps=4, num_stages=2),),
     ("shrink", "16"): (
         Config(64, 16, 64, num_warps=4, num_stages=4),
@@ -249,6 +256,11 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
     ("columns", "mixed"): (
         Config(32, 128, block_r=16, num_warps=8, num_stages=3),
         Config(32, 64, block_r=16, num_warps=8, num_stages=3),
+    ),
+    # No product with b: the terms of a wider tile of ds leave room, so all ranks fit into one.
+    ("da_all", "mixed"): (
+        Config(32, 128, block_r=16, num_warps=8, num_stages=3),
+        Config(32, 64, block_r=64, num_warps=8, num_stages=3),
     ),
     ("columns", "32"): (
         Config(32, 64, block_r=16, num_warps=4, num_stages=2),
@@ -304,8 +316,10 @@ def candidates(
 
     The interpreter, which measures nothing, gets those that run on every chip.
     """
-    kernel_name, kind_name = {"dx": "product"}.get(kernel, kernel), {"fp16": "16"}.get(kind, kind)
-    listed = DEFAULTS.get((kernel_name, kind_name if aligned else "unaligned"), ())
+    kind_name = {"fp16": "16"}.get(kind, kind) if aligned else "unaligned"
+    kernel_name = LIKE.get(kernel, kernel) if (kernel, kind_name) not in DEFAULTS else kernel
+    kernel_name = {"dx": "product"}.get(kernel_name, kernel_name)
+    listed = DEFAULTS.get((kernel_name, kind_name), ())
     if chip.capability == (0, 0):
         listed = [c for c in listed if not c.tma]
     return [c for c in listed if is_valid(c, kernel, kind, r, dropout, chip)]

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,36 @@ def config_for(
     The main loop reads ``x`` and ``other``: whether it can do so 16 bytes at a time matters.
     ``even``: as `default_config` has it.
     """
-    aligned = _aligned(x) and _aligned(other)
+    return _config_for(kernel, x, _aligned(x) and _aligned(other), r, adapter, dropout, even)
+
+
+def config_for_all(
+    kernel: str,
+    xs: Sequence[Tensor],
+    others: Sequence[Tensor],
+    r: int,
+    adapter: torch.dtype,
+    dropout: bool,
+    even: bool = True,
+) -> Config:
+    """Return the default config of a ``kernel`` that reads several inputs, as `config_for` does.
+
+    Those of one list have to lie the same way round as well, to be read 16 bytes at a time.
+    """
+    aligned = all(map(_aligned, (*xs, *others)))
+    aligned = aligned and all(len({t.stride(1) == 1 for t in ts}) == 1 for ts in (xs, others))
+    return _config_for(kernel, xs[0], aligned, r, adapter, dropout, even)
+
+
+def _config_for(
+    kernel: str,
+    x: Tensor,
+    aligned: bool,
+    r: int,
+    adapter: torch.dtype,
+    dropout: bool,
+    even: bool,
+) -> Config:
     key = (kernel, _recorded_chip, x.device, x.dtype, adapter, r, dropout, aligned, even)
     config = _configs.get(key)
     if config is None:
@@ -105,16 +134,17 @@ def launch(
     kernel: Any,
     grid: tuple[int, ...],
     config: Config,
-    x: Tensor,
+    x: Tensor | tuple[Tensor, ...],
     *args: Any,
     early: bool = False,
 ) -> None:
     """Run ``kernel(x, *args)`` over ``grid`` on x's device with ``config``'s warps and stages.
 
-    Positional arguments, in the kernel's order: names would take 5 µs more. An ``early`` kernel
-    may start before the one launched last has ended (programmatic dependent launch), and waits
-    by itself. Does nothing where the grid is empty. Raises RuntimeError, and launches nothing,
-    where a CUDA graph is being captured and the kernel would have to be compiled first.
+    Positional arguments, in the kernel's order: names would take 5 µs more. Those of several
+    projections go as tuples. An ``early`` kernel may start before the one launched last has ended
+    (programmatic dependent launch), and waits by itself. Does nothing where the grid is empty.
+    Raises RuntimeError, and launches nothing, where a CUDA graph is being captured and the kernel
+    would have to be compiled first.
     """
     if 0 in grid:
         return
@@ -122,7 +152,8 @@ def launch(
         _recorded.append(Call(kernel, grid, (x, *args), config, early))
         return
     run, options = kernel[grid], {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if not x.is_cuda:
+    first = x[0] if isinstance(x, tuple) else x
+    if not first.is_cuda:
         run(x, *args, **options)
         return
     if early:
@@ -132,9 +163,9 @@ def launch(
         # which has one for the process).
         run = functools.partial(contextvars.copy_context().run, _with_workspace, run)
     with contextlib.ExitStack() as stack:
-        if x.device.index != torch.cuda.current_device():
+        if first.device.index != torch.cuda.current_device():
             # Triton launches on the current device, which need not be the tensors'.
-            stack.enter_context(torch.cuda.device(x.device))
+            stack.enter_context(torch.cuda.device(first.device))
         if torch.cuda.is_current_stream_capturing():
             stack.enter_context(_compiled_before())
         run(x, *args, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -84,57 +84,3 @@ def backward(
     dx = product(dy, w.t(), ds, a.t(), **dropped, config=config) if need_x else None
     del in_use  # dx is launched
     return dx, da_of(x, ds, **dropped, config=configs.get("da")) if need_a else None, db
-
-
-def forward_all(
-    x: Tensor, projections: Sequence[tuple], configs: Sequence[Mapping[str, Config]] = ()
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return y [M, N] and s [M, R] of several projections of x; s is None without an adapter.
-
-    A projection is (w, a, b, bias, seed, scaling, dropout_p) as for `forward`, a and b None
-    without an adapter.
-    """
-    ys, ss = [], []
-    for (w, a, b, bias, *rest), config in _configured(projections, configs):
-        if a is None:
-            y, s = torch.nn.functional.linear(x, w, bias), None
-        else:
-            y, s = forward(x, w, a, b, bias, *rest, config)
-        ys.append(y)
-        ss.append(s)
-    return ys, ss
-
-
-def backward_all(
-    dys: Sequence[Tensor | None],
-    x: Tensor,
-    projections: Sequence[tuple],
-    ss: Sequence[Tensor | None],
-    need_x: bool,
-    needs: Sequence[tuple[bool, bool]],
-    configs: Sequence[Mapping[str, Config]] = (),
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """Return dx [M, K] of all projections together, and da [R, K] and db [N, R] of each.
-
-    ``needs`` says of each projection whether da and db are asked for; what is not asked for, or
-    has no dy, is None.
-    """
-    total, das, dbs = None, [None] * len(projections), [None] * len(projections)
-    for i, ((w, a, b, _, *rest), config) in enumerate(_configured(projections, configs)):
-        dy = dys[i]
-        if dy is None:
-            continue
-        if a is None:
-            dx = dy @ w if need_x else None
-        else:
-            asked = (need_x, *needs[i])
-            dx, das[i], dbs[i] = backward(dy, x, w, a, b, ss[i], *rest, asked, config)
-        if need_x:
-            total = dx if total is None else total.add_(dx)
-    return total, das, dbs
-
-
-def _configured(
-    projections: Sequence[tuple], configs: Sequence[Mapping[str, Config]]
-) -> Iterator[tuple[tuple, Mapping[str, Config]]]:
-    return zip(projections, configs or [NO_CONFIGS] * len(projections), strict=True)

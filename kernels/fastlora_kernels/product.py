@@ -18,6 +18,41 @@ from fastlora_kernels.tiles import dot, low_rank_tile, tile_of, triton_dtype, wr
 
 
 @triton.jit
+def add_product(
+    acc,
+    x_ptr,
+    w_ptr,
+    rows,
+    columns,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    EVEN_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Return acc + x wᵀ for a tile of ``rows`` of x and ``columns``, which are rows of w."""
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
+    w_ptrs = w_ptr + columns[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
+    step_x = tl.cast(BLOCK_K, tl.int64) * stride_xk
+    step_w = tl.cast(BLOCK_K, tl.int64) * stride_wk
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            mask_k = offs_k < K - k
+            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
+        acc = dot(x, w, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
+        x_ptrs += step_x
+        w_ptrs += step_w
+    return acc
+
+
+@triton.jit
 def product_kernel(
     x_ptr,
     w_ptr,
@@ -77,22 +112,20 @@ def product_kernel(
         BLOCK_N,
         BLOCK_R,
     )
-    offs_k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
-    w_ptrs = w_ptr + columns[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
-    step_x = tl.cast(BLOCK_K, tl.int64) * stride_xk
-    step_w = tl.cast(BLOCK_K, tl.int64) * stride_wk
-    for k in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs)
-            w = tl.load(w_ptrs)
-        else:
-            mask_k = offs_k < K - k
-            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
-        acc = dot(x, w, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
-        x_ptrs += step_x
-        w_ptrs += step_w
+    acc = add_product(
+        acc,
+        x_ptr,
+        w_ptr,
+        rows,
+        columns,
+        K,
+        stride_xm,
+        stride_xk,
+        stride_wn,
+        stride_wk,
+        EVEN_K,
+        BLOCK_K,
+    )
 
     mask_n = offs_n < N
     if HAS_BIAS:

@@ -82,6 +82,33 @@ def dot_16(left, right, acc):
 
 
 @triton.jit
+def add_low_rank(
+    acc,
+    s_ptr,
+    b_ptr,
+    rows,
+    columns,
+    R,
+    stride_bn,
+    stride_br,
+    dtype: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Return acc + s bᵀ for ``rows`` of s and ``columns``, which are rows of b."""
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < R
+        s = tl.load(s_ptr + rows[:, None] * R + offs_r[None, :], mask=mask_r[None, :], other=0.0)
+        b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r.to(tl.int64)[:, None] * stride_br
+        b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0)
+        if s.dtype == dtype:
+            acc = dot(s, b, acc)  # [BLOCK_M, BLOCK_R] @ [BLOCK_R, BLOCK_N]
+        else:
+            acc = dot_16(s, b, acc)
+    return acc
+
+
+@triton.jit
 def low_rank_tile(
     s_ptr,
     b_ptr,
@@ -107,16 +134,7 @@ def low_rank_tile(
     rows = wrapped(offs_m, M)
     columns = wrapped(offs_n, N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for r in tl.range(0, R, BLOCK_R, num_stages=1):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < R
-        s = tl.load(s_ptr + rows[:, None] * R + offs_r[None, :], mask=mask_r[None, :], other=0.0)
-        b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r.to(tl.int64)[:, None] * stride_br
-        b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0)
-        if s.dtype == dtype:
-            acc = dot(s, b, acc)  # [BLOCK_M, BLOCK_R] @ [BLOCK_R, BLOCK_N]
-        else:
-            acc = dot_16(s, b, acc)
+    acc = add_low_rank(acc, s_ptr, b_ptr, rows, columns, R, stride_bn, stride_br, dtype, BLOCK_R)
     acc *= tl.cast(scale, ACC)
     if HAS_DROPOUT:
         acc *= keep_tile(seed_ptr, offs_m, first_n, N, keep_from, BLOCK_N).to(ACC)

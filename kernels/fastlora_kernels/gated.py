@@ -1,0 +1,166 @@
+"""h = act(gate) · up, the elementwise part of a gated MLP, and its gradients with h made again.
+
+Everything is computed in float32 and rounded once. The activations and their derivatives are
+PyTorch's formulas, so that NaN and infinities come out where it has them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora_kernels.configs import Config, cdiv
+from fastlora_kernels.launch import launch
+from fastlora_kernels.tiles import triton_dtype
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+BLOCK = 1024
+GATED_CONFIG = Config(block_m=16, block_n=16, num_warps=4, num_stages=2)
+# They stand behind the tensors that they multiply: the interpreter wants it so.
+SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
+INV_SQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
+SQRT_2_BY_PI: tl.constexpr = tl.constexpr(0.7978845608028654)
+CUBIC: tl.constexpr = tl.constexpr(0.044715)
+
+
+@triton.jit
+def _logistic(x):
+    """Return 1 / (1 + exp(-x)), and what it lacks to 1, which a difference would have rounded."""
+    power = tl.exp(-x)
+    if x.dtype == tl.float32:
+        part = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + power)
+    else:
+        part = 1.0 / (1.0 + power)
+    return part, part * tl.minimum(power, 3e38)
+
+
+@triton.jit
+def _activated(x, ACTIVATION: tl.constexpr):
+    """Return act(x) and its derivative."""
+    if ACTIVATION == "silu":
+        part, rest = _logistic(x)
+        value = x * part
+        slope = part * (1.0 + x * rest)
+    elif ACTIVATION == "gelu":
+        part = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
+        value = x * part
+        slope = part + x * (tl.exp(-0.5 * x * x) * INV_SQRT_2PI)
+    else:
+        # (1 + tanh(u)) / 2 is the logistic function of 2 u.
+        part, rest = _logistic((x + x * x * x * CUBIC) * SQRT_2_BY_PI * 2.0)
+        value = x * part
+        inner = (x * x * CUBIC * 3.0 + 1.0) * SQRT_2_BY_PI
+        slope = part + 2.0 * x * (part * rest) * inner
+    return value, slope
+
+
+@triton.jit
+def gated_kernel(
+    gate_ptr,
+    up_ptr,
+    h_ptr,
+    F,
+    blocks,
+    stride_gm,
+    stride_gf,
+    stride_um,
+    stride_uf,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    offs_f = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs_f < F
+    gate = tl.load(gate_ptr + row * stride_gm + offs_f * stride_gf, mask=mask, other=0.0).to(ACC)
+    up = tl.load(up_ptr + row * stride_um + offs_f * stride_uf, mask=mask, other=0.0).to(ACC)
+    value, _ = _activated(gate, ACTIVATION)
+    tl.store(h_ptr + row * F + offs_f, (value * up).to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gated_backward_kernel(
+    dh_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    h_ptr,
+    F,
+    blocks,
+    stride_hm,
+    stride_hf,
+    stride_gm,
+    stride_gf,
+    stride_um,
+    stride_uf,
+    ACTIVATION: tl.constexpr,
+    HAS_H: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    offs_f = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs_f < F
+    dh = tl.load(dh_ptr + row * stride_hm + offs_f * stride_hf, mask=mask, other=0.0).to(ACC)
+    gate = tl.load(gate_ptr + row * stride_gm + offs_f * stride_gf, mask=mask, other=0.0).to(ACC)
+    up = tl.load(up_ptr + row * stride_um + offs_f * stride_uf, mask=mask, other=0.0).to(ACC)
+    value, slope = _activated(gate, ACTIVATION)
+    offs = row * F + offs_f
+    dtype: tl.constexpr = dgate_ptr.dtype.element_ty
+    tl.store(dgate_ptr + offs, (dh * up * slope).to(dtype), mask=mask)
+    tl.store(dup_ptr + offs, (dh * value).to(dtype), mask=mask)
+    if HAS_H:
+        tl.store(h_ptr + offs, (value * up).to(dtype), mask=mask)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Return ``act(gate) · up`` [M, F] in their dtype, contiguous, rounded once.
+
+    ``gate`` and ``up`` [M, F] of one dtype and any strides. ``activation`` is "silu", "gelu"
+    (with erf) or "gelu_tanh"; ValueError for another.
+    """
+    M, F = _shape(gate, activation, up)
+    h = gate.new_empty(gate.shape)
+    launch(
+        *(gated_kernel, (M * cdiv(F, BLOCK),), GATED_CONFIG),
+        *(gate, up, h),
+        *(F, cdiv(F, BLOCK)),
+        *gate.stride(),
+        *up.stride(),
+        *(activation, triton_dtype(gate.dtype), BLOCK),
+    )
+    return h
+
+
+def gated_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, activation: str, need_h: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return dgate, dup and h = ``act(gate) · up``, made again: [M, F] in one dtype, contiguous.
+
+    ``dh``, ``gate`` and ``up`` [M, F] of one dtype and any strides; ``activation`` as in `gated`.
+    Without ``need_h`` the third is None.
+    """
+    M, F = _shape(gate, activation, up, dh)
+    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+    h = gate.new_empty(gate.shape) if need_h else None
+    launch(
+        *(gated_backward_kernel, (M * cdiv(F, BLOCK),), GATED_CONFIG),
+        *(dh, gate, up, dgate, dup, h),
+        *(F, cdiv(F, BLOCK)),
+        *dh.stride(),
+        *gate.stride(),
+        *up.stride(),
+        *(activation, need_h, triton_dtype(gate.dtype), BLOCK),
+    )
+    return dgate, dup, h
+
+
+def _shape(gate: Tensor, activation: str, *others: Tensor) -> tuple[int, int]:
+    """Return the rows and their length as the kernels go over them: contiguous tensors in one."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)}")
+    if all(t.is_contiguous() for t in (gate, *others)):
+        return 1, gate.numel()
+    return gate.shape

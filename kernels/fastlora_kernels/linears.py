@@ -1,0 +1,124 @@
+"""Several LoRA linear layers of one x from their kernels: forward and backward on 2-D tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlora_kernels import linear
+from fastlora_kernels.columns import ds_db
+from fastlora_kernels.configs import Config
+from fastlora_kernels.joint import MOST
+from fastlora_kernels.joint_columns import da_all
+from fastlora_kernels.joint_product import product_all
+from fastlora_kernels.joint_shrink import shrink_all
+from fastlora_kernels.joint_sum import product_sum
+from fastlora_kernels.launch import NO_CONFIGS
+
+# w, a, b, bias, seed, scaling, dropout_p as `linear.forward` takes them; a, b None: no adapter.
+Projection = tuple
+
+
+def forward_all(
+    x: Tensor, projections: Sequence[Projection], configs: Sequence[Mapping[str, Config]] = ()
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Return y [M, N] and s [M, R] of each projection of x; s is None without an adapter.
+
+    Up to four take two launches. ``configs`` may hold a mapping for each as `linear.forward` has
+    it, which counts where there is one projection alone.
+    """
+    if len(projections) == 1:
+        (w, a, b, bias, *rest), config = projections[0], configs[0] if configs else NO_CONFIGS
+        if a is None:
+            return [F.linear(x, w, bias)], [None]
+        y, s = linear.forward(x, w, a, b, bias, *rest, config)
+        return [y], [s]
+    ys, ss = [], []
+    for few in _fours(projections):
+        s = shrinks(x, few)
+        w, _, b, bias, _, scaling, _ = zip(*few, strict=True)
+        ys += product_all(x, w, s, b, bias, scaling)
+        ss += s
+    return ys, ss
+
+
+def backward_all(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Projection],
+    ss: Sequence[Tensor | None],
+    need_x: bool,
+    needs: Sequence[tuple[bool, bool]],
+    configs: Sequence[Mapping[str, Config]] = (),
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Return dx [M, K] of all projections together, and da [R, K] and db [N, R] of each.
+
+    ``needs`` says of each projection whether da and db are asked for; what is not asked for, or
+    has no dy, is None. ds and db take two launches for each projection, da two for up to four,
+    dx one.
+    """
+    if len(projections) == 1 and projections[0][1] is not None and dys[0] is not None:
+        (w, a, b, _, *rest), config = projections[0], configs[0] if configs else NO_CONFIGS
+        asked = (need_x, *needs[0])
+        dx, da, db = linear.backward(dys[0], x, w, a, b, ss[0], *rest, asked, config)
+        return dx, [da], [db]
+    dss, das, dbs = narrow_grads(dys, x, projections, ss, need_x, needs, configs)
+    dx = None
+    there = [i for i, dy in enumerate(dys) if dy is not None]
+    for few in _fours(there) if need_x else ():
+        w, a, _, _, seeds, _, p = zip(*(projections[i] for i in few), strict=True)
+        part = product_sum([dys[i] for i in few], w, [dss[i] for i in few], a, seeds, dropout_p=p)
+        dx = part if dx is None else dx.add_(part)
+    return dx, das, dbs
+
+
+def shrinks(x: Tensor, projections: Sequence[Projection]) -> list[Tensor | None]:
+    """Return s [M, R] of each projection, None without an adapter: a launch for up to four."""
+    found: list[Tensor | None] = [None] * len(projections)
+    for same in _alike(projections):
+        _, a, _, _, seeds, _, p = zip(*(projections[i] for i in same), strict=True)
+        for i, s in zip(same, shrink_all(x, a, seeds, dropout_p=p), strict=True):
+            found[i] = s
+    return found
+
+
+def narrow_grads(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Projection],
+    ss: Sequence[Tensor | None],
+    need_x: bool,
+    needs: Sequence[tuple[bool, bool]],
+    configs: Sequence[Mapping[str, Config]] = (),
+) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+    """Return ds, da and db of each projection, None where it is not needed."""
+    n = len(projections)
+    dss, das, dbs = ([None] * n for _ in range(3))
+    for i, (dy, (_, a, b, _, _, scaling, _)) in enumerate(zip(dys, projections, strict=True)):
+        if dy is not None and a is not None:
+            wanted = {"need_ds": need_x or needs[i][0], "need_db": needs[i][1]}
+            config = configs[i].get("ds_db") if configs else None
+            dss[i], dbs[i] = ds_db(dy, ss[i], b, scaling=scaling, **wanted, config=config)
+    asked = [i for i in range(n) if dss[i] is not None and needs[i][0]]
+    for same in _alike([projections[i] for i in asked]):
+        few = [asked[i] for i in same]
+        _, _, _, _, seeds, _, p = zip(*(projections[i] for i in few), strict=True)
+        found = da_all(x, [dss[i] for i in few], seeds, dropout_p=p)
+        for i, da in zip(few, found, strict=True):
+            das[i] = da
+    return dss, das, dbs
+
+
+def _alike(projections: Sequence[Projection]) -> list[Sequence[int]]:
+    """Return which adapters a launch can take together: up to four of one dtype."""
+    by_dtype: dict = {}
+    for i, (_, a, *_) in enumerate(projections):
+        if a is not None:
+            by_dtype.setdefault(a.dtype, []).append(i)
+    return [few for same in by_dtype.values() for few in _fours(same)]
+
+
+def _fours(items: Sequence) -> list[Sequence]:
+    return [items[i : i + MOST] for i in range(0, len(items), MOST)]
