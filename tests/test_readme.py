@@ -72,6 +72,12 @@ def test_under_peft(capsys):
     assert len(fastlora.patch_peft(again).fused) == 4
 
 
+def test_shared_inputs(capsys):
+    (found,), (report,) = blocks("docs/siblings.md"), blocks("docs/siblings.md", "")
+    exec(found, given())
+    assert capsys.readouterr().out == report
+
+
 def test_the_kernels_alone():
     names = {k: v for k, v in given().items() if k in ("x", "bias")}
     names |= {"w": torch.randn(24, 16), "a": torch.randn(4, 16), "b": torch.randn(24, 4)}
