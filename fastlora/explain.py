@@ -15,8 +15,10 @@ from fastlora.layer import LoRALinear
 from fastlora.measured import OPS
 from fastlora.plans import Plan, Problem
 from fastlora.several import Adapter
+from fastlora.siblings import FrozenLinear
 
 TOKENS = (16, 512, 8192)
+Layer = tuple[Tensor, list[Adapter]]  # weight [N, K]
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,10 @@ def explain(
 
     ``what`` is a LoRALinear, a layer of PEFT's that `patch_peft` has fused, or a model that holds
     some, each taken as it is: active adapters, dtypes, device, training or not; equal ones are
-    listed once, merged and disabled ones are left out, as they run no LoRA. Or it is one or several
-    shapes: (N, K), weights of ``dtype`` on ``device`` under rank ``r`` and ``adapter_dtype``
-    (float32 under a 16-bit base, as in PEFT), or a whole `Problem`. ``tokens`` is M, several of
-    them, or an input x [..., K].
+    listed once, siblings that run as one operator together; merged and disabled ones are left out,
+    as they run no LoRA. Or it is one or several shapes: (N, K), weights of ``dtype`` on ``device``
+    under rank ``r`` and ``adapter_dtype`` (float32 under a 16-bit base, as in PEFT), or a whole
+    `Problem`. ``tokens`` is M, several of them, or an input x [..., K].
     Raises TypeError or ValueError where ``what`` holds no LoRA layer and no shape.
     """
     if isinstance(tokens, Tensor):
@@ -84,34 +86,54 @@ def explain(
 
 def _of_module(model: nn.Module, tokens: Iterable[int]) -> list[tuple[torch.device, Problem]]:
     """Return the different problems that the LoRA layers of ``model`` pose for ``tokens``."""
-    layers = [row for module in model.modules() if (row := _running(module)) is not None]
-    if not layers:
+    rows = [row for module in model.modules() for row in _together(module)]
+    if not rows:
         raise ValueError(
             f"{type(model).__name__} holds no LoRALinear with an active adapter, and no layer of "
             "PEFT's that patch_peft() has fused; fastlora.inject(model, config) puts layers in"
         )
-    posed = [
-        (weight.device, Problem(size, *_key(weight, adapters)))
-        for weight, adapters in layers
-        for size in tokens
-    ]
+    posed = [(row[0][0].device, _problem(size, row)) for row in rows for size in tokens]
     return list(dict.fromkeys(posed))
 
 
-def _running(module: nn.Module) -> tuple[Tensor, list[Adapter]] | None:
-    """Return weight [N, K] and active adapters of a layer that runs LoRA, None of any other."""
+def _together(module: nn.Module) -> list[list[Layer]]:
+    """Return what runs when ``module`` is called: rows of layers that run as one operator.
+
+    Siblings come with the first of them. Where one of them is off, each runs alone.
+    """
+    group = vars(module).get("_siblings")
+    members = (None if group is None else group.members()) or [module]
+    if members[0] is not module:
+        return []
+    row = [_running(member) for member in members]
+    rows = [[layer] for layer in row if layer is not None] if None in row else [row]
+    return [row for row in rows if any(adapters for _, adapters in row)]
+
+
+def _running(module: nn.Module) -> Layer | None:
+    """Return what a layer runs with, None where it is off or no layer of ours."""
+    if isinstance(module, FrozenLinear):
+        return module.weight, []
     if isinstance(module, LoRALinear):
         off = module.merged or module.disable_adapters
-        weight, adapters = module._oriented(module.weight), module.adapters()
-    elif (peft_layer := sys.modules.get("fastlora.peft_layer")) and isinstance(
+        return None if off else (module._oriented(module.weight), module.adapters())
+    if (peft_layer := sys.modules.get("fastlora.peft_layer")) and isinstance(
         module, peft_layer.FusedLinear
     ):
         found = peft_layer.operands(module)
         off = module.merged or module.disable_adapters or isinstance(found, str)
-        weight, adapters = (None, []) if off else (found[0], found[2])
-    else:
-        return None
-    return None if off or not adapters else (weight, adapters)
+        return None if off else (found[0], found[2])
+    return None
+
+
+def _problem(tokens: int, row: list[Layer]) -> Problem:
+    """Return the problem that a layer, or several of one input, pose as their forward runs."""
+    (n, k, r, dtype, adapter, dropout), *others = sorted(
+        (_key(*layer) for layer in row), key=lambda key: key[2] == 0
+    )
+    dropout = dropout or any(drops for *_, drops in others)
+    others = tuple((n, r) for n, _, r, *_ in others)
+    return Problem(tokens, n, k, r, dtype, adapter, dropout, others)
 
 
 def _problems(
@@ -131,7 +153,9 @@ def _problems(
 
 
 def _key(weight: Tensor, adapters: list[Adapter]) -> tuple:
-    """Return a layer's problem but for the tokens, as its forward poses it."""
+    """Return a layer's problem but for the tokens, as its forward poses it; R 0 if frozen."""
+    if not adapters:
+        return *weight.shape, 0, weight.dtype, weight.dtype, False
     (a, _, _, p), *_ = adapters
     stacked = not any(p for *_, p in adapters)
     r = sum(a.shape[0] for a, *_ in adapters) if stacked else a.shape[0]

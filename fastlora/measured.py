@@ -207,13 +207,15 @@ def _to_json(known: Measurements, device: torch.device) -> dict[str, Any]:
 
 def _record(row: Any) -> tuple[Problem, dict[str, Timing]]:
     """Return one problem of a file and its timings; raises where anything is not as written."""
-    if not isinstance(row, dict) or row.keys() != {*Problem._fields, *OPS}:
+    if not isinstance(row, dict) or row.keys() | {"others"} != {*Problem._fields, *OPS}:
         raise ValueError("a problem has other fields")
     sizes = [_integer(row[name], 1 << 40) for name in _SIZES]
     dtypes = DTYPES[row["dtype"]], DTYPES[row["adapter"]]
     if not isinstance(row["dropout"], bool):
         raise ValueError("dropout must be true or false")
-    problem = Problem(*sizes, *dtypes, row["dropout"])
+    others = row.get("others", [])  # files of earlier versions have none
+    others = tuple((_integer(n, 1 << 40), _integer(r, 1 << 40, least=0)) for n, r in others)
+    problem = Problem(*sizes, *dtypes, row["dropout"], others)
     return problem, {op: _timing(row[op]) for op in OPS}
 
 
@@ -235,9 +237,9 @@ def _timing(value: Any) -> Timing:
     return Timing(dict(seconds), dict(configs))
 
 
-def _integer(value: Any, most: int) -> int:
-    if type(value) is not int or not 1 <= value <= most:
-        raise ValueError(f"{value!r:.50} is not an integer from 1 to {most}")
+def _integer(value: Any, most: int, least: int = 1) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{value!r:.50} is not an integer from {least} to {most}")
     return value
 
 

@@ -34,7 +34,8 @@ MODULES = {
 class Problem(NamedTuple):
     """What a plan is chosen for: M tokens, N outputs, K inputs, rank R, dtypes, dropout.
 
-    A bias costs every implementation the same and is no part of it.
+    ``others``: N and R of further projections of the same x, R 0 without an adapter. A bias costs
+    every implementation the same and is no part of it.
     """
 
     M: int
@@ -44,17 +45,48 @@ class Problem(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     adapter: torch.dtype = torch.bfloat16
     dropout: bool = False
+    others: tuple[tuple[int, int], ...] = ()
+
+    @staticmethod
+    def of(x: Tensor, projections: Sequence[Operands]) -> Problem | None:
+        """Return the problem that projections of x [M, K] pose; None if none has an adapter."""
+        adapted = [p for p in projections if p.a is not None]
+        if not adapted:
+            return None
+        first = adapted[0]
+        others = [p for p in projections if p is not first]
+        return Problem(
+            *(x.shape[0], first.w.shape[0], x.shape[1], first.a.shape[0]),
+            *(x.dtype, first.a.dtype, any(p.seed is not None for p in adapted)),
+            tuple((p.w.shape[0], 0 if p.a is None else p.a.shape[0]) for p in others),
+        )
+
+    def alone(self) -> list[Problem]:
+        """Return the problem of each projection with an adapter as if it were alone."""
+        rest = [self._replace(N=n, R=r, others=()) for n, r in self.others if r]
+        return [self._replace(others=()), *rest]
 
     def bucketed(self) -> Problem:
         """Return the problem with M and R rounded up to powers of two, R to 16 at least."""
-        m, r = (1 << max(0, size - 1).bit_length() for size in (self.M, self.R))
-        return self._replace(M=m, R=max(16, r))
+        others = tuple((n, _bucket(r)) for n, r in self.others)
+        return self._replace(M=_power(self.M), R=_bucket(self.R), others=others)
 
     def __str__(self) -> str:
+        if self.others:
+            sizes = ", ".join(f"{n} (r = {r})" if r else f"{n} (frozen)" for n, r in self.others)
+            return f"{self._replace(others=())}, and of the same x: {sizes}"
         names = [str(d).removeprefix("torch.") for d in (self.dtype, self.adapter)]
         adapters = f", {names[1]} adapters" if names[0] != names[1] else ""
         dropout = ", dropout" * self.dropout
         return f"{self.M} x {self.N} x {self.K}, r = {self.R}, {names[0]}{adapters}{dropout}"
+
+
+def _power(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _bucket(r: int) -> int:
+    return max(16, _power(r)) if r else 0
 
 
 @dataclass(frozen=True)
@@ -110,42 +142,17 @@ def function(
 def _function(
     op: str, impl: str, x: Tensor, projections: Sequence[Operands], wide: bool
 ) -> Callable[..., Any]:
-    posed = [
-        None if a is None else Problem(*_mnk(x, w), a.shape[0], x.dtype, a.dtype, seed is not None)
-        for w, a, _, _, seed, _, _ in projections
-    ]
+    problem = Problem.of(x, projections)
+    if problem is None:  # frozen layers alone
+        module = MODULES[default(x.dtype, x.device)[0]]
+        return getattr(importlib.import_module(module), f"{op}_all")
     if TUNE and impl == "auto":
-        for problem in dict.fromkeys(filter(None, posed)):
-            _tune_on_first_use(problem, x.device)
-    each = {p: choose(op, impl, p, x.device) for p in dict.fromkeys(filter(None, posed))}
-    taken = _together(list(each.values())) if each else default(x.dtype, x.device)[0]
-    found = getattr(importlib.import_module(MODULES[taken]), f"{op}_all")
-    configs = [NO_CONFIGS if problem is None else each[problem].configs for problem in posed]
-    if wide and any(configs) and taken != "torch":
-        found = functools.partial(found, configs=configs)
+        _tune_on_first_use(problem, x.device)
+    plan = choose(op, impl, problem, x.device)
+    found = getattr(importlib.import_module(MODULES[plan.impl]), f"{op}_all")
+    if wide and plan.configs and plan.impl != "torch":
+        found = functools.partial(found, configs=[plan.configs] * len(projections))
     return found
-
-
-NO_CONFIGS: Mapping[str, Any] = {}
-
-
-def _mnk(x: Tensor, w: Tensor) -> tuple[int, int, int]:
-    return x.shape[0], w.shape[0], x.shape[1]
-
-
-def _together(chosen: Sequence[Plan]) -> str:
-    """Return the implementation for projections of one x, from the plans that each would take.
-
-    The one that takes least in all, by what was measured or else predicted for every plan; where
-    neither is known of all, that of the first.
-    """
-    if len({plan.impl for plan in chosen}) == 1:
-        return chosen[0].impl
-    for times in ([p.seconds for p in chosen], [p.predicted for p in chosen]):
-        known = set.intersection(*map(set, times))
-        if known:
-            return min(sorted(known), key=lambda impl: sum(t[impl] for t in times))
-    return chosen[0].impl
 
 
 def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
@@ -159,7 +166,8 @@ def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
 
         timing = (measured.find(problem, device) or {}).get(op, measured.Timing({}))
         seconds = timing.seconds
-        configs = _configs(op, timing.configs, problem, device)
+        # The launchers of several projections take their defaults.
+        configs = {} if problem.others else _configs(op, timing.configs, problem, device)
         predicted = _predicted(op, usable, problem, device, configs)
     why = f"impl={impl!r}"
     if impl == "auto" and FORCED != "auto":
@@ -213,14 +221,21 @@ def _configs(
 def _predicted(
     op: str, usable: tuple[str, ...], problem: Problem, device: torch.device, configs: dict
 ) -> dict[str, float]:
-    """Return the seconds that each usable implementation should take, where the GPU is known."""
+    """Return the seconds that each usable implementation should take, where the GPU is known.
+
+    Projections of one x: what each would take alone, added up; frozen ones cost all the same.
+    """
     from fastlora_kernels.machine import Machine
     from fastlora_kernels.prediction import predict
 
     machine = Machine.of(device)
     if machine is None:
         return {}
-    return {impl: predict(op, impl, problem, machine, configs).seconds for impl in usable}
+    alone = problem.alone()
+    return {
+        impl: sum(predict(op, impl, one, machine, configs).seconds for one in alone)
+        for impl in usable
+    }
 
 
 def indexed(device: torch.device) -> torch.device:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 
 import torch
 
-from fastlora import measured, plans
+from fastlora import measured, plans, sibling_search
 from fastlora.finetune_data import UserError
 from fastlora.finetune_model import empty_model, first_line, require, torch_device
 from fastlora.measured import OPS
@@ -53,10 +54,10 @@ def run(
         print(f"nothing to choose on {where}: only 'torch' runs there. {why}")
         return
     drops = {"both": (False, True), "on": (True,), "off": (False,)}[dropout]
-    problems = [
-        Problem(m, *weight, rank, base, adapter, drop).bucketed()
-        for m, weight, rank, drop in itertools.product(tokens, weights, r, drops)
-    ]
+    problems = []
+    for m, ((n, k, _), *others), rank, drop in itertools.product(tokens, weights, r, drops):
+        of_one_x = tuple((width, rank * adapted) for width, _, adapted in others)
+        problems.append(Problem(m, n, k, rank, base, adapter, drop, of_one_x).bucketed())
     problems = list(dict.fromkeys(problems))
     print(f"measuring on {measured.device_name(where)}")
     rows, file = [], None
@@ -89,23 +90,39 @@ def _row(problem: Problem, op: str, device: torch.device) -> tuple[str, float, f
     return f"{problem}, {op}: {plan.impl}, {seconds * 1e3:.3g} ms, {gain}", seconds, before
 
 
-def _of_list(shapes: list[str]) -> list[tuple[int, int]]:
+# N, K and whether it has an adapter, of a layer or of several that read the same x; the first has.
+Weights = tuple[tuple[int, int, bool], ...]
+
+
+def _of_list(shapes: list[str]) -> list[Weights]:
     found = [_SHAPE.fullmatch(shape) for shape in shapes]
     for shape, match in zip(shapes, found, strict=True):
         if match is None:
             raise UserError(f"--shapes takes NxK, such as 14336x4096, got {shape!r}")
-    return [(int(match[1]), int(match[2])) for match in found if match]
+    return [((int(match[1]), int(match[2]), True),) for match in found if match]
 
 
-def _of_model(name: str, target_modules: str | tuple[str, ...]) -> list[tuple[int, int]]:
-    """Return the different weights (N, K) that LoRA would be put on; no weight is loaded."""
+def _of_model(name: str, target_modules: str | tuple[str, ...]) -> list[Weights]:
+    """Return the different weights that LoRA would be put on, and siblings together.
+
+    No weight is loaded, and nothing computed. Siblings are found where the model brings an input
+    along.
+    """
     from fastlora import LoRAConfig, inject
     from fastlora.layer import LoRALinear
 
-    model = empty_model(name)
+    model, config = empty_model(name), LoRAConfig(target_modules=target_modules)
     try:
-        inject(model, LoRAConfig(target_modules=target_modules))
+        inject(model, config)
     except (TypeError, ValueError) as error:
         raise UserError(f"--target-modules: {first_line(error)}") from error
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    return list(dict.fromkeys((layer.out_features, layer.in_features) for layer in layers))
+    found = [((layer.out_features, layer.in_features, True),) for layer in layers]
+    with contextlib.suppress(ValueError):
+        for group in sibling_search.find(model, True, layers):
+            members = [group.parent._modules[name] for name in group.names]
+            members.sort(key=lambda member: member not in layers)
+            rows = [(m.out_features, m.in_features, m in layers) for m in members]
+            if rows[0][2]:
+                found.append(tuple(rows))
+    return list(dict.fromkeys(found))

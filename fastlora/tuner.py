@@ -18,6 +18,7 @@ from fastlora import measured, plans
 from fastlora.measured import OPS, Timing
 from fastlora.ops import exact
 from fastlora.plans import Problem
+from fastlora.projection import Operands
 from fastlora.timing import interleaved
 
 DROPOUT_P = 0.1
@@ -69,7 +70,7 @@ def _measure(
     operands = _attempt(lambda: _Operands(problem, device), str(problem), say)
     if operands is None:
         return None
-    configs = {op: _best_configs(op, operands, say) for op in OPS}
+    configs = {op: {} if problem.others else _best_configs(op, operands, say) for op in OPS}
     steps = {}
     for impl in plans.usable_implementations(problem.dtype, device):
         step = operands.step(impl, configs)
@@ -107,19 +108,29 @@ class _Operands:
         self.s, self.ds = random(M, R, dtype=adapter), random(M, R, dtype=adapter)
         self.p = DROPOUT_P if problem.dropout else 0.0
         self.seed = torch.ones(1, dtype=torch.int64, device=device) if problem.dropout else None
+        first = Operands(self.w, self.a, self.b, None, self.seed, 0.5, self.p)
+        self.projections, self.dys, self.ss = [first], [self.dy], [self.s]
+        for n, r in problem.others:
+            a = random(r, K, dtype=adapter) if r else None
+            b = random(n, r, dtype=adapter) if r else None
+            drop = (self.seed, 0.5, self.p) if r else (None, 0.5, 0.0)
+            self.projections.append(Operands(random(n, K), a, b, None, *drop))
+            self.dys.append(random(M, n))
+            self.ss.append(random(M, r, dtype=adapter) if r else None)
 
     def step(self, impl: str, configs: dict[str, dict]) -> Callable[[], Iterator[None]]:
         """Return the step that runs forward and backward by ``impl``, for `interleaved`."""
         module = importlib.import_module(plans.MODULES[impl])
-        with_configs = {op: {} if impl == "torch" else {"configs": configs[op]} for op in OPS}
-        rest = (self.seed, 0.5, self.p)
+        of = self.x, self.projections
+        needs = [(p.a is not None,) * 2 for p in self.projections]
+        with_configs = {
+            op: {} if impl == "torch" else {"configs": [configs[op]] * len(needs)} for op in OPS
+        }
 
         def step() -> Iterator[None]:
-            y_operands = self.x, self.w, self.a, self.b, None
-            module.forward(*y_operands, *rest, **with_configs["forward"])
+            module.forward_all(*of, **with_configs["forward"])
             yield
-            dy_operands = self.dy, self.x, self.w, self.a, self.b, self.s
-            module.backward(*dy_operands, *rest, (True, True, True), **with_configs["backward"])
+            module.backward_all(self.dys, *of, self.ss, True, needs, **with_configs["backward"])
             yield
 
         return step

@@ -15,6 +15,7 @@ import pytest
 import torch
 from fastlora_kernels import machine
 from fastlora_kernels.configs import Config
+from fastlora_kernels.prediction import predict
 from tiny_models import llama
 
 import fastlora
@@ -159,7 +160,7 @@ def test_measurements_hold_for_their_bucket():
     x, *projection = operands(2)
     projection = [Operands(*projection, None, None, 1.0, 0.0)]
     assert module(plans.function("forward", "auto", x[:0], projection)) == "fastlora.torch_impl"
-    assert module(plans.function("forward", "auto", x, projection)) == "fastlora_kernels.linear"
+    assert module(plans.function("forward", "auto", x, projection)) == "fastlora_kernels.linears"
     for same in ({"M": 33}, {"M": 64, "R": 3}):
         assert chosen(problem=PROBLEM._replace(**same)) == "triton"
     others = ({"M": 32}, {"M": 65}, {"R": 17}, {"N": 47}, {"K": 33}, {"dropout": True})
@@ -176,7 +177,7 @@ def test_a_compiled_graph_chooses_for_the_rows_that_come(monkeypatch):
     for m in (128, 64):
         layer(x[:m], w, a, b)
     taken = {key[2]: module(function) for key, function in plans._functions.items()}
-    assert taken == {7: "fastlora.torch_impl", 6: "fastlora_kernels.linear"}
+    assert taken == {7: "fastlora.torch_impl", 6: "fastlora_kernels.linears"}
 
 
 def test_the_choice_is_one_look_up(monkeypatch):
@@ -423,7 +424,7 @@ def test_an_implementation_that_fails_is_left_out(monkeypatch):
         raise RuntimeError("out of resource: shared memory\nand more")
 
     said = []
-    monkeypatch.setattr(library_impl, "forward", fails)
+    monkeypatch.setattr(library_impl, "forward_all", fails)
     found = tune_one(said.append)
     assert found["forward"].seconds.keys() == {"torch", "triton"}
     assert said == [f"left out library, {SMALL}: out of resource: shared memory"]
@@ -512,6 +513,82 @@ def test_explains_a_layer_and_a_model():
     assert shapes == {(16, 16), (8, 16), (24, 16), (16, 24)}
 
 
+def test_explains_siblings_together():
+    model = llama()
+    config = fastlora.LoRAConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"])
+    fastlora.inject(model, config, fuse_siblings=True)
+    explained = fastlora.explain(model, 7)
+    assert [(p.N, p.R, p.others) for _, p in explained.plans] == [
+        (16, 4, ((8, 4), (8, 0))),
+        (16, 4, ()),
+    ]
+    assert "7 x 16 x 16, r = 4, float32, and of the same x: 8 (r = 4), 8 (frozen), on cpu" in str(
+        explained
+    )
+    model.model.layers[0].self_attn.v_proj.merge()  # those of that block run alone
+    assert len(fastlora.explain(model, 7).plans) == 2
+
+
+# Several projections of one x
+
+GROUP = SMALL._replace(others=((8, 3), (32, 0)))
+
+
+def test_the_tuner_measures_projections_together(cache):
+    for dropout in (False, True):
+        found = tune_one(problem=GROUP._replace(dropout=dropout))
+        for op in ("forward", "backward"):
+            assert found[op].seconds.keys() == {"torch", "library", "triton"}
+            assert found[op].configs == {}
+    measured._loaded.clear()  # as another process reads it
+    known = measured._known(CPU)
+    assert {p.others for p in known} == {((8, 16), (32, 0))} and len(known) == 2
+    assert measured.find(GROUP, CPU) is not None and measured.find(SMALL, CPU) is None
+
+
+def test_what_projections_together_take():
+    """What was measured of them together, not of each."""
+    measured.add({GROUP: timings()}, CPU)
+    assert chosen(problem=GROUP) == "triton" and chosen(problem=SMALL) == "torch"
+    assert chosen(problem=GROUP._replace(others=((8, 3), (32, 3)))) == "torch"
+    x, *first = operands(16)
+    x, first = x[:, :16], [first[0][:16, :16], first[1][:, :16], first[2][:16]]
+    second = torch.randn(8, 16).bfloat16(), torch.randn(3, 16), torch.randn(8, 3)
+    rest = (None, None, 1.0, 0.0)
+    of = [
+        Operands(*(t.contiguous() for t in first), *rest),
+        Operands(*second, *rest),
+        Operands(torch.randn(32, 16).bfloat16(), None, None, *rest),
+    ]
+    assert module(plans.function("forward", "auto", x, of)) == "fastlora_kernels.linears"
+    frozen = [p._replace(a=None, b=None) for p in of]
+    assert module(plans.function("forward", "auto", x, frozen)) == "fastlora.torch_impl"
+
+
+def test_a_file_without_other_projections_is_still_read(cache):
+    measured.add({SMALL: timings()}, CPU)
+    path = measured.path_of(CPU)
+    content = json.loads(path.read_text())
+    for row in content["problems"]:
+        del row["others"]
+    path.write_text(json.dumps(content))
+    measured._loaded.clear()
+    assert measured.find(SMALL, CPU) is not None
+    content["problems"][0]["others"] = [[8, -1]]
+    path.write_text(json.dumps(content))
+    measured._loaded.clear()
+    with pytest.warns(UserWarning, match="-1 is not an integer from 0 to"):
+        assert measured.find(SMALL, CPU) is None
+
+
+def test_predictions_of_several_are_added(monkeypatch):
+    monkeypatch.setattr(machine.Machine, "of", lambda device: machine.H100)
+    both = plans.choose("forward", "auto", GROUP._replace(others=((16, 16), (32, 0))), CPU)
+    for impl, seconds in both.predicted.items():
+        one = predict("forward", impl, SMALL, machine.H100)  # the frozen one costs all the same
+        assert seconds == 2 * one.seconds
+
+
 @pytest.mark.parametrize("forced", ["torch", "triton", "reference"])
 def test_explains_what_is_forced(monkeypatch, forced):
     monkeypatch.setattr(plans, "FORCED", forced)
@@ -570,7 +647,12 @@ def test_the_command_reads_a_model(capsys, monkeypatch, tmp_path):
     pattern = r"model\.layers\.\d+\.self_attn\.[qk]_proj"  # names as in finetune's model
     assert run_tune("--model", str(tmp_path), "--target-modules", pattern) == 0
     known = measured._known(CPU)
-    assert {(p.N, p.K) for p in known} == {(16, 16), (8, 16)} and len(known) == 4
+    alone = [p for p in known if not p.others]
+    assert {(p.N, p.K) for p in alone} == {(16, 16), (8, 16)} and len(alone) == 4
+    # q and k with v, which is frozen, of one x.
+    together = [p for p in known if p.others]
+    assert {(p.N, p.R, p.others) for p in together} == {(16, 16, ((8, 16), (8, 0)))}
+    assert len(together) == 2
 
 
 @pytest.mark.parametrize(
