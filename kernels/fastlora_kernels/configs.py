@@ -104,6 +104,9 @@ def is_valid(config: Config, kernel: str, kind: str, r: int, dropout: bool, chip
         return False
     if kernel == "da_all" and dropout and m * n + max(m, n) * r_tile > 80 * 32 * config.num_warps:
         return False  # beside its sums a thread holds a tile, masked for each projection
+    masked_sum = kernel == "product_sum" and dropout and kind == "mixed"
+    if masked_sum and chip.capability[0] == 12 and m * n > 32 * 32 * config.num_warps:
+        return False  # the sums of two projections and the split terms of one: elsewhere they fit
     kernel = LIKE.get(kernel, kernel)
     dropout = dropout and kernel != "product"
     if kind == "32" and dropout and chip.capability[0] == 10:
@@ -230,6 +233,12 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(128, 256, 64, block_r=16, num_warps=8, num_stages=3),
         Config(128, 128, 64, block_r=16, num_warps=8, num_stages=3),
         Config(128, 128, 32, block_r=16, num_warps=8, num_stages=3),
+    ),
+    ("product_sum", "mixed"): (
+        Config(128, 256, 64, block_r=16, num_warps=8, num_stages=3),
+        Config(128, 128, 64, block_r=16, num_warps=8, num_stages=3),
+        Config(128, 128, 32, block_r=16, num_warps=8, num_stages=3),
+        Config(128, 64, 64, block_r=16, num_warps=8, num_stages=3),
     ),
     ("product", "32"): (Config(64, 64, 32, block_r=32, num_warps=4, num_stages=2),),
     ("product_sum", "32"): (Config(64, 64, 16, block_r=16, num_warps=4, num_stages=2),),
