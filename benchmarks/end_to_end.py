@@ -50,6 +50,12 @@ def ours(model: nn.Module) -> nn.Module:
     return model
 
 
+def siblings(model: nn.Module) -> nn.Module:
+    """Return ``model`` with fused adapters, q/k/v and each MLP as one operator."""
+    fastlora.inject(model, fastlora.LoRAConfig(**LORA), fuse_siblings=True)
+    return model
+
+
 def peft(model: nn.Module) -> nn.Module:
     """Return ``model`` with PEFT's adapters."""
     from peft import LoraConfig, get_peft_model
@@ -66,6 +72,7 @@ def patched(model: nn.Module) -> nn.Module:
 
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fastlora": ours,
+    "fastlora, siblings": siblings,
     "PEFT, patched": patched,
     "PEFT": peft,
 }

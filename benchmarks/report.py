@@ -26,6 +26,13 @@ COLOURS = {
     "LoRAFusion schedule": "#5b8c5a",
     "frozen": "#8a9199",
 }
+DECODER_COLOURS = {
+    "fastlora, siblings": "#1b3f66",
+    "fastlora": "#59a5d8",
+    "hand-fused (Unsloth)": "#c98f2b",
+    "PEFT": "#d1495b",
+    "PEFT compiled": "#e8a0aa",
+}
 
 
 def write(path: Path) -> None:
@@ -35,6 +42,8 @@ def write(path: Path) -> None:
     draw_ratios(result, path.with_name(f"{path.stem}-ratio.png"))
     draw_tokens(result, path.with_name(f"{path.stem}-tokens.png"))
     draw_roofline(result, path.with_name(f"{path.stem}-roofline.png"))
+    if result.get("decoder_layers"):
+        draw_decoders(result, path.with_name(f"{path.stem}-decoder.png"))
     if result["end_to_end"]:
         draw_memory(result, path.with_name(f"{path.stem}-memory.png"))
 
@@ -80,6 +89,8 @@ def markdown(result: dict) -> str:
             if modelled:
                 cells.append(_predicted(row))
             lines.append(f"| {row['way']} | " + " | ".join(cells) + " |")
+    if result.get("decoder_layers"):
+        lines += decoders(result["decoder_layers"])
     if result["end_to_end"]:
         lines += ["", "## A training step of a whole model", ""]
         lines += ["Random weights, bf16, r = 16 on every linear, dropout 0.05."]
@@ -97,6 +108,28 @@ def markdown(result: dict) -> str:
     if missing:
         lines += ["", f"Not measured on this machine: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
+
+
+def decoders(problems: list[dict]) -> list[str]:
+    """Return the lines about whole decoder layers."""
+    lines = ["", "## The linear layers and the MLP of a decoder layer", ""]
+    lines += [
+        "q, k, v, o and a gated MLP without attention; bf16, r = 16 on all seven. *kept*: MiB from "
+        "forward to backward. *launches*: kernels on a GPU, library calls on a CPU."
+    ]
+    columns = "forward", "ratio", "backward", "ratio", "both", "ratio", "kept", "peak", "launches"
+    for problem in problems:
+        name = f"{problem['name']}, {problem['tokens']} tokens, dropout {problem['p']:g}"
+        lines += ["", f"### {name}", "", "| | " + " | ".join(columns) + " |"]
+        lines.append("|---|" + "---:|" * len(columns))
+        for row in problem["rows"]:
+            cells = []
+            for phase in ("forward", "backward", "both"):
+                cells += [f"{row[phase]['median_s'] * 1e3:.1f}", f"{row[phase]['ratio']:.2f}"]
+            cells += [f"{row[size] / 2**20:.1f}" for size in ("kept_bytes", "peak_bytes")]
+            cells.append(str(row["launches"]))
+            lines.append(f"| {row['way']} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def title(problem: dict) -> str:
@@ -125,6 +158,25 @@ def draw_ratios(result: dict, path: Path) -> None:
     axes.set_xlabel("forward + backward, time by the frozen layer's (less is better)", color=INK)
     axes.grid(axis="both", color=GRID)
     _finish(figure, axes, "What LoRA costs", result, path)
+
+
+def draw_decoders(result: dict, path: Path) -> None:
+    """Time of forward and backward of decoder layers by the frozen layer's."""
+    chosen = result["decoder_layers"]
+    figure, axes = _figure(9, 1.6 + 0.5 * len(chosen))
+    for way, colour in DECODER_COLOURS.items():
+        at = [(row, i) for i, p in enumerate(chosen) if (row := _row(p, way)) is not None]
+        if at:
+            xs, ys = zip(*((row["both"]["ratio"], i) for row, i in at), strict=True)
+            axes.plot(xs, ys, "o", color=colour, label=way, markersize=8, alpha=0.9)
+    axes.axvline(1.0, color=COLOURS["frozen"], linewidth=1.5, label="frozen layer")
+    names = [f"{p['name']}, {p['tokens']} tokens, dropout {p['p']:g}" for p in chosen]
+    axes.set_yticks(range(len(chosen)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0.9)
+    axes.set_xlabel("forward + backward, time by the frozen layer's (less is better)", color=INK)
+    axes.grid(axis="both", color=GRID)
+    _finish(figure, axes, "What LoRA costs a decoder layer", result, path)
 
 
 def draw_tokens(result: dict, path: Path) -> None:
@@ -174,10 +226,12 @@ def draw_memory(result: dict, path: Path) -> None:
     """Peak memory of a training step against the batch size."""
     figure, axes = _figure(8, 4.8)
     for model in sorted({row["model"] for row in result["end_to_end"]}):
-        for way, colour in (("fastlora", COLOURS["fastlora torch"]), ("PEFT", COLOURS["PEFT"])):
+        for way in ("fastlora", "fastlora, siblings", "PEFT"):
             rows = [r for r in result["end_to_end"] if (r["model"], r["way"]) == (model, way)]
-            at = [(r["batch"], r["peak_bytes"] / 2**20) for r in rows]
-            axes.plot(*zip(*at, strict=True), "o-", color=colour, label=f"{way}, {model}")
+            if rows:
+                at = [(r["batch"], r["peak_bytes"] / 2**20) for r in rows]
+                label, colour = f"{way}, {model}", DECODER_COLOURS[way]
+                axes.plot(*zip(*at, strict=True), "o-", color=colour, label=label)
     axes.set_ylim(bottom=0)
     tokens = result["end_to_end"][0]["tokens"]
     axes.set_xlabel(f"rows of {tokens} tokens in a batch", color=INK)

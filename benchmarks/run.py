@@ -17,6 +17,7 @@ from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's own messages
 
+import decoder_layer
 import end_to_end
 import report
 import torch
@@ -28,7 +29,8 @@ from tqdm import tqdm
 from fastlora import measured
 
 ROOT = Path(__file__).parent.parent
-LAYERS_SHARE = 0.65  # of the minutes; the rest is for whole models
+# Of the minutes, for layers alone and then for whole decoder layers; the rest is for whole models.
+LAYERS_SHARE, DECODERS_SHARE = 0.5, 0.7
 COMPILED_PROBLEMS = 2  # torch.compile takes tens of seconds each on a CPU
 
 
@@ -52,6 +54,15 @@ def main() -> None:
         rows = measure(problem, ways, seconds=max(0.5, left / (len(todo) - i) * 0.7))
         if rows:
             result["problems"].append({**described(problem), "rows": rows})
+    result["decoder_layers"] = []
+    decoders = [p for p in decoder_layer.problems(device.type) if options.only in p.name]
+    for i, problem in enumerate(tqdm(decoders, desc="decoder layers", unit="problem")):
+        left = DECODERS_SHARE * options.minutes * 60 - (time.perf_counter() - started)
+        ways = [w for w in decoder_layer.WAYS if w != "PEFT compiled" or i < COMPILED_PROBLEMS]
+        rows = decoder_layer.measure(problem, ways, max(0.5, left / (len(decoders) - i) * 0.7))
+        if rows:
+            row = {**described(problem), "tokens": problem.rows, "rows": rows}
+            result["decoder_layers"].append(row)
     models = [name for name in end_to_end.MODELS if options.only in name]
     models = models if device.type == "cuda" else models[:1]
     left = options.minutes * 60 - (time.perf_counter() - started)

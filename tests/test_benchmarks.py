@@ -1,5 +1,7 @@
 """The benchmarks measure what they say: every way on a small problem, and the files of a run."""
 
+import copy
+import dataclasses
 import json
 import re
 import sys
@@ -12,6 +14,7 @@ pytest.importorskip("matplotlib")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 try:
+    import decoder_layer
     import lorafusion
     import measure
     import predict
@@ -124,6 +127,58 @@ def test_the_predicted_table_has_a_row_for_every_problem(capsys):
     assert head.count("|") == 8
     assert len(rows) == len(list(problems.problems("cuda")))
     assert all(float(row.split("|")[-4]) > 1 for row in rows)  # "triton", by the frozen layer
+
+
+@pytest.fixture
+def small_decoders(monkeypatch):
+    sizes = {"plain": (32, 16, 48, False), "biased": (32, 16, 48, True)}
+    monkeypatch.setattr(decoder_layer, "SIZES", sizes)
+    monkeypatch.setattr(decoder_layer, "ON_CPU", tuple(sizes))
+
+
+@pytest.mark.parametrize("name", ["plain", "biased"])
+def test_all_ways_compute_the_same_decoder_layer(name, small_decoders):
+    problem = decoder_layer.Problem(name, dtype=torch.float32, tokens=10)
+    frozen = decoder_layer.Layer(problem)
+    x = torch.randn(10, 32, requires_grad=True)
+    dys = [torch.randn(10, n) for n in (32, 16, 16)]
+    found = {}
+    for way, make in decoder_layer.WAYS.items():
+        if way in ("frozen", "PEFT compiled"):
+            continue
+        layer = make(problem, copy.deepcopy(frozen))
+        trained = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+        assert len(trained) == 14
+        with torch.no_grad():  # PEFT's names sort as ours
+            for i, key in enumerate(sorted(trained, key=lambda n: n.replace(".weight", ""))):
+                generator = torch.Generator().manual_seed(i)
+                trained[key].copy_(torch.randn(trained[key].shape, generator=generator) / 6)
+        ys = layer(x)
+        found[way] = [*ys, *torch.autograd.grad(ys, [x], dys)]
+    expected = found.pop("PEFT")
+    assert len(found) == 3
+    for way, mine in found.items():
+        for one, other in zip(mine, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=way)
+
+
+def test_rows_of_decoder_layers(small_decoders):
+    ways = [way for way in decoder_layer.WAYS if way != "PEFT compiled"]
+    rows, problems = [], []
+    for problem in decoder_layer.problems("cpu"):
+        problem = dataclasses.replace(problem, tokens=20)
+        rows.append({row["way"]: row for row in decoder_layer.measure(problem, ways, 0.0)})
+        described = {**run.described(problem), "tokens": problem.rows}
+        problems.append({**described, "rows": list(rows[-1].values())})
+    assert [len(row) for row in rows] == [5, 4, 5, 4]  # by hand there is no dropout
+    plain = rows[0]
+    assert plain["frozen"]["both"]["ratio"] == 1 and plain["frozen"]["launches"] >= 7
+    kept = {way: row["kept_bytes"] for way, row in plain.items()}
+    # x, q, o, gate and up, and an s of 16 for each layer: less than the frozen layer keeps.
+    assert kept["fastlora, siblings"] == 2 * 20 * (3 * 32 + 2 * 48 + 7 * 16)
+    assert kept["fastlora, siblings"] < min(kept["fastlora"], kept["PEFT"])
+    table = "\n".join(report.decoders(problems))
+    assert "### plain, 20 tokens, dropout 0.05" in table and "| fastlora, siblings |" in table
 
 
 def test_a_way_that_fails_has_no_row(monkeypatch, capsys):
