@@ -59,14 +59,29 @@ def _product(g: Tensor, u: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation][0](g).mul_(u)
 
 
-def _product_grads(dh: Tensor, g: Tensor, u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Return the gradients of g and u from that of act(g) · u, whose memory is used."""
-    kernels = _kernels(dh, g, u)
-    if kernels is not None:
-        return kernels.gated_backward(dh, g, u, activation, need_h=False)[:2]
-    act, act_backward = ACTIVATIONS[activation]
-    du = act(g).mul_(dh)
-    return act_backward(dh.mul_(u), g), du
+class _Product:
+    """act(g) · u once more, for backward: its value, and then the gradients of g and u."""
+
+    def __init__(self, g: Tensor, u: Tensor, activation: str) -> None:
+        self.g, self.u, self.activation = g, u, activation
+        self.kernels = _kernels(g, u)
+        self.act: Tensor | None = None  # act(g), where it has been made
+
+    def value(self) -> Tensor:
+        if self.kernels is not None:
+            return self.kernels.gated(self.g, self.u, self.activation)
+        self.act = ACTIVATIONS[self.activation][0](self.g)
+        return self.act * self.u
+
+    def grads(self, dh: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of g and u from that of the product, whose memory is used."""
+        if self.kernels is not None:
+            return self.kernels.gated_backward(dh, self.g, self.u, self.activation, need_h=False)[
+                :2
+            ]
+        act, act_backward = ACTIVATIONS[self.activation]
+        du = (act(self.g) if self.act is None else self.act).mul_(dh)
+        return act_backward(dh.mul_(self.u), self.g), du
 
 
 def _kernels(*tensors: Tensor):
@@ -100,12 +115,13 @@ class _GatedMLP(torch.autograd.Function):
         need_inner = need_x or any(map(any, needs[:2]))
         # Only the gradients of down's own parameters read what it was given.
         own = projections[2].a is not None or any(needs[2])
-        h = _product(g, u, ctx.activation) if own else g
+        product = _Product(g, u, ctx.activation)
+        h = product.value() if own else g
         dh, *outer = ops.gradients([dy], h, projections[2:], ss[2:], "auto", need_inner, needs[2:])
         del h
         dx, inner = None, [[None, None]] * 4
         if need_inner:
-            dys = _product_grads(dh, g, u, ctx.activation)
+            dys = product.grads(dh)
             dx, *inner = ops.gradients(dys, x, projections[:2], ss[:2], "auto", need_x, needs[:2])
         of_each = zip(*(two + one for two, one in zip(inner, outer, strict=True)), strict=True)
         return dx, None, None, *(grad for row in of_each for grad in row)

@@ -22,15 +22,17 @@ def interleaved(
     A step is called and iterated: what it does between two ``yield`` is one phase, so that
     ``forward(); yield; backward(); yield`` times both. Every way runs once before anything is
     timed. Then they take turns, so that whatever disturbs the machine disturbs all of them, for
-    about ``seconds`` in all but at least ``least`` rounds.
+    about ``seconds`` in all but at least ``least`` rounds. Each round begins with another way: what
+    one leaves in caches and in the allocator is then not always the same one's.
     """
     rounds: dict[Any, list[tuple[float, ...]]] = {name: [] for name in steps}
     for step in steps.values():
         _phases(step, device)
-    start = time.perf_counter()
+    names, start = list(steps), time.perf_counter()
     for count in itertools.count(1):
-        for name, step in steps.items():
-            rounds[name].append(_phases(step, device))
+        first = count % len(steps)
+        for name in (*names[first:], *names[:first]):
+            rounds[name].append(_phases(steps[name], device))
         if count >= least and time.perf_counter() - start > seconds:
             return rounds
 

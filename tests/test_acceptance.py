@@ -208,7 +208,7 @@ TORCH_MUTANTS = {
         "            mask.step = 0\n            ones = mask.draw(here.stop)\n",
     ),
     "1 / (1 - p) forgotten in backward": (
-        "        ds.mul_(kept_scale(dropout_p))\n",
+        "        ds.mul_(kept_scale(p))\n",
         "        pass\n",
     ),
     "dx not masked": (
@@ -221,7 +221,7 @@ TORCH_MUTANTS = {
         "torch.addmm(bias, left, right, alpha=alpha, out=out)",
         "torch.addmm(bias, left, right, out=out)",
     ),
-    "base product forgotten": ("return y.addmm_(x, w.t()), s", "return y, s"),
+    "base product forgotten": ("ys.append(y.addmm_(x, w.t()))", "ys.append(y)"),
     "low-rank part of dx forgotten": ("        _add_product(dx, ds, a)\n", "        pass\n"),
     "db not scaled": (
         "(_tall(s) @ dy).t().mul(scaling)",
@@ -235,8 +235,8 @@ TORCH_MUTANTS = {
         "(_part(left, rows) @ right)",
     ),
     "s of few rows from 16 bits": (
-        "s = x.to(a.dtype) @ a.t()",
-        "s = (x @ a.t().to(x.dtype)).to(a.dtype)",
+        "return x.to(a.dtype) @ a.t()",
+        "return (x @ a.t().to(x.dtype)).to(a.dtype)",
     ),
     "bias dropped": ("w.shape[0]), bias)", "w.shape[0]))"),
     "bias of few elements dropped": ("part if bias is None else part.add_(bias)", "part"),

@@ -206,7 +206,8 @@ def test_ways_take_turns():
         return run
 
     rounds = interleaved({"a": step("a"), "b": step("b")}, torch.device("cpu"), 0.0, least=3)
-    assert order == ["a", "b"] * 4  # once before anything is timed
+    # Once before anything is timed, then each round begins with another.
+    assert order == ["a", "b"] + ["b", "a"] + ["a", "b"] + ["b", "a"]
     assert [len(times) for times in rounds["a"]] == [2, 2, 2]
     assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
 
