@@ -128,12 +128,10 @@ def _running(module: nn.Module) -> Layer | None:
 
 def _problem(tokens: int, row: list[Layer]) -> Problem:
     """Return the problem that a layer, or several of one input, pose as their forward runs."""
-    (n, k, r, dtype, adapter, dropout), *others = sorted(
-        (_key(*layer) for layer in row), key=lambda key: key[2] == 0
-    )
-    dropout = dropout or any(drops for *_, drops in others)
-    others = tuple((n, r) for n, _, r, *_ in others)
-    return Problem(tokens, n, k, r, dtype, adapter, dropout, others)
+    keys = [_key(*layer) for layer in row]
+    _, k, _, dtype, adapter, _ = next(key for key in keys if key[2])
+    sizes = [(n, r) for n, _, r, *_ in keys]
+    return Problem.together(tokens, k, sizes, dtype, adapter, any(key[-1] for key in keys))
 
 
 def _problems(

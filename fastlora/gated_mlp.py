@@ -27,47 +27,44 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 }
 
 
-def run(x: Tensor, projections: Sequence[Operands], activation: str) -> Tensor | None:
+def run(x: Tensor, projections: Sequence[Operands], activation: str, impl: str = "auto") -> Tensor:
     """Return y [M, N] for x [M, K] and the projections gate and up [F, K] and down [N, F].
 
-    None where something else than autograd looks on, such as a compiler or a dispatch mode.
+    Only for what `ops.unobserved` allows: no compiler, dispatch mode or transform looks on.
     """
     flat = [t for w, a, b, bias, *_ in projections for t in (w, a, b, bias)]
-    if not ops.unobserved(x, *flat):
-        return None
     if torch.is_grad_enabled() and (
         x.requires_grad or any(t is not None and t.requires_grad for t in flat)
     ):
-        return _GatedMLP.apply(x, projections, activation, *flat)
-    return _forward(x, projections, activation)[0]
+        return _GatedMLP.apply(x, projections, activation, impl, *flat)
+    return _forward(x, projections, activation, impl)[0]
 
 
 def _forward(
-    x: Tensor, projections: Sequence[Operands], activation: str
+    x: Tensor, projections: Sequence[Operands], activation: str, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """Return y, gate(x), up(x) and s of each projection."""
-    (g, u), ss = ops.forward(x, projections[:2], "auto")
-    (y,), (s,) = ops.forward(_product(g, u, activation), projections[2:], "auto")
+    (g, u), ss = ops.forward(x, projections[:2], impl)
+    h = _Product(g, u, activation, impl).first()
+    (y,), (s,) = ops.forward(h, projections[2:], impl)
     return y, g, u, [*ss, s]
 
 
-def _product(g: Tensor, u: Tensor, activation: str) -> Tensor:
-    """Return act(g) · u."""
-    kernels = _kernels(g, u)
-    if kernels is not None:
-        return kernels.gated(g, u, activation)
-    return ACTIVATIONS[activation][0](g).mul_(u)
-
-
 class _Product:
-    """act(g) · u once more, for backward: its value, and then the gradients of g and u."""
+    """act(g) · u, and for backward its value once more and then the gradients of g and u."""
 
-    def __init__(self, g: Tensor, u: Tensor, activation: str) -> None:
+    def __init__(self, g: Tensor, u: Tensor, activation: str, impl: str) -> None:
         self.g, self.u, self.activation = g, u, activation
-        self.kernels = _kernels(g, u)
+        self.kernels = _kernels(g, impl)
         self.act: Tensor | None = None  # act(g), where it has been made
 
-    def value(self) -> Tensor:
+    def first(self) -> Tensor:
+        if self.kernels is not None:
+            return self.kernels.gated(self.g, self.u, self.activation)
+        return ACTIVATIONS[self.activation][0](self.g).mul_(self.u)
+
+    def again(self) -> Tensor:
+        """Return the product, and keep what `grads` can use of it."""
         if self.kernels is not None:
             return self.kernels.gated(self.g, self.u, self.activation)
         self.act = ACTIVATIONS[self.activation][0](self.g)
@@ -76,25 +73,25 @@ class _Product:
     def grads(self, dh: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of g and u from that of the product, whose memory is used."""
         if self.kernels is not None:
-            return self.kernels.gated_backward(dh, self.g, self.u, self.activation, need_h=False)[
-                :2
-            ]
+            found = self.kernels.gated_backward(dh, self.g, self.u, self.activation, need_h=False)
+            return found[:2]
         act, act_backward = ACTIVATIONS[self.activation]
         du = (act(self.g) if self.act is None else self.act).mul_(dh)
         return act_backward(dh.mul_(self.u), self.g), du
 
 
-def _kernels(*tensors: Tensor):
-    """Return the Triton kernels where they run on these tensors, or None."""
-    impl, _ = plans.default(tensors[0].dtype, tensors[0].device)
+def _kernels(t: Tensor, impl: str):
+    """Return the Triton kernels where they are to run on tensors like ``t``, or None."""
+    if impl == "auto":
+        impl, _ = plans.default(t.dtype, t.device)
     return None if impl == "torch" else importlib.import_module("fastlora_kernels")
 
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, projections, activation, *_):
-        y, g, u, ss = _forward(x, projections, activation)
-        ctx.activation = activation
+    def forward(ctx, x, projections, activation, impl, *_):
+        y, g, u, ss = _forward(x, projections, activation, impl)
+        ctx.activation, ctx.impl = activation, impl
         ctx.numbers = [(p.scaling, p.p) for p in projections]
         kept = [t for w, a, b, bias, seed, *_ in projections for t in (w, a, b, bias, seed)]
         ctx.save_for_backward(x, g, u, *ss, *kept)
@@ -107,24 +104,24 @@ class _GatedMLP(torch.autograd.Function):
         projections = [
             Operands(*kept[5 * i : 5 * i + 5], *numbers) for i, numbers in enumerate(ctx.numbers)
         ]
-        need_x, _, _, *flat = ctx.needs_input_grad
+        need_x, _, _, _, *flat = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
             dx, *grads = _differentiable_grads(dy, x, projections, ctx.activation, [need_x, *flat])
-            return dx, None, None, *grads
+            return dx, None, None, None, *grads
         needs = [flat[i : i + 4] for i in (0, 4, 8)]
         need_inner = need_x or any(map(any, needs[:2]))
         # Only the gradients of down's own parameters read what it was given.
         own = projections[2].a is not None or any(needs[2])
-        product = _Product(g, u, ctx.activation)
-        h = product.value() if own else g
-        dh, *outer = ops.gradients([dy], h, projections[2:], ss[2:], "auto", need_inner, needs[2:])
+        product, impl = _Product(g, u, ctx.activation, ctx.impl), ctx.impl
+        h = product.again() if own else g
+        dh, *outer = ops.gradients([dy], h, projections[2:], ss[2:], impl, need_inner, needs[2:])
         del h
         dx, inner = None, [[None, None]] * 4
         if need_inner:
             dys = product.grads(dh)
-            dx, *inner = ops.gradients(dys, x, projections[:2], ss[:2], "auto", need_x, needs[:2])
+            dx, *inner = ops.gradients(dys, x, projections[:2], ss[:2], impl, need_x, needs[:2])
         of_each = zip(*(two + one for two, one in zip(inner, outer, strict=True)), strict=True)
-        return dx, None, None, *(grad for row in of_each for grad in row)
+        return dx, None, None, None, *(grad for row in of_each for grad in row)
 
 
 def _differentiable_grads(dy, x, projections, activation, needs):

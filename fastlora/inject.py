@@ -115,7 +115,9 @@ def inject(
     if fuse_siblings is not False:
         adapted = [module for module, *_ in made.layers.values()]
         adapted += [module for module in model.modules() if isinstance(module, LoRALinear)]
-        siblings = sibling_search.find(model, fuse_siblings, adapted)
+        trained = [*made.trained.values()]
+        trained += [m for m in model.modules() if isinstance(m, TrainableModule)]
+        siblings = sibling_search.find(model, fuse_siblings, adapted, excluded=trained)
     apply(model, made, adapter)
     report = made.report(model, adapter)
     report.siblings, report.gated_mlps = sibling_search.make(siblings)

@@ -286,6 +286,10 @@ class _Direct(torch.autograd.Function):
     def forward(ctx, x, projections, impl, *_):
         ys, ss = forward(x, projections, impl)
         _save(ctx, x, projections, ss, impl)
+        need_x, _, _, *flat = ctx.needs_input_grad
+        if not need_x and len(ys) > 1:  # of frozen layers nothing that follows is to be kept
+            pairs = zip(ys, _by_four(flat), strict=True)
+            ctx.mark_non_differentiable(*(y for y, needs in pairs if not any(needs)))
         return tuple(ys)
 
     @staticmethod

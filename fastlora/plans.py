@@ -53,13 +53,22 @@ class Problem(NamedTuple):
         adapted = [p for p in projections if p.a is not None]
         if not adapted:
             return None
-        first = adapted[0]
-        others = [p for p in projections if p is not first]
-        return Problem(
-            *(x.shape[0], first.w.shape[0], x.shape[1], first.a.shape[0]),
-            *(x.dtype, first.a.dtype, any(p.seed is not None for p in adapted)),
-            tuple((p.w.shape[0], 0 if p.a is None else p.a.shape[0]) for p in others),
-        )
+        sizes = [(p.w.shape[0], 0 if p.a is None else p.a.shape[0]) for p in projections]
+        dropout = any(p.seed is not None for p in adapted)
+        return Problem.together(*x.shape, sizes, x.dtype, adapted[0].a.dtype, dropout)
+
+    @staticmethod
+    def together(
+        M: int,
+        K: int,
+        sizes: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        adapter: torch.dtype,
+        dropout: bool,
+    ) -> Problem:
+        """Return the problem of projections of N and R each, in whatever order they come."""
+        (n, r), *others = sorted(sizes, key=lambda size: (size[1] == 0, -size[0], -size[1]))
+        return Problem(M, n, K, r, dtype, adapter, dropout, tuple(others))
 
     def alone(self) -> list[Problem]:
         """Return the problem of each projection with an adapter as if it were alone."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import gated_modules
+from fastlora.classes import rebased
 from fastlora.gated_modules import Form, form_of
 from fastlora.siblings import FrozenLinear, Group, Groups
 
@@ -35,11 +36,17 @@ class Found(NamedTuple):
         return [self.parent._modules[name] for name in names]
 
 
-def find(model: nn.Module, how: How, adapted: Collection[nn.Module]) -> list[Found]:
+def find(
+    model: nn.Module,
+    how: How,
+    adapted: Collection[nn.Module],
+    excluded: Collection[nn.Module] = (),
+) -> list[Found]:
     """Return the groups of siblings of ``model`` that hold at least one of ``adapted``.
 
     Siblings are children of one module that are called with one and the same tensor, every time:
-    ``adapted`` layers, and plain ``nn.Linear`` ones beside them. ``how`` says how to find out:
+    ``adapted`` layers, and plain ``nn.Linear`` ones beside them that are not ``excluded``.
+    ``how`` says how to find out:
 
     - True: one forward on the small input that models of transformers bring along;
     - an example input, a tensor or keyword arguments: one forward on that, without gradients, in
@@ -51,7 +58,8 @@ def find(model: nn.Module, how: How, adapted: Collection[nn.Module]) -> list[Fou
     nothing, and TypeError for anything else. The model stays as it is.
     """
     layers = {id(layer) for layer in adapted}
-    children = _children(model, layers)
+    left_out = {id(inner) for module in excluded for inner in module.modules()}
+    children = _children(model, layers, left_out)
     if isinstance(how, (Tensor, Mapping)) or how is True:
         groups = _traced(model, _example(model, how), children)
     elif _are_names(how):
@@ -77,6 +85,9 @@ def make(groups: Sequence[Found]) -> tuple[list[Names], list[Names]]:
     for found in groups:
         by_parent[found.parent].append(found.names)
     for parent, several in by_parent.items():
+        for child in parent._modules.values():  # of groups made before
+            if child is not None:
+                vars(child).pop("_siblings", None)
         made = []
         for names in several:
             made.append(Group(names))
@@ -95,12 +106,13 @@ def make(groups: Sequence[Found]) -> tuple[list[Names], list[Names]]:
 
 def separate(model: nn.Module) -> None:
     """Take every group in ``model`` apart: each layer computes alone, as before `make`."""
-    for module in model.modules():
-        vars(module).pop("_siblings", None)
-        vars(module).pop("_sibling_groups", None)
-        gated_modules.separate(module)
-        if type(module) is FrozenLinear:
-            module.__class__ = nn.Linear
+    modules = list(model.modules())
+    kinds = [rebased(gated_modules.unfused(module), FrozenLinear, nn.Linear) for module in modules]
+    for module, kind in zip(modules, kinds, strict=True):
+        for name in ("_siblings", "_sibling_groups", "_gated_form"):
+            vars(module).pop(name, None)
+        if type(module) is not kind:
+            module.__class__ = kind
 
 
 def listed(groups: Sequence[Names], mlps: Sequence[Names]) -> list[str]:
@@ -110,16 +122,20 @@ def listed(groups: Sequence[Names], mlps: Sequence[Names]) -> list[str]:
     return [f"{line} x{n}" if n > 1 else line for line, n in lines.items()]
 
 
-def _children(model: nn.Module, adapted: set[int]) -> dict[int, tuple[nn.Module, str, str]]:
+def _children(
+    model: nn.Module, adapted: set[int], left_out: set[int]
+) -> dict[int, tuple[nn.Module, str, str]]:
     """Return what can be a sibling, by id: its first parent, the parent's path and its name."""
     found: dict[int, tuple[nn.Module, str, str]] = {}
-    inside: set[int] = set()  # PEFT keeps linear layers in its own
+    inside = set(left_out)  # PEFT keeps linear layers in its own
     for path, parent in model.named_modules():
         if id(parent) in adapted:
             inside.update(id(module) for module in parent.modules())
         if id(parent) in inside:
             continue
         for name, child in parent._modules.items():
+            if id(child) in left_out:
+                continue
             if id(child) in adapted or type(child) in (nn.Linear, FrozenLinear):
                 found.setdefault(id(child), (parent, path, name))
     return found
@@ -148,15 +164,17 @@ def _traced(
         x = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(x, Tensor):
             alive.append(x)
-            together = seen[id(children[id(module)][0]), id(x), x._version]
+            version = None if x.is_inference() else x._version
+            together = seen[id(children[id(module)][0]), id(x), version]
             if id(module) not in together:
                 together.append(id(module))
 
     modules = {id(m): m for m in model.modules() if id(m) in children}
     hooks = [m.register_forward_pre_hook(called, with_kwargs=True) for m in modules.values()]
     try:
-        with _evaluating(model):
-            _call(model, example)
+        where = next((p.device for p in model.parameters()), torch.device("cpu"))
+        with _evaluating(model, where):
+            _call(model, example, where)
     except Exception as error:
         raise ValueError(
             f"fuse_siblings: {type(model).__name__} raised {type(error).__name__} on the example "
@@ -177,8 +195,7 @@ def _traced(
     ]
 
 
-def _call(model: nn.Module, example: Mapping[str, Any] | Tensor) -> None:
-    where = next((p.device for p in model.parameters()), torch.device("cpu"))
+def _call(model: nn.Module, example: Mapping[str, Any] | Tensor, where: torch.device) -> None:
     if isinstance(example, Tensor):
         model(example.to(where))
     else:
@@ -186,12 +203,13 @@ def _call(model: nn.Module, example: Mapping[str, Any] | Tensor) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module):
+def _evaluating(model: nn.Module, where: torch.device):
     """Run ``model`` in evaluation mode, without gradients and without using up random numbers."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng():
+        devices = [where] if where.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
             yield
     finally:
         for module, training in modes:
@@ -222,7 +240,8 @@ def _named(
         of_these = []
         for module in model.modules():
             group = tuple(id(module._modules.get(name)) for name in names)
-            if all(child in children and children[child][0] is module for child in group):
+            there = all(child in children and children[child][0] is module for child in group)
+            if there and len(set(group)) == len(group):
                 of_these.append(_found(group, children))
         if not of_these:
             raise ValueError(f"fuse_siblings: no module has linear layers named {tuple(names)}")

@@ -7,6 +7,7 @@ Otherwise, and wherever anything could tell a difference, a layer computes alone
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 import weakref
@@ -22,6 +23,7 @@ from fastlora.projection import Projection
 from fastlora.several import Adapter, stacked
 
 _MISSES = 3  # of a group, before a warning says so
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class Operands(NamedTuple):
@@ -55,7 +57,7 @@ class Group:
             return None
         found = [parent._modules.get(name) for name in self.names]
         same = all(m is not None and vars(m).get("_siblings") is self for m in found)
-        return found if same else None
+        return found if same and all(hasattr(type(m), "sibling_operands") for m in found) else None
 
 
 class Groups:
@@ -75,7 +77,9 @@ class FrozenLinear(nn.Linear):
 
     _siblings: Group | None = None
 
-    def sibling_operands(self, x: Tensor) -> Operands:
+    def sibling_operands(self, x: Tensor) -> Operands | None:
+        if type(self.weight) not in _PLAIN or type(self.bias) not in (*_PLAIN, type(None)):
+            return None  # a quantised weight, say
         return Operands(self.weight, False, self.bias, ())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,11 +121,16 @@ def _fetch(held: _Held, member: nn.Module, x: Tensor) -> Tensor | None:
     seat = held.seats.pop(id(member), None)
     if not held.seats:
         _slot.held = None
-    if seat is None or held.circumstances != _circumstances(x):
+    if seat is None:
         return None
     _, operands, versions, y = seat
     now = member.sibling_operands(x)
-    return y if now is not None and _same(operands, now) and versions == _versions(now) else None
+    if held.circumstances == _circumstances(x) and now is not None and _same(operands, now):
+        with contextlib.suppress(RuntimeError):
+            if versions == _versions(now):
+                return y
+    _miss(held.group, [member])
+    return None
 
 
 def _compute(group: Group, members: list[nn.Module], x: Tensor) -> Tensor | None:
@@ -153,13 +162,16 @@ def _drop() -> None:
     """Forget what nobody has fetched, and say so when it keeps happening to a group."""
     held: _Held | None = getattr(_slot, "held", None)
     _slot.held = None
-    if held is None:
-        return
-    group = held.group
+    if held is not None:
+        _miss(held.group, [seat[0] for seat in held.seats.values()])
+
+
+def _miss(group: Group, unused: list[nn.Module]) -> None:
+    """Count what was computed for nothing; say so when it keeps happening to a group."""
     group.misses += 1
     if group.misses == _MISSES:
         members = group.members() or []
-        left = [n for n, m in zip(group.names, members, strict=False) if id(m) in held.seats]
+        left = [n for n, m in zip(group.names, members, strict=False) if m in unused]
         warnings.warn(
             f"{', '.join(left or group.names[1:])}: computed beside {group.names[0]!r} and not "
             f"called with its input, {_MISSES} times; that is lost time: name the siblings that "
@@ -170,7 +182,7 @@ def _drop() -> None:
 
 def is_plain(x: Any) -> bool:
     """Return whether x is a tensor that tells whether it has been written to."""
-    return type(x) in (Tensor, nn.Parameter) and not x.is_inference()
+    return type(x) in _PLAIN and not x.is_inference()
 
 
 def _circumstances(x: Tensor) -> tuple:
@@ -178,7 +190,9 @@ def _circumstances(x: Tensor) -> tuple:
     kind = x.device.type
     autocast = torch._C._is_any_autocast_enabled() and kind != "meta"
     dtype = torch.get_autocast_dtype(kind) if autocast and torch.is_autocast_enabled(kind) else None
-    return x._version, torch.is_grad_enabled(), dtype
+    # Checkpointing without reentry is such a hook: outside and inside are two forwards.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return x._version, x.requires_grad, torch.is_grad_enabled(), dtype, hooks
 
 
 def projection_of(operands: Operands) -> Projection | None:
@@ -196,11 +210,15 @@ def projection_of(operands: Operands) -> Projection | None:
     return Projection(weight, a, b, bias, scaling, p)
 
 
-def _versions(operands: Operands) -> tuple[int, ...]:
-    """Return how often each tensor has been written to."""
+def _versions(operands: Operands) -> tuple[tuple, ...]:
+    """Return how often each tensor has been written to, whether it trains and where it lies."""
     weight, _, bias, adapters = operands
     factors = [t for a, b, scaling, _ in adapters for t in (a, b, scaling)]
-    return tuple(t._version for t in (weight, bias, *factors) if isinstance(t, Tensor))
+    return tuple(
+        (t._version, t.requires_grad, t.data_ptr())
+        for t in (weight, bias, *factors)
+        if isinstance(t, Tensor)
+    )
 
 
 def _same(then: Operands, now: Operands) -> bool:

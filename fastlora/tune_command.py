@@ -55,9 +55,9 @@ def run(
         return
     drops = {"both": (False, True), "on": (True,), "off": (False,)}[dropout]
     problems = []
-    for m, ((n, k, _), *others), rank, drop in itertools.product(tokens, weights, r, drops):
-        of_one_x = tuple((width, rank * adapted) for width, _, adapted in others)
-        problems.append(Problem(m, n, k, rank, base, adapter, drop, of_one_x).bucketed())
+    for m, group, rank, drop in itertools.product(tokens, weights, r, drops):
+        sizes, (_, k, _) = [(n, rank * adapted) for n, _, adapted in group], group[0]
+        problems.append(Problem.together(m, k, sizes, base, adapter, drop).bucketed())
     problems = list(dict.fromkeys(problems))
     print(f"measuring on {measured.device_name(where)}")
     rows, file = [], None
@@ -90,7 +90,7 @@ def _row(problem: Problem, op: str, device: torch.device) -> tuple[str, float, f
     return f"{problem}, {op}: {plan.impl}, {seconds * 1e3:.3g} ms, {gain}", seconds, before
 
 
-# N, K and whether it has an adapter, of a layer or of several that read the same x; the first has.
+# N, K and whether it has an adapter, of a layer or of several that read the same x.
 Weights = tuple[tuple[int, int, bool], ...]
 
 
@@ -121,8 +121,7 @@ def _of_model(name: str, target_modules: str | tuple[str, ...]) -> list[Weights]
     with contextlib.suppress(ValueError):
         for group in sibling_search.find(model, True, layers):
             members = [group.parent._modules[name] for name in group.names]
-            members.sort(key=lambda member: member not in layers)
-            rows = [(m.out_features, m.in_features, m in layers) for m in members]
-            if rows[0][2]:
-                found.append(tuple(rows))
+            rows = tuple((m.out_features, m.in_features, m in layers) for m in members)
+            if any(adapted for *_, adapted in rows):
+                found.append(rows)
     return list(dict.fromkeys(found))

@@ -192,9 +192,10 @@ class MLP(nn.Module):
         self.wide, self.open = (nn.Linear(6, 8, bias=bias) for _ in range(2))
         self.out = nn.Linear(8, 6, bias=bias)
         self.act = act or nn.SiLU()
+        self.factor = 1.0
 
     def forward(self, x):
-        return self.out(self.wide(x) * self.act(self.open(x)))
+        return self.out(self.wide(x) * self.act(self.open(x))) * self.factor
 
 
 class Dropping(MLP):
@@ -249,7 +250,63 @@ class Fourth(MLP):
         return self.other(self.wide(x) * self.act(self.open(x)))
 
 
+class Clamped(MLP):
+    def forward(self, x):
+        return self.out(self.wide(x) * self.act(self.open(x).clamp(max=10.0)))
+
+
+class Detached(MLP):
+    def forward(self, x):
+        return self.out(self.wide(x) * self.act(self.open(x)).detach())
+
+
+class ByWeight(MLP):
+    def forward(self, x):
+        return F.linear(self.wide(x) * self.act(self.open(x)), self.out.weight, self.out.bias)
+
+
+class Keeping(MLP):
+    def forward(self, x):
+        self.last = self.act(self.open(x))
+        return self.out(self.wide(x) * self.last)
+
+
+class Noting(MLP):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x):
+        self.calls.append(len(x))
+        return super().forward(x)
+
+
+class Undropped(Dropping):
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.0)
+
+
+class Unsubclassed(MLP):
+    def __init_subclass__(cls):
+        raise TypeError("no subclasses, please")
+
+
+def watched():
+    mlp = MLP()
+    mlp.act.register_forward_hook(lambda module, args, y: y * 2)
+    return mlp
+
+
 LOOKALIKES = {
+    "clamped": Clamped,
+    "detached": Detached,
+    "a weight alone": ByWeight,
+    "keeps something": Keeping,
+    "notes something": Noting,
+    "dropout of none yet": Undropped,
+    "no subclasses": Unsubclassed,
+    "a hook on the activation": watched,
     "relu": lambda: MLP(nn.ReLU()),
     "no activation": lambda: MLP(nn.Identity()),
     "both activated": lambda: MLP(nn.Softplus()),
@@ -304,10 +361,9 @@ def runs(monkeypatch):
     """The activation of each MLP that ran as one operator."""
     found = []
 
-    def counted(x, projections, activation):
-        y = own(x, projections, activation)
-        if y is not None:
-            found.append(activation)
+    def counted(x, projections, activation, impl):
+        y = own(x, projections, activation, impl)
+        found.append(activation)
         return y
 
     own = gated_mlp.run
@@ -402,6 +458,9 @@ def layer_s_own_forward(model):
 
 CHANGES = {
     "another activation": swap_activation,
+    "the activation's own": lambda m: setattr(m[0].act, "inplace", "changed"),
+    "an attribute": lambda m: setattr(m[0], "factor", 3.0),
+    "a hook on the activation": lambda m: m[0].act.register_forward_hook(lambda m, args, y: y * 2),
     "another layer": swap_layer,
     "a forward": own_forward,
     "a layer's forward": layer_s_own_forward,
@@ -423,6 +482,74 @@ def test_what_has_changed_runs_as_it_is(change, runs):
     with torch.no_grad():
         close([fused(X)], [plain(X)])
     assert runs == (["silu"] if change is own_forward else [])
+
+
+def test_patched_twice(runs):
+    """Again is harmless, and once is enough to take it back."""
+    plain, model = wrapped(["open", "out"]), wrapped(["open", "out"])
+    kinds = [type(m) for m in model.modules()]
+    for _ in range(2):
+        patch_peft(model, fuse_siblings={"input": X})
+    close(results(model), results(plain))
+    unpatch_peft(model)
+    assert [type(m) for m in model.modules()] == kinds and runs == ["silu"]
+    close(results(model), results(plain))
+
+
+def test_another_instance_of_the_class(runs):
+    _, fused, _ = pair()
+    torch.manual_seed(0)
+    again = type(fused[0])()
+    close([again(X)], [MLP()(X)])
+    assert runs == []
+
+
+def test_a_child_that_is_none(runs):
+    def make():
+        mlp = MLP()
+        mlp.register_module("nothing", None)
+        return mlp
+
+    plain, fused, _ = pair(make)
+    close(results(fused), results(plain))
+    assert runs == ["silu"]
+
+
+def test_forward_mode_derivatives(runs):
+    plain, fused, _ = pair()
+    found = []
+    for model in (fused, plain):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(X, torch.ones_like(X))
+            found.append(torch.autograd.forward_ad.unpack_dual(model(dual)).tangent)
+    close(found[:1], found[1:])
+    assert runs == [] and found[1].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["foo", "triton"])
+def test_what_is_forced_is_checked(name, monkeypatch):
+    from fastlora import plans
+
+    plain, fused, _ = pair()
+    monkeypatch.setattr(plans, "FORCED", name)
+    monkeypatch.setattr(plans, "triton_unusable", lambda device: "not today")
+    said = []
+    for model in (plain, fused):
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            model(X)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
+def test_seeds_are_drawn_once_where_something_looks_on():
+    """Plain layers draw the same masks then."""
+    plain, fused, _ = pair(lora_dropout=0.5, target_modules=["out"])
+    found = []
+    for model in (plain, fused):
+        torch.manual_seed(3)
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS):
+            found.append(model(X))
+    close(found[:1], found[1:])
 
 
 def test_hooks_on_the_whole_run(runs):
@@ -521,7 +648,7 @@ def test_copies(how, runs):
             parameter.zero_()
     close(results(copied), results(plain))
     assert runs == ["silu"] and type(copied[0]) is type(fused[0])
-    assert isinstance(copied[0], MLP) and copied[0]._gated_form.others == (copied[0].act,)
+    assert isinstance(copied[0], MLP) and copied[0]._gated_form.state[1][0][0] is copied[0].act
 
 
 # Under PEFT

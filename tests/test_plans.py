@@ -16,7 +16,7 @@ import torch
 from fastlora_kernels import machine
 from fastlora_kernels.configs import Config
 from fastlora_kernels.prediction import predict
-from tiny_models import llama
+from tiny_models import llama, tokens
 
 import fastlora
 from fastlora import measured, plans, tuner
@@ -513,7 +513,7 @@ def test_explains_a_layer_and_a_model():
     assert shapes == {(16, 16), (8, 16), (24, 16), (16, 24)}
 
 
-def test_explains_siblings_together():
+def test_explains_siblings_together(monkeypatch):
     model = llama()
     config = fastlora.LoRAConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"])
     fastlora.inject(model, config, fuse_siblings=True)
@@ -525,6 +525,13 @@ def test_explains_siblings_together():
     assert "7 x 16 x 16, r = 4, float32, and of the same x: 8 (r = 4), 8 (frozen), on cpu" in str(
         explained
     )
+    choose, posed = plans.choose, []  # k, which is frozen, lies between q and v
+    monkeypatch.setattr(
+        plans, "choose", lambda op, impl, *of: posed.append(of[0]) or choose(op, impl, *of)
+    )
+    model(input_ids=tokens())
+    assert {p._replace(M=7) for p in posed} == {p for _, p in explained.plans}
+    monkeypatch.undo()
     model.model.layers[0].self_attn.v_proj.merge()  # those of that block run alone
     assert len(fastlora.explain(model, 7).plans) == 2
 

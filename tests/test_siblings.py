@@ -353,7 +353,8 @@ CHANGES = {
     "merged": lambda block: block.v.merge(),
     "disabled": lambda block: setattr(block.v, "disable_adapters", True),
     "scaling": lambda block: block.v.scaling.update(default=3.0),
-    "B": lambda block: block.v.lora_B["default"].data.copy_(torch.ones(4, 3)),
+    "B": lambda block: nn.init.ones_(block.v.lora_B["default"]),
+    "B's memory": lambda block: setattr(block.v.lora_B["default"], "data", torch.ones(4, 3)),
     "weight": lambda block: nn.init.ones_(block.v.weight),
     "a new weight": lambda block: setattr(block.v, "weight", nn.Parameter(torch.ones(4, 6))),
     "a new layer": lambda block: setattr(block, "v", nn.Linear(6, 4)),
@@ -363,7 +364,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_changed_in_between(change, together):
     """After q has computed for all, v becomes another layer than it was."""
-    plain, fused = pair(lora_dropout=0.5)
+    plain, fused = pair(lora_dropout=0.5 if change is CHANGES["eval"] else 0.0)
     found = []
     for block in (plain, fused):
 
@@ -375,11 +376,68 @@ def test_changed_in_between(change, together):
         block.between = between
         torch.manual_seed(4)
         with torch.no_grad():
-            block(X)
-            torch.manual_seed(5)
-            found.append(block.v(X))
-    close(*([y] for y in reversed(found)))
+            found.append(block(X))
+    close(found[:1], found[1:])
     assert together == [3]
+
+
+def test_gradients_asked_for_in_between(together):
+    """By x, or by an adapter that was frozen."""
+    _, block = pair(target_modules=["q", "v"])
+    block.requires_grad_(False)
+    x = X.clone()
+    block.q(x)
+    x.requires_grad_()
+    assert block.k(x).requires_grad
+    x = X.clone()
+    block.q(x)
+    block.v.requires_grad_(True)
+    assert block.v(x).requires_grad
+    block.q(x)
+    block.k.weight.data = torch.ones(4, 6)
+    torch.testing.assert_close(block.k(x), x.sum(1, keepdim=True) + block.k.bias)
+
+
+def test_nothing_follows_a_frozen_sibling():
+    """With x and k frozen nothing after k needs a gradient, nor keeps what it would take."""
+    _, block = pair(target_modules=["q"])
+    found = [getattr(block, name)(X).requires_grad for name in QKV]
+    assert found == [True, False, False]
+
+
+def test_a_sibling_on_each_side_of_a_checkpoint(together):
+    plain, fused = pair()
+    found = []
+    for block in (plain, fused):
+        x = X.clone().requires_grad_()
+        y = block.q(x)
+        inside = checkpoint(lambda x, b=block: b.k(x) * b.v(x), x, use_reentrant=False)
+        trained = [p for p in block.parameters() if p.requires_grad]
+        loss = y.square().sum() + inside.square().sum()
+        found.append(torch.autograd.grad(loss, [x, *trained], allow_unused=True))
+    close(*found)
+
+
+def test_a_sibling_trained_in_full():
+    model = Block()
+    asked = config(target_modules=["q", "v"], modules_to_save=["k"])
+    report = inject(model, asked, fuse_siblings={"x": X})
+    assert report.siblings == [("", ("q", "v"))]
+    results(model)
+
+
+def test_one_layer_under_two_names():
+    model = Block()
+    model.k = model.q
+    with pytest.raises(ValueError, match="no module has linear layers named"):
+        inject(model, config(), fuse_siblings=[("q", "k")])
+
+
+def test_a_model_of_inference_mode():
+    with torch.inference_mode():
+        model = Block()
+        inject(model, config(), fuse_siblings={"x": X})
+        model(X.clone())
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

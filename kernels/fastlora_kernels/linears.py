@@ -36,7 +36,7 @@ def forward_all(
         y, s = linear.forward(x, w, a, b, bias, *rest, config)
         return [y], [s]
     ys, ss = [], []
-    for few in _fours(projections):
+    for few in _parts(projections):
         s = shrinks(x, few)
         w, _, b, bias, _, scaling, _ = zip(*few, strict=True)
         ys += product_all(x, w, s, b, bias, scaling)
@@ -67,7 +67,7 @@ def backward_all(
     dss, das, dbs = narrow_grads(dys, x, projections, ss, need_x, needs, configs)
     dx = None
     there = [i for i, dy in enumerate(dys) if dy is not None]
-    for few in _fours(there) if need_x else ():
+    for few in _parts(there) if need_x else ():
         w, a, _, _, seeds, _, p = zip(*(projections[i] for i in few), strict=True)
         part = product_sum([dys[i] for i in few], w, [dss[i] for i in few], a, seeds, dropout_p=p)
         dx = part if dx is None else dx.add_(part)
@@ -77,7 +77,7 @@ def backward_all(
 def shrinks(x: Tensor, projections: Sequence[Projection]) -> list[Tensor | None]:
     """Return s [M, R] of each projection, None without an adapter: a launch for up to four."""
     found: list[Tensor | None] = [None] * len(projections)
-    for same in _alike(projections):
+    for same in _by_dtype(projections):
         _, a, _, _, seeds, _, p = zip(*(projections[i] for i in same), strict=True)
         for i, s in zip(same, shrink_all(x, a, seeds, dropout_p=p), strict=True):
             found[i] = s
@@ -102,7 +102,7 @@ def narrow_grads(
             config = configs[i].get("ds_db") if configs else None
             dss[i], dbs[i] = ds_db(dy, ss[i], b, scaling=scaling, **wanted, config=config)
     asked = [i for i in range(n) if dss[i] is not None and needs[i][0]]
-    for same in _alike([projections[i] for i in asked]):
+    for same in _by_dtype([projections[i] for i in asked]):
         few = [asked[i] for i in same]
         _, _, _, _, seeds, _, p = zip(*(projections[i] for i in few), strict=True)
         found = da_all(x, [dss[i] for i in few], seeds, dropout_p=p)
@@ -111,14 +111,14 @@ def narrow_grads(
     return dss, das, dbs
 
 
-def _alike(projections: Sequence[Projection]) -> list[Sequence[int]]:
+def _by_dtype(projections: Sequence[Projection]) -> list[Sequence[int]]:
     """Return which adapters a launch can take together: up to four of one dtype."""
     by_dtype: dict = {}
     for i, (_, a, *_) in enumerate(projections):
         if a is not None:
             by_dtype.setdefault(a.dtype, []).append(i)
-    return [few for same in by_dtype.values() for few in _fours(same)]
+    return [few for same in by_dtype.values() for few in _parts(same)]
 
 
-def _fours(items: Sequence) -> list[Sequence]:
+def _parts(items: Sequence) -> list[Sequence]:
     return [items[i : i + MOST] for i in range(0, len(items), MOST)]
