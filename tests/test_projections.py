@@ -99,15 +99,23 @@ def verify_together(body, group, configs=None, **options):
                 assert result is None
 
 
-@each_body
+MODES = ("base", "low_rank", "both")
+
+
 @each_group
 @pytest.mark.parametrize("kind", KINDS)
-def test_acceptance_rule(body, group, kind):
-    modes = ("base", "low_rank", "both")
-    if body is not torch_impl:  # the interpreter is slow
-        modes = modes[len(group) % 3 :][:1]
-    for mode in modes:
-        verify_together(body, group, kind=kind, mode=mode)
+def test_acceptance_rule(group, kind):
+    for mode in MODES:
+        verify_together(torch_impl, group, kind=kind, mode=mode)
+
+
+@pytest.mark.parametrize("name", ["library", "triton"])
+@pytest.mark.parametrize("number", range(len(GROUPS)), ids=GROUPS)
+def test_acceptance_rule_of_the_kernels(name, number):
+    """Dtypes and modes take turns: tests of the kernels themselves have them all."""
+    group, turn = list(GROUPS.values())[number], number + (name == "triton")
+    kind, mode = list(KINDS)[turn % len(KINDS)], MODES[turn % 3]
+    verify_together(BODIES[name], group, kind=kind, mode=mode)
 
 
 @pytest.mark.parametrize("kind", KINDS)
