@@ -311,10 +311,10 @@ def run(x: Tensor, projections: Sequence[Operands], impl: str) -> Sequence[Tenso
     flat = [t for w, a, b, bias, _, _, _ in projections for t in (w, a, b, bias)]
     if not unobserved(x, *flat):
         return torch.ops.fastlora.lora_linears(x, *_lists(x, _alike(projections)), impl)[0]
-    if torch.is_grad_enabled() and (
-        x.requires_grad or any(t is not None and t.requires_grad for t in flat)
-    ):
-        return _apply(x, projections, impl, *flat)
+    if torch.is_grad_enabled():
+        for t in (x, *flat):
+            if t is not None and t.requires_grad:
+                return _apply(x, projections, impl, *flat)
     return forward(x, projections, impl)[0]
 
 
@@ -338,7 +338,10 @@ def unobserved(*tensors: Tensor | None) -> bool:
         or torch._C._are_functorch_transforms_active()
     ):
         return False
-    return all(not (t is not None and (type(t) not in _PLAIN or _wrapped(t))) for t in tensors)
+    for t in tensors:  # noqa: SIM110  a generator takes longer, for each layer call
+        if t is not None and (type(t) not in _PLAIN or _wrapped(t)):
+            return False
+    return True
 
 
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
