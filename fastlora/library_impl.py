@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch.nn.functional as F
 from fastlora_kernels import linears
 from fastlora_kernels.columns import da as da_of
 from fastlora_kernels.columns import ds_db
@@ -22,7 +21,7 @@ from fastlora_kernels.shrink import shrink
 from torch import Tensor
 
 from fastlora.projection import Operands
-from fastlora.torch_impl import expand
+from fastlora.torch_impl import expand, outputs
 
 
 def forward(
@@ -66,14 +65,8 @@ def forward_all(
     x: Tensor, projections: Sequence[Operands], configs: Sequence[Mapping[str, Config]] = ()
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Return y [M, N] and s = dropout(x) aᵀ [M, R] of each projection, s None without an a."""
-    ss, ys = _shrinks(x, projections, configs), []
-    for (w, a, b, bias, _, scaling, _), s in zip(projections, ss, strict=True):
-        if a is None:
-            ys.append(F.linear(x, w, bias))
-        else:
-            y = expand(s, b.t(), scaling, x.new_empty(x.shape[0], w.shape[0]), bias)
-            ys.append(y.addmm_(x, w.t()))
-    return ys, ss
+    ss = _shrinks(x, projections, configs)
+    return outputs(x, projections, ss), ss
 
 
 def _shrinks(

@@ -93,7 +93,7 @@ class _Held(NamedTuple):
     group: Group
     x: Tensor
     circumstances: tuple
-    seats: dict[int, tuple[nn.Module, Operands, tuple[int, ...], Tensor]]
+    seats: dict[int, tuple[nn.Module, Operands, tuple[tuple, ...], Tensor]]
 
 
 # One group's outputs for each thread: whatever an exception or a skipped sibling left behind goes

@@ -75,6 +75,13 @@ def forward_all(
             same, _parts(s, [projections[i].a.shape[0] for i in same], 1), strict=True
         ):
             ss[i] = part
+    return outputs(x, projections, ss), ss
+
+
+def outputs(
+    x: Tensor, projections: Sequence[Operands], ss: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Return y [M, N] of each projection from its s: the frozen product added to the low-rank."""
     ys = []
     for (w, _, b, bias, _, scaling, _), s in zip(projections, ss, strict=True):
         if s is None:
@@ -82,7 +89,7 @@ def forward_all(
         else:
             y = expand(s, b.t(), scaling, x.new_empty(x.shape[0], w.shape[0]), bias)
             ys.append(y.addmm_(x, w.t()))
-    return ys, ss
+    return ys
 
 
 def backward_all(
