@@ -238,6 +238,7 @@ def faults(report: dict) -> list[str]:
         f"spills, {report['stack']} bytes of stack": report["stack"] > 0,
         "local memory": not {"LDL", "STL"}.isdisjoint(report["instructions"]),
         "compiled to a trap": report["ptx_trap"],
+        "atomic operations on global memory": report["ptx_atomics"],
         f"{report['registers']} registers": report["registers"] > 255,
         f"{report['shared']} bytes of shared memory": report["shared"]
         > aot.CHIPS[report["capability"]].shared_memory,
@@ -274,7 +275,7 @@ def pipelined_loads(call: launch.Call) -> int:
         elements, tensor = (m + n) * k, args["dx_ptr"]
     elif call.kernel.__name__ in ("product_kernel", "product_all_kernel"):
         elements, tensor = (m + n) * k, args["x_ptr"]
-    elif call.kernel.__name__ == "persistent_kernel":
+    elif call.kernel.__name__.startswith("persistent"):
         return 2 * config.num_stages  # of a tile each
     elif call.kernel.__name__ in ("shrink_kernel", "shrink_all_kernel"):
         elements, tensor = m * k, args["x_ptr"]
@@ -317,6 +318,7 @@ def main(share: int, of: int, every: bool) -> None:
             "ptx_f64": ".f64" in found.ptx,
             "ptx_tf32": "tf32" in found.ptx,
             "ptx_trap": "trap;" in found.ptx,
+            "ptx_atomics": bool(re.search(r"\b(?:atom|red)\.[\w.]*global", found.ptx)),
         }
         print(json.dumps(report), flush=True)
 

@@ -131,15 +131,17 @@ def compiled() -> list[dict]:
 
 def main() -> None:
     print("compiling every kernel for every chip (minutes)", flush=True)
-    chips, versions = defaultdict(dict), set()
+    chips, versions, wrong = defaultdict(dict), set(), []
     about, *reports = compiled()
     for report in reports:
         if report["capability"] == "gfx942":  # compiled to see that it compiles
             continue
         if found := faults(report):
-            sys.exit(f"sm_{report['capability']} {report['name']}: {', '.join(found)}")
+            wrong.append(f"sm_{report['capability']} {report['name']}: {', '.join(found)}")
         chips[report["capability"]][report["name"]] = report["figures"]
         versions.add(report["triton"])
+    if wrong:
+        sys.exit("\n".join(wrong))
     (version,) = versions
     FOLDER.mkdir(exist_ok=True)
     for old in FOLDER.glob("sm_*.json"):

@@ -14,6 +14,7 @@ from compiled_cases import CAPABILITIES, MORE_CAPABILITIES, SIZES, calls, faults
 SINGLE = ("shrink_kernel", "product_kernel", "columns_kernel", "sum_kernel")
 JOINT = ("shrink_all_kernel", "product_all_kernel", "product_sum_kernel", "da_all_kernel")
 JOINT += ("sum_all_kernel", "gated_kernel", "gated_backward_kernel")
+JOINT_PERSISTENT = ("persistent_all_kernel", "persistent_sum_kernel")
 ELEMENTWISE = ("sum_kernel", "sum_all_kernel", "gated_kernel", "gated_backward_kernel")
 KERNELS = (*SINGLE, *JOINT)
 PERSISTENT = (90, 100)
@@ -21,7 +22,8 @@ each_kernel = pytest.mark.parametrize(
     ("kernel", "capability"),
     [
         *itertools.product(SINGLE, CAPABILITIES),
-        *((kernel, 90) for kernel in JOINT),  # on other chips by `make figures`
+        # On other chips by `make figures`.
+        *((kernel, 90) for kernel in JOINT + JOINT_PERSISTENT),
         *(("persistent_kernel", capability) for capability in PERSISTENT),
     ],
 )
@@ -60,10 +62,10 @@ def test_tensor_cores_and_pipelines(reports, kernel, capability):
             assert {"FFMA", "FFMA2"} & r["instructions"].keys(), where
         else:
             assert {mma, "HMMA"} & r["instructions"].keys(), where
-            if "product" in kernel or kernel == "persistent_kernel":
+            if "product" in kernel or kernel.startswith("persistent"):
                 assert mma in r["instructions"], where
         if r["problem"].endswith(" even"):
-            load = "UTMALDG" if kernel == "persistent_kernel" else "LDGSTS"
+            load = "UTMALDG" if kernel.startswith("persistent") else "LDGSTS"
             loads = r["instructions"].get(load, 0)
             assert loads >= r["pipelined_loads"], f"{where}: a pipeline is lost"
 
@@ -119,4 +121,8 @@ def kept_for_this_triton(capability):
 
 def test_the_recorder_sees_every_kernel():
     recorded = [c for size in SIZES for c in calls(aot.CHIPS[90], "bf16", 16, size)]
-    assert {c.kernel.__name__ for c in recorded} == {*KERNELS, "persistent_kernel"}
+    assert {c.kernel.__name__ for c in recorded} == {
+        *KERNELS,
+        *JOINT_PERSISTENT,
+        "persistent_kernel",
+    }

@@ -128,7 +128,8 @@ def test_every_config_of_several_projections(kernel, p):
     chip = configs.Chip.of(torch.device("cuda"))
     for kind, r in itertools.product(("bf16", "bf16-fp32", "fp32"), (16, 128)):
         sizes = (336, 128, 48)
-        joint = joint_kernels.Joint(500, 272, sizes, (r,) * 3, kind, dropout_p=(p,) * 3)
+        shape = 500, 272, sizes, (r,) * 3, kind
+        joint = joint_kernels.Joint(*shape, dropout_p=(p,) * 3, scaling=0.5)
         rank = r if kernel.startswith("product") else 3 * r
         kept = configs.kind_of(*KINDS[kind]), rank, p > 0, chip
         tried = configs.candidates(kernel, *kept)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from acceptance import KINDS, Case, accept, mask_of, oracle, plain
 from fastlora_kernels import columns, configs, gated, gated_backward
 from fastlora_kernels.launch import NO_CONFIGS
+from fastlora_kernels.persistent import takes_scaled
 from test_acceptance import load
 from test_kernels import strided
 
@@ -39,6 +40,7 @@ class Joint:
     dropout_p: tuple[float, ...] = ()  # none where it is short
     biases: tuple[bool, ...] = (True, False, True, True)
     seed: int = 0
+    scaling: float | None = None  # None: another one for each
 
     def cases(self) -> list[Case]:
         """Return the projections one by one; where there is no adapter, its B is zero."""
@@ -47,7 +49,7 @@ class Joint:
             Case(
                 *(self.M, n, self.K, r or 1, self.kind, self.mode if r else "base"),
                 dropout_p=dropout_p[i],
-                scaling=0.7 - 0.1 * i,
+                scaling=0.7 - 0.1 * i if self.scaling is None else self.scaling,
                 seed=10 * self.seed + i,
                 bias=self.biases[i],
             )
@@ -63,7 +65,8 @@ class Joint:
 def run(kernels, joint: Joint, ts: list[dict], configs=NO_CONFIGS):
     """Return what the kernels make of each projection, and dx.
 
-    ``configs`` may hold one for each launcher, by its name.
+    ``configs`` may hold one for each launcher, by its name. A product whose config takes no scale
+    gets s scaled, by the one factor that the projections then share.
     """
     cases, there = joint.cases(), [i for i, r in enumerate(joint.ranks) if r]
     x, scalings = ts[0]["x"], [case.scaling for case in cases]
@@ -82,14 +85,17 @@ def run(kernels, joint: Joint, ts: list[dict], configs=NO_CONFIGS):
     dropped = {"dropout_p": [case.dropout_p for case in cases]}
     shared = {"dropout_p": adapted(dropped["dropout_p"])}
     seeds, b = adapted(of("seed")), of("b", there)
-    s = (
-        kernels.shrink_all(x, adapted(of("a")), seeds, **shared, config=configs.get("shrink_all"))
-        if there
-        else []
-    )
-    y = kernels.product_all(
-        x, of("w"), spread(s), b, of("bias"), scalings, config=configs.get("product_all")
-    )
+    shrink, product = configs.get("shrink_all"), configs.get("product_all")
+    factors = s = []
+    if there and product is not None and takes_scaled(product):
+        factors = [x.new_empty(joint.M, joint.ranks[i]) for i in there]
+        made = {"scaled": factors, "factor": joint.scaling}
+        s = kernels.shrink_all(x, adapted(of("a")), seeds, **shared, **made, config=shrink)
+        scalings = [1.0] * len(cases)
+    elif there:
+        factors = s = kernels.shrink_all(x, adapted(of("a")), seeds, **shared, config=shrink)
+    y = kernels.product_all(x, of("w"), spread(factors), b, of("bias"), scalings, config=product)
+    scalings = [case.scaling for case in cases]
     ds = [
         kernels.ds_db(ts[i]["dy"], s_i, ts[i]["b"], scaling=scalings[i])
         for i, s_i in zip(there, s, strict=True)
@@ -369,7 +375,11 @@ def test_every_chip_has_a_config():
         for aligned in (False, True):
             config = configs.default_config(kernel, kind, r, p, chip, aligned)
             assert configs.is_valid(config, kernel, kind, r, p, chip)
-            assert not config.tma
+            uneven = configs.default_config(kernel, kind, r, p, chip, aligned, even=False)
+            assert configs.is_valid(uneven, kernel, kind, r, p, chip)
+            assert not uneven.tma
+            tma = kernel in ("product_all", "product_sum") and aligned and chip.capability[0] >= 9
+            assert tma or not config.tma
 
 
 def gated_results(dh, gate, up, activation) -> dict[str, torch.Tensor]:

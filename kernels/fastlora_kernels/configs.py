@@ -157,7 +157,9 @@ def _is_valid_tma(
     the warps).
     """
     rocm = chip.capability == (0, 0) and chip.shared_memory < 1 << 30
-    if rocm or 0 < chip.capability[0] < 9 or kernel not in ("product", "dx") or kind == "32":
+    if rocm or 0 < chip.capability[0] < 9 or kind == "32":
+        return False
+    if kernel not in ("product", "dx", "product_all", "product_sum"):
         return False
     m, n, k, stages = config.block_m, config.block_n, config.block_k, config.num_stages
     if max(m, n, k) > 256 or config.num_warps % 4:
@@ -177,8 +179,8 @@ def _is_valid_tma(
     if chip.capability[0] == 10:
         # A second accumulator overfills the tensor memory (Triton 3.7 compiles a trap), a mask
         # the registers; a bias takes a way through shared memory.
-        masked = dropout and kernel == "dx"
-        if n > 128 and (config.low_rank == "recompute" or kind == "mixed" or masked):
+        masked, split = dropout and kernel == "dx", kind == "mixed" and kernel != "product_sum"
+        if n > 128 and (config.low_rank == "recompute" or split or masked):
             return False
         out += 1 << 13
     shared = ((m + n) * k * stages + out + factors) * 2 + 1024
@@ -190,9 +192,15 @@ def _takes_low_rank(
 ) -> bool:
     """Return whether the low-rank step of a config of `persistent.py` can make this product."""
     plain = not (config.specialized or config.early)
+    if kernel == "product_sum":
+        return plain and config.low_rank == "fold"  # or else in a launch before it
+    if kernel == "product_all" and config.low_rank not in ("first", "fold"):
+        return False
+    if kernel == "product_all" and config.low_rank == "first" and chip.capability[0] == 10:
+        return plain and kind == "mixed"  # else a few bytes are spilled
     if config.low_rank == "first":
         return plain
-    if kind == "mixed" or (kind == "fp16" and kernel == "product"):
+    if kind == "mixed" or (kind == "fp16" and kernel in ("product", "product_all")):
         return False  # float32 factors, or an s that scaled before might overflow
     if dropout and (kernel == "dx" or config.low_rank == "recompute"):
         return False  # a mask on the product, or an s that is not of the x in the loop
@@ -235,6 +243,7 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(128, 128, 32, block_r=16, num_warps=8, num_stages=3),
     ),
     ("product_sum", "mixed"): (
+        *_tma("fold", (128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
         Config(128, 256, 64, block_r=16, num_warps=8, num_stages=3),
         Config(128, 128, 64, block_r=16, num_warps=8, num_stages=3),
         Config(128, 128, 32, block_r=16, num_warps=8, num_stages=3),

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastlora_kernels.configs import Config, cdiv
 from fastlora_kernels.joint import alike, check, filled, locate, number_of, pointer_of, strides
 from fastlora_kernels.launch import config_for_all, launch
+from fastlora_kernels.persistent_all import persistent_all, suits_all
 from fastlora_kernels.product import add_product
 from fastlora_kernels.tiles import low_rank_tile, tile_of, triton_dtype, wrapped
 
@@ -112,6 +113,17 @@ def product_all_kernel(
     tl.store(y_tile, acc.to(y_ptrs[0].dtype.element_ty), mask=mask)
 
 
+def config_of(
+    x: Tensor, w: Sequence[Tensor], b: Sequence[Tensor | None], even: bool = True
+) -> Config:
+    """Return the default config of `product_all` for these; ``even`` as `default_config` has it."""
+    adapters = [t for t in b if t is not None]
+    rank = max((t.shape[1] for t in adapters), default=1)
+    dtype = adapters[0].dtype if adapters else x.dtype
+    even = even and all(t.shape[0] * x.element_size() % 16 == 0 for t in w)
+    return config_for_all("product_all", (x,), w, rank, dtype, False, even)
+
+
 def product_all(
     x: Tensor,
     w: Sequence[Tensor],
@@ -132,11 +144,11 @@ def product_all(
     check(w=w, s=s, b=b, biases=biases, scalings=scalings)
     (M, K), sizes = x.shape, tuple(t.shape[0] for t in w)
     ranks = tuple(0 if t is None else t.shape[1] for t in b)
-    adapter = next((t.dtype for t in b if t is not None), x.dtype)
-    rest = (x,), w, max(1, *ranks), adapter, False
-    config = config or config_for_all(
-        "product_all", *rest, even=all(n * x.element_size() % 16 == 0 for n in sizes)
-    )
+    config = config or config_of(x, w, b)
+    if config.tma:
+        if suits_all(x, w, s, b, scalings, config):
+            return persistent_all(x, w, s, b, biases, scalings, config)
+        config = config_of(x, w, b, even=False)
     tiles_n = sum(cdiv(n, config.block_n) for n in sizes)
     y = tuple(x.new_empty(M, n) for n in sizes)
     bias_sizes = tuple(0 if t is None else t.shape[0] for t in biases)

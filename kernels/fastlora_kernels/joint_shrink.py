@@ -29,6 +29,7 @@ def shrink_all_kernel(
     a_ptrs,
     seed_ptrs,
     s_ptrs,
+    scaled_ptrs,
     M,
     K,
     ranks,
@@ -38,9 +39,11 @@ def shrink_all_kernel(
     strides_ar,
     strides_ak,
     scales,
+    factor,
     keep_froms,
     TOGETHER: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_SCALED: tl.constexpr,
     EVEN_K: tl.constexpr,
     ACC: tl.constexpr,
     COUNT: tl.constexpr,
@@ -90,8 +93,12 @@ def shrink_all_kernel(
             x_ptrs += step_x
         for i in tl.static_range(COUNT):
             mask = mask_m[:, None] & (offs_r < ranks[i])[None, :]
-            s = (sums[i] * tl.cast(scales[i], ACC)).to(s_ptrs[i].dtype.element_ty)
-            tl.store(s_ptrs[i] + rows[:, None] * ranks[i] + offs_r[None, :], s, mask=mask)
+            s = sums[i] * tl.cast(scales[i], ACC)
+            offs = rows[:, None] * ranks[i] + offs_r[None, :]
+            tl.store(s_ptrs[i] + offs, s.to(s_ptrs[i].dtype.element_ty), mask=mask)
+            if HAS_SCALED:
+                s *= tl.cast(factor, ACC)
+                tl.store(scaled_ptrs[i] + offs, s.to(x_ptr.dtype.element_ty), mask=mask)
     else:
         # A rank tile of one projection.
         i, tile_r = locate(tl.program_id(0) % tiles_r, ranks, BLOCK_R)
@@ -120,8 +127,12 @@ def shrink_all_kernel(
             a_tile += step_a
         acc *= tl.cast(number_of(i, scales, ACC), ACC)
         mask = mask_m[:, None] & (offs_r < R)[None, :]
-        s_tile = pointer_of(i, s_ptrs) + rows[:, None] * R + offs_r[None, :]
-        tl.store(s_tile, acc.to(s_ptrs[0].dtype.element_ty), mask=mask)
+        offs = rows[:, None] * R + offs_r[None, :]
+        tl.store(pointer_of(i, s_ptrs) + offs, acc.to(s_ptrs[0].dtype.element_ty), mask=mask)
+        if HAS_SCALED:
+            acc *= tl.cast(factor, ACC)
+            scaled_tile = pointer_of(i, scaled_ptrs) + offs
+            tl.store(scaled_tile, acc.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -138,17 +149,20 @@ def shrink_all(
     seeds: Sequence[Tensor | None],
     *,
     dropout_p: Sequence[float],
+    scaled: Sequence[Tensor] | None = None,
+    factor: float = 1.0,
     config: Config | None = None,
 ) -> list[Tensor]:
     """Return ``dropout_i(x) a_iᵀ`` [M, R_i] in the dtype of a, contiguous, in one launch.
 
     ``x`` [M, K] and one to four ``a`` [R_i, K], of one dtype: that of x, or float32; any strides.
-    Dropout acts where there is a seed ([1], int64), by the mask of that seed. Up to a rank that
-    a config has a tile for, a program multiplies each tile of x by all; above it neighbouring
-    programs read the same rows. Raises ValueError, which names the list, for lists of other
-    lengths.
+    Dropout acts where there is a seed ([1], int64), by the mask of that seed. ``scaled`` ([M, R_i]
+    in the dtype of x, contiguous) are filled with ``factor`` times the results, rounded once. Up to
+    a rank that a config has a tile for, a program multiplies each tile of x by all; above it
+    neighbouring programs read the same rows. Raises ValueError, which names the list, for lists of
+    other lengths.
     """
-    check(a=a, seeds=seeds, dropout_p=dropout_p)
+    check(a=a, seeds=seeds, dropout_p=dropout_p, scaled=a if scaled is None else scaled)
     (M, K), ranks = x.shape, tuple(t.shape[0] for t in a)
     dropout, room = any(seed is not None for seed in seeds), stacked(ranks)
     config = config or config_for_all("shrink_all", (x,), a, room, a[0].dtype, dropout)
@@ -161,11 +175,13 @@ def shrink_all(
     launch(
         *(shrink_all_kernel, (cdiv(M, config.block_m) * tiles_r,), config),
         *(x, tuple(a), tuple(seeds) if together else filled(seeds), s),
+        None if scaled is None else tuple(scaled),
         *(M, K, ranks, tiles_r),
         *x.stride(),
         *(strides(a, 0), strides(a, 1)),
-        *(scales, keep_froms),
-        *(together, dropout, K % config.block_k == 0, triton_dtype(x.dtype)),
+        # An argument more than it needs has a program spill on sm_120.
+        *(scales, None if scaled is None else factor, keep_froms),
+        *(together, dropout, scaled is not None, K % config.block_k == 0, triton_dtype(x.dtype)),
         *(len(a), config.block_m, config.block_k, block_r),
     )
     return list(s)

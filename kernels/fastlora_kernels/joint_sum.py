@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,6 +17,7 @@ from fastlora_kernels.configs import Config, cdiv
 from fastlora_kernels.dropout import kept_scale, lowest_kept
 from fastlora_kernels.joint import alike, check, filled, number_of, pointer_of, strides
 from fastlora_kernels.launch import config_for_all, launch
+from fastlora_kernels.persistent_sum import persistent_sum, suits_sum
 from fastlora_kernels.product import add_product
 from fastlora_kernels.tiles import add_low_rank, low_rank_tile, tile_of, triton_dtype, wrapped
 
@@ -138,6 +140,20 @@ def product_sum(
     adapter = next((t.dtype for t in a if t is not None), dy[0].dtype)
     rest = dy, w, max(1, *ranks), adapter, dropout
     config = config or config_for_all("product_sum", *rest, even=K * dy[0].element_size() % 16 == 0)
+    if config.tma:
+        portable = config_for_all("product_sum", *rest, even=False)
+        if suits_sum(dy, w):
+            if not dropout and adapter == dy[0].dtype and sum(ranks) % 8 == 0:
+                # All ds beside each other and all a below each other are one more product.
+                if any(ranks):
+                    dy = *dy, torch.cat([t for t in ds if t is not None], 1)
+                    w = *w, torch.cat([t for t in a if t is not None])
+                return persistent_sum(dy, w, None, config)
+            # Masks and float32 terms would need a second tile beside the accumulator.
+            none = [t[:, :0] for t in dy], [t[:0] for t in w]
+            low_rank = product_sum(*none, ds, a, seeds, dropout_p=dropout_p, config=portable)
+            return persistent_sum(dy, w, low_rank, config)
+        config = portable
     drop = [0.0 if seed is None else p for p, seed in zip(dropout_p, seeds, strict=True)]
     dx = dy[0].new_empty(M, K)
     launch(

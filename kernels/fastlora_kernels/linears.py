@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,10 +13,11 @@ from fastlora_kernels.columns import ds_db
 from fastlora_kernels.configs import Config
 from fastlora_kernels.joint import MOST
 from fastlora_kernels.joint_columns import da_all
-from fastlora_kernels.joint_product import product_all
+from fastlora_kernels.joint_product import config_of, product_all
 from fastlora_kernels.joint_shrink import shrink_all
 from fastlora_kernels.joint_sum import product_sum
 from fastlora_kernels.launch import NO_CONFIGS
+from fastlora_kernels.persistent import takes_scaled
 
 # w, a, b, bias, seed, scaling, dropout_p as `linear.forward` takes them; a, b None: no adapter.
 Projection = tuple
@@ -37,9 +39,13 @@ def forward_all(
         return [y], [s]
     ys, ss = [], []
     for few in _parts(projections):
-        s = shrinks(x, few)
-        w, _, b, bias, _, scaling, _ = zip(*few, strict=True)
-        ys += product_all(x, w, s, b, bias, scaling)
+        w, a, b, bias, _, scaling, _ = zip(*few, strict=True)
+        config, scaled = config_of(x, w, b), None
+        if takes_scaled(config) and _scales_alike(x, a, scaling):
+            scaled = [None if t is None else x.new_empty(len(x), len(t)) for t in a]
+        s = shrinks(x, few, scaled)
+        factors, scaling = (s, scaling) if scaled is None else (scaled, (1.0,) * len(few))
+        ys += product_all(x, w, factors, b, bias, scaling, config=config)
         ss += s
     return ys, ss
 
@@ -74,12 +80,26 @@ def backward_all(
     return dx, das, dbs
 
 
-def shrinks(x: Tensor, projections: Sequence[Projection]) -> list[Tensor | None]:
-    """Return s [M, R] of each projection, None without an adapter: a launch for up to four."""
+def _scales_alike(x: Tensor, a: Sequence[Tensor | None], scaling: Sequence[float]) -> bool:
+    """Return whether one factor other than 1 scales every s in the dtype of x without overflow."""
+    dtypes = {t.dtype for t in a if t is not None}
+    return dtypes == {torch.bfloat16} == {x.dtype} and set(scaling) == {scaling[0]} != {1.0}
+
+
+def shrinks(
+    x: Tensor,
+    projections: Sequence[Projection],
+    scaled: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:
+    """Return s [M, R] of each projection, None without an adapter: a launch for up to four.
+
+    ``scaled`` as `shrink_all` takes it, for adapters of one dtype, with the first one's scaling.
+    """
     found: list[Tensor | None] = [None] * len(projections)
     for same in _by_dtype(projections):
-        _, a, _, _, seeds, _, p = zip(*(projections[i] for i in same), strict=True)
-        for i, s in zip(same, shrink_all(x, a, seeds, dropout_p=p), strict=True):
+        _, a, _, _, seeds, c, p = zip(*(projections[i] for i in same), strict=True)
+        made = {} if scaled is None else {"scaled": [scaled[i] for i in same], "factor": c[0]}
+        for i, s in zip(same, shrink_all(x, a, seeds, dropout_p=p, **made), strict=True):
             found[i] = s
     return found
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastlora_kernels.configs import Config, cdiv
 from fastlora_kernels.dropout import kept_scale, lowest_kept
 from fastlora_kernels.launch import INTERPRETED, chip_of, launch
-from fastlora_kernels.tiles import low_rank_tile, tile_of, wait_for_last, wrapped
+from fastlora_kernels.tiles import halves, low_rank_tile, tile_of, wait_for_last, wrapped
 
 
 @triton.jit
@@ -168,14 +168,18 @@ def persistent_kernel(
                 tl.store(s_ptrs, s_acc.to(dtype), mask=mask)
         if HAS_BIAS:
             acc += tl.load(bias_ptr + columns * stride_bias).to(tl.float32)[None, :]
-        if HALVES == 1:
-            y_desc.store([first_m, first_n], acc.to(dtype))
-        else:
-            # Half the shared memory for the way out: room for one more stage of the pipeline.
-            pair = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-            left, right = tl.split(pair)
-            y_desc.store([first_m, first_n], left.to(dtype))
-            y_desc.store([first_m, first_n + BLOCK_N // 2], right.to(dtype))
+        store_tile(y_desc, first_m, first_n, acc, dtype, HALVES)
+
+
+@triton.jit
+def store_tile(y_desc, first_m, first_n, acc, dtype: tl.constexpr, HALVES: tl.constexpr):
+    """Write a tile by a descriptor as wide as it is, or half as wide."""
+    if HALVES == 1:
+        y_desc.store([first_m, first_n], acc.to(dtype))
+    else:
+        left, right = halves(acc)
+        y_desc.store([first_m, first_n], left.to(dtype))
+        y_desc.store([first_m, first_n + acc.shape[1] // 2], right.to(dtype))
 
 
 def suits(x: Tensor, w: Tensor) -> bool:
@@ -189,14 +193,14 @@ def suits(x: Tensor, w: Tensor) -> bool:
         M > 0 < K
         and N > 0
         and N % 8 == 0
-        and _by_rows(x.stride(), K)
-        and (_by_rows(w_stride, K) or _by_rows(w_stride[::-1], N))
+        and lies_by_rows(x.stride(), K)
+        and (lies_by_rows(w_stride, K) or lies_by_rows(w_stride[::-1], N))
         and x.data_ptr() % 16 == 0
         and w.data_ptr() % 16 == 0
     )
 
 
-def _by_rows(stride: tuple[int, int], columns: int) -> bool:
+def lies_by_rows(stride: tuple[int, int], columns: int) -> bool:
     """Return whether rows of 16-bit elements lie apart, 16 bytes or a multiple from each other."""
     rows, step = stride
     return step == 1 and rows % 8 == 0 and rows >= columns
@@ -223,7 +227,7 @@ def recomputes(
         and seed is None
         and x.dtype == torch.bfloat16 == b.dtype  # scaled, float16 might overflow
         and suits(x, w)
-        and _by_rows(a.stride(), x.shape[1])
+        and lies_by_rows(a.stride(), x.shape[1])
         and a.data_ptr() % 16 == 0
     )
 
@@ -292,4 +296,5 @@ def _takes_factors(
             return True
     aligned = R % 8 == 0 and s.data_ptr() % 16 == 0 == b.data_ptr() % 16
     # By descriptors, and the way that w lies.
-    return aligned and (_by_rows(b_stride, R) if by_rows else _by_rows(b_stride[::-1], b.shape[0]))
+    stride, columns = (b_stride, R) if by_rows else (b_stride[::-1], b.shape[0])
+    return aligned and lies_by_rows(stride, columns)

@@ -45,6 +45,17 @@ def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def halves(tile):
+    """Return the left and the right half of a tile.
+
+    Each takes half the shared memory on its way out: room for one more stage of a pipeline.
+    """
+    BLOCK_M: tl.constexpr = tile.shape[0]
+    HALF: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
 def dot(left, right, acc):
     """Return acc + left @ right for a tile of the base's dtype and one of the adapters'.
 
