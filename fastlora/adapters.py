@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig
+from fastlora.files import locked, sync_folder
 from fastlora.hyperparameters import default_adapter_dtype
 from fastlora.inject import InjectReport, Plan, apply, features, plan
 from fastlora.layer import DEFAULT_ADAPTER
@@ -107,13 +108,14 @@ def load_adapter(
     it is not one for this model, is damaged, or asks for what is not supported; the model is then
     as it was.
     """
-    config = _read_config(_config_path(Path(folder)))
-    made = plan(model, config, adapter, adapter_dtype, seconds=_PATTERN_SECONDS)
-    model = unwrapped(model)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("model is on the meta device: give it its weights first")
-    _check_ranks(made, any_rank)
-    tensors = _read_weights(Path(folder) / WEIGHTS_FILE, made)
+    with locked(Path(folder), shared=True):
+        config = _read_config(_config_path(Path(folder)))
+        made = plan(model, config, adapter, adapter_dtype, seconds=_PATTERN_SECONDS)
+        model = unwrapped(model)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError("model is on the meta device: give it its weights first")
+        _check_ranks(made, any_rank)
+        tensors = _read_weights(Path(folder) / WEIGHTS_FILE, made)
     apply(model, made, adapter, tensors, trainable=is_trainable)
     return made.report(model, adapter)
 
@@ -153,6 +155,7 @@ def _with_config_hash(weights: bytes, config: bytes) -> bytes:
 
 
 def _write_together(contents: dict[Path, bytes]) -> None:
+    folder = next(iter(contents)).parent
     temporary = {
         path: path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
         for path in contents
@@ -167,27 +170,16 @@ def _write_together(contents: dict[Path, bytes]) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        for path in contents:
-            os.replace(temporary[path], path)
-            renamed = True
+        with locked(folder):
+            for path in contents:
+                os.replace(temporary[path], path)
+                renamed = True
     except BaseException:
         if not renamed:  # otherwise what is left belongs to the files that have their names
             for path in temporary.values():
                 path.unlink(missing_ok=True)
         raise
-    _sync_folder(next(iter(contents)).parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new names last through a power cut, where the system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(folder)
 
 
 def _is_shard(tensor: Tensor) -> bool:

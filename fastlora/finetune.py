@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora import checkpoint
 from fastlora import finetune_data as data
+from fastlora.files import replace_file
 from fastlora.finetune_data import UserError
 from fastlora.finetune_model import (
     first_line,
@@ -115,7 +116,7 @@ def run(settings: Settings) -> dict:
         raise
     if processes.first:
         text = json.dumps(metrics, indent=1, ensure_ascii=False)
-        checkpoint.replace_file(metrics_file, lambda file: file.write(text.encode()))
+        replace_file(metrics_file, lambda file: file.write(text.encode()))
         saved_file.unlink(missing_ok=True)
         say("wrote", ", ".join(str(output / n) for n in ("loss_curve.png", "metrics.json")))
     return processes.from_first(lambda: metrics)

@@ -53,6 +53,8 @@ def _parse(line: bytes, where: str) -> Example:
         row = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where}: not JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: nested too deeply") from error
     expected = 'expected {"prompt": "…", "response": "…"} or {"text": "…"}'
     if not isinstance(row, dict):
         raise UserError(f"{where}: got a {type(row).__name__}; {expected}")

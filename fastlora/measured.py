@@ -15,7 +15,6 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 import fastlora
-from fastlora.checkpoint import replace_file
+from fastlora.files import locked, replace_file
 from fastlora.plans import Problem, forget
 
 FORMAT = 1
@@ -67,7 +66,7 @@ def add(found: Measurements, device: torch.device) -> Path | None:
     try:
         path = path_of(device)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with locked(path.parent):
             kept = {**(_read(path, device) or {}), **found}
             text = json.dumps(_to_json(kept, device), indent=1).encode()
             replace_file(path, lambda file: file.write(text))
@@ -241,16 +240,3 @@ def _integer(value: Any, most: int, least: int = 1) -> int:
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{value!r:.50} is not an integer from {least} to {most}")
     return value
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time read, change and replace ``path``."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: the last of two processes wins
-        yield
-        return
-    with open(path.with_suffix(".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from fastlora import checkpoint, finetune
+from fastlora import finetune
+from fastlora.files import replace_file
 from fastlora.finetune import Settings, say
 from fastlora.finetune_data import UserError
 from fastlora.finetune_model import gguf_file
@@ -104,7 +105,7 @@ def _show(found: dict, steps: list[Step], settings: Settings) -> None:
     s, gguf, seeds = settings, gguf_file(settings.model), found["seeds"]
     picture, numbers = (Path(s.output) / name for name in ("ranks.png", "ranks.json"))
     text = json.dumps(found, indent=1, ensure_ascii=False)
-    checkpoint.replace_file(numbers, lambda file: file.write(text.encode()))
+    replace_file(numbers, lambda file: file.write(text.encode()))
     rank_curve.draw(
         picture,
         [step.trial for step in steps],

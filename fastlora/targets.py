@@ -7,6 +7,7 @@ runs in a process that can be stopped: matching a regular expression may take fo
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def select_within(spec: dict, names: Iterable[str], seconds: float) -> dict:
     """
     if _harmless(spec):
         return select(spec, names)
-    question = json.dumps({"spec": spec, "names": list(names)})
+    question = json.dumps({"spec": spec, "names": list(names), "seconds": seconds})
     command = [sys.executable, "-I", __file__]
     try:
         run = subprocess.run(
@@ -165,8 +166,19 @@ def _harmless(spec: dict) -> bool:
     return few and all(map(_is_plain, patterns))
 
 
+def _limit_time(seconds: float) -> None:
+    """Have the system end this process, should the one that waits for it be killed."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    most = math.ceil(seconds) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (most, most))
+
+
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
+    _limit_time(asked["seconds"])
     try:
         json.dump(select(asked["spec"], asked["names"]), sys.stdout)
     except ValueError as error:

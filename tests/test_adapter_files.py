@@ -192,8 +192,11 @@ def test_a_loaded_adapter_trains_when_asked_or_switched_to(tmp_path):
     save_adapter(injected(), tmp_path)
     model = tiny.llama()
     load_adapter(model, tmp_path)
+    assert not any(p.requires_grad for p in model.parameters())
     fastlora.set_adapter(model, "default")
     assert any(p.requires_grad for p in model.parameters())
+    load_adapter(other := tiny.llama(), tmp_path, is_trainable=True)
+    assert any(p.requires_grad for p in other.parameters())
 
 
 def test_biases_that_are_aside_are_saved(tmp_path):

@@ -17,7 +17,7 @@ import tiny_chat
 import torch
 
 import fastlora
-from fastlora import checkpoint, finetune, finetune_model
+from fastlora import checkpoint, files, finetune, finetune_model
 from fastlora import finetune_data as data
 from fastlora.__main__ import main
 
@@ -191,7 +191,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.replace_file(path, fail)
+        files.replace_file(path, fail)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
 
 
@@ -205,6 +205,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         ('{"prompt": "a", "response": " "}', '"response" is empty'),
         ('{"text": "a", "prompt": "b"}', '"text" beside "prompt"'),
         (b'{"text": "\xff"}', "not JSON"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_bad_line_is_named(folder, tmp_path, capsys, line, problem):

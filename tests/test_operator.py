@@ -192,10 +192,10 @@ def test_leading_dimensions(impl, lead):
 def test_inputs_are_never_modified(impl):
     t = arguments(torch.bfloat16)
     before = {n: (v._version, v.detach().clone()) for n, v in t.items()}
-    y = fastlora.lora_linear(**t, dropout_p=0.3, training=True, impl=impl)
+    y = fastlora.lora_linear(**t, scaling=0.5, dropout_p=0.3, training=True, impl=impl)
     dy = torch.ones_like(y)
     torch.autograd.grad(y, [t["x"], t["lora_A"], t["lora_B"]], dy)
-    assert (dy == 1).all()
+    assert (dy == 1).all() and dy._version == 0
     for name, (version, value) in before.items():
         assert t[name]._version == version and torch.equal(t[name], value), name
 

@@ -365,13 +365,22 @@ def test_processes_that_measure_at_once_keep_each_others_results(cache):
         from fastlora import measured
         from fastlora.plans import Problem
         from fastlora.measured import Timing
-        for i in range(20):
+        print("ready", flush=True)
+        sys.stdin.readline()
+        for i in range(100):
             times = {op: Timing({"torch": 1e-3}) for op in measured.OPS}
-            measured.add({Problem(1 << i, 8, int(sys.argv[1])): times}, torch.device("cpu"))
+            problem = Problem(1 << i % 20, 8 + i // 20, int(sys.argv[1]))
+            measured.add({problem: times}, torch.device("cpu"))
     """
-    jobs = [subprocess.Popen([sys.executable, "-c", code, str(k)]) for k in (8, 16)]
-    assert [job.wait() for job in jobs] == [0, 0]
-    assert len(json.loads(measured.path_of(CPU).read_text())["problems"]) == 40
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    jobs = [subprocess.Popen([sys.executable, "-c", code, str(k)], **pipes) for k in (8, 16)]
+    for job in jobs:
+        assert job.stdout.readline() == "ready\n"
+    for job in jobs:
+        job.stdin.write("go\n")
+        job.stdin.flush()
+    assert [job.communicate() and job.returncode for job in jobs] == [0, 0]
+    assert len(json.loads(measured.path_of(CPU).read_text())["problems"]) == 200
 
 
 # The tuner

@@ -128,9 +128,10 @@ def test_large_inputs_of_the_torch_implementation(group, kind, monkeypatch):
 
 
 @each_body
-def test_only_what_is_asked_for(body):
+@pytest.mark.parametrize("which", ["some dropped", "q, k, v"])
+def test_only_what_is_asked_for(body, which):
     """Every combination of gradients and of outputs that were used: the same bits, or None."""
-    group = GROUPS["some dropped"][:3]
+    group = GROUPS[which][:3]
     given = cases(group)
     drawn = tensors(group, given)
     projections, x = operands(given, drawn), drawn[0]["x"]

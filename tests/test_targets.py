@@ -1,5 +1,6 @@
 """Which modules a config selects: the same ones as in PEFT, and in bounded time."""
 
+import json
 import re
 import subprocess
 import sys
@@ -172,6 +173,16 @@ def test_a_pattern_that_never_ends_is_stopped(values):
     with pytest.raises(ValueError, match=f"{list(values)[-1]}.* took more than 0.5 s"):
         targets.select_within(LoRAConfig(**values).selection(), LONG, 0.5)
     assert time.monotonic() - start < 10
+
+
+def test_a_pattern_that_never_ends_is_stopped_without_anybody_waiting():
+    """The one who waits may have been killed."""
+    pytest.importorskip("resource", reason="the system limits no process's time")
+    spec = LoRAConfig(target_modules=r"(a+)+b", lora_alpha=8).selection()
+    question = json.dumps({"spec": spec, "names": ["a" * 60], "seconds": 0.5})
+    command = [sys.executable, "-I", targets.__file__]
+    run = subprocess.run(command, input=question, text=True, timeout=30, stdout=subprocess.DEVNULL)
+    assert run.returncode < 0  # by a signal
 
 
 def test_only_a_few_names_need_no_process(monkeypatch):

@@ -1,0 +1,349 @@
+"""What goes wrong around the package: killed processes, full disks, too little memory, forks.
+
+Each fault leaves files that are old or new and whole, and a process whose next call is right.
+"""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora import gated_mlp, measured, siblings, torch_impl
+from fastlora.checkpoint import load as load_checkpoint
+from fastlora.checkpoint import save as save_checkpoint
+from fastlora.measured import OPS, Timing
+from fastlora.plans import Problem
+
+CPU = torch.device("cpu")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+
+
+def model(value: float) -> nn.Module:
+    """A model whose adapter and its alpha both hold ``value``."""
+    made = nn.Sequential(nn.Linear(6, 6))
+    fastlora.inject(made, fastlora.LoRAConfig(r=1, lora_alpha=value, target_modules=["0"]))
+    with torch.no_grad():
+        made[0].lora_B["default"].fill_(value)
+    return made
+
+
+class Adapter:
+    @staticmethod
+    def save(folder: Path, value: float) -> None:
+        fastlora.save_adapter(model(value), folder)
+
+    @staticmethod
+    def load(folder: Path) -> float:
+        made = nn.Sequential(nn.Linear(6, 6))
+        fastlora.load_adapter(made, folder)
+        weights = made[0].lora_B["default"].unique().tolist()
+        assert weights == [made[0].lora_alpha["default"]], "of two saves, a part each"
+        return weights[0]
+
+
+class Checkpoint:
+    @staticmethod
+    def save(folder: Path, value: float) -> None:
+        save_checkpoint(folder / "checkpoint.pt", {"value": value, "t": torch.full((999,), value)})
+
+    @staticmethod
+    def load(folder: Path) -> float:
+        state = load_checkpoint(folder / "checkpoint.pt")
+        assert (state["t"] == state["value"]).all()
+        return state["value"]
+
+
+class Measurements:
+    @staticmethod
+    def save(folder: Path, value: float) -> None:
+        timing = dict.fromkeys(OPS, Timing({"torch": value}))
+        measured.add({Problem(2**i, 16, 16): timing for i in range(1, 20)}, CPU)
+
+    @staticmethod
+    def load(folder: Path) -> float:
+        found = measured._read(measured.path_of(CPU), CPU)
+        assert found is not None, "set aside"
+        (value,) = {t.seconds["torch"] for timings in found.values() for t in timings.values()}
+        return value
+
+
+each_kind = pytest.mark.parametrize("kind", [Adapter, Checkpoint, Measurements])
+STEPS = ("open", "fsync", "replace")  # of a file's way to its name
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(measured, "_loaded", {})
+    return tmp_path
+
+
+def forked(call) -> int:
+    """Run ``call`` in a forked process and return its id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        call()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def ended(child: int) -> int:
+    """Wait for a forked process and return its exit code, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@needs_fork
+@each_kind
+def test_killed_at_every_step_of_saving(kind, folder):
+    """A kill before each system call in turn: then it is the old or the new, until all is done."""
+    kind.save(folder, 1.0)
+
+    def save_and_die(at: int) -> None:
+        calls = 0
+
+        def dying(real):
+            def call(*args, **options):
+                nonlocal calls
+                if calls == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                calls += 1
+                return real(*args, **options)
+
+            return call
+
+        for name in STEPS:
+            setattr(os, name, dying(getattr(os, name)))
+        kind.save(folder, 2.0)
+
+    for at in range(40):
+        code = ended(forked(lambda at=at: save_and_die(at)))
+        found = kind.load(folder)
+        assert found in (1.0, 2.0)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert code == 0 and found == 2.0
+    assert at >= 3, "fewer steps than a file takes"
+
+
+@needs_fork
+@each_kind
+def test_killed_at_random_a_hundred_times(kind, folder):
+    kind.save(folder, 1.0)
+    draw, seen = random.Random(0), set()
+
+    def save_for_ever() -> None:
+        while True:
+            for value in (2.0, 3.0):
+                kind.save(folder, value)
+
+    for _ in range(100):
+        child = forked(save_for_ever)
+        time.sleep(draw.uniform(0, 0.04))  # to be forked takes about a quarter of it
+        os.kill(child, signal.SIGKILL)
+        assert ended(child) == -signal.SIGKILL
+        seen.add(kind.load(folder))
+    assert seen <= {1.0, 2.0, 3.0} and len(seen) > 1, "no kill came where it matters"
+
+
+@needs_fork
+@each_kind
+def test_two_processes_save_while_a_third_reads(kind, folder):
+    kind.save(folder, 1.0)
+
+    def save_often(values) -> None:
+        while time.monotonic() < until:
+            for value in values:
+                kind.save(folder, value)
+
+    until = time.monotonic() + 2.0
+    children = [forked(lambda v=values: save_often(v)) for values in ((2.0, 3.0), (4.0, 5.0))]
+    seen, running = set(), set(children)
+    while running:
+        seen.add(kind.load(folder))
+        for child in list(running):
+            if os.waitpid(child, os.WNOHANG) != (0, 0):
+                running.discard(child)
+    assert kind.load(folder) in (3.0, 5.0)
+    assert len(seen) > 2
+
+
+@needs_fork
+@pytest.mark.parametrize("most", [1, 300, 2000])
+@each_kind
+def test_a_disk_that_is_full(kind, most, folder):
+    """Files may not grow past ``most`` bytes: an error, or a warning of the tuner's; the old."""
+    resource = pytest.importorskip("resource", reason="the system limits no file's size")
+    kind.save(folder, 1.0)
+
+    def save() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        kind.save(folder, 2.0)
+
+    code = ended(forked(save))
+    assert code == (0 if kind is Measurements else 1) or most == 2000
+    assert kind.load(folder) in ((1.0, 2.0) if most == 2000 else (1.0,))
+    assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
+
+
+# Memory
+
+
+class Once:
+    """A function that runs out of memory the first time."""
+
+    def __init__(self, real) -> None:
+        self.real, self.calls = real, 0
+
+    def __call__(self, *args, **options):
+        self.calls += 1
+        if self.calls == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.real(*args, **options)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        self.mlp = MLP()
+
+    def forward(self, x):
+        return self.mlp(self.q(x) + self.k(x) * self.v(x))
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(*d) for d in ((8, 24), (8, 24), (24, 8)))
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+X = torch.linspace(-1, 1, 40).reshape(5, 8)
+
+
+def step(block: nn.Module) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    trained = [p for p in block.parameters() if p.requires_grad]
+    y = block(X)
+    return [y, *torch.autograd.grad(y.square().sum(), trained)]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "fused"),
+    [
+        *itertools.product(
+            [torch_impl], ["_shrink", "expand", "_ds_db", "_add_low_rank"], [False, True]
+        ),
+        (gated_mlp, "_kernels", True),  # between the two halves of a gated MLP
+        (siblings, "_Held", True),  # between a group's outputs and their hand-out
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_out_of_memory_in_the_middle(module, name, fused, monkeypatch):
+    """The error comes through, and the next step is as if nothing had been."""
+    blocks = []
+    for _ in range(2):
+        block = Block()
+        config = fastlora.LoRAConfig(
+            r=2, lora_dropout=0.3, target_modules="all-linear", init_lora_weights=False
+        )
+        torch.manual_seed(3)
+        report = fastlora.inject(block, config, fuse_siblings=X if fused else False)
+        assert (len(report.siblings), len(report.gated_mlps)) == ((1, 1) if fused else (0, 0))
+        blocks.append(block)
+    first, other = blocks
+    expected = step(other)
+    once = Once(getattr(module, name))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, once)
+        with pytest.raises(torch.OutOfMemoryError):
+            step(first)
+        found = step(first)
+    assert all(map(torch.equal, found, expected))
+
+
+# Processes
+
+
+@needs_fork
+def test_a_fork_after_use():
+    """As a DataLoader's worker or a server's process is made: with a thread of its own."""
+    block = Block()
+    fastlora.inject(
+        block,
+        fastlora.LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False),
+        fuse_siblings=[("q", "k", "v")],
+    )
+    expected = step(block)
+
+    def again() -> None:
+        assert all(map(torch.equal, step(block), expected))
+
+    assert ended(forked(again)) == 0
+
+
+def _step_in_a_new_process(block, queue) -> None:
+    queue.put([t.tolist() for t in step(block)])
+
+
+def test_a_new_process():
+    """Spawned: the block comes as a pickle."""
+    block = Block()
+    config = fastlora.LoRAConfig(r=2, target_modules=["q", "v"], init_lora_weights=False)
+    fastlora.inject(block, config, fuse_siblings=[("q", "k", "v")])
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_step_in_a_new_process, args=(block, queue))
+    process.start()
+    found = queue.get(timeout=120)
+    process.join()
+    for one, other in zip(found, step(block), strict=True):
+        torch.testing.assert_close(torch.tensor(one), other.detach())
+
+
+def test_what_a_read_only_folder_gets(tmp_path, monkeypatch):
+    """Root may write anywhere, so the system's answer is put in its place."""
+    kept = tmp_path / "kept"
+    fastlora.save_adapter(model(1.0), kept)
+
+    def refuse(self, *args, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    real = builtins.open
+
+    def guarded(path, mode="r", *args, **options):
+        if "w" in mode or "x" in mode:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, mode, *args, **options)
+
+    monkeypatch.setattr(builtins, "open", guarded)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        fastlora.save_adapter(model(2.0), kept)
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(measured, "_loaded", {})
+    with pytest.warns(UserWarning, match="cannot be kept in .*Permission denied"):
+        Measurements.save(tmp_path, 1.0)
+    assert Adapter.load(kept) == 1.0
+    assert json.loads((kept / "adapter_config.json").read_text())["lora_alpha"] == 1.0
