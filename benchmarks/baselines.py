@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One LoRA linear layer as others compute it, and as we do: what the benchmarks compare.
 
 Each class takes a `Problem` and is called with x. `cannot` says why a way cannot run a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The seven linear layers of a decoder layer and its gated MLP, without attention itself.
 
 x goes to q, k and v, q to o, o to the MLP; k and v get gradients of their own, so that all that

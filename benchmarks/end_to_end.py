@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training step of a whole model, ours against PEFT: time, memory, FLOPs for each token."""
 
 from __future__ import annotations

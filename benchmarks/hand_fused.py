@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """q/k/v, o and a gated MLP as autograd functions of library products, fused by hand.
 
 The schedule of Unsloth's kernels: one function for q, k and v and one for the MLP, products added

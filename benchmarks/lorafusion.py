@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRAFusion's GPU kernels (Zhu et al., EuroSys 2026), written from the paper to compare with.
 
 The graph is split at s. One pass over dy adds tiles of ds and db to float32 sums by atomics; dx

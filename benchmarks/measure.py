@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One problem, measured: the time and memory of every way; and the machine's ceilings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the model of the machine says of the problems that ``make bench`` measures.
 
 python benchmarks/predict.py    # a Markdown table for an H100, which need not be here

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run of the benchmarks says: a Markdown table and plots beside its JSON file.
 
 python benchmarks/report.py benchmarks/results/*.json

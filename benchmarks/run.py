@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``make bench``: the whole table for this machine, as JSON, Markdown and plots.
 
 python benchmarks/run.py [--minutes 8] [--output benchmarks/results] [--only TEXT]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """pytest-benchmark for one linear layer: every way, forward and backward apart, and the launches.
 
 ``pytest benchmarks -k "q, o"``. Rows of one group are the same problem and direction; compare

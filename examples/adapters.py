@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two tasks on one frozen base: an adapter for each, switched, saved, loaded and merged."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training script of PEFT's, as it is and with one line more: the same losses; in which time?"""
 
 import argparse

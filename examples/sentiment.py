@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sentiment of short texts: a small BERT learns it with adapters of rank 1 and a new classifier."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training loop of one's own: the layers of a plain PyTorch model become `fastlora.LoRALinear`.
 
 A byte model learns English from Python's manual and is frozen; adapters then teach it Python.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fastlora: a LoRA linear layer that costs what the frozen layer costs."""
 
 from fastlora.adapters import load_adapter, save_adapter

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters in files: PEFT's adapter_config.json beside adapter_model.safetensors, both ways.
 
 A file is not trusted: it is compared with the model and the config, header first, and nothing in

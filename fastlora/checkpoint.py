@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training run's state on disk: written whole or not at all, read back bit for bit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Classes that instances are given at run time, and how to take them back."""
 
 from __future__ import annotations

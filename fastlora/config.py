@@ -1,8 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """`LoRAConfig`: an adapter's settings under PEFT's names, checked when it is made."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -54,18 +56,18 @@ class LoRAConfig:
     """
 
     r: int = 8
-    target_modules: str | tuple[str, ...] | None = None
+    target_modules: str | Collection[str] | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
-    exclude_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | Collection[str] | None = None
     use_rslora: bool = False
     init_lora_weights: bool | str = True
     bias: str = "none"
-    modules_to_save: tuple[str, ...] | None = None
+    modules_to_save: Collection[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    layers_to_transform: int | tuple[int, ...] | None = None
-    layers_pattern: str | tuple[str, ...] | None = None
+    layers_to_transform: int | Collection[int] | None = None
+    layers_pattern: str | Collection[str] | None = None
     fan_in_fan_out: bool = False
     task_type: str | None = None
     base_model_name_or_path: str | None = None

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m fastlora.demo``: teach a small chat model a chat bot's answers, on two CPU cores."""
 
 from __future__ import annotations

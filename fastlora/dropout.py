@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dropout mask as a function of a seed and a position, so that it is never stored.
 
 Element (m, k) of an [M, K] input belongs to group ``i = m * ceil(K / 4) + k // 4``. SplitMix64

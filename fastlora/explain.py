@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`explain`: which plan runs for a layer, a model or some shapes, why, and what was measured."""
 
 from __future__ import annotations

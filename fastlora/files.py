@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that are new and whole, or as they were, whatever ends the process in between."""
 
 from __future__ import annotations

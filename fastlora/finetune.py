@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tune a causal language model with LoRA: load, train, resume, save, check, plot."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The data of a fine-tuning run: JSONL lines into token batches, in an order the step decides."""
 
 from __future__ import annotations

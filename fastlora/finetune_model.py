@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model of a fine-tuning run: how it is loaded, what its loss is, how it answers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the operators cost, for PyTorch's counter: ``FlopCounterMode(custom_mapping=FORMULAS)``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`lora_linear`: checks its arguments, then calls the operator."""
 
 from __future__ import annotations

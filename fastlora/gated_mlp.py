@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A gated MLP as one operator: ``down(act(gate(x)) · up(x))``, three projections between two.
 
 Backward makes the product of the activation again from gate(x) and up(x); it is not kept.

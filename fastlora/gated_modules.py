@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Modules that are gated MLPs: recognised by what they compute, and run as one operator."""
 
 from __future__ import annotations

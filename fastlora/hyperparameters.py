@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An adapter's hyper-parameters: what is allowed, what they mean, how its factors start."""
 
 from __future__ import annotations

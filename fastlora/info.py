@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m fastlora info``: what is installed, what runs here, and one real check of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`inject` puts an adapter under a model: everything is checked, then everything is changed."""
 
 from __future__ import annotations

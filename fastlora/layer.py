@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`LoRALinear`: a drop-in for ``nn.Linear`` with named low-rank adapters on a frozen weight."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ``library`` implementation: the vendor's product for what is wide, our kernels for the rest.
 
 y and dx are one library product each, which adds itself to the low-rank product: that is written

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draw a training run's loss curve as a PNG (matplotlib, imported by whoever asks for one)."""
 
 from __future__ import annotations

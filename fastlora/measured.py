@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was measured on this machine, kept between processes: a JSON file for each device.
 
 The files lie in ``$FASTLORA_CACHE``, else in ``fastlora`` in the user's cache folder. One counts

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The adapters of a whole model: find, switch, disable, merge and delete them in every layer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ``torch.library`` operators behind `lora_linear`: schema, fake, autograd, bodies.
 
 ``fastlora::lora_linears`` returns y and what backward needs of the low-rank path (s) for each of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Under models that PEFT has wrapped: `patch_peft`, `unpatch_peft`, and `register` for new ones.
 
 PEFT itself is imported when one of them is called.

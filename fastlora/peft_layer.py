@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`FusedLinear`: PEFT's LoRA layer with the fused forward; else PEFT's code."""
 
 from __future__ import annotations

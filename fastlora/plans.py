@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which implementation runs: what is usable here, and what ``impl="auto"`` takes for a problem."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The processes of a fine-tuning run: one, or those that ``accelerate launch`` has started."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A projection of x: a frozen weight, and beside it an adapter or none."""
 
 from __future__ import annotations

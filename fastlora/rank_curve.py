@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draw what a search for a rank found: held-out loss against trainable parameters, as a PNG."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The search for a rank: which trials are made, which one is taken, and why in words."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m fastlora ranks``: doubles the rank until held-out loss levels off, then adapts more.
 
 Every trial has the same alpha. Adam moves an entry of B by about the learning rate, whatever its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The oracle: a LoRA linear layer in plain torch, and its gradients in closed form.
 
 Nothing here is fast and nothing else in the package imports it except by name; tests compare

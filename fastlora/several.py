@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several adapters on one frozen layer: their low-rank paths add up."""
 
 from __future__ import annotations

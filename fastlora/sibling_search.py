@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finding siblings, by a traced forward or by name, and making groups of them."""
 
 from __future__ import annotations

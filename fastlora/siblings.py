@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Siblings: layers that are called with the same tensor, such as q, k and v, run as one operator.
 
 Nobody's source is rewritten. The first of a group to be called computes them all (`lora_linears`);

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which modules of a model a search for a rank adapts: first few, then more, then all."""
 
 from __future__ import annotations

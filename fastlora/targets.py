@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which modules a config selects, and each one's rank and alpha, from names alone: no torch here.
 
 Run as a script it answers one JSON question on stdin, so that a pattern from an untrusted file

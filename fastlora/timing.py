@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fair timing of several ways to do one thing: in turn, in one process, on one device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ``torch`` implementation: library products only, for CPUs and for what Triton cannot do.
 
 In forward the low-rank product is written first and the base product adds itself to it; in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`TrainableModule`: a module trained in full, one copy per adapter (``modules_to_save``)."""
 
 from __future__ import annotations

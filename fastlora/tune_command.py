@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m fastlora tune``: measures a model's layers or shapes, says what that gains."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures problems on this machine: the kernels' configs one by one, then the implementations."""
 
 from __future__ import annotations

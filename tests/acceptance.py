@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When a result is right: the acceptance rule, the cases it is applied to, and their oracle.
 
 The oracle is float64 on the same, already rounded inputs. A result may be at most 1.5 times

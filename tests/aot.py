@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles what the launchers would launch for a chip that need not be here, and reads the result.
 
 Everything comes from the tools inside Triton's own package: ``ptxas`` while compiling,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles every kernel as each chip would run it and prints the resources, a JSON line each.
 
 Run by test_compiled.py in processes of their own: the compiler needs the interpreter off.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Test session: the interpreter stands in for a GPU unless GPU tests are asked for (-m gpu)."""
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ import torch
 ROOT = Path(__file__).parent.parent
 # The folder `kernels` at the root must not shadow another package of that name.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--minutes", type=float, help="draw new properties for so long (make fuzz)")
 
 
 def pytest_configure(config):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every compiled program uses, kept in kernels/figures and compared; ``make figures``.
 
 Nothing is measured: registers and stack (bytes) are those of a thread, shared memory (bytes) that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m fastlora`` where Accelerate shards on a CPU, which it does on accelerators alone.
 
 For test_launch.py: the rest of the way is the one of a machine with GPUs. Each checkpoint is kept,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Coverage-guided fuzzing of everything that reads a file somebody else may have written.
 
 python tests/fuzz_files.py [--minutes 10] [TARGET ...]    # make fuzz

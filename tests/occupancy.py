@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many blocks of a kernel a processor of a chip holds at the same time.
 
 The limits are those of ``cuda_occupancy.h`` and of the CUDA programming guide's table of compute

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small models that PEFT has wrapped, and one patched beside the other."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pytest plugin for PEFT's own tests: every LoRA linear that PEFT makes is fused, and counted.
 
 It keeps the cases of LoRA on multi-layer perceptrons, embeddings and convolutions, and of several

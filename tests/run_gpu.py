@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run the tests that need a CUDA GPU with this machine's own PyTorch and Triton (make gpu)."""
 
 from __future__ import annotations

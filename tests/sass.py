@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads machine code as ``nvdisasm -c`` prints it: opcodes, loops, and the main loop among them."""
 
 from __future__ import annotations

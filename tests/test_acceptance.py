@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The acceptance rule is itself tested: it refuses kernels that are wrong, and no right one.
 
 A wrong kernel is a copy of the package with one line changed.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapter files: PEFT's, both ways; and a save that fails leaves what was there."""
 
 import errno

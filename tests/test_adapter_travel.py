@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters that travel: from here to PEFT and back bit for bit, and to what serves them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmarks measure what they say: every way on a small problem, and the files of a run."""
 
 import copy

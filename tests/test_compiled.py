@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every kernel as each chip would run it, compiled without a GPU: its resources are in bounds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`LoRAConfig`: PEFT's fields and files, every value checked, nothing ignored."""
 
 import dataclasses

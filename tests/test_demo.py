@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo's data: the corpus as question-answer lines."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The examples run as a user runs them, in fewer steps, and what they print is as they say."""
 
 import importlib.util

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What goes wrong around the package: killed processes, full disks, too little memory, forks.
 
 Each fault leaves files that are old or new and whole, and a process whose next call is right.
@@ -23,6 +24,7 @@ import fastlora
 from fastlora import gated_mlp, measured, siblings, torch_impl
 from fastlora.checkpoint import load as load_checkpoint
 from fastlora.checkpoint import save as save_checkpoint
+from fastlora.files import replace_file
 from fastlora.measured import OPS, Timing
 from fastlora.plans import Problem
 
@@ -56,7 +58,9 @@ class Adapter:
 class Checkpoint:
     @staticmethod
     def save(folder: Path, value: float) -> None:
-        save_checkpoint(folder / "checkpoint.pt", {"value": value, "t": torch.full((999,), value)})
+        save_checkpoint(
+            folder / "checkpoint.pt", {"value": value, "t": torch.full((200_000,), value)}
+        )
 
     @staticmethod
     def load(folder: Path) -> float:
@@ -183,6 +187,21 @@ def test_two_processes_save_while_a_third_reads(kind, folder):
                 running.discard(child)
     assert kind.load(folder) in (3.0, 5.0)
     assert len(seen) > 2
+
+
+@needs_fork
+def test_a_file_replaced_while_another_process_replaces_it(tmp_path):
+    path = tmp_path / "file"
+
+    def write(file) -> None:
+        file.write(b"first half, ")
+        assert ended(forked(lambda: replace_file(path, lambda other: other.write(b"whole")))) == 0
+        assert path.read_bytes() == b"whole"
+        file.write(b"second half")
+
+    replace_file(path, write)
+    assert path.read_bytes() == b"first half, second half"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @needs_fork

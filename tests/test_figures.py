@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The figures that are kept of compiled kernels: how they are found, and that a loss is seen."""
 
 from __future__ import annotations

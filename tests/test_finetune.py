@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line that fine-tunes: losses, files, resuming, refusals, and what is learnt from."""
 
 from __future__ import annotations

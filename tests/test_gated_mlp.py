@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A gated MLP as one operator, the modules that are one, and those that only look like it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels on a real GPU: the acceptance rule at real sizes, every config, the CUDA runtime."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapter files that nobody should load: refused by name, with the model as it was."""
 
 import json
@@ -6,6 +7,7 @@ import pickle
 import struct
 import time
 
+import hostile_adapters
 import pytest
 import tiny_models as tiny
 import torch
@@ -71,6 +73,26 @@ def test_a_rank_above_a_layer_s_width_has_to_be_allowed(tmp_path):
     edit_config(tmp_path, r=4097)
     with pytest.raises(ValueError, match="more than 4096"):
         load_adapter(tiny.mlp(), tmp_path, any_rank=True)
+
+
+@pytest.mark.parametrize("name", hostile_adapters.ATTACKS)
+def test_a_kept_attack(name, folder):
+    """The files in tests/hostile are what the script makes, and each is refused for its reason."""
+    file, content, message = hostile_adapters.ATTACKS[name]
+    kept = hostile_adapters.FOLDER / name
+    assert [path.name for path in kept.iterdir()] == [file]
+    assert (kept / file).read_bytes() == content, "run python tests/hostile_adapters.py"
+    # All else is right, so that nothing but the attack can be what is refused.
+    (folder / CONFIG).write_bytes(hostile_adapters.config())
+    (folder / WEIGHTS).write_bytes(hostile_adapters.weights())
+    load_adapter(tiny.mlp(), folder)
+    (folder / file).write_bytes(content)
+    refused(folder, message, (ValueError, TypeError))
+
+
+def test_no_attack_is_forgotten():
+    kept = {path.name for path in hostile_adapters.FOLDER.iterdir()}
+    assert kept == hostile_adapters.ATTACKS.keys()
 
 
 # The config

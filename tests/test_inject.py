@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`inject` and the model-level functions: what is replaced, what trains, what comes back."""
 
 import copy

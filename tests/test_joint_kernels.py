@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels for several projections of one input, and a gated MLP's, against the same oracle.
 
 Every projection is a problem of the acceptance rule; dx is the sum of theirs. A wrong kernel is a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The products of several projections on sm_90 and later, interpreted, against the same oracle."""
 
 from __future__ import annotations

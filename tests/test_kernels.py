@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Both implementations against the oracle; the Triton kernels run in the interpreter here."""
 
 from __future__ import annotations
@@ -204,6 +205,19 @@ def test_any_problem_of_small_integers_is_exact(sizes, r, kind, p, transposed):
         return [v.t().contiguous().t() if n in transposed else v for n, v in tensors.items()]
 
     verify_exactly(Transposed, case)
+
+
+def test_grids_end_where_no_limit_is():
+    """Only the first dimension of a grid may have more than 65,535 programs."""
+    m, n, k, r = 1 << 24, 64, 64, 16
+    shapes = {"x": (m, k), "w": (n, k), "a": (r, k), "b": (n, r), "dy": (m, n), "s": (m, r)}
+    t = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with launch.recording(configs.Chip((8, 0), 166912, 108)) as calls:
+        factors = t["x"], t["w"], t["a"], t["b"]
+        fastlora_kernels.forward(*factors, None, None, 1.0, 0.0)
+        fastlora_kernels.backward(t["dy"], *factors, t["s"], None, 1.0, 0.0, (True, True, True))
+    assert len(calls) >= 5 and max(call.grid[0] for call in calls) > 1 << 16
+    assert max(size for call in calls for size in call.grid[1:]) < 1 << 10
 
 
 @each_body

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`accelerate launch -m fastlora finetune`: two processes come to what one comes to."""
 
 from __future__ import annotations

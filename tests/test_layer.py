@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`LoRALinear`: a drop-in for nn.Linear, its adapters, merging, state and life cycle."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`lora_linear` and its operators: errors, dropout, autograd, compile, autocast, checkpointing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Under PEFT, fused: one line, reversible, and every behaviour of PEFT's as it was."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT's own tests, with every LoRA linear fused: nobody can tell, but for the calls counted."""
 
 from __future__ import annotations

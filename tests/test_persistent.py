@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The products of sm_90 and later, interpreted: descriptors, persistence, every low-rank step."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which implementation runs: defaults, what was measured, the file it is kept in, the tuner."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several projections of one x: each as if alone, x read and its gradient added up for all."""
 
 import itertools

@@ -1,10 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever is asked of the public functions, the acceptance rule holds: hypothesis looks for more.
 
-In the suite the same examples each time; ``make fuzz`` draws new ones for minutes.
+In the suite the same examples each time; with ``--minutes``, as `make fuzz` does, new ones.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -19,9 +21,8 @@ from fastlora import reference
 from fastlora.dropout import keep_mask, new_seed
 
 quiet = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("suite", derandomize=True, max_examples=60, **quiet)
-settings.register_profile("long", max_examples=20_000, **quiet)
-settings.load_profile("suite")
+in_the_suite = settings(derandomize=True, max_examples=40, **quiet)
+at_random = settings(max_examples=25, database=None, **quiet)
 
 LAYOUTS = ("as it is", "by columns", "in NaN", "every second", "misaligned")
 NAMES = ("weight", "lora_A", "lora_B", "bias")
@@ -138,8 +139,23 @@ def answer(x: Tensor, dys, made, masks, dtype) -> tuple[list[Tensor], dict]:
     return [y.detach() for y in ys], dict(zip(leaves, grads, strict=True))
 
 
-@given(questions)
-def test_acceptance_rule(asked):
+def examples(request, check, strategy) -> None:
+    """Check the suite's examples, or new ones for as many minutes as were asked for."""
+    minutes = request.config.getoption("--minutes")
+    if minutes is None:
+        return in_the_suite(given(strategy)(check))()
+    until, count = time.monotonic() + 60 * minutes / 2, 0
+    while time.monotonic() < until:
+        at_random(given(strategy)(check))()
+        count += at_random.max_examples
+    print(f"{count:,} examples at random")
+
+
+def test_acceptance_rule(request):
+    examples(request, right, questions)
+
+
+def right(asked: Asked) -> None:
     x, dys, made = drawn(asked)
     # Under autocast float32 tensors of the values that its dtype holds: it rounds nothing more.
     cast = asked.autocast and asked.kind == "bf16-fp32"
@@ -194,23 +210,25 @@ def test_acceptance_rule(asked):
         assert torch.equal(leaves[key], values), f"{key} was changed"
 
 
-@given(
-    st.fixed_dictionaries(
-        {
-            "x": st.sampled_from([(3, 6), (6,), (2, 3, 6), (0, 6), (3, 5), ()]),
-            "w": st.sampled_from([(4, 6), (4, 5), (6, 4), (4,), (4, 6, 1)]),
-            "a": st.sampled_from([(2, 6), (2, 5), (0, 6), (6,), (3, 6)]),
-            "b": st.sampled_from([(4, 2), (4, 3), (5, 2), (4,)]),
-            "bias": st.sampled_from([None, (4,), (6,), (4, 1)]),
-            "dtypes": st.tuples(
-                *[st.sampled_from([torch.float32, torch.bfloat16, torch.int32])] * 3
-            ),
-            "scaling": st.sampled_from([1.0, 2, "1", None, float("nan"), True]),
-            "p": st.sampled_from([0.0, 0.5, 1.0, -0.1, 1.5, "0"]),
-        }
-    )
+calls = st.fixed_dictionaries(
+    {
+        "x": st.sampled_from([(3, 6), (6,), (2, 3, 6), (0, 6), (3, 5), ()]),
+        "w": st.sampled_from([(4, 6), (4, 5), (6, 4), (4,), (4, 6, 1)]),
+        "a": st.sampled_from([(2, 6), (2, 5), (0, 6), (6,), (3, 6)]),
+        "b": st.sampled_from([(4, 2), (4, 3), (5, 2), (4,)]),
+        "bias": st.sampled_from([None, (4,), (6,), (4, 1)]),
+        "dtypes": st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16, torch.int32])] * 3),
+        "scaling": st.sampled_from([1.0, 2, "1", None, float("nan"), True]),
+        "p": st.sampled_from([0.0, 0.5, 1.0, -0.1, 1.5, "0"]),
+    }
 )
-def test_what_is_not_right_is_refused_and_what_is_refused_is_not_right(asked):
+
+
+def test_what_is_not_right_is_refused_and_what_is_refused_is_not_right(request):
+    examples(request, refused_or_right, calls)
+
+
+def refused_or_right(asked: dict) -> None:
     """Never another exception than the documented two, and none where eager PyTorch computes."""
     base, a_dtype, b_dtype = asked["dtypes"]
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The search for a rank: when it stops, what it says, what it writes, and that it goes on."""
 
 from __future__ import annotations

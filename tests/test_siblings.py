@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Siblings run as one operator, and as plain layers wherever that could tell."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which modules a config selects: the same ones as in PEFT, and in bounded time."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny chat model, and sums to teach it, as files that fine-tuning reads."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny models with random weights, always the same ones, and inputs for them."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels for a LoRA linear layer; usable without the package ``fastlora``."""
 
 from fastlora_kernels.columns import da, ds_db

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One pass over a tall tensor t [M, C]: tᵀ s by column tiles, t b by row tiles.
 
 ds and db come from one pass over dy (t = dy: dy b and dyᵀ s); da from one pass over x with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tile shapes: what a config is, which are valid for a chip, and which one a kernel runs with."""
 
 from __future__ import annotations

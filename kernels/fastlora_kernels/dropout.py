@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dropout mask, drawn from a seed and a position inside any kernel (twin: fastlora.dropout).
 
 Element (m, k) of an [M, K] tensor belongs to group ``m * ceil(K / 4) + k // 4``; SplitMix64 of

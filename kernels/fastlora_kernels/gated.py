@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """h = act(gate) · up, the elementwise part of a gated MLP, and its gradients with h made again.
 
 Everything is computed in float32 and rounded once. The activations and their derivatives are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes Triton's interpreter compute bfloat16 as a GPU does.
 
 The interpreter keeps bfloat16 as its 16-bit pattern. Up to Triton 3.9 its ``tl.dot`` multiplies

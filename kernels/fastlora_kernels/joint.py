@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several projections of one input (q, k, v; gate, up) in one launch: what their kernels share.
 
 What differs between the projections goes to a kernel as tuples. An index that the compiler knows

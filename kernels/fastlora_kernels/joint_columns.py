@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """da_i = ds_iᵀ dropout_i(x) for several adapters of one x, in one pass over x.
 
 As in `columns.py` a program owns a column tile and a share of the rows, partial sums are float32

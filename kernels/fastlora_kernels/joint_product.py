@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """y_i = x w_iᵀ + scale_i · s_i b_iᵀ + bias_i for several projections of one x: one wide product.
 
 The column tiles of all projections are numbered one after the other, so that programs which run

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """s_i = dropout_i(x) a_iᵀ for several adapters of one x, in one read of x."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """dx = Σ_i (dy_i w_i + dropout_i'(ds_i a_i)): what several projections pass down to one x.
 
 One accumulator and one write. The low-rank terms come first, each masked by the seed of its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a kernel is launched: on the tensors' own device, in the interpreter, or only recorded."""
 
 from __future__ import annotations

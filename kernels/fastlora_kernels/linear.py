@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The LoRA linear layer from its kernels: forward and backward on 2-D tensors."""
 
 from __future__ import annotations

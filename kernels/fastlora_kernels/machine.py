@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the model knows of a GPU: nominal rates by its properties, and the shares that are reached.
 
 Nothing is measured here. Every number that is not on a data sheet is a named constant with its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """y = x wᵀ + scale · dropout'(s bᵀ) + bias on sm_90 and later: tiles by TMA, persistent programs.
 
 The same product as `product.py`, for operands that the tensor memory accelerator can read: a unit

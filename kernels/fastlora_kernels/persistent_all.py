@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """y_i = x w_iᵀ + scale_i · s_i b_iᵀ + bias_i on sm_90 and later, for several projections of one x.
 
 The same products as `joint_product.py`, for operands that the tensor memory accelerator can read,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Σ_i dy_i w_i on sm_90 and later: one pipelined loop over all that is summed.
 
 For operands that the tensor memory accelerator can read. The main loop of a tile goes from the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long each plan should take on a `Machine`: FLOPs, bytes, tiles, waves and launches.
 
 Nothing is measured here. What is assumed or fitted is a named constant that says so.

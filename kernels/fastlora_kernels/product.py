@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """y = x wᵀ + scale · dropout'(s bᵀ) + bias: the forward product, and dx with other names.
 
 One accumulator: the low-rank product comes first, is scaled and masked in float32, and the main

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """s = dropout(x) aᵀ: one read of x, dropout drawn in the kernel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What several kernels do to a tile: offsets, and products of tiles of mixed dtype."""
 
 from __future__ import annotations

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is shipped: the wheel and the sdist, an installation of them, how long an import takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlora
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = {
+    *(f"fastlora/{path.name}" for path in (ROOT / "fastlora").glob("*.py")),
+    *(f"fastlora_kernels/{p.name}" for p in (ROOT / "kernels/fastlora_kernels").glob("*.py")),
+    "fastlora/py.typed",
+    "fastlora_kernels/py.typed",
+}
+needs_setuptools = pytest.mark.skipif(
+    importlib.util.find_spec("setuptools") is None, reason="setuptools is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder with the wheel and the sdist of a copy of the checkout."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("fastlora", "kernels"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    build = "import sys\nfrom setuptools import build_meta as b\nout = sys.argv[1]\n"
+    build += "b.build_sdist(out)\nb.build_wheel(out)"
+    command = [sys.executable, "-c", build, str(out)]
+    run = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return out
+
+
+@needs_setuptools
+def test_the_wheel_holds_the_two_packages_and_nothing_else(built):
+    (wheel,) = built.glob("*.whl")
+    assert wheel.name == f"fastlora_kernels-{fastlora.__version__}-py3-none-any.whl"
+    names = zipfile.ZipFile(wheel).namelist()
+    info = {name for name in names if ".dist-info/" in name}
+    assert set(names) - info == SHIPPED
+    assert any(name.endswith("/LICENSE") for name in info)
+    (metadata,) = (name for name in info if name.endswith("METADATA"))
+    text = zipfile.ZipFile(wheel).read(metadata).decode()
+    assert "\nName: fastlora-kernels\n" in text and "\nRequires-Dist: torch>=2.8\n" in text
+    assert "\nRequires-Python: >=3.10\n" in text and "Apache-2.0" in text
+
+
+@needs_setuptools
+def test_the_sdist_holds_what_a_wheel_is_built_from(built):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for name in SHIPPED:
+        assert name.replace("fastlora_kernels/", "kernels/fastlora_kernels/") in names
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
+
+
+@needs_setuptools
+def test_an_installation_works_where_nothing_else_of_it_is(built, tmp_path):
+    """In a new environment that borrows this one's torch, but not its checkout."""
+    (wheel,) = built.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path)], check=True)
+    (site,) = tmp_path.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:  # a wheel of Python files alone is installed so
+        archive.extractall(site)
+    (site / "borrowed.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
+    code = """
+import fastlora, fastlora_kernels, torch
+print(fastlora.__file__, fastlora_kernels.__file__)
+layer = fastlora.LoRALinear(8, 4, r=2)
+layer(torch.ones(3, 8)).sum().backward()
+print(layer.lora_B["default"].grad.shape)
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    for command in (["-c", code], ["-m", "fastlora", "info"]):
+        run = subprocess.run(
+            [tmp_path / "bin" / "python", *command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
+        assert str(site) in run.stdout or command[0] == "-m"
+        assert run.stdout.rstrip().endswith(("torch.Size([4, 2])", "OK"))
+
+
+def test_an_import_takes_less_than_50_ms_beyond_torch(tmp_path):
+    """As installed: what pip compiles is compiled by the first of five imports here."""
+    code = """
+import sys, time, torch
+start = time.perf_counter()
+import fastlora
+print(time.perf_counter() - start)
+assert "triton" not in sys.modules or torch.cuda.is_available(), "Triton was imported"
+assert not {"peft", "transformers", "safetensors", "fastlora_kernels"} & sys.modules.keys()
+"""
+    run = [sys.executable, "-c", code]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
+    options = {"env": environment, "capture_output": True, "text": True, "check": True}
+    runs = [subprocess.run(run, **options) for _ in range(5)]
+    assert min(float(done.stdout) for done in runs) < 0.050
+
+
+def test_every_file_says_its_licence():
+    files = [p for p in ROOT.rglob("*.py") if not {".venv", "build"} & set(p.parts)]
+    assert len(files) > 100
+    for path in files:
+        with open(path, encoding="utf-8") as file:
+            head = file.readline() + file.readline()
+        assert "# SPDX-License-Identifier: Apache-2.0\n" in head, path
+    assert "Apache License" in (ROOT / "LICENSE").read_text()

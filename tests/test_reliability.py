@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/reliability.md names tests that exist, and every broken copy of the code is of today's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import mutants
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = [
+    line.split("|")[1:-1]
+    for line in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").splitlines()
+    if (line.startswith("| ") and "`test_" in line) or line.endswith("| CPU |")
+]
+
+
+def named(cell: str) -> list[tuple[str, str]]:
+    """Return the file and the test of each name in a cell; ``::test`` is of the file before."""
+    found, file = [], ""
+    for of, test in re.findall(r"`(test_\w+)?(?:::(test_\w+))?`", cell):
+        file = of or file
+        if file:
+            found.append((file, test))
+    return found
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].strip())
+def test_a_failure_has_tests_that_exist(row):
+    _, _, noticed_by, where = (cell.strip() for cell in row)
+    assert named(noticed_by) or "`make " in noticed_by
+    for file, test in named(noticed_by):
+        text = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+        assert f"def {test}(" in text if test else text, f"{file}::{test}"
+    assert re.fullmatch(r"(CPU|GPU|two GPUs)(, (in part )?(CPU|GPU))?", where)
+
+
+def test_the_table_is_read():
+    assert len(ROWS) > 25
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.what)
+def test_a_mutant_changes_the_code_of_today(mutant):
+    """That the tests notice it is for `make mutants`, which runs them on it."""
+    text = (ROOT / "fastlora" / mutant.file).read_text(encoding="utf-8")
+    assert text.count(mutant.right) == 1 and mutant.wrong != mutant.right
+    for test in mutant.tests.split():
+        file, _, name = test.partition("::")
+        assert f"def {name}" in (ROOT / "tests" / file).read_text(encoding="utf-8")
