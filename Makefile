@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY := passive
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants fuzz long lint figures gpu bench clean
+.PHONY: help demo test mutants fuzz long tritons lint figures gpu bench clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -38,6 +38,9 @@ fuzz: $(VENV)/.fuzz ## look for inputs and files that break it, ten minutes for 
 
 long: $(VENV)/.test ## train 2,000 steps beside PEFT, patch and switch 10,000 times: nothing may grow
 	@$(RUN) tests/long_run.py $(ARGS)
+
+tritons: $(VENV)/.test ## compile and interpret the kernels with the oldest and the newest Triton
+	@$(RUN) tests/tritons.py $(ARGS)
 
 lint: $(VENV)/.test ## check style, formatting and the types of the public functions
 	@$(VENV)/bin/ruff check .

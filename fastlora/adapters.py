@@ -7,12 +7,12 @@ the model changes before all of it has been found good. Nothing is imported, fet
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import math
 import os
-import secrets
 import stat
 import warnings
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig
-from fastlora.files import locked, sync_folder
+from fastlora.files import locked, remove_abandoned, sync_folder, temporary_of
 from fastlora.hyperparameters import default_adapter_dtype
 from fastlora.inject import InjectReport, Plan, apply, features, plan
 from fastlora.layer import DEFAULT_ADAPTER
@@ -157,10 +157,7 @@ def _with_config_hash(weights: bytes, config: bytes) -> bytes:
 
 def _write_together(contents: dict[Path, bytes]) -> None:
     folder = next(iter(contents)).parent
-    temporary = {
-        path: path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        for path in contents
-    }
+    temporary = {path: temporary_of(path) for path in contents}
     renamed = False
     for path in contents:
         if path.is_dir():
@@ -181,6 +178,8 @@ def _write_together(contents: dict[Path, bytes]) -> None:
                 path.unlink(missing_ok=True)
         raise
     sync_folder(folder)
+    for path in contents:
+        remove_abandoned(path)
 
 
 def _is_shard(tensor: Tensor) -> bool:
@@ -214,12 +213,21 @@ def _config_path(folder: Path) -> Path:
     config = folder / CONFIG_FILE
     _check_file(folder / WEIGHTS_FILE)
     wanted = _config_hash(folder / WEIGHTS_FILE)
-    left = sorted(folder.glob(f".{CONFIG_FILE}.*.tmp"))[:_MAX_LEFT] if wanted else []
+    left = _newest(folder.glob(f".{CONFIG_FILE}.*.tmp"))[:_MAX_LEFT] if wanted else []
     for path in (config, *left):
         if path.is_file() and _hash(_head(path)) == wanted:
             return path
     _check_file(config)  # edited by hand, or written by PEFT
     return config
+
+
+def _newest(paths: Iterable[Path]) -> list[Path]:
+    """Return the files, the newest first; one may get its name meanwhile."""
+    times = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            times[path] = path.stat().st_mtime
+    return sorted(times, key=times.get, reverse=True)
 
 
 def _check_file(path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ FORMAT = 2
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write ``state``: tensors, numbers, strings, and lists and dicts of them only."""
-    replace_file(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    buffer = io.BytesIO()  # to a file that cannot grow torch.save fails in ways of its own
+    torch.save({"format": FORMAT, **state}, buffer)
+    replace_file(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load(path: Path) -> dict[str, Any]:

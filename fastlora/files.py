@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+PATIENCE = 10.0  # seconds that a lock is waited for
+ABANDONED = 3600.0  # seconds after which nobody writes to a temporary file any more
+
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call ``write(file)`` on a temporary file, then put it in the place of ``path`` at once."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -23,6 +28,20 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+    remove_abandoned(path)
+
+
+def temporary_of(path: Path) -> Path:
+    """Return a name beside ``path`` that nobody else takes."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Delete what processes that were killed left of ``path`` an hour ago or more."""
+    with contextlib.suppress(OSError):
+        for left in path.parent.glob(f".{path.name}.*.tmp"):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -39,16 +58,36 @@ def sync_folder(folder: Path) -> None:
 def locked(folder: Path, shared: bool = False) -> Iterator[None]:
     """Keep out all who lock ``folder`` otherwise: one writer at a time, or any number of readers.
 
-    The lock ends with the process that holds it. Where the system has none, all go on at once.
+    A lock that cannot be had in ten seconds, or at all on this system, is done without.
     """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError, OSError):  # Windows; no folder; no locks on it
-            import fcntl
+    try:
+        import fcntl
 
-            handle = _opened(folder)
-            stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        handle = _opened(folder)
+    except (ImportError, OSError):  # Windows; no such folder
         yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            until = time.monotonic() + PATIENCE
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            while not _taken(handle, kind | fcntl.LOCK_NB) and time.monotonic() < until:
+                time.sleep(0.005)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a process forked meanwhile has the handle too
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+def _taken(handle: int, kind: int) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(handle, kind)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _opened(folder: Path) -> int:

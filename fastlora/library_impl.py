@@ -15,7 +15,6 @@ from fastlora_kernels import linears
 from fastlora_kernels.columns import da as da_of
 from fastlora_kernels.columns import ds_db
 from fastlora_kernels.configs import Config
-from fastlora_kernels.joint import MOST
 from fastlora_kernels.joint_sum import product_sum
 from fastlora_kernels.launch import NO_CONFIGS
 from fastlora_kernels.shrink import shrink
@@ -131,7 +130,8 @@ def _low_rank_grad(
     """Return the sum of dropout'(ds a) [M, K] in the dtype of x, None where there is no ds."""
     there = [i for i, ds in enumerate(dss) if ds is not None]
     dx = None
-    for few in (there[i : i + MOST] for i in range(0, len(there), MOST)):
+    for which in linears.by_dtype([projections[i] for i in there]):
+        few = [there[i] for i in which]
         _, a, _, _, seeds, _, p = zip(*(projections[i] for i in few), strict=True)
         ds = [dss[i] for i in few]
         if len(few) == 1 and seeds[0] is None:

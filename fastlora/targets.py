@@ -173,8 +173,9 @@ def _limit_time(seconds: float) -> None:
         import resource
     except ImportError:  # Windows
         return
-    most = math.ceil(seconds) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (most, most))
+    most, (_, hard) = math.ceil(seconds) + 1, resource.getrlimit(resource.RLIMIT_CPU)
+    if hard == resource.RLIM_INFINITY or hard > most:  # a lower limit of the system's stays
+        resource.setrlimit(resource.RLIMIT_CPU, (most, most))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,8 @@ from fastlora_kernels import (
     gated,
     gated_backward,
     launch,
-    product_all,
+    linears,
     product_sum,
-    shrink_all,
 )
 from fastlora_kernels.configs import (
     DROPPING,
@@ -116,10 +115,10 @@ def joint_calls(empty, sizes: tuple[int, int, int], r: int, adapter: torch.dtype
     x, w, dy = empty(M, K), [empty(n, K) for n in outputs], [empty(M, n) for n in outputs]
     a, b = [empty(r, K, dtype=adapter)] * count, [empty(n, r, dtype=adapter) for n in outputs]
     s, biases = [empty(M, r, dtype=adapter)] * count, [empty(n) for n in outputs]
-    product_all(x, w, s, b, biases, [0.5] * count)
     for seed, p in ((None, 0.0), (empty(1, dtype=torch.int64), 0.1)):
         dropped = {"dropout_p": [p] * count}
-        shrink_all(x, a, [seed] * count, **dropped)
+        drop = [seed] * count, [0.5] * count, [p] * count
+        linears.forward_all(x, list(zip(w, a, b, biases, *drop, strict=True)))
         product_sum(dy, w, s, a, [seed] * count, **dropped)
         da_all(x, s, [seed] * count, **dropped)
 
@@ -298,7 +297,9 @@ def main(share: int, of: int, every: bool) -> None:
         found = aot.compile_for_amd(call)
         about = {"problem": problem, "kernel": call.kernel.__name__, "config": str(call.config)}
         print(json.dumps({"capability": "gfx942", **about, **found}), flush=True)
-    for capability, problem, name, call in jobs(every)[share::of]:
+    known = set(map(tuple, json.load(sys.stdin))) if every else ()
+    todo = [job for job in jobs(every) if (job[0], job[2]) not in known]
+    for capability, problem, name, call in todo[share::of]:
         found = aot.compile_call(call, capability)
         report = {
             "capability": capability,

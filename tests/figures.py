@@ -19,7 +19,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from compiled_cases import faults
+import triton
+from compiled_cases import faults, fingerprint
 
 FOLDER = Path(__file__).resolve().parent.parent / "kernels" / "figures"
 TOLERANCE = 1.02  # of the instructions around a matrix instruction
@@ -111,18 +112,34 @@ def _range(values: list, form: str = "") -> str:
     return least if least == most else f"{least}–{most}"
 
 
-def compiled() -> list[dict]:
+def known() -> dict[int, Programs]:
+    """Return by chip what is kept of the same kernels, compiled by the same Triton."""
+    kept = {}
+    for path in FOLDER.glob("sm_*.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if (found["triton"], found["kernels"]) == (triton.__version__, fingerprint()):
+            kept[int(path.stem.removeprefix("sm_"))] = found["programs"]
+    return kept
+
+
+def compiled(kept: dict[int, Programs]) -> list[dict]:
     """Return the reports of compiled_cases.py, which uses every processor of this machine.
 
-    The first one says what was compiled, the others are of a program each.
+    The first one says what there is, the others are of a program each that is not in ``kept``.
     """
     of = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     script, environment = Path(__file__).with_name("compiled_cases.py"), {"TRITON_INTERPRET": "0"}
+    names = json.dumps([(chip, name) for chip, programs in kept.items() for name in programs])
 
     def share(i: int) -> str:
         command = [sys.executable, str(script), str(i), str(of), "every"]
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, env=os.environ | environment, text=True, check=True
+            command,
+            input=names,
+            stdout=subprocess.PIPE,
+            env=os.environ | environment,
+            text=True,
+            check=True,
         )
         return done.stdout
 
@@ -131,19 +148,22 @@ def compiled() -> list[dict]:
 
 
 def main() -> None:
-    print("compiling every kernel for every chip (minutes)", flush=True)
-    chips, versions, wrong = defaultdict(dict), set(), []
-    about, *reports = compiled()
+    print("compiling what is new for every chip (all of it: a quarter of an hour)", flush=True)
+    chips, wrong = defaultdict(dict), []
+    kept = known()
+    about, *reports = compiled(kept)
+    for chip, name in about["all"]:
+        if name in kept.get(chip, ()):
+            chips[chip][name] = kept[chip][name]
     for report in reports:
         if report["capability"] == "gfx942":  # compiled to see that it compiles
             continue
         if found := faults(report):
             wrong.append(f"sm_{report['capability']} {report['name']}: {', '.join(found)}")
         chips[report["capability"]][report["name"]] = report["figures"]
-        versions.add(report["triton"])
     if wrong:
         sys.exit("\n".join(wrong))
-    (version,) = versions
+    version = triton.__version__
     FOLDER.mkdir(exist_ok=True)
     for old in FOLDER.glob("sm_*.json"):
         old.unlink()

@@ -14,6 +14,7 @@ import argparse
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -156,12 +157,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.here:
         fuzz(options.targets[0], options.minutes)
-    escaped = []
+    escaped, memory = [], Path("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
     for name in options.targets or TARGETS:
         command = [sys.executable, __file__, name, "--here", "--minutes", str(options.minutes)]
         print(f"{name}: {options.minutes:g} min", flush=True)
         if subprocess.run(command).returncode:
-            escaped.append(name)
+            escaped.append(name)  # its folder stays, with the input
+            continue
+        for work in memory.glob(f"fuzz-{name}-*"):
+            shutil.rmtree(work, ignore_errors=True)
     print(f"escapes: {', '.join(escaped) or 'none'}")
     sys.exit(bool(escaped))
 

@@ -40,20 +40,21 @@ def growth(run, count: int) -> int:
     return resident() - early
 
 
-def model(fused: bool) -> torch.nn.Module:
+def model(fused: bool, device: str = "cpu") -> torch.nn.Module:
     torch.manual_seed(0)
     made = get_peft_model(tiny.llama(), LoraConfig(r=4, target_modules=TARGETS)).train()
+    made = made.to(device)
     if fused:
-        fastlora.patch_peft(made, fuse_siblings={"input_ids": tiny.tokens()})
+        fastlora.patch_peft(made, fuse_siblings={"input_ids": tiny.tokens().to(device)})
     return made
 
 
-def losses(fused: bool, steps: int) -> tuple[list[float], int]:
+def losses(fused: bool, steps: int, device: str = "cpu") -> tuple[list[float], int]:
     """Train on random sentences that repeat; return each loss, and by how much memory grows."""
-    made, found = model(fused), []
+    made, found = model(fused, device), []
     optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-3)
     generator = torch.Generator().manual_seed(1)
-    data = torch.randint(0, tiny.VOCABULARY, (64, 12), generator=generator)
+    data = torch.randint(0, tiny.VOCABULARY, (64, 12), generator=generator).to(device)
 
     def step(i: int) -> None:
         ids = data[[(4 * i + j) % 64 for j in range(4)]]

@@ -390,8 +390,8 @@ MUTANTS = [
     Mutant(
         "an adapter is written in place",
         "adapters.py",
-        'path: path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")',
-        "path: path",
+        "temporary = {path: temporary_of(path) for path in contents}",
+        "temporary = {path: path for path in contents}",
         "test_adapter_files.py::test_a_full_disk_leaves_the_old_adapter test_adapter_files.py::"
         "test_where_it_cannot_be_written",
     ),
@@ -455,22 +455,22 @@ MUTANTS = [
     Mutant(
         "processes that tune at once lose each other's results",
         "files.py",
-        "            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)",
-        "            pass",
+        "            while not _taken(handle, kind | fcntl.LOCK_NB) and time.monotonic() < until:",
+        "            while False:",
         "test_plans.py::test_processes_that_measure_at_once_keep_each_others_results",
     ),
     Mutant(
         "processes that save at once mix their files",
         "files.py",
-        "            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)",
-        "            pass",
+        "            while not _taken(handle, kind | fcntl.LOCK_NB) and time.monotonic() < until:",
+        "            while False:",
         "test_faults.py::test_two_processes_save_while_a_third_reads",
     ),
     Mutant(
         "processes write to one temporary file",
         "files.py",
-        '    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")',
-        '    temporary = path.with_name(f"{path.name}.tmp")',
+        'f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"',
+        'f".{path.name}.tmp"',
         "test_faults.py::test_a_file_replaced_while_another_process_replaces_it",
     ),
     Mutant(
@@ -515,17 +515,18 @@ class Trial:
         return Path(self.folder.name, "output")
 
 
-def begun(mutant: Mutant) -> tuple[int, Trial]:
+def begun(mutant: Mutant, seconds: float = SECONDS) -> tuple[int, Trial]:
     """Start a mutant's tests; return the process's id with it."""
     folder = tempfile.TemporaryDirectory()
-    trial = Trial(mutant, folder, time.monotonic() + SECONDS)
+    trial = Trial(mutant, folder, time.monotonic() + seconds)
     package = Path(folder.name, "fastlora")
     shutil.copytree(ROOT / "fastlora", package, ignore=shutil.ignore_patterns("__pycache__"))
     path = package / mutant.file
     text = path.read_text(encoding="utf-8")
-    if text.count(mutant.right) != 1:
+    if mutant.right and text.count(mutant.right) != 1:
         sys.exit(f"{mutant.file} has {mutant.right!r} {text.count(mutant.right)} times, not once")
-    path.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
+    if mutant.right:
+        path.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
     process = os.fork()
     if process == 0:
         os.setsid()
@@ -570,23 +571,41 @@ def ended(process: int, trial: Trial) -> str | None:
 def main(text: str = "") -> None:
     waiting = [m for m in MUTANTS if text in m.what][::-1]
     started, alive, count, running = time.perf_counter(), 0, len(waiting), {}
+    if not waiting:
+        sys.exit(f"no mutant's description contains {text!r}")
     os.environ["TRITON_INTERPRET"] = "1"
     for name in PRELOADED:
         __import__(name)
-    while waiting or running:
-        while waiting and len(running) < (os.cpu_count() or 1):
-            process, trial = begun(waiting.pop())
-            running[process] = trial
-        time.sleep(0.02)
-        for process, trial in list(running.items()):
-            why = ended(process, trial)
-            if why == "running":
-                continue
-            del running[process]
-            trial.folder.cleanup()
-            if why is not None:
-                alive += 1
-                print(f"NOT NOTICED: {trial.mutant.what} ({trial.mutant.file}): {why}", flush=True)
+    try:
+        # The same tests on the code as it is, so that what fails below fails for the change.
+        tests = " ".join(dict.fromkeys(test for m in waiting for test in m.tests.split()))
+        process, trial = begun(Mutant("nothing", "files.py", "", "", tests), 10 * SECONDS)
+        running[process] = trial
+        while (why := ended(process, trial)) == "running":
+            time.sleep(0.1)
+        del running[process]
+        if why is None or not why.startswith("exit code 0"):
+            sys.exit(f"the tests fail without a change: {trial.output.read_text()[-2000:]}")
+        trial.folder.cleanup()
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                process, trial = begun(waiting.pop())
+                running[process] = trial
+            time.sleep(0.02)
+            for process, trial in list(running.items()):
+                why = ended(process, trial)
+                if why == "running":
+                    continue
+                del running[process]
+                trial.folder.cleanup()
+                if why is not None:
+                    alive += 1
+                    where = f"{trial.mutant.what} ({trial.mutant.file})"
+                    print(f"NOT NOTICED: {where}: {why}", flush=True)
+    finally:
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)
     seconds = time.perf_counter() - started
     print(f"{count - alive} of {count} mutants noticed, {seconds:.0f} s")
     sys.exit(alive > 0 or not count)

@@ -168,7 +168,7 @@ PERSISTENT_MUTANTS = {
     "right half of a tile lost": (
         "fold",
         "persistent.py",
-        "y_desc.store([first_m, first_n + BLOCK_N // 2], right",
+        "y_desc.store([first_m, first_n + acc.shape[1] // 2], right",
         "y_desc.store([first_m, first_n], right",
     ),
     "s made again but not scaled": (

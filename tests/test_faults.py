@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import gated_mlp, measured, siblings, torch_impl
+from fastlora import files, gated_mlp, measured, siblings, torch_impl
 from fastlora.checkpoint import load as load_checkpoint
 from fastlora.checkpoint import save as save_checkpoint
 from fastlora.files import replace_file
@@ -84,7 +84,8 @@ class Measurements:
 
 
 each_kind = pytest.mark.parametrize("kind", [Adapter, Checkpoint, Measurements])
-STEPS = ("open", "fsync", "replace")  # of a file's way to its name
+STEPS = ("open", "fsync", "replace")  # calls of ``os`` on a file's way to its name
+REFUSED = 3  # the exit code of a forked process for an OSError
 
 
 @pytest.fixture
@@ -101,9 +102,12 @@ def forked(call) -> int:
         return child
     code = 1
     try:
+        signal.alarm(60)  # should it hang, or be left alone
         torch.set_num_threads(1)
         call()
         code = 0
+    except OSError:
+        code = REFUSED
     finally:
         os._exit(code)
 
@@ -116,7 +120,7 @@ def ended(child: int) -> int:
 @needs_fork
 @each_kind
 def test_killed_at_every_step_of_saving(kind, folder):
-    """A kill before each system call in turn: then it is the old or the new, until all is done."""
+    """A kill before each of these calls in turn: it is the old or the new, until all is done."""
     kind.save(folder, 1.0)
 
     def save_and_die(at: int) -> None:
@@ -158,12 +162,16 @@ def test_killed_at_random_a_hundred_times(kind, folder):
             for value in (2.0, 3.0):
                 kind.save(folder, value)
 
-    for _ in range(100):
+    longest = 0.04  # to be forked takes about a quarter of it; a slow disk has it grow
+    for i in range(300):
         child = forked(save_for_ever)
-        time.sleep(draw.uniform(0, 0.04))  # to be forked takes about a quarter of it
+        time.sleep(draw.uniform(0, longest))
         os.kill(child, signal.SIGKILL)
         assert ended(child) == -signal.SIGKILL
         seen.add(kind.load(folder))
+        if i >= 99 and len(seen) > 1:
+            break
+        longest *= 1.01 if len(seen) == 1 else 1.0
     assert seen <= {1.0, 2.0, 3.0} and len(seen) > 1, "no kill came where it matters"
 
 
@@ -218,9 +226,66 @@ def test_a_disk_that_is_full(kind, most, folder):
         kind.save(folder, 2.0)
 
     code = ended(forked(save))
-    assert code == (0 if kind is Measurements else 1) or most == 2000
+    refused = 0 if kind is Measurements else REFUSED  # the tuner warns
+    assert code in ((refused, 0) if most == 2000 else (refused,))
     assert kind.load(folder) in ((1.0, 2.0) if most == 2000 else (1.0,))
-    assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
+    assert not list(folder.glob(".*.tmp"))
+
+
+# Locks, and what a kill leaves behind
+
+
+@needs_fork
+def test_a_lock_ends_with_its_block_whatever_was_forked_in_it(tmp_path):
+    with files.locked(tmp_path):
+        child = forked(lambda: time.sleep(30))  # has the handle too
+    try:
+        start = time.monotonic()
+        with files.locked(tmp_path):
+            assert time.monotonic() - start < 5
+    finally:
+        os.kill(child, signal.SIGKILL)
+        ended(child)
+
+
+def test_a_lock_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    """As where a signal's handler saves while the program loads."""
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    Adapter.save(tmp_path, 1.0)
+    with files.locked(tmp_path, shared=True):
+        Adapter.save(tmp_path, 2.0)
+        with files.locked(tmp_path, shared=True):  # readers wait for nobody
+            assert Adapter.load(tmp_path) == 2.0
+    with files.locked(tmp_path / "nowhere"):
+        pass
+
+
+@pytest.mark.parametrize("kind", [Adapter, Checkpoint])
+def test_what_kills_have_left_is_removed_when_it_is_old(kind, folder):
+    kind.save(folder, 1.0)
+    names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    left = [folder / f".{name}.{i}.abcd.tmp" for name in names for i in range(3)]
+    for i, path in enumerate(left):
+        path.write_bytes(b"half")
+        if i % 3:
+            os.utime(path, (time.time() - 7200,) * 2)
+    kind.save(folder, 2.0)
+    assert [path for path in left if path.exists()] == left[::3]
+    assert kind.load(folder) == 2.0
+
+
+def test_the_newest_of_many_configs_that_were_left_is_found(folder):
+    """A kill between the two names, after hundreds of others."""
+    Adapter.save(folder, 1.0)
+    old = (folder / "adapter_config.json").read_bytes()
+    for i in range(200):
+        path = folder / f".adapter_config.json.{i}.abcd.tmp"
+        path.write_bytes(old)
+        os.utime(path, (time.time() - 60,) * 2)
+    Adapter.save(folder, 2.0)
+    os.rename(folder / "adapter_config.json", folder / ".adapter_config.json.999.abcd.tmp")
+    (folder / "adapter_config.json").write_bytes(old)
+    assert Adapter.load(folder) == 2.0
 
 
 # Memory
@@ -308,7 +373,7 @@ def test_out_of_memory_in_the_middle(module, name, fused, monkeypatch):
 
 @needs_fork
 def test_a_fork_after_use():
-    """As a DataLoader's worker or a server's process is made: with a thread of its own."""
+    """As a DataLoader makes its workers, whose torch has one thread."""
     block = Block()
     fastlora.inject(
         block,
@@ -346,9 +411,6 @@ def test_what_a_read_only_folder_gets(tmp_path, monkeypatch):
     """Root may write anywhere, so the system's answer is put in its place."""
     kept = tmp_path / "kept"
     fastlora.save_adapter(model(1.0), kept)
-
-    def refuse(self, *args, **options):
-        raise PermissionError(13, "Permission denied", str(self))
 
     real = builtins.open
 

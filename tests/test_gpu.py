@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +123,68 @@ LLAMA = [
 @pytest.mark.parametrize("joint", [*joint_kernels.joints(), *LLAMA], ids=str)
 def test_several_projections(joint):
     joint_kernels.verify(fastlora_kernels, joint, "cuda")
+
+
+@pytest.mark.parametrize("joint", LLAMA, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_several_projections_as_layers_run_them(joint, p):
+    """With one scaling, as in a model: from Hopper on everything wide then goes by TMA."""
+    joint = dataclasses.replace(joint, scaling=0.5, dropout_p=(p,) * len(joint.sizes))
+    joint_kernels.verify(fastlora_kernels, joint, "cuda", how=joint_kernels.run_layers)
+
+
+def test_a_hundred_runs_of_several_projections_are_identical():
+    shape = 1000, 768, (512, 256, 256), (16,) * 3, "bf16"
+    joint = joint_kernels.Joint(*shape, scaling=0.5, dropout_p=(0.1, 0.0, 0.1))
+    ts = joint.tensors("cuda")
+    first, dx = joint_kernels.run_layers(fastlora_kernels, joint, ts)
+    for _ in range(99):
+        results, dx_again = joint_kernels.run_layers(fastlora_kernels, joint, ts)
+        assert torch.equal(dx, dx_again)
+        for one, other in zip(first, results, strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_small_cases_of_every_kernel():
+    """What `test_compute_sanitizer` looks at."""
+    for kind in ("bf16", "bf16-fp32", "fp32"):
+        case = Case(70, 48, 72, 16, kind=kind, dropout_p=0.1)
+        verify(fastlora_kernels, case, on_gpu(case))
+        ragged = dataclasses.replace(case, N=41, K=67)
+        verify(fastlora_kernels, ragged, on_gpu(ragged))
+        for p in (0.0, 0.1):
+            shape = 70, 72, (48, 24, 40), (16, 0, 8), kind
+            joint = joint_kernels.Joint(*shape, scaling=0.5, dropout_p=(p,) * 3)
+            joint_kernels.verify(fastlora_kernels, joint, "cuda", how=joint_kernels.run_layers)
+    for config in configs.candidates("dx", "16", 16, False, configs.Chip.of(torch.device("cuda"))):
+        case = Case(200, 264, 136, 16, kind="bf16")
+        verify(with_configs({"product": config, "dx": config}), case, on_gpu(case))
+    joint_kernels.test_gated("silu", torch.bfloat16, (33, 45), "cuda")
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        pytest.skip("compute-sanitizer, a part of the CUDA toolkit, is not installed")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+    command += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", __file__]
+    command += ["-k", "test_small_cases_of_every_kernel"]
+    # Every tensor in an allocation of its own: a read past its end is then one.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+
+
+def test_convergence_beside_peft():
+    """200 steps of a small decoder, its layers patched and not: the same losses."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    import long_run
+
+    (plain, _), (fused, _) = (long_run.losses(f, 200, "cuda") for f in (False, True))
+    assert plain[-1] < plain[0]
+    torch.testing.assert_close(torch.tensor(fused), torch.tensor(plain), rtol=5e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])

@@ -123,6 +123,23 @@ def run(kernels, joint: Joint, ts: list[dict], configs=NO_CONFIGS):
     return results, dx
 
 
+def run_layers(kernels, joint: Joint, ts: list[dict], configs=NO_CONFIGS):
+    """Return the same by `linears`, as layers run it: with the configs that it chooses."""
+    x, projections = ts[0]["x"], []
+    for case, t, r in zip(joint.cases(), ts, joint.ranks, strict=True):
+        a, b, seed = (t["a"], t["b"], t["seed"]) if r else (None, None, None)
+        projections.append((t["w"], a, b, t["bias"], seed, case.scaling, case.dropout_p))
+    ys, ss = kernels.linears.forward_all(x, projections)
+    needs = [(True, True)] * len(ts)
+    dys = [t["dy"] for t in ts]
+    dx, das, dbs = kernels.linears.backward_all(dys, x, projections, ss, True, needs)
+    results = [{"y": y} for y in ys]
+    for result, s, da, db in zip(results, ss, das, dbs, strict=True):
+        if s is not None:
+            result |= {"s": s, "lora_A": da, "lora_B": db}
+    return results, dx
+
+
 def expected(joint: Joint, ts: list[dict], how) -> tuple[list[dict], torch.Tensor]:
     """Return the same from ``how``: `oracle`, or `plain`, whose gradients autograd adds."""
     found = [how(case, t) for case, t in zip(joint.cases(), ts, strict=True)]
@@ -138,9 +155,9 @@ def expected(joint: Joint, ts: list[dict], how) -> tuple[list[dict], torch.Tenso
     return found, dx
 
 
-def verify(kernels, joint: Joint, device: str = "cpu", configs=NO_CONFIGS) -> None:
+def verify(kernels, joint: Joint, device: str = "cpu", configs=NO_CONFIGS, how=run) -> None:
     ts = joint.tensors(device)
-    results, dx = run(kernels, joint, ts, configs)
+    results, dx = how(kernels, joint, ts, configs)
     (plains, plain_dx), (exact, exact_dx) = expected(joint, ts, plain), expected(joint, ts, oracle)
     for i, result in enumerate(results):
         for name, value in result.items():
@@ -182,6 +199,13 @@ def test_ranks(ranks, kind):
     """Also those too high to be kept together, and projections without an adapter."""
     p = (0.2, 0.0, 0.3) if sum(ranks) % 2 else ()
     verify(fastlora_kernels, Joint(36, 48, (24, 40, 8, 17)[: len(ranks)], ranks, kind, dropout_p=p))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "bf16-fp32"])
+@pytest.mark.parametrize("scaling", [None, 0.5])
+def test_as_layers_run_them(kind, scaling):
+    joint = Joint(33, 48, (50, 20, 33), (5, 0, 8), kind, scaling=scaling, dropout_p=(0.3,))
+    verify(fastlora_kernels, joint, how=run_layers)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "bf16-fp32"])

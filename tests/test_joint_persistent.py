@@ -15,6 +15,8 @@ from test_acceptance import load
 from test_joint_kernels import Joint, run, verify
 from test_persistent import HOPPER, names, tiled
 
+from fastlora import library_impl
+
 # The package's own attributes of some of these names are the launchers.
 persistent_all, persistent_sum = (
     importlib.import_module(f"fastlora_kernels.persistent_{name}") for name in ("all", "sum")
@@ -54,7 +56,10 @@ def launched(monkeypatch) -> list[str]:
 def test_acceptance_rule(low_rank, kind, mode, p, launched):
     joint = replace(QKV, kind=kind, mode=mode, dropout_p=p)
     verify(fastlora_kernels, joint, configs=both(low_rank))
-    assert [name for name, _ in launched] == ["persistent_all", "persistent_sum"]
+    # Low-rank terms that are made before could overflow float16.
+    before = kind == "fp16-fp32" or (kind == "fp16" and p)
+    takes = ["persistent_all"] if before else ["persistent_all", "persistent_sum"]
+    assert [name for name, _ in launched] == takes
 
 
 @pytest.mark.parametrize(
@@ -126,7 +131,9 @@ def test_an_infinity_stays_where_it_is(low_rank):
 @pytest.mark.parametrize(
     ("change", "takes"),
     [
+        # The interpreter's chip has no other TMA config that its default could be.
         ({"ranks": (8, 0, 12)}, ["persistent_sum"]),  # rows of s that are not 16 bytes apart
+        ({"kind": "fp16", "dropout_p": (0.3,)}, ["persistent_all"]),
         ({"K": 39}, []),
         ({"sizes": (40, 20, 40)}, []),
     ],
@@ -159,14 +166,20 @@ def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def qkv_calls(chip, adapter=torch.bfloat16, p=0.0, scaling=2.0, r=16):
-    """Return the launches of q, k and v on a chip, forward and backward."""
+def qkv_calls(chip, adapter=torch.bfloat16, p=0.0, scaling=2.0, r=16, others=None):
+    """Return the launches of q, k and v on a chip, forward and backward.
+
+    ``others``: whether a projection has an adapter and its scaling, by its number.
+    """
     M, K, sizes = 256, 512, (512, 128, 128)
     rest = (empty(1, dtype=torch.int64) if p else None), scaling, p
     projections = [
         (empty(n, K), empty(r, K, dtype=adapter), empty(n, r, dtype=adapter), None, *rest)
         for n in sizes
     ]
+    for i, (adapted, c) in (others or {}).items():
+        w, a, b, bias, seed, _, p = projections[i]
+        projections[i] = (w, *((a, b) if adapted else (None, None)), bias, seed, c, p)
     with launch.recording(chip) as forward:
         _, s = linears.forward_all(empty(M, K), projections)
     with launch.recording(chip) as backward:
@@ -199,6 +212,11 @@ def test_defaults_of_each_chip():
         assert rest.args["sizes"] == (0, 0, 0) and product.args["sizes"] == (512, 128, 128)
         assert rest.args["dx_ptr"] is product.args["rest_ptr"]
     assert qkv_calls(HOPPER, scaling=1.0)[0][0].args["scaled_ptrs"] is None
+    # k frozen, whose scaling is nobody's; then scalings that differ.
+    for others, low_rank in (({1: (None, 1.0)}, "fold"), ({1: (True, 3.0)}, "first")):
+        forward, _ = qkv_calls(HOPPER, others=others)
+        assert names(forward) == ["shrink_all", "persistent_all"]
+        assert forward[1].args["LOW_RANK"] == low_rank
     assert "persistent_all" in names(qkv_calls(HOPPER, p=0.1)[0])
     forward, backward = qkv_calls(Chip((8, 0), 166912, 108))
     assert names(forward) == ["shrink_all", "product_all"] and "product_sum" in names(backward)
@@ -341,3 +359,35 @@ def test_a_wrong_kernel_is_refused(name, tmp_path):
 def test_the_right_kernels_are_accepted():
     for joint, config in REFUSING:
         verify(fastlora_kernels, joint, configs=config)
+
+
+def test_float16_does_not_overflow_before_the_sum():
+    """The low-rank terms alone are past its largest number; with the main product they are not."""
+    dy, w = torch.full((16, 8), -50.0).half(), torch.full((8, 32), 50.0).half()
+    ds, a = torch.full((16, 2), 200.0), torch.full((2, 32), 175.0)  # 70,000 and -20,000
+    for p, seed in ((0.0, None), (1e-5, torch.tensor([1]))):
+        operands = [dy] * 1, [w], [ds], [a], [seed]
+        dx = fastlora_kernels.product_sum(*operands, dropout_p=[p], config=tiled("fold"))
+        assert dx.isfinite().all() and dx.float().mean() > 49_000
+
+
+@pytest.mark.parametrize("chip", [HOPPER, Chip((8, 0), 166912, 108)], ids=["sm_90", "sm_80"])
+def test_adapters_of_two_dtypes_are_never_in_one_launch(chip):
+    """A kernel chooses among pointers of one type; the interpreter would not mind."""
+    kinds = torch.bfloat16, torch.float32, torch.bfloat16
+    projections = [
+        (empty(64, 64), empty(16, 64, dtype=d), empty(64, 16, dtype=d), None, None, 0.5, 0.0)
+        for d in kinds
+    ]
+    projections.insert(1, (empty(64, 64), None, None, None, None, 1.0, 0.0))
+    with launch.recording(chip) as calls:
+        _, s = linears.forward_all(empty(32, 64), projections)
+        dys, needs = [empty(32, 64)] * 4, [(True, True)] * 4
+        linears.backward_all(dys, empty(32, 64), projections, s, True, needs)
+        library_impl._low_rank_grad(empty(32, 64), s, projections)
+    assert [t is None for t in s] == [False, True, False, False]
+    for call in calls:
+        for value in call.args.values():
+            if isinstance(value, tuple):
+                tensors = [t for t in value if isinstance(t, torch.Tensor)]
+                assert len({t.dtype for t in tensors}) <= 1, call.kernel.__name__

@@ -184,6 +184,10 @@ def test_a_pattern_that_never_ends_is_stopped_without_anybody_waiting():
     command = [sys.executable, "-I", targets.__file__]
     run = subprocess.run(command, input=question, text=True, timeout=30, stdout=subprocess.DEVNULL)
     assert run.returncode < 0  # by a signal
+    # A lower limit of the system's stays.
+    limited = ["sh", "-c", 'ulimit -t 1; exec "$@"', "sh", *command]
+    run = subprocess.run(limited, input=question.replace("(a+)+b", "a+"), text=True, timeout=30)
+    assert run.returncode == 0
 
 
 def test_only_a_few_names_need_no_process(monkeypatch):

@@ -103,6 +103,12 @@ def is_valid(config: Config, kernel: str, kind: str, r: int, dropout: bool, chip
         return _is_valid_tma(config, kernel, kind, r, dropout, chip)
     if config.low_rank != "first" or config.specialized or config.early:
         return False
+    if (
+        kernel == "shrink_all"
+        and chip.capability[0] == 10
+        and m * r_tile > 32 * 32 * config.num_warps
+    ):
+        return False  # with a scaled copy of s it spills there
     if kernel == "da_all" and dropout and m * n + max(m, n) * r_tile > 80 * 32 * config.num_warps:
         return False  # beside its sums a thread holds a tile, masked for each projection
     masked_sum = kernel == "product_sum" and dropout and kind == "mixed"
@@ -194,11 +200,18 @@ def _takes_low_rank(
     """Return whether the low-rank step of a config of `persistent.py` can make this product."""
     plain = not (config.specialized or config.early)
     if kernel == "product_sum":
-        return plain and config.low_rank == "fold"  # or else in a launch before it
-    if kernel == "product_all" and config.low_rank not in ("first", "fold"):
-        return False
-    if kernel == "product_all" and config.low_rank == "first" and chip.capability[0] == 10:
-        return plain and kind == "mixed"  # else a few bytes are spilled
+        # What cannot be folded in, an earlier launch makes, rounded: float16 might overflow.
+        return plain and config.low_rank == "fold" and not (dropout and kind == "fp16")
+    if kernel == "product_all":
+        if config.low_rank not in ("first", "fold"):
+            return False
+        # What else is compiled spills: on sm_100 with four projections.
+        if chip.capability[0] == 10 and (
+            config.block_n > 128 or (config.low_rank == "first" and kind != "mixed")
+        ):
+            return False
+        if config.low_rank == "first" and kind != "mixed" and r > 16 and config.block_n > 128:
+            return False
     if config.low_rank == "first":
         return plain
     if kind == "mixed" or (kind == "fp16" and kernel in ("product", "product_all")):
@@ -313,16 +326,19 @@ def default_config(
     chip: Chip,
     aligned: bool = True,
     even: bool = True,
+    fold: bool = True,
 ) -> Config:
     """Return the valid config of ``kernel`` with the widest rank tile, of those the first listed.
 
     A tile narrower than the rank has the tall input read again for the rest of it.
     ``aligned`` is false when rows do not start at multiples of 16 bytes: every element is then
     loaded by itself and needs a register for its address. ``even`` is false when the rows of the
-    result do not, or an operand does not suit the tensor memory accelerator. What starts early is
-    left to measurements.
+    result do not, or an operand does not suit the tensor memory accelerator; ``fold`` when the
+    factors of the low-rank product cannot be folded in. What starts early is left to measurements.
     """
     valid = [c for c in candidates(kernel, kind, r, dropout, chip, aligned) if not c.early]
+    if not fold:
+        valid = [c for c in valid if c.low_rank != "fold"]
     if not even:
         valid = [c for c in valid if not c.tma and c.block_m * c.block_n <= MOST_UNEVEN]
     return max(valid, key=lambda c: c.rank_tile(r), default=SMALL)

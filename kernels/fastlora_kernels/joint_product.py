@@ -115,14 +115,18 @@ def product_all_kernel(
 
 
 def config_of(
-    x: Tensor, w: Sequence[Tensor], b: Sequence[Tensor | None], even: bool = True
+    x: Tensor,
+    w: Sequence[Tensor],
+    b: Sequence[Tensor | None],
+    even: bool = True,
+    fold: bool = True,
 ) -> Config:
-    """Return the default config of `product_all` for these; ``even`` as `default_config` has it."""
+    """Return the default config; ``even`` and ``fold`` as `default_config` has them."""
     adapters = [t for t in b if t is not None]
     rank = max((t.shape[1] for t in adapters), default=1)
     dtype = adapters[0].dtype if adapters else x.dtype
     even = even and all(t.shape[0] * x.element_size() % 16 == 0 for t in w)
-    return config_for_all("product_all", (x,), w, rank, dtype, False, even)
+    return config_for_all("product_all", (x,), w, rank, dtype, False, even, fold)
 
 
 def product_all(
@@ -146,6 +150,8 @@ def product_all(
     (M, K), sizes = x.shape, tuple(t.shape[0] for t in w)
     ranks = tuple(0 if t is None else t.shape[1] for t in b)
     config = config or config_of(x, w, b)
+    if config.tma and not suits_all(x, w, s, b, scalings, config):
+        config = config_of(x, w, b, fold=False)
     if config.tma:
         if suits_all(x, w, s, b, scalings, config):
             return persistent_all(x, w, s, b, biases, scalings, config)

@@ -180,7 +180,7 @@ def shrink_all(
         *(M, K, ranks, tiles_r),
         *x.stride(),
         *(strides(a, 0), strides(a, 1)),
-        # An argument more than it needs has a program spill on sm_120.
+        # Where it is not used: one more argument, and on sm_120 a program spills.
         *(scales, None if scaled is None else factor, keep_froms),
         *(together, dropout, scaled is not None, K % config.block_k == 0, triton_dtype(x.dtype)),
         *(len(a), config.block_m, config.block_k, block_r),

@@ -143,14 +143,16 @@ def product_sum(
     config = config or config_for_all("product_sum", *rest, even=K * dy[0].element_size() % 16 == 0)
     if config.tma:
         portable = config_for_all("product_sum", *rest, even=False)
-        if suits_sum(dy, w):
-            if not dropout and adapter == dy[0].dtype and sum(ranks) % 8 == 0:
-                # All ds beside each other and all a below each other are one more product.
-                if any(ranks):
-                    dy = *dy, torch.cat([t for t in ds if t is not None], 1)
-                    w = *w, torch.cat([t for t in a if t is not None])
-                return persistent_sum(dy, w, None, config)
-            # Masks and float32 terms would need a second tile beside the accumulator.
+        folds = not dropout and adapter == dy[0].dtype and sum(ranks) % 8 == 0
+        if suits_sum(dy, w) and folds:
+            # All ds beside each other and all a below each other are one more product.
+            if any(ranks):
+                dy = *dy, torch.cat([t for t in ds if t is not None], 1)
+                w = *w, torch.cat([t for t in a if t is not None])
+            return persistent_sum(dy, w, None, config)
+        if suits_sum(dy, w) and dy[0].dtype == torch.bfloat16:
+            # Masks and float32 terms would need a second tile beside the accumulator. Float16
+            # might overflow where the sum of both does not.
             none = [t[:, :0] for t in dy], [t[:0] for t in w]
             low_rank = product_sum(*none, ds, a, seeds, dropout_p=dropout_p, config=portable)
             return persistent_sum(dy, w, low_rank, config)

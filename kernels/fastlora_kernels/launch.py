@@ -98,6 +98,7 @@ def config_for_all(
     adapter: torch.dtype,
     dropout: bool,
     even: bool = True,
+    fold: bool = True,
 ) -> Config:
     """Return the default config of a ``kernel`` that reads several inputs, as `config_for` does.
 
@@ -105,7 +106,7 @@ def config_for_all(
     """
     aligned = all(map(_aligned, (*xs, *others)))
     aligned = aligned and all(len({t.stride(1) == 1 for t in ts}) == 1 for ts in (xs, others))
-    return _config_for(kernel, xs[0], aligned, r, adapter, dropout, even)
+    return _config_for(kernel, xs[0], aligned, r, adapter, dropout, even, fold)
 
 
 def _config_for(
@@ -116,12 +117,13 @@ def _config_for(
     adapter: torch.dtype,
     dropout: bool,
     even: bool,
+    fold: bool = True,
 ) -> Config:
-    key = (kernel, _recorded_chip, x.device, x.dtype, adapter, r, dropout, aligned, even)
+    key = (kernel, _recorded_chip, x.device, x.dtype, adapter, r, dropout, aligned, even, fold)
     config = _configs.get(key)
     if config is None:
         kind, chip = kind_of(x.dtype, adapter), chip_of(x.device)
-        config = _configs[key] = default_config(kernel, kind, r, dropout, chip, aligned, even)
+        config = _configs[key] = default_config(kernel, kind, r, dropout, chip, aligned, even, fold)
     return config
 
 

@@ -38,17 +38,24 @@ def forward_all(
             return [F.linear(x, w, bias)], [None]
         y, s = linear.forward(x, w, a, b, bias, *rest, config)
         return [y], [s]
-    ys, ss = [], []
-    for few in _parts(projections):
-        w, a, b, bias, _, scaling, _ = zip(*few, strict=True)
-        config, scaled = config_of(x, w, b), None
-        if takes_scaled(config) and _scales_alike(x, a, scaling):
-            scaled = [None if t is None else x.new_empty(len(x), len(t)) for t in a]
-        s = shrinks(x, few, scaled)
-        factors, scaling = (s, scaling) if scaled is None else (scaled, (1.0,) * len(few))
-        ys += product_all(x, w, factors, b, bias, scaling, config=config)
-        ss += s
+    ys: list[Tensor | None] = [None] * len(projections)
+    ss: list[Tensor | None] = [None] * len(projections)
+    for few in together(projections):
+        for i, y, s in zip(few, *_few_forward(x, [projections[i] for i in few]), strict=True):
+            ys[i], ss[i] = y, s
     return ys, ss
+
+
+def _few_forward(x: Tensor, few: Sequence[Projection]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Return y and s of up to four projections whose adapters share a dtype."""
+    w, a, b, bias, _, scaling, _ = zip(*few, strict=True)
+    config, factor, scaled = config_of(x, w, b), _factor(x, few), None
+    if takes_scaled(config) and factor not in (None, 1.0):
+        scaled = [None if t is None else x.new_empty(len(x), len(t)) for t in a]
+    s = shrinks(x, few, scaled)
+    if scaled is None:
+        return product_all(x, w, s, b, bias, scaling, config=config), s
+    return product_all(x, w, scaled, b, bias, (1.0,) * len(few), config=config), s
 
 
 def backward_all(
@@ -73,18 +80,22 @@ def backward_all(
         return dx, [da], [db]
     dss, das, dbs = narrow_grads(dys, x, projections, ss, need_x, needs, configs)
     dx = None
-    there = [i for i, dy in enumerate(dys) if dy is not None]
-    for few in _parts(there) if need_x else ():
+    there = [i for i, dy in enumerate(dys) if dy is not None] if need_x else []
+    for which in together([projections[i] for i in there]):
+        few = [there[i] for i in which]
         w, a, _, _, seeds, _, p = zip(*(projections[i] for i in few), strict=True)
         part = product_sum([dys[i] for i in few], w, [dss[i] for i in few], a, seeds, dropout_p=p)
         dx = part if dx is None else dx.add_(part)
     return dx, das, dbs
 
 
-def _scales_alike(x: Tensor, a: Sequence[Tensor | None], scaling: Sequence[float]) -> bool:
-    """Return whether one factor other than 1 scales every s in the dtype of x without overflow."""
-    dtypes = {t.dtype for t in a if t is not None}
-    return dtypes == {torch.bfloat16} == {x.dtype} and set(scaling) == {scaling[0]} != {1.0}
+def _factor(x: Tensor, few: Sequence[Projection]) -> float | None:
+    """Return what scales every s in the dtype of x and cannot overflow it, None if nothing does."""
+    found = {(a.dtype, scaling) for _, a, _, _, _, scaling, _ in few if a is not None}
+    if len(found) != 1 or x.dtype != torch.bfloat16:
+        return None
+    ((dtype, scaling),) = found
+    return scaling if dtype == x.dtype else None
 
 
 def shrinks(
@@ -97,7 +108,7 @@ def shrinks(
     ``scaled`` as `shrink_all` takes it, for adapters of one dtype, with the first one's scaling.
     """
     found: list[Tensor | None] = [None] * len(projections)
-    for same in _by_dtype(projections):
+    for same in by_dtype(projections):
         _, a, _, _, seeds, c, p = zip(*(projections[i] for i in same), strict=True)
         made = {} if scaled is None else {"scaled": [scaled[i] for i in same], "factor": c[0]}
         for i, s in zip(same, shrink_all(x, a, seeds, dropout_p=p, **made), strict=True):
@@ -123,7 +134,7 @@ def narrow_grads(
             config = configs[i].get("ds_db") if configs else None
             dss[i], dbs[i] = ds_db(dy, ss[i], b, scaling=scaling, **wanted, config=config)
     asked = [i for i in range(n) if dss[i] is not None and needs[i][0]]
-    for same in _by_dtype([projections[i] for i in asked]):
+    for same in by_dtype([projections[i] for i in asked]):
         few = [asked[i] for i in same]
         _, _, _, _, seeds, _, p = zip(*(projections[i] for i in few), strict=True)
         found = da_all(x, [dss[i] for i in few], seeds, dropout_p=p)
@@ -132,14 +143,21 @@ def narrow_grads(
     return dss, das, dbs
 
 
-def _by_dtype(projections: Sequence[Projection]) -> list[Sequence[int]]:
-    """Return which adapters a launch can take together: up to four of one dtype."""
-    by_dtype: dict = {}
+def together(projections: Sequence[Projection]) -> list[Sequence[int]]:
+    """Return which projections a launch can take: up to four, their adapters of one dtype."""
+    first, *others = by_dtype(projections, most=len(projections)) or [[]]
+    frozen = [i for i, (_, a, *_) in enumerate(projections) if a is None]
+    return [few for same in ([*first, *frozen], *others) for few in _parts(same)]
+
+
+def by_dtype(projections: Sequence[Projection], most: int = MOST) -> list[Sequence[int]]:
+    """Return which adapters a launch can take: up to ``most`` of one dtype."""
+    found: dict = {}
     for i, (_, a, *_) in enumerate(projections):
         if a is not None:
-            by_dtype.setdefault(a.dtype, []).append(i)
-    return [few for same in by_dtype.values() for few in _parts(same)]
+            found.setdefault(a.dtype, []).append(i)
+    return [few for same in found.values() for few in _parts(same, most)]
 
 
-def _parts(items: Sequence) -> list[Sequence]:
-    return [items[i : i + MOST] for i in range(0, len(items), MOST)]
+def _parts(items: Sequence, most: int = MOST) -> list[Sequence]:
+    return [items[i : i + most] for i in range(0, len(items), most)]

@@ -63,7 +63,7 @@ def persistent_all_kernel(
         w_descs = w_descs + (w_desc,)
         y_descs = y_descs + (y_desc,)
         if LOW_RANK == "fold":
-            # A projection without an adapter has rank 0 here, and those of another.
+            # A projection without an adapter has rank 0 here, and another one's s and b.
             R = max(ranks[i], 8)
             s_desc = tl.make_tensor_descriptor(s_ptrs[i], [M, R], [R, 1], [BLOCK_M, BLOCK_K])
             b_desc = tl.make_tensor_descriptor(
@@ -152,7 +152,8 @@ def suits_all(
     factors = [t for t in (*s, *b) if t is not None]
     if config.low_rank == "first" or not factors:
         return True
-    return all(c == 1.0 for c in scalings) and all(
+    scaled = all(c == 1.0 for c, t in zip(scalings, b, strict=True) if t is not None)
+    return scaled and all(
         t.dtype == x.dtype and lies_by_rows(t.stride(), t.shape[1]) and t.data_ptr() % 16 == 0
         for t in factors
     )
