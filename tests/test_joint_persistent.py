@@ -331,7 +331,11 @@ MUTANTS = {
         "right += rest_desc.load([first_m, first_k])",
     ),
     "no rest in the left half": ("persistent_sum.py", "left += rest_desc", "rest_desc"),
-    "low-rank terms not masked": ("joint_sum.py", "if not dropout and adapter", "if adapter"),
+    "low-rank terms not masked": (
+        "joint_sum.py",
+        "folds = not dropout and adapter",
+        "folds = adapter",
+    ),
     "tile of another row": (
         "persistent_sum.py",
         "dy = dy_from.load([first_m, n])",
