@@ -142,15 +142,16 @@ def product_sum(
     rest = dy, w, max(1, *ranks), adapter, dropout
     config = config or config_for_all("product_sum", *rest, even=K * dy[0].element_size() % 16 == 0)
     if config.tma:
-        portable = config_for_all("product_sum", *rest, even=False)
+        suited = suits_sum(dy, w)
         folds = not dropout and adapter == dy[0].dtype and sum(ranks) % 8 == 0
-        if suits_sum(dy, w) and folds:
+        if suited and folds:
             # All ds beside each other and all a below each other are one more product.
             if any(ranks):
                 dy = *dy, torch.cat([t for t in ds if t is not None], 1)
                 w = *w, torch.cat([t for t in a if t is not None])
             return persistent_sum(dy, w, None, config)
-        if suits_sum(dy, w) and dy[0].dtype == torch.bfloat16:
+        portable = config_for_all("product_sum", *rest, even=False)
+        if suited and dy[0].dtype == torch.bfloat16:
             # Masks and float32 terms would need a second tile beside the accumulator. Float16
             # might overflow where the sum of both does not.
             none = [t[:, :0] for t in dy], [t[:0] for t in w]
