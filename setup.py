@@ -17,6 +17,7 @@ BENCH = ["pytest-benchmark", *PEFT, "matplotlib"]
 EXAMPLES = [*PEFT, "transformers>=4.56"]
 STACKS = ["trl", "diffusers", "datasets"]  # what patched models are trained and tested with
 TEST = ["pytest", "pytest-benchmark", "hypothesis", *PEFT, *FINETUNE, *DEMO, *STACKS]
+TEST += ["setuptools>=70.1"]  # which builds wheels by itself, as a test does
 
 setup(
     name="fastlora-kernels",

@@ -250,7 +250,7 @@ def _new(kind: type) -> nn.Module:
 
 def _output(module: nn.Module, x: Tensor) -> Tensor | None:
     """Return what ``module`` makes of x by one operator, None where it has to run as it is."""
-    form: Form | None = vars(module).get("_gated_form")
+    form: Form | None = module.__dict__.get("_gated_form")  # torch 2.8 does not compile vars()
     if form is None or torch.compiler.is_compiling() or not is_plain(x) or module_hooks():
         return None
     kind = type(module)._gated_of

@@ -114,8 +114,9 @@ def _alike(projections: Sequence[Operands]) -> Sequence[Operands]:
     first, *others = projections  # a symbolic scaling would lose that by being compared with itself
     if all(p.scaling == first.scaling for p in others):
         return projections
-    return [
-        p._replace(b=None if p.b is None else p.b * p.scaling, scaling=1.0) for p in projections
+    return [  # torch 2.8 does not compile _replace()
+        Operands(p.w, p.a, None if p.b is None else p.b * p.scaling, p.bias, p.seed, 1.0, p.p)
+        for p in projections
     ]
 
 

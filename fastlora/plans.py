@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -143,9 +142,10 @@ def function(
         wide = wide and (dy is None or _wide(dy))
     m, k = x.shape
     key = (op, impl, max(m - 1, 0).bit_length(), k, x.dtype, wide, x.device, *sizes)
-    found = _functions.get(key)
+    functions = _functions
+    found = functions.get(key)
     if found is None:
-        found = _functions[key] = _function(op, impl, x, projections, wide)
+        found = functions[key] = _function(op, impl, x, projections, wide)
     return found
 
 
@@ -256,8 +256,12 @@ def indexed(device: torch.device) -> torch.device:
 
 
 def forget() -> None:
-    """Have every plan chosen again, after measurements changed."""
-    _functions.clear()
+    """Have every plan chosen again, after measurements changed.
+
+    One that a thread is choosing meanwhile goes into what is forgotten.
+    """
+    global _functions
+    _functions = {}
 
 
 def default(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
@@ -286,11 +290,11 @@ def usable_implementations(dtype: torch.dtype, device: torch.device) -> tuple[st
 @functools.cache
 def triton_missing() -> str | None:
     """Return why the Triton kernels cannot be imported here, or None when they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; pip install 'triton>=3.4' (Linux)"
     try:
         import fastlora_kernels  # noqa: F401
     except Exception as error:  # a broken Triton may raise anything while it is imported
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "Triton is not installed; pip install 'triton>=3.4' (Linux)"
         return f"the Triton kernels cannot be imported: {type(error).__name__}: {error}"
     return None
 

@@ -14,12 +14,11 @@ import fastlora_kernels
 import pytest
 import torch
 import torch.nn.functional as F
-from acceptance import KINDS, Case, accept, mask_of, oracle, plain
+from acceptance import KINDS, Case, accept, mask_of, oracle, plain, strided
 from fastlora_kernels import columns, configs, gated, gated_backward
 from fastlora_kernels.launch import NO_CONFIGS
 from fastlora_kernels.persistent import takes_scaled
 from test_acceptance import load
-from test_kernels import strided
 
 ACTIVATIONS = {
     "silu": F.silu,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -11,7 +12,17 @@ import fastlora_kernels
 import pytest
 import torch
 import triton
-from acceptance import KINDS, RANKS, Case, oracle, run, small_cases, verify, verify_exactly
+from acceptance import (
+    KINDS,
+    RANKS,
+    Case,
+    oracle,
+    run,
+    small_cases,
+    strided,
+    verify,
+    verify_exactly,
+)
 from fastlora_kernels import columns, configs, launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -125,20 +136,6 @@ def test_empty_dimensions(body, empty):
     results, exact = run(body, case, t), oracle(case, t)
     for name, result in results.items():
         torch.testing.assert_close(result, exact[name].to(result.dtype), msg=name)
-
-
-def strided(t):
-    """Yield tensors equal to ``t`` that lie differently in memory."""
-    yield "transposed", t.t().contiguous().t()
-    wide = torch.full((t.shape[0], 2 * t.shape[1] + 3), torch.nan, dtype=t.dtype)
-    wide[:, 1::2][:, : t.shape[1]] = t
-    yield "every second column", wide[:, 1::2][:, : t.shape[1]]
-    rows = torch.full((3 * t.shape[0], t.shape[1] + 5), torch.nan, dtype=t.dtype)
-    rows[::3, 2:-3] = t
-    yield "every third row", rows[::3, 2:-3]
-    flat = torch.full((t.numel() + 1,), torch.nan, dtype=t.dtype)
-    flat[1:] = t.flatten()
-    yield "misaligned", flat[1:].view_as(t)
 
 
 @each_body
@@ -311,6 +308,9 @@ def test_only_the_gradients_asked_for(body):
             assert grad is None or torch.equal(grad, full[name])
 
 
+@pytest.mark.skipif(
+    triton.__version__.startswith("3.4."), reason="Triton 3.4 multiplies no float64"
+)
 def test_gradients_through_the_kernels():
     """float64 runs in the interpreter: finite differences of the kernels themselves."""
     t = Case(5, 4, 6, 2).tensors()
@@ -350,6 +350,27 @@ def test_every_chip_has_a_config():
         for chip, r, aligned, p in itertools.product(chips, RANKS, (False, True), (False, True)):
             config = configs.default_config(kernel, kind, r, p, chip, aligned)
             assert configs.is_valid(config, kernel, kind, r, p, chip)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_kernels_run_on_the_device_of_their_tensors(several, monkeypatch):
+    """Triton launches on the current device, whatever its arguments' is."""
+    current, found = [0], []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        current.append(wanted.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kernel = {(1,): lambda *args, **options: found.append(current[-1])}
+    for index in (1, 0):
+        x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
+        launch.launch(kernel, (1,), configs.Config(16, 16, 16), (x, x) if several else x)
+    assert found == [1, 0] and current == [0]
 
 
 def test_nothing_is_compiled_while_a_graph_is_captured():

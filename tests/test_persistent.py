@@ -297,3 +297,14 @@ def test_only_chips_with_the_copy_engine_get_these_configs():
     assert configs.default_config("dx", "mixed", 16, False, HOPPER).tma
     assert not configs.default_config("product", "16", 16, False, HOPPER, even=False).tma
     assert not configs.default_config("product", "32", 16, False, HOPPER).tma
+
+
+def test_tritons_that_need_more_shared_memory_get_narrow_tiles(monkeypatch):
+    """Triton 3.4 compiles the wide product of sm_100 to 442,416 bytes, 3.5 to 311,344."""
+    blackwell = Chip((10, 0), 232448, 148)
+    for fits, widest in ((True, 256), (False, 128)):
+        monkeypatch.setattr(configs, "WIDE_TMA_ON_SM_100", fits)
+        default = configs.default_config("product", "16", 16, False, blackwell)
+        assert default.tma and default.block_n == widest
+        tried = configs.candidates("product", "16", 16, False, blackwell)
+        assert max(c.block_n for c in tried if c.tma) == widest

@@ -145,7 +145,13 @@ def test_compiled():
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-    found, expected = compiled(tokens()).logits, plain(tokens()).logits
+    expected = plain(tokens()).logits
+    try:
+        found = compiled(tokens()).logits
+    except torch._dynamo.exc.Unsupported as error:
+        with pytest.raises(torch._dynamo.exc.Unsupported):  # or the fault is ours
+            torch.compile(plain, backend="aot_eager", fullgraph=True)(tokens())
+        pytest.skip(f"this PyTorch compiles no such model of this transformers: {error}")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     compiled.train()
     counts = []

@@ -7,6 +7,10 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import triton
+
+# Before 3.6 a wide tile on its way out by TMA takes more shared memory than an sm_100 has.
+WIDE_TMA_ON_SM_100 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 
 # Up to this rank the program that has a tile of dy for db multiplies it by b on the way. With
 # column tiles of 128 the float32 partial sums of ds, written and read, are then R / 32 of a 16-bit
@@ -187,7 +191,8 @@ def _is_valid_tma(
         # A second accumulator overfills the tensor memory (Triton 3.7 compiles a trap), a mask
         # the registers; a bias takes a way through shared memory.
         masked, split = dropout and kernel == "dx", kind == "mixed" and kernel != "product_sum"
-        if n > 128 and (config.low_rank == "recompute" or split or masked):
+        narrow = config.low_rank == "recompute" or split or masked or not WIDE_TMA_ON_SM_100
+        if n > 128 and narrow:
             return False
         out += 1 << 13
     shared = ((m + n) * k * stages + out + factors) * 2 + 1024
