@@ -108,15 +108,17 @@ def load_adapter(
     Raises FileNotFoundError when the folder holds no adapter, and ValueError or TypeError when
     it is not one for this model, is damaged, or asks for what is not supported; the model is then
     as it was.
+    Warns where the config is not the one that the weights were saved with.
     """
     with locked(Path(folder), shared=True):
-        config = _read_config(_config_path(Path(folder)))
+        path, data, of_weights = _config(Path(folder))
+        config = _parsed(path, data)
         made = plan(model, config, adapter, adapter_dtype, seconds=_PATTERN_SECONDS)
         model = unwrapped(model)
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("model is on the meta device: give it its weights first")
         _check_ranks(made, any_rank)
-        tensors = _read_weights(Path(folder) / WEIGHTS_FILE, made)
+        tensors = _read_weights(Path(folder) / WEIGHTS_FILE, made, of_weights)
     apply(model, made, adapter, tensors, trainable=is_trainable)
     return made.report(model, adapter)
 
@@ -158,7 +160,6 @@ def _with_config_hash(weights: bytes, config: bytes) -> bytes:
 def _write_together(contents: dict[Path, bytes]) -> None:
     folder = next(iter(contents)).parent
     temporary = {path: temporary_of(path) for path in contents}
-    renamed = False
     for path in contents:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "a folder has the name of the file", str(path))
@@ -171,9 +172,9 @@ def _write_together(contents: dict[Path, bytes]) -> None:
         with locked(folder):
             for path in contents:
                 os.replace(temporary[path], path)
-                renamed = True
     except BaseException:
-        if not renamed:  # otherwise what is left belongs to the files that have their names
+        # Ctrl-C may come at the end of the first replace(): what is left belongs to that file then.
+        if temporary[next(iter(contents))].exists():
             for path in temporary.values():
                 path.unlink(missing_ok=True)
         raise
@@ -196,8 +197,11 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 # Reading
 
 
-def _config_path(folder: Path) -> Path:
-    """Return the config beside the weights: the one saved with them, if it did not get its name."""
+def _config(folder: Path) -> tuple[Path, bytes, str | None]:
+    """Return the config of the weights, its content, and the hash that they have of theirs.
+
+    It is the one saved with them, also where that was killed before it got its name.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{str(folder)!r} is not a folder; load_adapter() takes a local folder with "
@@ -215,10 +219,16 @@ def _config_path(folder: Path) -> Path:
     wanted = _config_hash(folder / WEIGHTS_FILE)
     left = _newest(folder.glob(f".{CONFIG_FILE}.*.tmp"))[:_MAX_LEFT] if wanted else []
     for path in (config, *left):
-        if path.is_file() and _hash(_head(path)) == wanted:
-            return path
+        with contextlib.suppress(OSError):  # not ours to read, or just deleted
+            if path.is_file() and _hash(data := _head(path)) == wanted:
+                return path, data, wanted
     _check_file(config)  # edited by hand, or written by PEFT
-    return config
+    if wanted:
+        warnings.warn(
+            f"{str(config)!r} is not the config that the weights beside it were saved with",
+            stacklevel=3,
+        )
+    return config, _head(config), wanted
 
 
 def _newest(paths: Iterable[Path]) -> list[Path]:
@@ -259,8 +269,7 @@ def _hash(config: bytes) -> str:
     return hashlib.sha256(config).hexdigest()
 
 
-def _read_config(path: Path) -> LoRAConfig:
-    data = _head(path)
+def _parsed(path: Path, data: bytes) -> LoRAConfig:
     try:
         if len(data) > _MAX_CONFIG_BYTES:
             raise ValueError(f"it is larger than {_MAX_CONFIG_BYTES:,} bytes")
@@ -310,13 +319,18 @@ def _check_ranks(made: Plan, any_rank: bool) -> None:
             )
 
 
-def _read_weights(path: Path, made: Plan) -> dict[str, Tensor]:
-    """Return the plan's tensors by key, after comparing the file's header with the plan."""
+def _read_weights(path: Path, made: Plan, config_hash: str | None) -> dict[str, Tensor]:
+    """Return the plan's tensors by key, after comparing the file's header with the plan.
+
+    They are copies: what is written to the file afterwards reaches no model.
+    """
     from safetensors import SafetensorError, safe_open
 
     expected = _expected(made)
     try:
         with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get(_CONFIG_HASH) != config_hash:
+                raise ValueError(f"{str(path)!r} was replaced while it was read: load it again")
             keys = set(file.keys())
             copies = {key for key in keys if key.endswith(".base_layer.weight")}
             if changed := [key for key in copies if not _is_own_weight(file, key, made)]:
@@ -327,7 +341,10 @@ def _read_weights(path: Path, made: Plan) -> dict[str, Tensor]:
             for key, like in expected.items():
                 header = file.get_slice(PREFIX + key)
                 _check_header(PREFIX + key, header.get_shape(), header.get_dtype(), like)
-            tensors = {k: file.get_tensor(PREFIX + k).to(t.dtype) for k, t in expected.items()}
+            tensors = {
+                key: file.get_tensor(PREFIX + key).to(like.dtype, copy=True)
+                for key, like in expected.items()
+            }
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
     if broken := [key for key, tensor in tensors.items() if not _finite(tensor)]:

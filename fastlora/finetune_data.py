@@ -69,6 +69,10 @@ def _parse(line: bytes, where: str) -> Example:
             raise UserError(f'{where}: "{key}" must be a string, got {type(row[key]).__name__}')
         if not row[key].strip():
             raise UserError(f'{where}: "{key}" is empty')
+        try:
+            row[key].encode()
+        except UnicodeEncodeError as error:  # JSON has \ud800, and no text has
+            raise UserError(f'{where}: "{key}" is not Unicode text: {error.reason}') from error
     return Example(row.get("prompt"), row[keys[-1]])
 
 

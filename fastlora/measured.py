@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import re
+import stat
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,28 +153,33 @@ def count(device: torch.device) -> int:
 def _known(device: torch.device) -> Measurements:
     name = device_name(device)
     if name not in _loaded:
-        _loaded[name] = {}  # whatever happens, one attempt
+        found = {}
         try:
-            _loaded[name] = _read(path_of(device), device) or {}
+            found = _read(path_of(device), device) or {}
         except OSError as error:
             warnings.warn(
                 f"nothing that was measured before is used: {error}; FASTLORA_CACHE names a folder",
                 stacklevel=2,
             )
+        _loaded.setdefault(name, found)  # another thread may have come before
     return _loaded[name]
 
 
 def _read(path: Path, device: torch.device) -> Measurements | None:
     """Return what ``path`` holds for these versions; None, with a warning, if it is not usable."""
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for a writer
+            raise OSError("not a file")
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"not of format {FORMAT}")
         if content.get("versions") != versions(device.type):
             warnings.warn(
-                f"{path} was measured with {content.get('versions')!s:.300}, here is "
+                f"{path} was measured with {content.get('versions')!r:.300}, here is "
                 f"{versions(device.type)}: not used; python -m fastlora tune measures again",
                 stacklevel=2,
             )

@@ -140,7 +140,7 @@ def _compile(field: str, pattern: str) -> re.Pattern:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(
-            f"{field}: {pattern!r:.200} is not a regular expression: {error!s:.200}"
+            f"{field}: {pattern!r:.200} is not a regular expression: {str(error)!r:.200}"
         ) from None
 
 

@@ -81,9 +81,12 @@ def jsonl(folder: Path, data: bytes) -> None:
     path = folder / "data.jsonl"
     path.write_bytes(data)
     try:
-        read_examples(path)
+        found = read_examples(path)
     except UserError as error:
         assert str(path) in str(error)
+        return
+    for example in found:  # as a tokenizer takes it
+        ((example.prompt or "") + example.response).encode()
 
 
 TARGETS = {"config": config, "weights": weights, "measurements": measurements, "jsonl": jsonl}

@@ -79,6 +79,11 @@ ATTACKS: dict[str, tuple[str, bytes, str]] = {
     "dora": (CONFIG, config(use_dora=True), "not support use_dora=True"),
     "a-switch-of-the-future": (CONFIG, config(run_this=["rm"]), "not support run_this="),
     "terminal-codes": (CONFIG, config(**{"\x1b[2J": 1}), r"not support '\\x1b\[2J'=1"),
+    "terminal-codes-in-a-pattern": (
+        CONFIG,
+        config(target_modules="(?\x1b[2J"),
+        r"not a regular expression: 'unknown extension \?\\x1b",
+    ),
     "code-to-import": (
         CONFIG,
         config(auto_mapping={"parent_library": "antigravity"}, r=4),
@@ -91,7 +96,7 @@ ATTACKS: dict[str, tuple[str, bytes, str]] = {
     ),
     "cut-off": (CONFIG, config()[:40], "refused"),
     "not-utf-8": (CONFIG, b"\xff\xfe" + config(), "refused"),
-    "nested": (CONFIG, b"[" * 5000, "nested too deeply"),
+    "nested": (CONFIG, b"[" * 100_000, "nested too deeply"),
     "overwrites-a-frozen-weight": (
         WEIGHTS,
         weights(SHAPES | {f"{P}head.base_layer.weight": (5, 8)}),

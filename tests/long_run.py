@@ -45,7 +45,9 @@ def model(fused: bool, device: str = "cpu") -> torch.nn.Module:
     made = get_peft_model(tiny.llama(), LoraConfig(r=4, target_modules=TARGETS)).train()
     made = made.to(device)
     if fused:
-        fastlora.patch_peft(made, fuse_siblings={"input_ids": tiny.tokens().to(device)})
+        inputs = {"input_ids": tiny.tokens().to(device)}
+        report = fastlora.patch_peft(made, fuse_siblings=inputs)
+        assert report.fused and report.siblings and not report.not_fused, report
     return made
 
 

@@ -26,10 +26,10 @@ CASES = [
     Case(70, 50, 150, 5, kind="bf16", mode="base"),
     Case(70, 50, 90, 5, kind="bf16", mode="low_rank", dropout_p=0.3),
     Case(70, 50, 90, 40, kind="fp32", mode="both"),
-    Case(600, 20, 300, 5, kind="bf16", mode="both", dropout_p=0.3),
     Case(70, 50, 90, 5, kind="bf16-fp32", mode="low_rank"),
     Case(200, 300, 300, 5, kind="fp16", mode="low_rank"),
     Case(70, 300, 20, 40, kind="bf16", mode="low_rank"),
+    Case(600, 20, 160, 5, kind="bf16", mode="both", dropout_p=0.3),  # the longest comes last
 ]
 
 # name: (file, line as it is, line as it would be wrong)

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
-from fastlora import LoRAConfig, inject, load_adapter, save_adapter
+from fastlora import LoRAConfig, adapters, inject, load_adapter, save_adapter
 from fastlora.model import tensors_of
 
 LLAMA = ["q_proj", "down_proj"]
@@ -376,13 +376,52 @@ def test_a_rename_that_fails_leaves_the_new_adapter(tmp_path, monkeypatch):
     assert torch.equal(tiny.outputs(model), tiny.outputs(changed()))
 
 
+def test_ctrl_c_as_the_weights_get_their_name(tmp_path, monkeypatch):
+    """A signal that comes in a system call is raised when it has succeeded."""
+    save_adapter(injected(), tmp_path)
+    real = os.replace
+
+    def interrupted(source, target):
+        real(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(changed(), tmp_path)
+    monkeypatch.undo()
+    model = tiny.llama()
+    load_adapter(model, tmp_path)
+    assert torch.equal(tiny.outputs(model), tiny.outputs(changed()))
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_what_another_save_has_left_is_no_hindrance(error, tmp_path, monkeypatch):
+    save_adapter(injected(), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text() + " ")
+    (tmp_path / ".adapter_config.json.1.tmp").write_text("{}")
+    own = adapters._head
+
+    def head(path):
+        if path.suffix == ".tmp":
+            raise error(errno.EACCES, "gone, or another user's", str(path))
+        return own(path)
+
+    monkeypatch.setattr(adapters, "_head", head)
+    model = tiny.llama()
+    with pytest.warns(UserWarning, match="is not the config"):
+        load_adapter(model, tmp_path)
+    assert torch.equal(tiny.outputs(model), tiny.outputs(injected()))
+
+
 def test_a_config_edited_by_hand_is_the_one_that_counts(tmp_path):
     save_adapter(injected(), tmp_path)
     values = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**values, "lora_alpha": 99}))
     (tmp_path / ".adapter_config.json.1.tmp").write_text("{}")  # of some other save
     model = tiny.llama()
-    load_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="is not the config that the weights beside it were saved"):
+        load_adapter(model, tmp_path)
     assert fastlora.model.records(model)["default"].config.lora_alpha == 99
 
 

@@ -46,8 +46,34 @@ def reports(found):
 def test_resources(reports, kernel, capability):
     mine = [r for r in reports if (r["kernel"], r["capability"]) == (kernel, capability)]
     assert mine, "nothing was compiled"
-    found = {r["name"]: faults(r) for r in mine}
+    # Tiles are chosen so that this one Triton spills nothing; others may.
+    chosen_for = figures.read(capability)["triton"] == triton.__version__
+    found = {r["name"]: faults(r, spills=chosen_for) for r in mine}
     assert not any(found.values()), {name: these for name, these in found.items() if these}
+
+
+FINE = {"stack": 0, "instructions": {"HMMA": 1}, "registers": 255, "shared": 1024}
+FINE |= {"capability": 90, "ptx_trap": False, "ptx_atomics": False, "ptx_f64": False}
+FINE |= {"ptx_tf32": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stack": 8}, "spills, 8 bytes"),
+        ({"instructions": {"STL": 1}}, "local memory"),
+        ({"ptx_trap": True}, "a trap"),
+        ({"ptx_atomics": True}, "atomic operations"),
+        ({"registers": 256}, "256 registers"),
+        ({"shared": 1 << 20}, "1048576 bytes of shared memory"),
+        ({"ptx_f64": True}, "float64"),
+        ({"ptx_tf32": True}, "TF32"),
+    ],
+)
+def test_each_fault_is_named(change, said):
+    assert faults(FINE) == []
+    (found,) = faults(FINE | change)
+    assert said in found
 
 
 @each_kernel
@@ -89,6 +115,8 @@ def test_early_programs_wait_before_they_read_and_write(reports, capability):
 def test_an_amd_chip(found):
     mine = [r for r in found[1:] if r["capability"] == "gfx942"]
     assert {r["kernel"] for r in mine} == set(KERNELS)
+    if any("no_linker" in r for r in mine):
+        pytest.skip(mine[0]["no_linker"])
     for r in mine:
         assert r["spilled"] == r["scratch"] == 0, r
         assert r["registers"] <= 512 and r["shared"] <= aot.GFX942.shared_memory, r

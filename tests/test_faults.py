@@ -187,12 +187,15 @@ def test_two_processes_save_while_a_third_reads(kind, folder):
 
     until = time.monotonic() + 2.0
     children = [forked(lambda v=values: save_often(v)) for values in ((2.0, 3.0), (4.0, 5.0))]
-    seen, running = set(), set(children)
+    seen, running, codes = set(), set(children), []
     while running:
         seen.add(kind.load(folder))
         for child in list(running):
-            if os.waitpid(child, os.WNOHANG) != (0, 0):
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
                 running.discard(child)
+                codes.append(os.waitstatus_to_exitcode(status))
+    assert codes == [0, 0]
     assert kind.load(folder) in (3.0, 5.0)
     assert len(seen) > 2
 

@@ -206,6 +206,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         ('{"prompt": "a", "response": " "}', '"response" is empty'),
         ('{"text": "a", "prompt": "b"}', '"text" beside "prompt"'),
         (b'{"text": "\xff"}', "not JSON"),
+        (r'{"prompt": "\ud800", "response": "a"}', '"prompt" is not Unicode text'),
         ("[" * 100_000, "nested too deeply"),
     ],
 )

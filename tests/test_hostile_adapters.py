@@ -61,6 +61,38 @@ def test_the_good_one_loads(folder):
     assert not torch.equal(tiny.outputs(model), tiny.outputs(tiny.mlp()))
 
 
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_what_is_written_to_the_file_later_reaches_no_model(bias, tmp_path):
+    model = tiny.mlp()
+    inject(model, LoRAConfig(r=3, target_modules=["2", "head"], bias=bias))
+    save_adapter(tiny.train_a_little(model), tmp_path)
+    load_adapter(model := tiny.mlp(), tmp_path)
+    before = tiny.bits(model)
+    path = tmp_path / WEIGHTS
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.write(b"\xff" * size)
+    assert tiny.same(before, tiny.bits(model))
+
+
+def test_weights_replaced_between_two_looks_at_them(folder, monkeypatch):
+    """As another process may where the system has no locks: another alpha would be taken."""
+    plan = adapters.plan
+
+    def slowly(*args, **options):
+        other = tiny.mlp()
+        inject(other, LoRAConfig(r=3, lora_alpha=9, target_modules=["2", "head"]))
+        save_adapter(other, folder / "other")
+        os.replace(folder / "other" / WEIGHTS, folder / WEIGHTS)
+        return plan(*args, **options)
+
+    monkeypatch.setattr(adapters, "plan", slowly)
+    before = tiny.bits(model := tiny.mlp())
+    with pytest.raises(ValueError, match="was replaced while it was read: load it again"):
+        load_adapter(model, folder)
+    assert tiny.same(before, tiny.bits(model))
+
+
 def test_a_rank_above_a_layer_s_width_has_to_be_allowed(tmp_path):
     """As PEFT writes for a head of few classes; nobody's file may ask for more than 4096."""
     model = tiny.mlp()

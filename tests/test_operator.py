@@ -491,6 +491,21 @@ except RuntimeError as error:
     assert "impl='triton' cannot run on x.device 'cpu'" in out and "TRITON_INTERPRET=1" in out
 
 
+def test_where_triton_is_not_installed_that_is_said():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, fastlora
+o = torch.ones(2, 2)
+try:
+    fastlora.lora_linear(o, o, o, o, impl="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    out = run_python(code)
+    assert "impl='triton' cannot run" in out and "Triton is not installed; pip install" in out
+
+
 def test_import_needs_neither_triton_nor_the_extras():
     code = """
 import sys

@@ -7,8 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -308,6 +311,70 @@ def test_a_file_that_is_too_large_is_not_read(monkeypatch):
         assert measured.find(PROBLEM, CPU) is None
 
 
+@pytest.mark.parametrize("what", ["pipe", "device"])
+def test_what_is_no_file_is_not_waited_for(what, monkeypatch):
+    path = measured.add({PROBLEM: timings()}, CPU)
+    path.unlink()
+    if what == "pipe":
+        if not hasattr(os, "mkfifo"):
+            pytest.skip("the system has no pipes with names")
+        os.mkfifo(path)
+    elif Path("/dev/zero").exists():
+        path.symlink_to("/dev/zero")
+    else:
+        pytest.skip("the system has no /dev/zero")
+    monkeypatch.setattr(measured, "_loaded", {})
+    with pytest.warns(UserWarning, match="cannot be read: not a file"):
+        assert measured.find(PROBLEM, CPU) is None
+    assert measured.add({PROBLEM: timings()}, CPU) == path and path.is_file()
+
+
+def test_terminal_codes_of_a_file_are_not_printed(monkeypatch):
+    path = measured.add({PROBLEM: timings()}, CPU)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "versions": "\x1b[2J"}))
+    monkeypatch.setattr(measured, "_loaded", {})
+    with pytest.warns(UserWarning, match="was measured with") as said:
+        measured.find(PROBLEM, CPU)
+    assert str(said[0].message).isprintable()
+
+
+def test_a_thread_waits_for_what_another_reads(monkeypatch):
+    """Nobody plans with half of what was measured, and what is added meanwhile stays."""
+    other = PROBLEM._replace(K=2 * PROBLEM.K)
+    measured.add({PROBLEM: timings()}, CPU)
+    own, reading = measured._read, threading.Event()
+
+    def slowly(*args):
+        reading.set()
+        time.sleep(0.2)
+        return own(*args)
+
+    monkeypatch.setattr(measured, "_loaded", {})
+    monkeypatch.setattr(measured, "_read", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(measured.find, PROBLEM, CPU)
+        reading.wait()
+        assert measured.find(PROBLEM, CPU) is not None
+        measured.add({other: timings()}, CPU)
+        assert first.result() is not None
+    assert measured.find(other, CPU) is not None and measured.find(PROBLEM, CPU) is not None
+
+
+def test_a_plan_made_before_measurements_is_forgotten_with_them(monkeypatch):
+    x = torch.ones(16, 64)
+    own = plans._function
+
+    def slowly(*args):
+        found = own(*args)
+        plans.forget()  # as another thread does that has measured
+        return found
+
+    monkeypatch.setattr(plans, "_function", slowly)
+    fastlora.lora_linear(x, torch.ones(8, 64), torch.ones(2, 64), torch.ones(8, 2))
+    assert not plans._functions
+
+
 @pytest.mark.parametrize("part", ["driver", "triton", "torch", "fastlora"])
 def test_other_versions_are_not_used_and_are_replaced(part, monkeypatch):
     measured.add({PROBLEM: timings()}, CPU)
@@ -469,8 +536,14 @@ def test_tuning_on_first_use(monkeypatch, capsys):
     x, w, a, b = operands()
     fastlora.explain((48, 32), 64, device="cpu")
     assert measured.find(PROBLEM, CPU) is None
+    state, before, results = torch.get_rng_state(), [t.clone() for t in (x, w, a, b)], []
     for _ in range(2):
-        fastlora.lora_linear(x, w, a.requires_grad_(), b).sum().backward()
+        a.grad = None
+        y = fastlora.lora_linear(x, w, a.requires_grad_(), b)
+        y.sum().backward()
+        results.append((y.detach(), a.grad))
+    assert all(map(torch.equal, *results)) and all(map(torch.equal, before, (x, w, a, b)))
+    assert torch.equal(torch.get_rng_state(), state)
     assert (
         capsys.readouterr().err == f"fastlora: measuring {PROBLEM} on first use (FASTLORA_TUNE=1)\n"
     )
