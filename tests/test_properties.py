@@ -24,7 +24,7 @@ quiet = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 in_the_suite = settings(derandomize=True, max_examples=40, **quiet)
 at_random = settings(max_examples=25, database=None, **quiet)
 
-LAYOUTS = ("as it is", "by columns", "in NaN", "every second", "misaligned")
+LAYOUTS = ("as it is", "by columns", "in a larger one", "every second", "misaligned")
 NAMES = ("weight", "lora_A", "lora_B", "bias")
 
 
@@ -50,6 +50,7 @@ class Asked:
     kind: str
     impl: str
     autocast: bool
+    wide: frozenset[str]  # what is float32 under autocast, of the values that its dtype holds
     mode: str
     x_layout: str
     dy_layout: str
@@ -60,7 +61,7 @@ class Asked:
 
 projections = st.builds(
     One,
-    n=st.integers(24, 80),
+    n=st.integers(64, 140),
     r=st.one_of(st.just(0), st.integers(1, 40)),
     bias=st.booleans(),
     scaling=st.sampled_from([0.25, 0.7, 1.0, 2.0]),
@@ -70,11 +71,13 @@ projections = st.builds(
 )
 questions = st.builds(
     Asked,
-    leading=st.sampled_from([(48,), (2, 30), (70,), (3, 1, 20), (128,)]),
-    k=st.integers(40, 130),
+    # Sums of many terms: errors of few roundings differ more than the rule allows by chance.
+    leading=st.sampled_from([(200,), (2, 130), (270,), (3, 1, 70), (256,)]),
+    k=st.integers(140, 260),
     kind=st.sampled_from(list(KINDS)),
     impl=st.sampled_from(["auto", "torch", "triton", "library"]),
     autocast=st.booleans(),
+    wide=st.frozensets(st.sampled_from(["x", "base", "adapters"])),
     mode=st.sampled_from(["base", "low_rank", "both"]),
     x_layout=st.sampled_from([*LAYOUTS, "expanded"]),
     dy_layout=st.sampled_from([*LAYOUTS, "expanded"]),
@@ -87,13 +90,16 @@ questions = st.builds(
 def lie(t: Tensor, layout: str) -> Tensor:
     """Return ``t`` [rows, columns], of the same values but for "expanded", laid out otherwise."""
     rows, columns = t.shape
+    # Not NaN: eager bfloat16 with AMX adds 0 × what lies behind an odd row, see oneDNN's
+    # https://github.com/uxlfoundation/oneDNN/issues/5717
+    around = torch.finfo(t.dtype).max
     if layout == "by columns":
         return t.t().contiguous().t()
-    if layout == "in NaN":
-        around = torch.full((rows + 3, columns + 5), torch.nan, dtype=t.dtype)
-        return around[1 : rows + 1, 2 : columns + 2].copy_(t)
+    if layout == "in a larger one":
+        whole = torch.full((rows + 3, columns + 5), around, dtype=t.dtype)
+        return whole[1 : rows + 1, 2 : columns + 2].copy_(t)
     if layout == "every second":
-        return torch.full((rows, 2 * columns), torch.nan, dtype=t.dtype)[:, ::2].copy_(t)
+        return torch.full((rows, 2 * columns), around, dtype=t.dtype)[:, ::2].copy_(t)
     if layout == "misaligned":
         flat = torch.empty(t.numel() + 1, dtype=t.dtype)
         return flat[1:].view(rows, columns).copy_(t)
@@ -157,23 +163,26 @@ def test_acceptance_rule(request):
 
 def right(asked: Asked) -> None:
     x, dys, made = drawn(asked)
-    # Under autocast float32 tensors of the values that its dtype holds: it rounds nothing more.
-    cast = asked.autocast and asked.kind == "bf16-fp32"
-    wide = torch.float32 if cast else None
-    leaves: dict = {"x": x.to(wide or x.dtype).detach().requires_grad_(asked.x_trains)}
+    cast = asked.autocast and x.dtype != torch.float32
+
+    def leaf(t: Tensor, group: str, trains: bool) -> Tensor:
+        widened = cast and group in asked.wide
+        return (t.float() if widened else t).detach().requires_grad_(trains)
+
+    leaves: dict = {"x": leaf(x, "x", asked.x_trains)}
     given_projections = []
     for i, (one, (w, a, b, bias, *rest)) in enumerate(zip(asked.ones, made, strict=True)):
         tensors = []
         for name, t in zip(NAMES, (w, a, b, bias), strict=True):
             if t is not None:
-                t = t.to(wide or t.dtype).detach().requires_grad_(name in one.trains)
-                leaves[i, name] = t
+                group = "adapters" if name.startswith("lora") else "base"
+                leaves[i, name] = t = leaf(t, group, name in one.trains)
             tensors.append(t)
         given_projections.append(fastlora.Projection(*tensors, *rest))
     before = {key: (t._version, t.clone()) for key, t in leaves.items()}
     given_x = leaves["x"].view(*asked.leading, -1) if asked.x_layout != "expanded" else leaves["x"]
     torch.manual_seed(asked.seed)
-    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+    with torch.autocast("cpu", x.dtype if cast else torch.bfloat16, enabled=cast):
         if len(made) == 1 and made[0].lora_A is not None:
             (w, a, b, bias, scaling, p) = given_projections[0]
             options = {"scaling": scaling, "dropout_p": p, "training": True, "impl": asked.impl}
@@ -238,10 +247,10 @@ def refused_or_right(asked: dict) -> None:
     x, w, bias = (ones(asked[name], base) for name in ("x", "w", "bias"))
     a, b = ones(asked["a"], a_dtype), ones(asked["b"], b_dtype)
     fits = (
-        asked["x"][-1:] == (6,)
-        and asked["w"] == (4, 6)
-        and (asked["a"], asked["b"]) in (((2, 6), (4, 2)), ((3, 6), (4, 3)))
-        and asked["bias"] in (None, (4,))
+        len(asked["w"]) == len(asked["a"]) == 2
+        and asked["x"][-1:] == asked["w"][1:] == asked["a"][1:]
+        and asked["b"] == (asked["w"][0], asked["a"][0])
+        and asked["bias"] in (None, asked["w"][:1])
         and base != torch.int32
         and a_dtype == b_dtype
         and a_dtype in (base, torch.float32)
@@ -252,7 +261,7 @@ def refused_or_right(asked: dict) -> None:
     options = {"scaling": asked["scaling"], "dropout_p": asked["p"], "training": True}
     if fits:
         y = fastlora.lora_linear(x, w, a, b, bias, **options)
-        assert y.shape == (*asked["x"][:-1], 4) and y.dtype == base
+        assert y.shape == (*asked["x"][:-1], asked["w"][0]) and y.dtype == base
     else:
         with pytest.raises((TypeError, ValueError)) as error:
             fastlora.lora_linear(x, w, a, b, bias, **options)

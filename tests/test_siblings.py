@@ -291,7 +291,13 @@ def test_many_threads(together):
     plain, fused = pair()
     inputs = [X + i for i in range(8)]
     expected = [plain(x) for x in inputs]
-    wrong = []
+    wrong, rounds = [], threading.Barrier(8, timeout=60)
+
+    def between(x):
+        rounds.wait()  # until every thread holds outputs of its own
+        return x
+
+    fused.between = between
 
     def work(i):
         for _ in range(20):
