@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import same_sums  # noqa: F401 - before torch
 import torch
 
 ROOT = Path(__file__).parent.parent

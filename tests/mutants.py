@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import same_sums  # noqa: F401 - before what is loaded below
 from broken_copies import MUTANTS, ROOT, Mutant
 
 SECONDS = 120  # a test of a mutant that takes longer hangs, which is noticed too

@@ -244,11 +244,11 @@ TORCH_MUTANTS = {
 }
 TORCH_CASES = [
     *CASES[:2],
-    Case(1100, 40, 30, 5, kind="bf16-fp32", mode="both", dropout_p=0.3),
-    Case(1100, 40, 30, 5, kind="bf16-fp32", mode="low_rank"),
-    Case(1100, 40, 30, 5, kind="fp32", mode="low_rank", dropout_p=0.3),
-    Case(100, 40, 30, 5, kind="bf16-fp32", mode="low_rank"),
-    Case(100, 40, 30, 5, kind="bf16", bias=False),
+    Case(1100, 64, 150, 5, kind="bf16-fp32", mode="both", dropout_p=0.3),
+    Case(1100, 64, 150, 5, kind="bf16-fp32", mode="low_rank"),
+    Case(1100, 64, 150, 5, kind="fp32", mode="low_rank", dropout_p=0.3),
+    Case(100, 64, 150, 5, kind="bf16-fp32", mode="low_rank"),
+    Case(100, 64, 150, 5, kind="bf16", bias=False),
 ]
 
 

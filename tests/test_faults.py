@@ -385,8 +385,8 @@ def test_a_fork_after_use():
     )
     expected = step(block)
 
-    def again() -> None:
-        assert all(map(torch.equal, step(block), expected))
+    def again() -> None:  # one thread may add in another order than two
+        torch.testing.assert_close(step(block), expected)
 
     assert ended(forked(again)) == 0
 

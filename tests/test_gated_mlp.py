@@ -87,7 +87,8 @@ def all_of(function, x, dy, projections, act):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_acceptance_rule(act, ranks, kind, p):
-    x, dy, projections = operands(ranks, *KINDS[kind], p=p)
+    sizes = {"M": 200, "K": 140, "size": 190, "N": 150}
+    x, dy, projections = operands(ranks, *KINDS[kind], p=p, **sizes)
     wide = [
         Operands(
             *(

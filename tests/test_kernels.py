@@ -119,7 +119,7 @@ def test_ds_and_db_come_from_one_launch():
 @each_body
 @pytest.mark.parametrize("p", [1.0, 0.999999, 0.000001])
 def test_dropout_at_the_ends(body, p):
-    verify(body, Case(20, 24, 28, 4, dropout_p=p))
+    verify(body, Case(150, 60, 140, 8, dropout_p=p))
 
 
 @each_body
@@ -172,8 +172,8 @@ def test_offsets_past_two_billion_elements(name, k, strides):
     far = torch.empty(size).as_strided(t[name].shape, strides)
     assert size > 2**31
     results = run(fastlora_kernels, case, {**t, name: far.copy_(t[name])})
-    for key, result in results.items():
-        assert torch.equal(result, expected[key]), key
+    for key, result in results.items():  # NumPy may add in another order for other strides
+        torch.testing.assert_close(result, expected[key], msg=key)
 
 
 @given(

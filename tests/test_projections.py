@@ -23,13 +23,13 @@ each_impl = pytest.mark.parametrize("impl", BODIES)
 
 # Cases of one x: M and K are the same, and all else may differ. A rank of 0 is no adapter.
 GROUPS = {
-    "q, k, v": [(48, 5, 0.0), (16, 5, 0.0), (16, 5, 0.0)],
-    "q and v": [(48, 5, 0.0), (16, 0, 0.0), (16, 5, 0.0)],
-    "other ranks": [(33, 17, 0.0), (50, 2, 0.0)],
-    "dropped": [(48, 5, 0.3), (16, 5, 0.3), (16, 5, 0.3)],
-    "some dropped": [(48, 5, 0.3), (16, 0, 0.0), (20, 3, 0.0), (16, 5, 0.6), (24, 2, 0.0)],
-    "frozen": [(48, 0, 0.0), (16, 0, 0.0)],
-    "one": [(33, 4, 0.0)],
+    "q, k, v": [(144, 13, 0.0), (72, 13, 0.0), (72, 13, 0.0)],
+    "q and v": [(144, 13, 0.0), (72, 0, 0.0), (72, 13, 0.0)],
+    "other ranks": [(99, 17, 0.0), (110, 13, 0.0)],
+    "dropped": [(144, 13, 0.3), (72, 13, 0.3), (72, 13, 0.3)],
+    "some dropped": [(144, 5, 0.3), (72, 0, 0.0), (60, 3, 0.0), (72, 5, 0.6), (88, 2, 0.0)],
+    "frozen": [(144, 0, 0.0), (72, 0, 0.0)],
+    "one": [(99, 4, 0.0)],
 }
 each_group = pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
 
@@ -128,10 +128,15 @@ def test_large_inputs_of_the_torch_implementation(group, kind, monkeypatch):
     verify_together(torch_impl, group, kind=kind)
 
 
+def nearly(found, wanted):
+    """Products of other shapes may add in another order."""
+    return (found - wanted).norm() <= 1e-6 * wanted.norm()
+
+
 @each_body
 @pytest.mark.parametrize("which", ["some dropped", "q, k, v"])
 def test_only_what_is_asked_for(body, which):
-    """Every combination of gradients and of outputs that were used: the same bits, or None."""
+    """Every combination of gradients and of outputs that were used: the same, or None."""
     group = GROUPS[which][:3]
     given = cases(group)
     drawn = tensors(group, given)
@@ -147,14 +152,14 @@ def test_only_what_is_asked_for(body, which):
             needs = [(first, second), (True, True), (second, first)]
             dx, das, dbs = body.backward_all(dys, x, projections, ss, need_x, needs)
             assert (dx is not None) == (need_x and any(used))
-            assert dx is None or torch.equal(dx, full[0])
+            assert dx is None or nearly(dx, full[0])
             for i in range(3):
                 for found, wanted, needed in zip(
                     (das[i], dbs[i]), (full[1][i], full[2][i]), needs[i], strict=True
                 ):
                     asked = needed and used[i] and projections[i].a is not None
                     assert (found is not None) == asked
-                    assert found is None or torch.equal(found, wanted)
+                    assert found is None or nearly(found, wanted)
 
 
 # The operator
@@ -165,10 +170,10 @@ def given(group=GROUPS["some dropped"], dtype=torch.float32, adapter=None, grad=
     x = torch.randn(M, K).to(dtype).requires_grad_(grad)
     projections = []
     for i, (n, r, p) in enumerate(group):
-        a, b = torch.randn(r, K), torch.randn(n, r)
+        w, a, b = torch.randn(n, K) * K**-0.5, torch.randn(r, K) * K**-0.5, torch.randn(n, r)
         a, b = (t.to(adapter or dtype).requires_grad_(grad) if r else None for t in (a, b))
         bias = torch.randn(n).to(dtype) if i % 2 else None
-        projections.append(Projection(torch.randn(n, K).to(dtype), a, b, bias, 0.5 + i / 4, p))
+        projections.append(Projection(w.to(dtype), a, b, bias, 0.5 + i / 4, p))
     return x, projections
 
 
@@ -408,4 +413,4 @@ def test_one_projection_is_the_plain_layer():
 def test_a_case_is_verified_alone_too():
     """The rule accepts the bodies' form for one projection."""
     for body in BODIES.values():
-        verify(SimpleNamespace(forward=body.forward, backward=body.backward), Case(9, 8, 7, 3))
+        verify(SimpleNamespace(forward=body.forward, backward=body.backward), Case(150, 60, 140, 8))
