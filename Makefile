@@ -29,7 +29,7 @@ demo: $(VENV)/.demo ## fine-tune a small chat model on two CPU cores, in minutes
 	@$(RUN) -m fastlora.demo $(ARGS)
 
 test: $(VENV)/.test ## run the whole test suite
-	@$(VENV)/bin/pytest $(ARGS)
+	@$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 mutants: $(VENV)/.test ## run the tests on broken copies of the code: each has to be noticed
 	@$(RUN) tests/mutants.py $(ARGS)

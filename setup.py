@@ -16,7 +16,8 @@ BENCH = ["pytest-benchmark", *PEFT, "matplotlib"]
 # The model and texts of the examples are packages too, installed without what they depend on.
 EXAMPLES = [*PEFT, "transformers>=4.56"]
 STACKS = ["trl", "diffusers", "datasets"]  # what patched models are trained and tested with
-TEST = ["pytest", "pytest-benchmark", "hypothesis", *PEFT, *FINETUNE, *DEMO, *STACKS]
+TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis"]
+TEST += [*PEFT, *FINETUNE, *DEMO, *STACKS]
 TEST += ["setuptools>=70.1"]  # which builds wheels by itself, as a test does
 
 setup(

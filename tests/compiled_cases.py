@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every kernel as each chip would run it and prints the resources, a JSON line each.
 
-Run by test_compiled.py in processes of their own: the compiler needs the interpreter off.
+Run by test_compiled.py and figures.py in a process of its own: the interpreter must be off.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -297,7 +296,6 @@ def pipelined_loads(call: launch.Call) -> int:
 
 
 def main(share: int, of: int, every: bool) -> None:
-    os.nice(10)  # the tests that run meanwhile go first
     if share == 0:
         programs = [(capability, name) for capability, _, name, _ in jobs(every=True)]
         print(json.dumps({"all": programs, "kernels": fingerprint()}), flush=True)

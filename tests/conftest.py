@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -44,58 +42,26 @@ def pytest_collection_modifyitems(config, items):
         if not here and "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU and runs with: make gpu"))
 
-    # What was started first is asked for last: see `compiling`.
-    items.sort(key=lambda item: "compiling" in item.fixturenames)
-
-
-def pytest_collection_finish(session):
-    session.config.compiling = []
-    wanted = any("compiling" in item.fixturenames for item in session.items)
-    if wanted and not session.config.option.collectonly:
-        session.config.compiling = [Compiling(share, of=2) for share in range(2)]
-
-
-def pytest_unconfigure(config):
-    for process in getattr(config, "compiling", ()):
-        process.stop()
-
-
-class Compiling:
-    """A process that compiles its share of the kernels ahead of time while other tests run.
-
-    It needs the interpreter off, and it uses the processor time that single-threaded tests leave.
-    """
-
-    def __init__(self, share: int, of: int) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        self.output, self.errors = (Path(self.folder.name, name) for name in ("out", "err"))
-        script = Path(__file__).parent / "compiled_cases.py"
-        command = [sys.executable, str(script), str(share), str(of)]
-        environment = {**os.environ, "TRITON_INTERPRET": "0"}
-        with open(self.output, "w") as out, open(self.errors, "w") as err:
-            self.process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
-
-    def result(self) -> str:
-        assert self.process.wait() == 0, self.errors.read_text()
-        return self.output.read_text()
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait()
-        self.folder.cleanup()
-
-
-@pytest.fixture(scope="session")
-def compiling(request):
-    """Return a function that waits for the compiled kernels and returns a JSON line for each."""
-    return lambda: "".join(process.result() for process in request.config.compiling)
-
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """What was measured on this machine before is no part of a test."""
     os.environ["FASTLORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    """A cache of this test's own, on a machine where nothing was measured."""
+    from fastlora import measured, plans, tuner
+
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(measured, "_loaded", {})
+    monkeypatch.setattr(tuner, "_said", set())
+    monkeypatch.setattr(tuner, "_tried", set())
+    monkeypatch.setattr(tuner, "CONFIG_SECONDS", 0.0)
+    plans.forget()
+    yield tmp_path / "cache"
+    plans.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,12 @@ SELECTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("make", "values"), SELECTIONS, ids=str)
+def said(value) -> str:
+    """A parameter in a test's name, the same in every process."""
+    return getattr(value, "__name__", str(value))[:50]
+
+
+@pytest.mark.parametrize(("make", "values"), SELECTIONS, ids=said)
 def test_the_layers_and_parameters_that_train_are_those_of_peft(make, values):
     ours, theirs = make(), make()
     report = inject(ours, LoRAConfig(r=3, **values))
@@ -317,7 +322,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("make", "values", "message"), REFUSED, ids=lambda v: str(v)[:50])
+@pytest.mark.parametrize(("make", "values", "message"), REFUSED, ids=said)
 def test_what_cannot_be_is_refused_and_nothing_changed(make, values, message):
     model, values = make(), dict(values)
     adapter = values.pop("adapter", "default")

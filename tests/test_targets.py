@@ -42,7 +42,7 @@ NAMES = [
 CASES = [
     {"target_modules": ["foo"]},
     {"target_modules": ["foobar"]},
-    {"target_modules": {"q_proj", "v_proj"}},
+    {"target_modules": {"q_proj"}},
     {"target_modules": ["attn.q_proj", "block.foo"]},
     {"target_modules": "foo"},
     {"target_modules": r".*q_proj"},

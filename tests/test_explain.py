@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""explain() says which implementation runs, and why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from measuring import CPU, PROBLEM, timings
+from tiny_models import llama, tokens
+
+import fastlora
+from fastlora import measured, plans
+from fastlora.plans import Problem
+
+pytestmark = pytest.mark.usefixtures("empty_cache")
+
+
+def test_explains_shapes():
+    measured.add({PROBLEM: timings()}, CPU)
+    text = str(fastlora.explain((48, 32), tokens=(64, 65), device="cpu"))
+    assert text == (
+        "M x N x K: tokens, outputs, inputs\n"
+        "64 x 48 x 32, r = 16, bfloat16, float32 adapters, on cpu\n"
+        "  forward   triton    measured on this machine: triton 1 ms, library 2 ms, torch 3 ms\n"
+        "  backward  triton    measured on this machine: triton 1 ms, library 2 ms, torch 3 ms\n"
+        "65 x 48 x 32, r = 16, bfloat16, float32 adapters, on cpu\n"
+        "  forward   torch     made for CPUs\n"
+        "  backward  torch     made for CPUs"
+    )
+    several = fastlora.explain([(48, 32), [8, 8], PROBLEM], tokens=64, dropout=True, device="cpu")
+    assert list(several.plans) == [
+        (CPU, PROBLEM._replace(dropout=True)),
+        (CPU, Problem(64, 8, 8, 16, torch.bfloat16, torch.float32, True)),
+        (CPU, PROBLEM),
+    ]
+
+
+def test_explains_a_layer_and_a_model():
+    layer = fastlora.LoRALinear(32, 48, r=4, lora_dropout=0.1)
+    ((where, problem),) = fastlora.explain(layer, torch.randn(2, 5, 32)).plans
+    assert where == CPU and problem == Problem(10, 48, 32, 4, torch.float32, torch.float32, True)
+    ((_, problem),) = fastlora.explain(layer.eval(), 7).plans
+    assert problem == Problem(7, 48, 32, 4, torch.float32, torch.float32)
+    layer.add_adapter("other", r=2)
+    layer.set_adapter(["default", "other"])
+    ((_, problem),) = fastlora.explain(layer, 7).plans
+    assert problem.R == 6 and not problem.dropout
+    layer.train().set_adapter(["other", "default"])  # the first one's dropout is 0
+    ((_, problem),) = fastlora.explain(layer, 7).plans
+    assert problem.R == 2 and not problem.dropout
+    layer.merge()
+    with pytest.raises(ValueError, match="holds no LoRALinear with an active adapter"):
+        fastlora.explain(layer, 7)
+    model = llama()
+    fastlora.inject(model, fastlora.LoRAConfig(r=4, target_modules="all-linear"))
+    shapes = {(p.N, p.K) for _, p in fastlora.explain(model, 7).plans}
+    assert shapes == {(16, 16), (8, 16), (24, 16), (16, 24)}
+
+
+def test_explains_siblings_together(monkeypatch):
+    model = llama()
+    config = fastlora.LoRAConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"])
+    fastlora.inject(model, config, fuse_siblings=True)
+    explained = fastlora.explain(model, 7)
+    assert [(p.N, p.R, p.others) for _, p in explained.plans] == [
+        (16, 4, ((8, 4), (8, 0))),
+        (16, 4, ()),
+    ]
+    assert "7 x 16 x 16, r = 4, float32, and of the same x: 8 (r = 4), 8 (frozen), on cpu" in str(
+        explained
+    )
+    choose, posed = plans.choose, []  # k, which is frozen, lies between q and v
+    monkeypatch.setattr(
+        plans, "choose", lambda op, impl, *of: posed.append(of[0]) or choose(op, impl, *of)
+    )
+    model(input_ids=tokens())
+    assert {p._replace(M=7) for p in posed} == {p for _, p in explained.plans}
+    monkeypatch.undo()
+    model.model.layers[0].self_attn.v_proj.merge()  # those of that block run alone
+    assert len(fastlora.explain(model, 7).plans) == 2
+
+
+@pytest.mark.parametrize("forced", ["torch", "triton", "reference"])
+def test_explains_what_is_forced(monkeypatch, forced):
+    monkeypatch.setattr(plans, "FORCED", forced)
+    assert f"{forced:9} FASTLORA_IMPL={forced}" in str(fastlora.explain((48, 32), 64, device="cpu"))
+
+
+def test_explain_says_what_it_cannot_take():
+    with pytest.raises(ValueError, match=r"Linear holds no LoRALinear.*inject\(model, config\)"):
+        fastlora.explain(torch.nn.Linear(2, 2))
+    with pytest.raises(
+        ValueError, match=r"a shape is \(N, K\), two positive integers, got \(1, 2, 3\)"
+    ):
+        fastlora.explain((1, 2, 3))
+    with pytest.raises(ValueError, match=r"got \(0, 3\)"):
+        fastlora.explain([(4, 4), (0, 3)])
+    with pytest.raises(TypeError, match=r"what must be .* got str"):
+        fastlora.explain("llama")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device is 'cuda', but PyTorch can use no GPU here"):
+            fastlora.explain((4, 4), device="cuda")
+    with pytest.raises(ValueError, match="tokens must be positive integers, got 0"):
+        fastlora.explain((4, 4), tokens=0)
