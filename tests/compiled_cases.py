@@ -43,9 +43,9 @@ from fastlora_kernels.configs import (
 from fastlora_kernels.gated import ACTIVATIONS
 
 # `make figures` compiles everything and keeps what it found with a hash of the kernels. The test
-# suite compiles a sample, which has to come out as kept: for the chips whose matrix instructions
-# differ, without those that have sm_80's and less shared memory, and of the problems the ones that
-# another kind of loop is compiled for.
+# suite compiles for the chips whose matrix instructions differ, without those that have sm_80's and
+# less shared memory: a sample, which has to come out as kept, of the problems that another kind of
+# loop is compiled for; all defaults where what is kept is of another Triton or of other kernels.
 CAPABILITIES = (80, 90, 100)
 MORE_CAPABILITIES = (86, 89, 120)
 SIZES = {"even": (4096, 4096, 4096), "ragged": (1000, 1001, 999), "uneven": (1000, 1001, 1008)}
@@ -129,10 +129,11 @@ def joint_calls(empty, sizes: tuple[int, int, int], r: int, adapter: torch.dtype
         da_all(x, s, [seed] * count, **dropped)
 
 
-def jobs(every: bool) -> list[tuple[int, str, str, launch.Call]]:
-    """Return capability, problem, name and launch of each program, all of them or the sample."""
+def jobs(asked: str) -> list[tuple[int, str, str, launch.Call]]:
+    """Return capability, problem, name and launch of programs: "every", "defaults" or "sample"."""
+    every = asked == "every"
     found, names = [], set()
-    problems = [(*problem, "default") for problem in (PROBLEMS if every else SAMPLE)]
+    problems = [(*problem, "default") for problem in (SAMPLE if asked == "sample" else PROBLEMS)]
     problems.append(("even", "bf16", 16, "early"))
     if every:
         more = itertools.product(("even",), ("bf16", "bf16-fp32"), (16, 128), ("every",))
@@ -295,9 +296,9 @@ def pipelined_loads(call: launch.Call) -> int:
     return config.num_stages * elements * tensor.dtype.itemsize // (16 * 32 * config.num_warps)
 
 
-def main(share: int, of: int, every: bool) -> None:
+def main(share: int, of: int, which: str) -> None:
     if share == 0:
-        programs = [(capability, name) for capability, _, name, _ in jobs(every=True)]
+        programs = [(capability, name) for capability, _, name, _ in jobs("every")]
         print(json.dumps({"all": programs, "kernels": fingerprint()}), flush=True)
     for problem, call in amd_jobs()[share::of]:
         try:
@@ -308,8 +309,8 @@ def main(share: int, of: int, every: bool) -> None:
             found = {"no_linker": str(error)}
         about = {"problem": problem, "kernel": call.kernel.__name__, "config": str(call.config)}
         print(json.dumps({"capability": "gfx942", **about, **found}), flush=True)
-    known = set(map(tuple, json.load(sys.stdin))) if every else ()
-    todo = [job for job in jobs(every) if (job[0], job[2]) not in known]
+    known = set(map(tuple, json.load(sys.stdin))) if which == "every" else ()
+    todo = [job for job in jobs(which) if (job[0], job[2]) not in known]
     for capability, problem, name, call in todo[share::of]:
         found = aot.compile_call(call, capability)
         report = {
@@ -337,4 +338,4 @@ def main(share: int, of: int, every: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["every"])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

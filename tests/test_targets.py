@@ -2,6 +2,7 @@
 """Which modules a config selects: the same ones as in PEFT, and in bounded time."""
 
 import json
+import pprint
 import re
 import subprocess
 import sys
@@ -42,7 +43,7 @@ NAMES = [
 CASES = [
     {"target_modules": ["foo"]},
     {"target_modules": ["foobar"]},
-    {"target_modules": {"q_proj"}},
+    {"target_modules": {"q_proj", "v_proj"}},
     {"target_modules": ["attn.q_proj", "block.foo"]},
     {"target_modules": "foo"},
     {"target_modules": r".*q_proj"},
@@ -82,7 +83,12 @@ def selected(config: LoRAConfig, names=NAMES):
     return targets.select(config.selection(), names)["layers"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def named(case) -> str:
+    """A case in a test's name, the same in every process: its sets are sorted."""
+    return pprint.pformat(case, width=1000)
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
 def test_the_same_modules_as_in_peft(case):
     assert selected(LoRAConfig(**case)) == in_peft(PeftLoraConfig(**case))
 
@@ -147,7 +153,7 @@ def test_any_config_selects_as_in_peft(values, names):
 # Patterns from files
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=named)
 def test_a_process_gives_the_same_answer(case, monkeypatch):
     spec = LoRAConfig(**case).selection()
     monkeypatch.setattr(targets, "_harmless", lambda spec: False)
