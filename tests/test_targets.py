@@ -2,7 +2,6 @@
 """Which modules a config selects: the same ones as in PEFT, and in bounded time."""
 
 import json
-import pprint
 import re
 import subprocess
 import sys
@@ -85,7 +84,7 @@ def selected(config: LoRAConfig, names=NAMES):
 
 def named(case) -> str:
     """A case in a test's name, the same in every process: its sets are sorted."""
-    return pprint.pformat(case, width=1000)
+    return json.dumps(case, default=sorted)
 
 
 @pytest.mark.parametrize("case", CASES, ids=named)
