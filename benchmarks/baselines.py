@@ -223,9 +223,14 @@ class OursTriton(Ours):
     impl = "triton"
 
 
+class OursPlain(Ours):
+    impl = "plain"
+
+
 WAYS = {
     "frozen": Frozen,
     "fastlora torch": Ours,
+    "fastlora plain": OursPlain,
     "fastlora library": OursLibrary,
     "fastlora triton": OursTriton,
     "PEFT": Peft,
@@ -242,6 +247,9 @@ def cannot(way: str, problem: Problem) -> str | None:
         return "has no dropout"
     if way in ("loralib", "LoRAFusion schedule") and problem.adapter != problem.dtype:
         return "has adapters in the base's dtype only"
+    few = plans.is_few(problem.M, problem.K, torch.device(problem.device))
+    if way == "fastlora plain" and not few:
+        return "is for few tokens on a CPU"
     if way in ("fastlora library", "fastlora triton") and problem.device == "cpu":
         return "needs a GPU"
     needs_triton = ("fastlora library", "fastlora triton", "LoRAFusion schedule")

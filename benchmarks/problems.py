@@ -47,7 +47,7 @@ def problems(device: str) -> Iterator[Problem]:
         if layer != goal and (not cpu or model in CPU_TOKENS):
             for p in DROPOUTS:
                 yield _problem(layer, CPU_TOKENS[model] if cpu else tokens, device, p=p)
-    for m in (1, 16, 128) if cpu else (16, 64, 256, 512, 1024, 2048, 4096, 16384):
+    for m in (1, 16, 64, 128) if cpu else (16, 64, 256, 512, 1024, 2048, 4096, 16384):
         yield _problem(goal, m, device)
     for r in (8, 64, 128):
         yield _problem(goal, tokens, device, R=r)

@@ -18,6 +18,7 @@ COLUMNS = ("forward", "ratio", "backward", "ratio", "both", "ratio")
 COLUMNS += ("of peak", "of copy", "kept", "peak")
 COLOURS = {
     "fastlora torch": "#2a78b8",
+    "fastlora plain": "#2fa8a0",
     "fastlora library": "#59a5d8",
     "fastlora triton": "#1b3f66",
     "PEFT": "#d1495b",

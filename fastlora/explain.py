@@ -49,6 +49,8 @@ def explain(
 ) -> Explanation:
     """Say which implementation ``impl="auto"`` takes, why, and what was measured; print the result.
 
+    In eager mode: what is compiled takes "torch" where "plain" is listed.
+
     ``what`` is a LoRALinear, a layer of PEFT's that `patch_peft` has fused, or a model that holds
     some, each taken as it is: active adapters, dtypes, device, training or not; equal ones are
     listed once, siblings that run as one operator together; merged and disabled ones are left out,
@@ -79,10 +81,16 @@ def explain(
             same = _problems(shape, sizes, r, dtype, adapter, dropout)
             found += [(where, problem) for problem in same]
     chosen = {
-        (where, problem): {op: plans.choose(op, "auto", problem, where) for op in OPS}
+        (where, problem): {op: _chosen(op, problem, where) for op in OPS}
         for where, problem in found
     }
     return Explanation(chosen)
+
+
+def _chosen(op: str, problem: Problem, device: torch.device) -> Plan:
+    if plans.is_few(problem.M, problem.K, device):
+        return Plan("plain", "few tokens", {}, {})
+    return plans.choose(op, "auto", problem, device)
 
 
 def _of_module(model: nn.Module, tokens: Iterable[int]) -> list[tuple[torch.device, Problem]]:

@@ -35,14 +35,15 @@ def lora_linear(
     Shapes: ``x`` [..., K], ``weight`` [N, K], ``lora_A`` [R, K], ``lora_B`` [N, R], ``bias``
     [N]; returns [..., N] in the dtype of ``x``. Any strides; any rank R ≥ 1; nothing is modified.
     Dtypes: ``x``, ``weight`` and ``bias`` all float32, bfloat16, float16 or (implementations
-    "torch" and "reference") float64; ``lora_A`` and ``lora_B`` the same, or both float32 under
-    a bfloat16 or float16 base. Under autocast x, weight and bias are cast to its dtype.
+    "torch", "plain" and "reference") float64; ``lora_A`` and ``lora_B`` the same, or both float32
+    under a bfloat16 or float16 base. Under autocast x, weight and bias are cast to its dtype.
 
     ``scaling`` is alpha / r; as a 0-d tensor on x's device or the CPU it may change without a
     recompilation of a compiled model. Dropout with probability ``dropout_p`` acts on the input of
     the low-rank path when ``training``; its seed comes from torch's generator for ``x.device``.
     ``impl`` is "auto" (choose), "triton", "library" (the vendor's wide products, Triton kernels
-    for the narrow ones), "torch" or "reference"; a named one never falls back.
+    for the narrow ones), "torch", "plain" (PyTorch's own operations and gradients, which keep more
+    for backward) or "reference"; a named one never falls back.
 
     Differentiable in x, lora_A and lora_B, and in weight and bias where they require grad.
     Raises TypeError or ValueError naming the argument that is wrong, and RuntimeError when the

@@ -33,12 +33,21 @@ def run(x: Tensor, projections: Sequence[Operands], activation: str, impl: str =
 
     Only for what `ops.unobserved` allows: no compiler, dispatch mode or transform looks on.
     """
+    if impl == "plain" or (impl == "auto" and plans.is_few(*x.shape, x.device)):
+        return _apart(x, projections, activation, impl)
     flat = [t for w, a, b, bias, *_ in projections for t in (w, a, b, bias)]
     if torch.is_grad_enabled() and (
         x.requires_grad or any(t is not None and t.requires_grad for t in flat)
     ):
         return _GatedMLP.apply(x, projections, activation, impl, *flat)
     return _forward(x, projections, activation, impl)[0]
+
+
+def _apart(x: Tensor, projections: Sequence[Operands], activation: str, impl: str) -> Tensor:
+    """Return y from two operators and the activation between them, each with its own backward."""
+    g, u = ops.run(x, projections[:2], impl)
+    (y,) = ops.run(ACTIVATIONS[activation][0](g) * u, projections[2:], impl)
+    return y
 
 
 def _forward(
@@ -128,8 +137,7 @@ class _GatedMLP(torch.autograd.Function):
 def _differentiable_grads(dy, x, projections, activation, needs):
     """Return a gradient for x and for w, a, b and bias of each projection, or None."""
     inputs = [x, *(t for w, a, b, bias, *_ in projections for t in (w, a, b, bias))]
-    g, u = ops.run(x, projections[:2], "auto")
-    (y,) = ops.run(ACTIVATIONS[activation][0](g) * u, projections[2:], "auto")
+    y = _apart(x, projections, activation, "auto")
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(found) if need else None for need in needs]

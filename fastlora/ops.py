@@ -21,9 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.functional import linear
 
-from fastlora import plans
+from fastlora import plain_impl, plans
 from fastlora.dropout import keep_mask, kept_scale
 from fastlora.projection import Operands
 
@@ -308,28 +307,20 @@ _apply = super(torch.autograd.Function, _Direct).apply
 
 def run(x: Tensor, projections: Sequence[Operands], impl: str) -> Sequence[Tensor]:
     """Return y of each projection, by the shortest way that gives what the operator does."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return [_transformed(x, projection) for projection in projections]
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     flat = [t for w, a, b, bias, _, _, _ in projections for t in (w, a, b, bias)]
-    if not unobserved(x, *flat):
+    observed = transformed or not unobserved(x, *flat)
+    few = impl == "auto" and not observed and plans.is_few(*x.shape, x.device)
+    if transformed or few or impl == "plain":
+        with exact(x.device):
+            return plain_impl.forward_all(x, projections, observed)
+    if observed:
         return torch.ops.fastlora.lora_linears(x, *_lists(x, _alike(projections)), impl)[0]
     if torch.is_grad_enabled():
         for t in (x, *flat):
             if t is not None and t.requires_grad:
                 return _apply(x, projections, impl, *flat)
     return forward(x, projections, impl)[0]
-
-
-def _transformed(x: Tensor, projection: Operands) -> Tensor:
-    """Return y in plain torch, which `torch.func` and forward-mode AD can go through."""
-    w, a, b, bias, seed, scaling, p = projection
-    with exact(x.device):
-        y = linear(x, w, bias)
-        if a is None:
-            return y
-        keep = _kept(x, a, seed, p)
-        x_hat = x.to(a.dtype) if keep is None else x.to(a.dtype) * keep
-        return (y + linear(linear(x_hat, a), b) * scaling).to(x.dtype)
 
 
 def unobserved(*tensors: Tensor | None) -> bool:

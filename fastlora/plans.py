@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastlora.projection import Operands
 
-IMPLEMENTATIONS = ("auto", "triton", "library", "torch", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "library", "torch", "plain", "reference")
 # What "auto" takes, from the environment when Python starts: one of the above.
 FORCED = os.environ.get("FASTLORA_IMPL", "auto")
 # Whether a problem that nothing was measured for is measured when it first comes up.
@@ -23,6 +23,10 @@ TUNE = os.environ.get("FASTLORA_TUNE", "0") == "1"
 
 # A prediction has to be this much below the default's to be taken: by less it may be wrong.
 MARGIN = 0.85
+
+# Elements of x up to which "plain" runs on a CPU: the time that Python takes for an operator of its
+# own counts there, the memory that PyTorch's gradients keep hardly does (`kernels/CPU.md`).
+FEW = 1 << 17
 
 MODULES = {
     "triton": "fastlora_kernels",
@@ -194,6 +198,19 @@ def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
             if seconds[best] < 0.98 * seconds.get(impl, float("inf")):
                 impl = best
     return Plan(impl, why, seconds, configs, predicted)
+
+
+def is_few(M: int, K: int, device: torch.device) -> bool:
+    """Return whether "auto" takes "plain" for x [M, K] in eager mode.
+
+    Not under autocast: a backward in it would round float32 adapters.
+    """
+    return (
+        device.type == "cpu"
+        and M * K <= FEW
+        and FORCED == "auto"
+        and not torch._C._is_any_autocast_enabled()
+    )
 
 
 def _tune_on_first_use(problem: Problem, device: torch.device) -> None:

@@ -423,6 +423,27 @@ MUTANTS = [
         "test_plans.py::test_the_fastest_measured_runs_in_each_direction",
     ),
     Mutant(
+        "few tokens are told by their number alone",
+        "plans.py",
+        "and M * K <= FEW",
+        "and M <= FEW",
+        "test_plain.py::test_few_is_counted_in_elements_of_x",
+    ),
+    Mutant(
+        "few tokens lose precision under autocast",
+        "plans.py",
+        "        and not torch._C._is_any_autocast_enabled()\n",
+        "",
+        "test_plain.py::test_where_the_operator_runs_all_the_same",
+    ),
+    Mutant(
+        "few tokens of a gated MLP are not multiplied",
+        "gated_mlp.py",
+        "ACTIVATIONS[activation][0](g) * u, projections[2:], impl)",
+        "ACTIVATIONS[activation][0](g), projections[2:], impl)",
+        "test_plain.py::test_a_model_computes_the_same",
+    ),
+    Mutant(
         "a draw leaves for another implementation",
         "plans.py",
         "            if seconds[best] < 0.98 * seconds",

@@ -69,6 +69,22 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def few_are_none(monkeypatch):
+    """Small tensors stand for large ones here, and take the way of those; `few` is for few."""
+    from fastlora import plans
+
+    monkeypatch.setattr(plans, "FEW", 0)
+
+
+@pytest.fixture
+def few(monkeypatch, few_are_none):
+    """Small tensors are few tokens, as they are for users."""
+    from fastlora import plans
+
+    monkeypatch.setattr(plans, "FEW", 1 << 17)
+
+
 @pytest.fixture
 def fused(monkeypatch):
     """Calls that the fused forward of PEFT's layers has made: a list of their inputs."""

@@ -16,8 +16,9 @@ from types import ModuleType, SimpleNamespace
 import fastlora_kernels
 import pytest
 from acceptance import Case, verify
+from plain_body import Plain
 
-from fastlora import torch_impl
+from fastlora import plain_impl, torch_impl
 
 PACKAGE = Path(fastlora_kernels.__file__).parent
 
@@ -251,6 +252,25 @@ TORCH_CASES = [
     Case(100, 64, 150, 5, kind="bf16", bias=False),
 ]
 
+# The same for the plain one.
+PLAIN_MUTANTS = {
+    "scaling forgotten": ("b.t(), alpha=scaling", "b.t()"),
+    "scaling of float32 factors forgotten": ("s * scaling", "s"),
+    "bias dropped": ("F.linear(x, w, bias), s", "F.linear(x, w), s"),
+    "bias of float32 factors dropped": ("low_rank + bias", "low_rank"),
+    "1 / (1 - p) forgotten": ("scaling * kept_scale(p)", "scaling"),
+    "nothing dropped": ("x * _ones(x, seed, p, observed)", "x"),
+    "base product of the dropped x": (".to(x.dtype), x, w.t())", ".to(x.dtype), x_hat, w.t())"),
+    "base product forgotten": (
+        "torch.addmm(low_rank.to(x.dtype), x, w.t())",
+        "low_rank.to(x.dtype)",
+    ),
+    "s from 16 bits": (
+        "F.linear(x_hat.to(a.dtype), a)",
+        "F.linear(x_hat, a.to(x.dtype)).to(a.dtype)",
+    ),
+}
+
 
 def load(folder: Path, name: str, file: str, right: str, wrong: str):
     """Import a copy of the kernels, under another name, in which ``right`` reads ``wrong``."""
@@ -309,13 +329,18 @@ def test_the_right_persistent_kernel_is_accepted():
             verify(persistent(fastlora_kernels, low_rank), case)
 
 
-@pytest.mark.parametrize("name", TORCH_MUTANTS)
-def test_a_wrong_torch_implementation_is_refused(name):
-    right, wrong = TORCH_MUTANTS[name]
-    text = Path(torch_impl.__file__).read_text()
+def changed(module: ModuleType, right: str, wrong: str) -> ModuleType:
+    """Return a copy of ``module`` in which ``right`` reads ``wrong``."""
+    text = Path(module.__file__).read_text()
     assert text.count(right) == 1, f"{right!r} occurs {text.count(right)} times"
     mutant = ModuleType("mutant")
     exec(text.replace(right, wrong), mutant.__dict__)
+    return mutant
+
+
+@pytest.mark.parametrize("name", TORCH_MUTANTS)
+def test_a_wrong_torch_implementation_is_refused(name):
+    mutant = changed(torch_impl, *TORCH_MUTANTS[name])
     with pytest.raises(AssertionError):
         # Small inputs, then as if they were large.
         for mutant.FEW, mutant.SHORT in ((torch_impl.FEW, torch_impl.SHORT), (0, 0)):
@@ -323,9 +348,18 @@ def test_a_wrong_torch_implementation_is_refused(name):
                 verify(mutant, case)
 
 
-def test_the_right_torch_implementation_is_accepted():
+@pytest.mark.parametrize("name", PLAIN_MUTANTS)
+def test_a_wrong_plain_implementation_is_refused(name):
+    mutant = Plain(changed(plain_impl, *PLAIN_MUTANTS[name]))
+    with pytest.raises(AssertionError):
+        for case in TORCH_CASES:
+            verify(mutant, case)
+
+
+@pytest.mark.parametrize("body", [torch_impl, Plain()], ids=["torch", "plain"])
+def test_the_right_implementation_is_accepted(body):
     for case in TORCH_CASES:
-        verify(torch_impl, case)
+        verify(body, case)
 
 
 def test_the_right_kernel_is_accepted():

@@ -24,6 +24,8 @@ from fastlora.__main__ import main
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
+# A run in another process, or of a fixture of the module, is to give the same numbers.
+pytestmark = pytest.mark.usefixtures("few")
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from fastlora.projection import Operands
 OP = torch.ops.fastlora.lora_linears.default
 BACKWARD = torch.ops.fastlora.lora_linears_backward.default
 each_impl = pytest.mark.parametrize("impl", ["torch", "triton"])
+each_way = pytest.mark.parametrize("impl", ["torch", "triton", "plain"])
 
 
 def arguments(dtype=torch.float32, adapter=None, m=6, n=10, k=8, r=3, grad=True):
@@ -60,7 +61,7 @@ def test_a_tensor_that_outlived_its_transform():
     assert torch.equal(*(torch.autograd.grad(out.sum(), a)[0] for out in (y, expected)))
 
 
-@each_impl
+@each_way
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_matches_the_oracle_through_autograd(impl, kind, p):
@@ -155,7 +156,7 @@ def test_opcheck(impl, kind, p):
         opcheck(BACKWARD, backward_args, test_utils=["test_schema", "test_faketensor"])
 
 
-@each_impl
+@each_way
 def test_every_combination_of_gradients(impl):
     names = ("x", "weight", "lora_A", "lora_B", "bias")
     t = arguments(grad=False)
@@ -176,7 +177,7 @@ def test_every_combination_of_gradients(impl):
                 assert leaf.grad is None
 
 
-@each_impl
+@each_way
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 3), (0,), (2, 0, 3)])
 def test_leading_dimensions(impl, lead):
     t = arguments()
@@ -189,7 +190,7 @@ def test_leading_dimensions(impl, lead):
     assert g[0].shape == x.shape and all(torch.isfinite(v).all() for v in g)
 
 
-@each_impl
+@each_way
 def test_inputs_are_never_modified(impl):
     t = arguments(torch.bfloat16)
     before = {n: (v._version, v.detach().clone()) for n, v in t.items()}
@@ -201,7 +202,7 @@ def test_inputs_are_never_modified(impl):
         assert t[name]._version == version and torch.equal(t[name], value), name
 
 
-@each_impl
+@each_way
 def test_backward_twice_gives_the_same(impl):
     t = arguments()
     y = fastlora.lora_linear(**t, dropout_p=0.5, training=True, impl=impl)
@@ -246,7 +247,7 @@ def test_forward_needs_no_temporary_as_wide_as_the_output():
     assert peak < 1.5 * m * n * 2  # the output and blocks of it in float32
 
 
-@each_impl
+@each_way
 def test_dropout_is_that_of_torch_in_distribution(impl):
     """Mean and keep rate of the mask, independence of two calls, and reproducibility by seed."""
     x = torch.ones(128, 64)
@@ -273,11 +274,12 @@ def test_dropout_is_that_of_torch_in_distribution(impl):
 def test_both_implementations_draw_the_same_mask():
     t = arguments(m=70, k=37)
     y = {}
-    for impl in ("torch", "triton", "reference"):
+    for impl in ("torch", "triton", "plain", "reference"):
         torch.manual_seed(3)
         y[impl] = fastlora.lora_linear(**t, dropout_p=0.5, training=True, impl=impl)
     torch.testing.assert_close(y["torch"], y["reference"])
     torch.testing.assert_close(y["triton"], y["reference"])
+    torch.testing.assert_close(y["plain"], y["reference"])
 
 
 def test_successive_seeds_differ():
@@ -285,7 +287,7 @@ def test_successive_seeds_differ():
     assert len(seeds) == 100
 
 
-@each_impl
+@each_way
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint_draws_the_same_mask_again(impl, reentrant):
     t = arguments(m=40, k=64)
@@ -303,7 +305,7 @@ def test_checkpoint_draws_the_same_mask_again(impl, reentrant):
     assert all(map(torch.equal, *results))
 
 
-@each_impl
+@each_way
 def test_compiles_without_a_break_and_for_any_number_of_rows(impl):
     t = arguments()
     compiles = 0
@@ -345,7 +347,7 @@ def test_a_scaling_tensor_never_recompiles():
     assert compiles == 1
 
 
-@each_impl
+@each_way
 def test_inductor_forward_and_backward(impl):
     t = arguments(m=16, k=32)
 
@@ -373,7 +375,7 @@ def test_compiled_dropout_uses_one_mask_in_both_directions():
     assert 0.4 < (y == 0).float().mean() < 0.6
 
 
-@each_impl
+@each_way
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
 def test_autocast(impl, adapter):
     t = arguments()

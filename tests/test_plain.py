@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Few tokens on a CPU: "auto" takes PyTorch's own operations, and nothing else changes."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from tiny_models import llama, tokens
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastlora
+from fastlora import plans
+from fastlora.flops import FORMULAS
+
+OWN, PLAIN = "_DirectBackward", "AddmmBackward0"
+LORA = {"r": 4, "lora_dropout": 0.3, "target_modules": "all-linear"}
+
+
+def output(m=6, n=10, k=8, r=3, **options):
+    shapes = ((m, k), (n, k), (r, k), (n, r))
+    given = [torch.randn(shape, requires_grad=i != 1) for i, shape in enumerate(shapes)]
+    return fastlora.lora_linear(*given, **options)
+
+
+def node(**options) -> str:
+    return output(**options).grad_fn.name()
+
+
+@pytest.mark.parametrize("m", [1, 8, 9, 64])
+def test_few_is_counted_in_elements_of_x(m, monkeypatch):
+    monkeypatch.setattr(plans, "FEW", 64)
+    assert node(m=m, k=8) == (PLAIN if 8 * m <= 64 else OWN)
+
+
+@pytest.mark.usefixtures("few")
+def test_where_the_operator_runs_all_the_same(monkeypatch):
+    assert node() == node(impl="plain") == PLAIN
+    assert node(impl="torch") == OWN
+    with torch.autocast("cpu", torch.bfloat16):  # a backward in it would round float32 adapters
+        assert node() == OWN
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:  # who looks on sees it
+        output()
+    assert set(counter.get_flop_counts()["Global"]) == {torch.ops.fastlora.lora_linears}
+    monkeypatch.setattr(plans, "FORCED", "torch")
+    assert node() == OWN
+
+
+def inject(model):
+    fastlora.inject(model, fastlora.LoRAConfig(**LORA))
+
+
+def inject_siblings(model):
+    fastlora.inject(model, fastlora.LoRAConfig(**LORA), fuse_siblings=True)
+
+
+def patch(model):
+    fastlora.patch_peft(peft.get_peft_model(model, peft.LoraConfig(**LORA)))
+
+
+def nodes(tensor: torch.Tensor) -> set[str]:
+    """Return the names of everything in the graph that made ``tensor``."""
+    found, left = set(), [tensor.grad_fn]
+    while left:
+        function = left.pop()
+        if function is not None and function not in found:
+            found.add(function)
+            left += [other for other, _ in function.next_functions]
+    return {function.name() for function in found}
+
+
+@pytest.mark.parametrize("how", [inject, inject_siblings, patch], ids=lambda how: how.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_model_computes_the_same(how, dtype, monkeypatch):
+    """The same losses, gradients and dropout: layers, siblings and gated MLPs, PEFT's layers."""
+    model = llama().to(dtype)
+    how(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    results = []
+    for limit in (0, 1 << 17):
+        monkeypatch.setattr(plans, "FEW", limit)
+        torch.manual_seed(7)
+        loss = model(input_ids=tokens(), labels=tokens()).loss
+        own = {"_DirectBackward", "_GatedMLPBackward"} & nodes(loss)
+        assert bool(own) == (limit == 0)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        results.append([loss, *torch.autograd.grad(loss, trained)])
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    for many, few in zip(*results, strict=True):
+        assert (many - few).norm() <= tolerance * many.norm()
+
+
+@pytest.mark.usefixtures("few")
+def test_what_runs_is_explained():
+    text = str(fastlora.explain((2048, 1024), tokens=(128, 129), device="cpu"))
+    assert text == (
+        "M x N x K: tokens, outputs, inputs\n"
+        "128 x 2048 x 1024, r = 16, bfloat16, float32 adapters, on cpu\n"
+        "  forward   plain     few tokens\n"
+        "  backward  plain     few tokens\n"
+        "129 x 2048 x 1024, r = 16, bfloat16, float32 adapters, on cpu\n"
+        "  forward   torch     made for CPUs\n"
+        "  backward  torch     made for CPUs"
+    )
