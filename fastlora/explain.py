@@ -88,7 +88,8 @@ def explain(
 
 
 def _chosen(op: str, problem: Problem, device: torch.device) -> Plan:
-    if plans.is_few(problem.M, problem.K, device):
+    keeps_more = problem.dropout or problem.adapter != problem.dtype or bool(problem.others)
+    if plans.is_few(problem.M, problem.K, device, keeps_more):
         return Plan("plain", "few tokens", {}, {})
     return plans.choose(op, "auto", problem, device)
 

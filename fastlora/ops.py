@@ -310,7 +310,7 @@ def run(x: Tensor, projections: Sequence[Operands], impl: str) -> Sequence[Tenso
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     flat = [t for w, a, b, bias, _, _, _ in projections for t in (w, a, b, bias)]
     observed = transformed or not unobserved(x, *flat)
-    few = impl == "auto" and not observed and plans.is_few(*x.shape, x.device)
+    few = impl == "auto" and not observed and _is_few(x, projections)
     if transformed or few or impl == "plain":
         with exact(x.device):
             return plain_impl.forward_all(x, projections, observed)
@@ -321,6 +321,13 @@ def run(x: Tensor, projections: Sequence[Operands], impl: str) -> Sequence[Tenso
             if t is not None and t.requires_grad:
                 return _apply(x, projections, impl, *flat)
     return forward(x, projections, impl)[0]
+
+
+def _is_few(x: Tensor, projections: Sequence[Operands]) -> bool:
+    keeps_more = len(projections) > 1
+    for _, a, _, _, seed, _, _ in projections:
+        keeps_more |= seed is not None or (a is not None and a.dtype != x.dtype)
+    return plans.is_few(*x.shape, x.device, keeps_more)
 
 
 def unobserved(*tensors: Tensor | None) -> bool:

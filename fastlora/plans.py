@@ -27,6 +27,9 @@ MARGIN = 0.85
 # Elements of x up to which "plain" runs on a CPU: the time that Python takes for an operator of its
 # own counts there, the memory that PyTorch's gradients keep hardly does (`kernels/CPU.md`).
 FEW = 1 << 17
+# The same where they keep no more, without dropout and with adapters in the dtype of x, and nothing
+# is shared with other projections of x.
+STILL_FEW = 1 << 20
 
 MODULES = {
     "triton": "fastlora_kernels",
@@ -200,14 +203,16 @@ def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
     return Plan(impl, why, seconds, configs, predicted)
 
 
-def is_few(M: int, K: int, device: torch.device) -> bool:
+def is_few(M: int, K: int, device: torch.device, keeps_more: bool = True) -> bool:
     """Return whether "auto" takes "plain" for x [M, K] in eager mode.
 
-    Not under autocast: a backward in it would round float32 adapters.
+    ``keeps_more``: it would keep more for backward than "torch", or share less. Not under
+    autocast: a backward in it would round float32 adapters.
     """
+    elements, limit = M * K, FEW if keeps_more else STILL_FEW
     return (
         device.type == "cpu"
-        and M * K <= FEW
+        and elements <= limit
         and FORCED == "auto"
         and not torch._C._is_any_autocast_enabled()
     )

@@ -425,9 +425,16 @@ MUTANTS = [
     Mutant(
         "few tokens are told by their number alone",
         "plans.py",
-        "and M * K <= FEW",
-        "and M <= FEW",
+        "elements, limit = M * K,",
+        "elements, limit = M,",
         "test_plain.py::test_few_is_counted_in_elements_of_x",
+    ),
+    Mutant(
+        "few tokens keep a mask and wider copies of many",
+        "ops.py",
+        "        keeps_more |= seed",
+        "        seed",
+        "test_plain.py::test_few_is_less_where_more_is_kept",
     ),
     Mutant(
         "few tokens lose precision under autocast",

@@ -74,7 +74,10 @@ def few_are_none(monkeypatch):
     """Small tensors stand for large ones here, and take the way of those; `few` is for few."""
     from fastlora import plans
 
-    monkeypatch.setattr(plans, "FEW", 0)
+    own = {name: getattr(plans, name) for name in ("FEW", "STILL_FEW")}
+    for name in own:
+        monkeypatch.setattr(plans, name, 0)
+    return own
 
 
 @pytest.fixture
@@ -82,7 +85,8 @@ def few(monkeypatch, few_are_none):
     """Small tensors are few tokens, as they are for users."""
     from fastlora import plans
 
-    monkeypatch.setattr(plans, "FEW", 1 << 17)
+    for name, value in few_are_none.items():
+        monkeypatch.setattr(plans, name, value)
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ OWN, PLAIN = "_DirectBackward", "AddmmBackward0"
 LORA = {"r": 4, "lora_dropout": 0.3, "target_modules": "all-linear"}
 
 
-def output(m=6, n=10, k=8, r=3, **options):
-    shapes = ((m, k), (n, k), (r, k), (n, r))
-    given = [torch.randn(shape, requires_grad=i != 1) for i, shape in enumerate(shapes)]
-    return fastlora.lora_linear(*given, **options)
+def output(m=6, n=10, k=8, r=3, dtype=torch.float32, adapter=None, **options):
+    x, w = torch.randn(m, k, dtype=dtype, requires_grad=True), torch.randn(n, k, dtype=dtype)
+    a, b = (torch.randn(shape, dtype=adapter or dtype) for shape in ((r, k), (n, r)))
+    return fastlora.lora_linear(x, w, a.requires_grad_(), b.requires_grad_(), **options)
 
 
 def node(**options) -> str:
@@ -29,8 +29,22 @@ def node(**options) -> str:
 
 @pytest.mark.parametrize("m", [1, 8, 9, 64])
 def test_few_is_counted_in_elements_of_x(m, monkeypatch):
-    monkeypatch.setattr(plans, "FEW", 64)
+    monkeypatch.setattr(plans, "STILL_FEW", 64)
     assert node(m=m, k=8) == (PLAIN if 8 * m <= 64 else OWN)
+
+
+def test_few_is_less_where_more_is_kept(monkeypatch):
+    """A mask, what it leaves of x, or x in float32."""
+    monkeypatch.setattr(plans, "FEW", 32)
+    monkeypatch.setattr(plans, "STILL_FEW", 64)
+    dropped = {"dropout_p": 0.5, "training": True}
+    for options in (dropped, {"dtype": torch.bfloat16, "adapter": torch.float32}):
+        assert node(m=4, **options) == PLAIN and node(m=5, **options) == OWN
+    assert node(m=8) == PLAIN and node(m=9) == OWN
+    one = fastlora.Projection(torch.randn(10, 8), torch.randn(3, 8), torch.randn(10, 3))
+    for m, how in ((4, PLAIN), (5, OWN)):  # what several share is worth more
+        x = torch.randn(m, 8, requires_grad=True)
+        assert {y.grad_fn.name() for y in fastlora.lora_linears(x, [one, one])} == {how}
 
 
 @pytest.mark.usefixtures("few")
@@ -82,6 +96,7 @@ def test_a_model_computes_the_same(how, dtype, monkeypatch):
     results = []
     for limit in (0, 1 << 17):
         monkeypatch.setattr(plans, "FEW", limit)
+        monkeypatch.setattr(plans, "STILL_FEW", limit)
         torch.manual_seed(7)
         loss = model(input_ids=tokens(), labels=tokens()).loss
         own = {"_DirectBackward", "_GatedMLPBackward"} & nodes(loss)
@@ -105,3 +120,7 @@ def test_what_runs_is_explained():
         "  forward   torch     made for CPUs\n"
         "  backward  torch     made for CPUs"
     )
+    options = {"tokens": 1024, "dtype": torch.float32, "device": "cpu"}
+    for dropout, impl in ((False, "plain"), (True, "torch")):
+        ((_, chosen),) = fastlora.explain((64, 1024), dropout=dropout, **options).plans.items()
+        assert chosen["forward"].impl == chosen["backward"].impl == impl
