@@ -18,7 +18,7 @@ COLUMNS = ("forward", "ratio", "backward", "ratio", "both", "ratio")
 COLUMNS += ("of peak", "of copy", "kept", "peak")
 COLOURS = {
     "fastlora torch": "#2a78b8",
-    "fastlora plain": "#2fa8a0",
+    "fastlora plain": "#12c2e9",
     "fastlora library": "#59a5d8",
     "fastlora triton": "#1b3f66",
     "PEFT": "#d1495b",
@@ -152,7 +152,9 @@ def draw_ratios(result: dict, path: Path) -> None:
         at = [(i, _row(p, way)) for i, p in enumerate(chosen)]
         at = [(row["both"]["ratio"], i) for i, row in at if row is not None]
         if way != "frozen" and at:
-            axes.plot(*zip(*at, strict=True), "o", color=colour, label=way, markersize=7, alpha=0.9)
+            style = {"color": colour, "markersize": 7, "alpha": 0.9}
+            above = 3 if way.startswith("fastlora") else 2
+            axes.plot(*zip(*at, strict=True), "o", label=way, zorder=above, **style)
     axes.axvline(1.0, color=COLOURS["frozen"], linewidth=1.5, label="frozen layer")
     axes.set_yticks(range(len(chosen)), [title(p) for p in chosen], fontsize=8)
     axes.invert_yaxis()

@@ -80,7 +80,7 @@ def test_explains_siblings_together(monkeypatch):
     assert len(fastlora.explain(model, 7).plans) == 2
 
 
-@pytest.mark.parametrize("forced", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("forced", ["torch", "triton", "plain", "reference"])
 def test_explains_what_is_forced(monkeypatch, forced):
     monkeypatch.setattr(plans, "FORCED", forced)
     assert f"{forced:9} FASTLORA_IMPL={forced}" in str(fastlora.explain((48, 32), 64, device="cpu"))

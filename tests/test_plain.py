@@ -108,6 +108,19 @@ def test_a_model_computes_the_same(how, dtype, monkeypatch):
         assert (many - few).norm() <= tolerance * many.norm()
 
 
+def test_a_model_where_it_is_asked_for_by_the_environment(monkeypatch):
+    """FASTLORA_IMPL=plain, whatever the size, second derivatives included."""
+    monkeypatch.setattr(plans, "FORCED", "plain")
+    model = llama(attn_implementation="eager")  # the other has no second derivative
+    inject_siblings(model)
+    loss = model(input_ids=tokens(), labels=tokens()).loss
+    assert not {OWN, "_GatedMLPBackward"} & nodes(loss)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    first = torch.autograd.grad(loss, trained, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), trained)
+    assert any(g.abs().max() > 0 for g in second)
+
+
 @pytest.mark.usefixtures("few")
 def test_what_runs_is_explained():
     text = str(fastlora.explain((2048, 1024), tokens=(128, 129), device="cpu"))
