@@ -325,8 +325,11 @@ def run(x: Tensor, projections: Sequence[Operands], impl: str) -> Sequence[Tenso
 
 def _is_few(x: Tensor, projections: Sequence[Operands]) -> bool:
     keeps_more = len(projections) > 1
-    for _, a, _, _, seed, _, _ in projections:
-        keeps_more |= seed is not None or (a is not None and a.dtype != x.dtype)
+    for _, a, b, _, seed, _, _ in projections:
+        if a is not None:
+            if not (a.is_contiguous() and b.is_contiguous()):
+                return False  # PyTorch's gradients of others round worse than the rule allows
+            keeps_more |= seed is not None or a.dtype != x.dtype
     return plans.is_few(*x.shape, x.device, keeps_more)
 
 

@@ -432,8 +432,8 @@ MUTANTS = [
     Mutant(
         "few tokens keep a mask and wider copies of many",
         "ops.py",
-        "        keeps_more |= seed",
-        "        seed",
+        "            keeps_more |= seed",
+        "            seed",
         "test_plain.py::test_few_is_less_where_more_is_kept",
     ),
     Mutant(
