@@ -310,7 +310,7 @@ def run(x: Tensor, projections: Sequence[Operands], impl: str) -> Sequence[Tenso
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     flat = [t for w, a, b, bias, _, _, _ in projections for t in (w, a, b, bias)]
     observed = transformed or not unobserved(x, *flat)
-    few = impl == "auto" and not observed and _is_few(x, projections)
+    few = impl == "auto" and x.is_cpu and not observed and _is_few(x, projections)
     if transformed or few or impl == "plain":
         with exact(x.device):
             return plain_impl.forward_all(x, projections, observed)

@@ -98,7 +98,7 @@ def test_where_the_operator_runs_all_the_same(monkeypatch):
     x, w = torch.randn(6, 8, requires_grad=True), torch.randn(10, 8)
     a, b = torch.randn(3, 8), torch.randn(10, 3)
     for factors in ((a.t().contiguous().t(), b), (a, b.t().contiguous().t())):
-        assert type(fastlora.lora_linear(x, w, *factors).grad_fn).__name__ == OWN
+        assert name_of(fastlora.lora_linear(x, w, *factors).grad_fn) == OWN
     with torch.autocast("cpu", torch.bfloat16):  # a backward in it would round float32 adapters
         assert node() == OWN
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:  # who looks on sees it
