@@ -188,7 +188,12 @@ def _times(plan: Plan) -> str:
 
 
 def _beside(plan: Plan, impl: str) -> str:
-    """Return the prediction that stands beside a measurement."""
-    if not plan.seconds or impl not in plan.predicted:
+    """Return what stands beside a measurement: the time with the host, the prediction."""
+    if not plan.seconds:
         return ""
-    return f" (predicted {plan.predicted[impl] * 1e3:.3g})"
+    beside = [
+        f"{what} {times[impl] * 1e3:.3g}"
+        for what, times in (("with the host", plan.with_host), ("predicted", plan.predicted))
+        if impl in times
+    ]
+    return f" ({', '.join(beside)})" if beside else ""

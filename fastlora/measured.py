@@ -41,10 +41,12 @@ class Timing:
     """One direction of a problem: median seconds by implementation, the kernels' best configs.
 
     ``configs`` maps a launcher ("shrink", "product", "ds_db", "da", "dx") to a Config's fields.
+    ``with_host``: the seconds from an idle GPU on, for few tokens, where the host takes longer.
     """
 
     seconds: dict[str, float]
     configs: dict[str, dict[str, int | bool | str]] = field(default_factory=dict)
+    with_host: dict[str, float] = field(default_factory=dict)
 
 
 Measurements = dict[Problem, dict[str, Timing]]
@@ -227,7 +229,8 @@ def _record(row: Any) -> tuple[Problem, dict[str, Timing]]:
 
 def _timing(value: Any) -> Timing:
     seconds, configs = value["seconds"], value["configs"]
-    for name, time in seconds.items():
+    with_host = value.get("with_host", {})  # files of earlier versions have none
+    for name, time in (*seconds.items(), *with_host.items()):
         if name not in ("triton", "library", "torch"):
             raise ValueError(f"no implementation is called {name!r:.50}")
         if type(time) is not float or not math.isfinite(time) or time <= 0:
@@ -240,7 +243,7 @@ def _timing(value: Any) -> Timing:
                 _integer(value, 1024)
             elif type(value) is not (bool if name in _FLAGS else str):
                 raise ValueError(f"{value!r:.50} is no {name}")
-    return Timing(dict(seconds), dict(configs))
+    return Timing(dict(seconds), dict(configs), dict(with_host))
 
 
 def _integer(value: Any, most: int, least: int = 1) -> int:

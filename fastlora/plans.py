@@ -110,7 +110,8 @@ class Plan:
     """How one direction of a problem runs, why, and what was measured.
 
     ``seconds`` holds measured medians by implementation, ``configs`` what the launchers run with,
-    ``predicted`` seconds by implementation on a GPU that `fastlora_kernels.machine` knows.
+    ``predicted`` seconds by implementation on a GPU that `fastlora_kernels.machine` knows;
+    ``with_host`` medians for few tokens that hold the host's time: they choose where there are any.
     """
 
     impl: str
@@ -118,6 +119,7 @@ class Plan:
     seconds: Mapping[str, float]
     configs: Mapping[str, Any]
     predicted: Mapping[str, float] = field(default_factory=dict)
+    with_host: Mapping[str, float] = field(default_factory=dict)
 
 
 _functions: dict[tuple, Callable[..., Any]] = {}
@@ -175,14 +177,14 @@ def _function(
 def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
     """Return the plan for ``op``: the one asked for, the measured fastest, or the default."""
     usable = usable_implementations(problem.dtype, device)
-    seconds, configs, predicted = {}, {}, {}
+    seconds, configs, predicted, with_host = {}, {}, {}, {}
     if len(usable) > 1:
         # As the look-up has it: not the number of tokens that happens to come first.
         problem = problem._replace(M=problem.bucketed().M)
         from fastlora import measured
 
         timing = (measured.find(problem, device) or {}).get(op, measured.Timing({}))
-        seconds = timing.seconds
+        seconds, with_host = timing.seconds, timing.with_host
         # The launchers of several projections take their defaults.
         configs = {} if problem.others else _configs(op, timing.configs, problem, device)
         predicted = _predicted(op, usable, problem, device, configs)
@@ -194,13 +196,14 @@ def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
         least = min(predicted, key=predicted.get, default=impl)
         if predicted and predicted[least] < MARGIN * predicted[impl]:
             impl, why = least, "predicted, not measured"
-        best = min((i for i in usable if i in seconds), key=seconds.get, default=None)
+        times = with_host or seconds
+        best = min((i for i in usable if i in times), key=times.get, default=None)
         if best is not None:
             why = "measured on this machine"
             # Measurements scatter: a draw leaves the default.
-            if seconds[best] < 0.98 * seconds.get(impl, float("inf")):
+            if times[best] < 0.98 * times.get(impl, float("inf")):
                 impl = best
-    return Plan(impl, why, seconds, configs, predicted)
+    return Plan(impl, why, seconds, configs, predicted, with_host)
 
 
 def is_few(M: int, K: int, device: torch.device, keeps_more: bool = True) -> bool:

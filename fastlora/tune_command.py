@@ -83,12 +83,15 @@ def _row(problem: Problem, op: str, device: torch.device) -> tuple[str, float, f
     """Return a line about what was chosen, its seconds and those of the default."""
     plan = plans.choose(op, "auto", problem, device)
     default, _ = plans.default(problem.dtype, device)
-    seconds = plan.seconds[plan.impl]
-    before = plan.seconds.get(default, seconds)
+    times = plan.with_host or plan.seconds
+    seconds = times[plan.impl]
+    before = times.get(default, seconds)
     gain = "as by default"
     if plan.impl != default:
         gain = f"{before / seconds:.2f}x the speed of {default}, the default"
-    return f"{problem}, {op}: {plan.impl}, {seconds * 1e3:.3g} ms, {gain}", seconds, before
+    alone = f" ({plan.seconds[plan.impl] * 1e3:.3g} without the host)" if plan.with_host else ""
+    line = f"{problem}, {op}: {plan.impl}, {seconds * 1e3:.3g} ms{alone}, {gain}"
+    return line, seconds, before
 
 
 # N, K and whether it has an adapter, of a layer or of several that read the same x.

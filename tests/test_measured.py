@@ -34,6 +34,7 @@ BAD = {
     "a time that is NaN": ("seconds", {"torch": float("nan")}),
     "an implementation that is none": ("seconds", {"numpy": 1.0}),
     "times in a list": ("seconds", [1.0]),
+    "a time with the host that is none": ("with_host", {"torch": 0.0}),
     "a config of other fields": ("configs", {"shrink": {"block_m": 16}}),
     "a config of text": ("configs", {"shrink": "fast"}),
     "a config that is huge": (

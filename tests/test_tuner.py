@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from measuring import CPU, GROUP, PROBLEM, SMALL, operands, timings
+from measuring import CPU, GROUP, PROBLEM, SMALL, chosen, operands, timings
 from tiny_models import llama
 
 import fastlora
@@ -109,6 +109,31 @@ def test_tuning_on_first_use(monkeypatch, capsys):
     )
     assert measured.find(PROBLEM, CPU) is not None
     fastlora.lora_linear(x, w, a, b, impl="torch")
+
+
+def test_few_tokens_are_timed_with_the_host_too(monkeypatch):
+    """Both times are kept, and the one that holds what the host takes chooses."""
+    assert not any(timing.with_host for timing in tune_one().values())
+    own, said = tuner.interleaved, []
+
+    def interleaved(steps, device, seconds, **options):
+        said.append(options)
+        slow = {impl: 5.0 - i if options else 1.0 + i for i, impl in enumerate(steps)}
+        if steps.keys() <= {"torch", "library", "triton"}:
+            return {impl: [(t, t)] for impl, t in slow.items()}
+        return own(steps, device, seconds, **options)
+
+    monkeypatch.setattr(tuner, "interleaved", interleaved)
+    monkeypatch.setattr(tuner, "_host_counts", lambda problem, device: problem.M <= 16)
+    for problem, best in ((SMALL, "triton"), (SMALL._replace(M=32), "torch")):
+        found = tune_one(problem=problem)
+        assert bool(found["forward"].with_host) == (problem is SMALL)
+        measured._loaded.clear()  # as another process reads it
+        assert measured.find(problem, CPU) == found
+        assert chosen(problem=problem) == best
+    assert {"with_host": True} in said
+    text = str(fastlora.explain(SMALL, device="cpu"))
+    assert "triton 3e+03 ms (with the host 3e+03)" in text, text
 
 
 def test_the_tuner_measures_projections_together():
