@@ -50,7 +50,7 @@ figures: $(VENV)/.test ## compile every kernel for every chip, keep what each us
 	@$(RUN) tests/figures.py
 
 gpu: ## run the GPU tests with this machine's own PyTorch and Triton, without a network
-	@$(or $(PYTHON),python3) tests/run_gpu.py
+	@$(or $(PYTHON),python3) tests/run_gpu.py $(ARGS)
 
 bench: ## measure against the frozen layer, PEFT and others: benchmarks/results
 	@if $(or $(PYTHON),python3) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \

@@ -21,6 +21,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "large: needs gigabytes of a GPU: make gpu runs one at once")
     if config.option.markexpr != "gpu":  # Triton reads it when a kernel is decorated
         os.environ["TRITON_INTERPRET"] = "1"
         _mend_triton_3_4()

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels on a real GPU: the acceptance rule at real sizes, every config, the CUDA runtime."""
+"""The kernels on a real GPU: the acceptance rule at real sizes, every config, the CUDA runtime.
+
+In the order in which a run that is cut off teaches most: a tiny case of every kernel, every config,
+larger problems, the runtime, and last, in processes of their own, what might never end.
+"""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import importlib
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,49 +26,148 @@ import pytest
 import test_joint_kernels as joint_kernels
 import torch
 import triton
-from acceptance import KINDS, Case, run, small_cases, verify, verify_exactly
+from acceptance import Case, run, small_cases, verify, verify_exactly
 from fastlora_kernels import configs
+from fastlora_kernels.joint import stacked
+from fastlora_kernels.machine import Machine
+from fastlora_kernels.prediction import predict
 
 import fastlora
 from fastlora import library_impl, measured, plans, torch_impl, tuner
 from fastlora.dropout import keep_mask
 
 pytestmark = pytest.mark.gpu
-BODIES = {"triton": fastlora_kernels, "library": library_impl, "torch": torch_impl}
+large = pytest.mark.large
+# The plain formula is IEEE float32, whatever the environment asks for.
+torch.set_float32_matmul_precision("highest")
+
+BODIES = {"triton": fastlora_kernels, "torch": torch_impl, "library": library_impl}
 # The package's own attributes of these names are the launchers.
 MODULES = {
     name: importlib.import_module(f"fastlora_kernels.{name}")
     for name in ("product", "persistent", "shrink", "columns")
 }
-each_body = pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+# What cases call the kinds that configs are for.
+NAMED = {"16": "bf16", "fp16": "fp16", "mixed": "bf16-fp32", "32": "fp32"}
+NEEDS_TMA = "needs tensor memory access: compute capability 9.0 or later"
 
 
 def on_gpu(case: Case):
     return case.tensors("cuda")
 
 
-@each_body
-@pytest.mark.parametrize("case", small_cases(), ids=str)
+def this_chip() -> configs.Chip:
+    return configs.Chip.of(torch.device("cuda"))
+
+
+def form(config: configs.Config) -> str:
+    """Return how a product runs with ``config``: "portable", or as `persistent.py` calls it."""
+    return config.low_rank if config.tma else "portable"
+
+
+def with_configs(chosen: Mapping[str, configs.Config]):
+    return SimpleNamespace(
+        forward=functools.partial(fastlora_kernels.forward, configs=chosen),
+        backward=functools.partial(fastlora_kernels.backward, configs=chosen),
+    )
+
+
+def candidates(launcher: str, kind: str, ranks: Iterable[int], p: float, chip: configs.Chip):
+    """Return the configs that the tuner may try for projections of these ``ranks``, 0: frozen."""
+    there = [r for r in ranks if r]
+    if launcher not in configs.LIKE:
+        dropout = p > 0 and launcher in configs.DROPPING
+        return configs.candidates(configs.KERNEL_OF[launcher], kind, *there, dropout, chip)
+    rank = max(there) if launcher.startswith("product") else stacked(there)
+    return configs.candidates(launcher, kind, rank, p > 0, chip)
+
+
+def first_of(asked: str, kind: str, p: float, launchers: Iterable[str]):
+    """Return by launcher the first config of the form that is ``asked`` for, at rank 16."""
+    found = {}
+    for launcher in launchers:
+        tried = candidates(launcher, kind, (16,), p, this_chip())
+        of_form = [config for config in tried if form(config) == asked and not config.early]
+        if of_form:
+            found[launcher] = of_form[0]
+    return found or pytest.skip(NEEDS_TMA)
+
+
+FORMS = [("portable", kind, 0.0) for kind in ("16", "32", "mixed")] + [("portable", "16", 0.1)]
+FORMS += [("first", "16", 0.0), ("first", "16", 0.1), ("first", "mixed", 0.0), ("fold", "16", 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "p"), [*FORMS, ("after", "16", 0.0), ("recompute", "16", 0.0)]
+)
+def test_first_contact(asked, kind, p):
+    chosen = first_of(asked, kind, p, ("product", "dx"))
+    case = Case(80, 48, 96, 16, kind=NAMED[kind], dropout_p=p)
+    verify(with_configs(chosen), case, on_gpu(case))
+
+
+@pytest.mark.parametrize(("asked", "kind", "p"), FORMS)
+def test_first_contact_of_several_projections(asked, kind, p):
+    chosen = first_of(asked, kind, p, ("product_all", "product_sum"))
+    shape = 80, 96, (48, 32, 48), (16,) * 3, NAMED[kind]
+    joint = joint_kernels.Joint(*shape, scaling=0.5, dropout_p=(p,) * 3)
+    joint_kernels.verify(fastlora_kernels, joint, "cuda", chosen)
+
+
+def test_first_contact_of_a_gated_mlp():
+    joint_kernels.test_gated("silu", torch.bfloat16, (32, 512), "cuda")
+
+
+# The second does not know what tensor memory access waits for.
+SANITIZED = {"memcheck": "first_contact", "racecheck": "first_contact and (portable or gated)"}
+
+
+@pytest.mark.skipif(
+    "COMPUTE_SANITIZER" not in os.environ, reason="slow; make gpu ARGS=--sanitizer runs it"
+)
+@pytest.mark.parametrize("tool", SANITIZED)
+def test_compute_sanitizer(tool):
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        pytest.skip("compute-sanitizer, a part of the CUDA toolkit, is not installed")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
+    command += ["--target-processes", "application-only"]  # not the compilers
+    command += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", __file__, "-k", SANITIZED[tool]]
+    # Every tensor in an allocation of its own: a read past its end is then one.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    assert re.search(r"\d passed", run.stdout), "it looked at nothing: " + run.stdout[-1000:]
+
+
+# Of the small problems one for each mix of dtypes, with all four shapes among them. Programs are
+# the same in all modes, and many in two bodies: what shares them is apart, so that it finds them.
+SOME = (0, 5, 10, 15, 17)
+MODES = ("both", "low_rank", "base")
+CASES = [
+    (body, case)
+    for mode, body in itertools.product(MODES, BODIES)
+    for case in small_cases()
+    if case.mode == mode and case.seed in SOME
+]
+
+
+@pytest.mark.parametrize(("body", "case"), CASES, ids=str)
 def test_acceptance_rule(body, case):
-    verify(body, case, on_gpu(case))
+    verify(BODIES[body], case, on_gpu(case))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("r", [1, 7, 16, 33, 128, 512])
+# Ranks that other tests lack: the lowest, one between the tiles, one above the largest.
+RANKS = {"fp32": (512,), "bf16": (1, 33), "fp16": (512,), "bf16-fp32": (512,)}
+
+
+@pytest.mark.parametrize(("kind", "r"), [(kind, r) for kind, ranks in RANKS.items() for r in ranks])
 def test_ranks(kind, r):
-    case = Case(300, 272, 208, r, kind=kind, dropout_p=0.1)
+    case = Case(304, 272, 208, r, kind=kind, dropout_p=0.1)
     verify(fastlora_kernels, case, on_gpu(case))
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16", "bf16-fp32"])
-@pytest.mark.parametrize("mode", ["base", "low_rank", "both"])
-@pytest.mark.parametrize("shape", [(4096, 4096, 4096, 16), (2000, 1024, 4096, 128)], ids=str)
-def test_real_sizes(shape, mode, kind):
-    case = Case(*shape, kind=kind, mode=mode, dropout_p=0.05)
-    verify(fastlora_kernels, case, on_gpu(case))
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["bf16", "bf16-fp32"])
 def test_small_integers_are_exact(kind):
     class OnGpu:
         """Takes CPU tensors, so that the exact oracle stays on the CPU."""
@@ -77,201 +182,137 @@ def test_small_integers_are_exact(kind):
             moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
             return [t.cpu() for t in fastlora_kernels.backward(*moved)]
 
-    verify_exactly(OnGpu, Case(130, 70, 90, 6, kind=kind, dropout_p=0.5))
+    verify_exactly(OnGpu, Case(144, 70, 90, 6, kind=kind, dropout_p=0.5))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
+def turned(t: torch.Tensor) -> torch.Tensor:
+    return t.t().contiguous().t()
+
+
+def misaligned(t: torch.Tensor) -> torch.Tensor:
+    """Return ``t`` as it is, amid NaN and one element off in rows of odd length."""
+    padded = t.new_full((t.shape[0], t.shape[1] + 3), torch.nan)
+    padded[:, 1:-2] = t
+    return padded[:, 1:-2]
+
+
 @pytest.mark.parametrize(
-    "kernel, kind", [key for key in configs.DEFAULTS if key[0] not in configs.LIKE], ids=str
+    ("lie", "names"),
+    [(misaligned, "w"), (misaligned, "x w a b dy"), (turned, "x w a b dy")],
 )
-def test_every_config(kernel, kind, p):
+def test_strides_and_misaligned_rows(lie, names):
+    case = Case(96, 80, 112, 16, kind="bf16", dropout_p=0.1)
+    t = on_gpu(case)
+    verify(fastlora_kernels, case, t | {name: lie(t[name]) for name in names.split()})
+
+
+# Where nothing is too large: some of it may still be for other chips.
+ANY = configs.Chip((9, 0), 1 << 30, 132)
+# Ranks and dropout of the problem that a config runs: the first that it can.
+TURNS = list(itertools.product([(16,), (64,), (128,)], (0.0, 0.1)))
+JOINT_TURNS = list(itertools.product([(16,) * 3, (64,) * 3, (128,) * 3, (16, 0, 0)], (0.0, 0.1)))
+
+
+def every_config(launchers: Iterable[str], turns: list) -> list[tuple[str, str, configs.Config]]:
+    """Return a launcher, the kind that a config is for and the config, of all that may run."""
+    found = {}
+    for launcher, kind, turn in itertools.product(launchers, NAMED, turns):
+        for config in candidates(launcher, kind, *turn, ANY):
+            if not config.early:
+                found[launcher, kind, config] = None
+    return list(found)
+
+
+def turn_of(launcher: str, kind: str, config: configs.Config, turns: list):
+    for turn in turns:
+        if config in candidates(launcher, kind, *turn, this_chip()):
+            return turn
+    pytest.skip("configs for other chips")
+
+
+def brief(value) -> str | None:
+    """Return how a config is called in a test's name; pytest names the rest."""
+    if not isinstance(value, configs.Config):
+        return None
+    tiles = f"{value.block_m}x{value.block_n}x{value.block_k}-r{value.block_r}"
+    early = "-early" if value.early else ""
+    return f"{form(value)}-{tiles}-w{value.num_warps}-s{value.num_stages}{early}"
+
+
+# Sizes at which a pipeline goes round more than once, and a persistent program has several tiles.
+@pytest.mark.parametrize(
+    ("launcher", "kind", "config"), every_config(configs.KERNEL_OF, TURNS), ids=brief
+)
+def test_every_config(launcher, kind, config):
     """Each shipped config gives right results wherever it is valid on this chip."""
-    used = 0
-    for config in configs.DEFAULTS[kernel, kind]:
-        for r in (16, 32, 128):
-            chosen = where_valid(config, kernel, kind, r, p > 0)
-            used += len(chosen)
-            name = {"mixed": "bf16-fp32", "32": "fp32"}.get(kind, "bf16")
-            case = Case(500, 336, 272, r, kind=name, dropout_p=p)
-            verify(with_configs(chosen), case, on_gpu(case))
-    assert used, "no config of this kernel is valid here"
+    (r,), p = turn_of(launcher, kind, config, TURNS)
+    case = Case(10_000, 1104, 1040, r, kind=NAMED[kind], dropout_p=p)
+    verify(with_configs({launcher: config}), case, on_gpu(case))
 
 
-def where_valid(config, kernel, kind, r, dropout):
-    """Return ``config`` for each launcher of ``kernel`` that can run with it on this chip."""
-    chip = configs.Chip.of(torch.device("cuda"))
-    chosen = {}
-    for launcher, of in configs.KERNEL_OF.items():
-        rest = "16" if kind == "unaligned" else kind, r, dropout and launcher in configs.DROPPING
-        if {"dx": "product"}.get(of, of) == kernel and configs.is_valid(config, of, *rest, chip):
-            chosen[launcher] = config
-    return chosen
-
-
-def with_configs(chosen):
-    return SimpleNamespace(
-        forward=functools.partial(fastlora_kernels.forward, configs=chosen),
-        backward=functools.partial(fastlora_kernels.backward, configs=chosen),
-    )
+@pytest.mark.parametrize(
+    ("launcher", "kind", "config"), every_config(configs.LIKE, JOINT_TURNS), ids=brief
+)
+def test_every_config_of_several_projections(launcher, kind, config):
+    ranks, p = turn_of(launcher, kind, config, JOINT_TURNS)
+    shape = 4000, 784, (336, 208, 176), ranks, NAMED[kind]
+    joint = joint_kernels.Joint(*shape, scaling=0.5, dropout_p=(p,) * 3)
+    joint_kernels.verify(fastlora_kernels, joint, "cuda", {launcher: config})
 
 
 LLAMA = [
-    joint_kernels.Joint(4096, 4096, (4096, 1024, 1024), (16,) * 3, "bf16", dropout_p=(0.1,) * 3),
+    joint_kernels.Joint(4000, 4096, (4096, 1024, 1024), (16,) * 3, "bf16", dropout_p=(0.1,) * 3),
     joint_kernels.Joint(2000, 4096, (14336, 14336), (128,) * 2, "bf16-fp32"),
 ]
 
 
-@pytest.mark.parametrize("joint", [*joint_kernels.joints(), *LLAMA], ids=str)
+# Three mixes of dtypes and three shapes: the others are those of every config.
+JOINTS = [joint for joint in joint_kernels.joints() if joint.seed in (0, 10, 17)]
+JOINTS += [pytest.param(LLAMA[0], marks=large)]
+
+
+@pytest.mark.parametrize("joint", JOINTS, ids=str)
 def test_several_projections(joint):
     joint_kernels.verify(fastlora_kernels, joint, "cuda")
 
 
+@large
 @pytest.mark.parametrize("joint", LLAMA, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_several_projections_as_layers_run_them(joint, p):
     """With one scaling, as in a model: from Hopper on everything wide then goes by TMA."""
-    joint = dataclasses.replace(joint, scaling=0.5, dropout_p=(p,) * len(joint.sizes))
+    joint = replace(joint, scaling=0.5, dropout_p=(p,) * len(joint.sizes))
     joint_kernels.verify(fastlora_kernels, joint, "cuda", how=joint_kernels.run_layers)
 
 
-def test_a_hundred_runs_of_several_projections_are_identical():
-    shape = 1000, 768, (512, 256, 256), (16,) * 3, "bf16"
-    joint = joint_kernels.Joint(*shape, scaling=0.5, dropout_p=(0.1, 0.0, 0.1))
-    ts = joint.tensors("cuda")
-    first, dx = joint_kernels.run_layers(fastlora_kernels, joint, ts)
-    for _ in range(99):
-        results, dx_again = joint_kernels.run_layers(fastlora_kernels, joint, ts)
-        assert torch.equal(dx, dx_again)
-        for one, other in zip(first, results, strict=True):
-            assert all(torch.equal(one[name], other[name]) for name in one)
+SIZES = [(4000, 4096, 4096, 16), (2000, 1024, 4096, 128)]
 
 
-def test_small_cases_of_every_kernel():
-    """What `test_compute_sanitizer` looks at."""
-    for kind in ("bf16", "bf16-fp32", "fp32"):
-        case = Case(70, 48, 72, 16, kind=kind, dropout_p=0.1)
-        verify(fastlora_kernels, case, on_gpu(case))
-        ragged = dataclasses.replace(case, N=41, K=67)
-        verify(fastlora_kernels, ragged, on_gpu(ragged))
-        for p in (0.0, 0.1):
-            shape = 70, 72, (48, 24, 40), (16, 0, 8), kind
-            joint = joint_kernels.Joint(*shape, scaling=0.5, dropout_p=(p,) * 3)
-            joint_kernels.verify(fastlora_kernels, joint, "cuda", how=joint_kernels.run_layers)
-    for config in configs.candidates("dx", "16", 16, False, configs.Chip.of(torch.device("cuda"))):
-        case = Case(200, 264, 136, 16, kind="bf16")
-        verify(with_configs({"product": config, "dx": config}), case, on_gpu(case))
-    joint_kernels.test_gated("silu", torch.bfloat16, (33, 45), "cuda")
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [*itertools.product(SIZES, ("bf16", "bf16-fp32")), (SIZES[0], "fp16")],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_real_sizes(mode, shape, kind):
+    case = Case(*shape, kind=kind, mode=mode, dropout_p=0.05)
+    verify(fastlora_kernels, case, on_gpu(case))
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(tool):
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(sanitizer).exists():
-        pytest.skip("compute-sanitizer, a part of the CUDA toolkit, is not installed")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
-    command += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", __file__]
-    command += ["-k", "test_small_cases_of_every_kernel"]
-    # Every tensor in an allocation of its own: a read past its end is then one.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
-    assert "1 passed" in run.stdout, "the tool looked at nothing: " + run.stdout[-1000:]
-
-
-def test_convergence_beside_peft(monkeypatch):
-    """200 steps of a small decoder, its layers patched and not: the same losses by the kernels."""
-    pytest.importorskip("peft", reason="peft is not installed")
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    import long_run
-
-    monkeypatch.setattr(plans, "FORCED", "triton")
-    plans.forget()
-    (plain, _), (fused, _) = (long_run.losses(f, 200, "cuda") for f in (False, True))
-    assert plain[-1] < plain[0]
-    torch.testing.assert_close(torch.tensor(fused), torch.tensor(plain), rtol=5e-3, atol=1e-4)
-    plans.forget()
-
-
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("kernel", configs.LIKE)
-def test_every_config_of_several_projections(kernel, p):
-    chip = configs.Chip.of(torch.device("cuda"))
-    for kind, r in itertools.product(("bf16", "bf16-fp32", "fp32"), (16, 128)):
-        sizes = (336, 128, 48)
-        shape = 500, 272, sizes, (r,) * 3, kind
-        joint = joint_kernels.Joint(*shape, dropout_p=(p,) * 3, scaling=0.5)
-        rank = r if kernel.startswith("product") else 3 * r
-        kept = configs.kind_of(*KINDS[kind]), rank, p > 0, chip
-        tried = configs.candidates(kernel, *kept)
-        assert tried, "no config of this kernel is valid here"
-        for config in tried:
-            joint_kernels.verify(fastlora_kernels, joint, "cuda", {kernel: config})
-
-
-@pytest.mark.parametrize("activation", joint_kernels.ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("activation", "dtype"),
+    [
+        ("silu", torch.bfloat16),
+        ("gelu", torch.float32),
+        ("gelu", torch.float16),
+        ("gelu_tanh", torch.float32),
+    ],
+)
 def test_gated(activation, dtype):
     joint_kernels.test_gated(activation, dtype, (2000, 14336), "cuda")
 
 
-EARLY = [c for c in configs.DEFAULTS["product", "16"] if c.early]
-
-
-@pytest.mark.parametrize("config", EARLY, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(300, 272, 208, 16), (4096, 1024, 4096, 16), (512, 4096, 1024, 8)]
-)
-def test_early_products_wait_for_what_they_read(config, shape):
-    """A hundred runs with memory changing hands between them: a race would show in the bits."""
-    chosen = where_valid(config, "product", "16", shape[3], False)
-    if not chosen:
-        pytest.skip("needs tensor memory access: compute capability 9.0 or later")
-    case, body = Case(*shape, kind="bf16"), with_configs(chosen)
-    t = on_gpu(case)
-    verify(body, case, t)
-    first = run(body, case, t)
-    for i in range(100):
-        rubbish = torch.full((shape[0] * (i % 7 + 1), 333), torch.nan, device="cuda")
-        del rubbish
-        again = run(body, case, t)
-        assert all(torch.equal(first[n], again[n]) for n in first)
-
-
-@pytest.mark.parametrize("which", range(len(configs.EXPERIMENTAL)))
-def test_specialised_warps_end(which):
-    """In a process of its own, which is ended if they wait for each other in vain."""
-    config = configs.EXPERIMENTAL[which]
-    if not where_valid(config, "product", "16", 16, False):
-        pytest.skip("needs compute capability 9.0")
-    code = f"import test_gpu; test_gpu.run_experimental({which})"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-    }
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=180)
-
-
-def run_experimental(which):
-    chosen = where_valid(configs.EXPERIMENTAL[which], "product", "16", 16, False)
-    for shape in ((300, 272, 208, 16), (4096, 4096, 4096, 16), (130, 64, 64, 16)):
-        case = Case(*shape, kind="bf16")
-        verify(with_configs(chosen), case, on_gpu(case))
-
-
-def test_mask_is_that_of_the_cpu():
-    seed = torch.tensor([123456789])
-    assert torch.equal(
-        keep_mask(seed.cuda(), range(70), 130, 0.3).cpu(), keep_mask(seed, range(70), 130, 0.3)
-    )
-    s = fastlora_kernels.shrink(
-        torch.ones(70, 128, device="cuda"),
-        torch.eye(128, device="cuda"),
-        seed.cuda(),
-        dropout_p=0.3,
-    )
-    assert torch.equal(s.cpu() != 0, keep_mask(seed, range(70), 128, 0.3))
-
-
+@large
 def test_rows_past_two_billion_elements():
     """The last rows of a tensor of more than 2³¹ elements come out as those of a short one."""
     k = 4096
@@ -293,7 +334,7 @@ def test_rows_past_two_billion_elements():
 
 @pytest.mark.parametrize("kind", ["bf16", "bf16-fp32", "fp32"])
 def test_a_hundred_runs_are_identical(kind):
-    case = Case(1000, 512, 768, 16, kind=kind, dropout_p=0.1)
+    case = Case(1040, 512, 768, 16, kind=kind, dropout_p=0.1)
     t = on_gpu(case)
     first = run(fastlora_kernels, case, t)
     for _ in range(99):
@@ -301,15 +342,30 @@ def test_a_hundred_runs_are_identical(kind):
         assert all(torch.equal(first[n], again[n]) for n in first)
 
 
-def test_strides_and_misaligned_rows():
-    case = Case(96, 80, 112, 8, kind="bf16", dropout_p=0.25)
-    t = on_gpu(case)
-    for name in ("x", "w", "a", "b", "dy"):
-        padded = torch.full((t[name].shape[0], t[name].shape[1] + 3), torch.nan, device="cuda")
-        padded = padded.to(t[name].dtype)
-        padded[:, 1:-2] = t[name]
-        for other in (t[name].t().contiguous().t(), padded[:, 1:-2]):
-            verify(fastlora_kernels, case, {**t, name: other})
+@large
+def test_a_hundred_runs_of_several_projections_are_identical():
+    joint = replace(LLAMA[0], scaling=0.5)
+    ts = joint.tensors("cuda")
+    first, dx = joint_kernels.run_layers(fastlora_kernels, joint, ts)
+    for _ in range(99):
+        results, dx_again = joint_kernels.run_layers(fastlora_kernels, joint, ts)
+        assert torch.equal(dx, dx_again)
+        for one, other in zip(first, results, strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_mask_is_that_of_the_cpu():
+    seed = torch.tensor([123456789])
+    assert torch.equal(
+        keep_mask(seed.cuda(), range(70), 130, 0.3).cpu(), keep_mask(seed, range(70), 130, 0.3)
+    )
+    s = fastlora_kernels.shrink(
+        torch.ones(70, 128, device="cuda"),
+        torch.eye(128, device="cuda"),
+        seed.cuda(),
+        dropout_p=0.3,
+    )
+    assert torch.equal(s.cpu() != 0, keep_mask(seed, range(70), 128, 0.3))
 
 
 def layer(dropout=0.0):
@@ -355,7 +411,7 @@ def test_cuda_graph_replays_with_fresh_dropout():
     graph.replay()
     first = y.clone()
     graph.replay()
-    assert not torch.equal(first, y) and y.isfinite().all()
+    assert (first != y).any() and y.isfinite().all()
     module.eval()
     torch.testing.assert_close(y.float().mean(), module(x).float().mean(), rtol=0.5, atol=0.05)
 
@@ -384,7 +440,7 @@ def test_tuning(tmp_path, monkeypatch):
     monkeypatch.setattr(measured, "_loaded", {})
     plans.forget()
     said = []
-    problem = plans.Problem(512, 1024, 768, 16, torch.bfloat16, torch.float32, True)
+    problem = plans.Problem(8192, 768, 1536, 16, torch.bfloat16, torch.float32)
     device = torch.device("cuda", torch.cuda.current_device())
     ((_, found, kept),) = tuner.tune([problem], device, said.append, seconds=0.1)
     assert not said and kept == measured.path_of(device) and kept.exists()
@@ -410,6 +466,20 @@ def test_bytes_kept_for_backward(p):
     assert kept <= 256 * 16 * 4 + 1024
 
 
+def test_convergence_beside_peft(monkeypatch):
+    """200 steps of a small decoder, its layers patched and not: the same losses by the kernels."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    import long_run
+
+    monkeypatch.setattr(plans, "FORCED", "triton")
+    plans.forget()
+    (plain, _), (fused, _) = (long_run.losses(f, 200, "cuda") for f in (False, True))
+    assert plain[-1] < plain[0]
+    torch.testing.assert_close(torch.tensor(fused), torch.tensor(plain), rtol=5e-3, atol=1e-4)
+    plans.forget()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_device_that_is_not_current():
     module, x = layer()
@@ -423,3 +493,64 @@ def test_a_device_that_is_not_current():
     assert y.device.index == 1 and torch.equal(y.detach().to("cuda:0"), expected)
     for name, gradient in gradients.items():
         assert torch.equal(other.get_parameter(name).grad.to("cuda:0"), gradient)
+
+
+def test_machine_of_this_gpu():
+    """A GPU that is not known has no predictions; one that is known has all of them."""
+    found = Machine.of(torch.device("cuda"))
+    problem = plans.Problem(512, 1024, 1024)
+    assert found is None or predict("forward", "triton", problem, found).seconds > 0
+
+
+def alone(call: str) -> None:
+    """Run a function of this file in a process of its own, ended where it waits in vain."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    command = [sys.executable, "-c", f"import test_gpu; test_gpu.{call}"]
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def where_valid(config: configs.Config, r: int) -> dict[str, configs.Config]:
+    """Return ``config`` for each of the two products that can run with it on this chip."""
+    rest = "16", r, False, this_chip()
+    return {name: config for name in ("product", "dx") if configs.is_valid(config, name, *rest)}
+
+
+EARLY = [c for c in configs.DEFAULTS["product", "16"] if c.early]
+SHAPES = [(4000, 272, 208, 8), (4000, 1024, 4096, 8), (2000, 4096, 1024, 8)]
+
+
+@pytest.mark.parametrize("config", EARLY, ids=brief)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_early_products_wait_for_what_they_read(config, shape):
+    if not where_valid(config, shape[3]):
+        pytest.skip(NEEDS_TMA)
+    alone(f"run_early({EARLY.index(config)}, {shape})")
+
+
+def run_early(which: int, shape: tuple[int, ...]) -> None:
+    """A hundred runs with memory changing hands between them: a race would show in the bits."""
+    case, body = Case(*shape, kind="bf16"), with_configs(where_valid(EARLY[which], shape[3]))
+    t = on_gpu(case)
+    verify(body, case, t)
+    first = run(body, case, t)
+    for i in range(100):
+        rubbish = torch.full((shape[0] * (i % 7 + 1), 333), torch.nan, device="cuda")
+        del rubbish
+        again = run(body, case, t)
+        assert all(torch.equal(first[n], again[n]) for n in first)
+
+
+@pytest.mark.parametrize("which", range(len(configs.EXPERIMENTAL)))
+def test_specialised_warps_end(which):
+    if not where_valid(configs.EXPERIMENTAL[which], 16):
+        pytest.skip("needs compute capability 9.0")
+    alone(f"run_experimental({which})")
+
+
+def run_experimental(which: int) -> None:
+    chosen = where_valid(configs.EXPERIMENTAL[which], 16)
+    for shape in ((304, 272, 208, 16), (4000, 4096, 4096, 16), (144, 64, 64, 16)):
+        case = Case(*shape, kind="bf16")
+        verify(with_configs(chosen), case, on_gpu(case))

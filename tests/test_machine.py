@@ -242,9 +242,3 @@ def test_no_machine_where_nothing_is_known():
 def test_float64_is_not_modelled():
     with pytest.raises(ValueError, match=r"problem\.dtype is float64"):
         predict("forward", "torch", Problem(8, 8, 8, 8, torch.float64, torch.float64), H100)
-
-
-@pytest.mark.gpu
-def test_machine_of_this_gpu():
-    found = Machine.of(torch.device("cuda"))
-    assert found is None or predict("forward", "triton", Problem(512, 1024, 1024), found).seconds
