@@ -193,7 +193,12 @@ def _circumstances(x: Tensor) -> tuple:
     dtype = torch.get_autocast_dtype(kind) if autocast and torch.is_autocast_enabled(kind) else None
     # Checkpointing without reentry is such a hook: outside and inside are two forwards.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return x._version, x.requires_grad, torch.is_grad_enabled(), dtype, hooks
+    return x._version, x.requires_grad, torch.is_grad_enabled(), dtype, hooks, _stream(x)
+
+
+def _stream(x: Tensor) -> torch.cuda.Stream | None:
+    """Return the stream that an output is written on: another would have to wait for it."""
+    return torch.cuda.current_stream(x.device) if x.is_cuda else None
 
 
 def projection_of(operands: Operands) -> Projection | None:

@@ -355,6 +355,29 @@ def test_x_written_to_in_between(together):
     assert together == [3]
 
 
+def test_another_stream(together, monkeypatch):
+    """What one stream has computed, or is about to, another one computes itself."""
+    current = ["first"]
+    monkeypatch.setattr(siblings, "_stream", lambda x: current[0])
+    plain, fused = pair()
+    for block in (plain, fused):
+
+        def switched(x):
+            current[0] = "second"
+            return x
+
+        block.between = switched
+    close(results(fused), results(plain))
+    current[0] = "first"
+    misses = fused.q._siblings.misses
+    close(results(fused), results(plain))
+    assert together == [3, 3] and fused.q._siblings.misses > misses > 0
+    fused.between, current[0] = (lambda x: x), "second"
+    misses = fused.q._siblings.misses
+    results(fused)
+    assert fused.q._siblings.misses == misses  # all on one stream again
+
+
 CHANGES = {
     "eval": lambda block: block.eval(),
     "no adapter": lambda block: block.v.set_adapter([]),
