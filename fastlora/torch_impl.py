@@ -80,16 +80,24 @@ def forward_all(
 
 
 def outputs(
-    x: Tensor, projections: Sequence[Operands], ss: Sequence[Tensor | None]
+    x: Tensor,
+    projections: Sequence[Operands],
+    ss: Sequence[Tensor | None],
+    expanded: Sequence[Tensor | None] = (),
 ) -> list[Tensor]:
-    """Return y [M, N] of each projection from its s: the frozen product added to the low-rank."""
+    """Return y [M, N] of each projection from its s: the frozen product added to the low-rank.
+
+    ``expanded`` may hold low-rank products, bias included, that are there already and become y.
+    """
     ys = []
-    for (w, _, b, bias, _, scaling, _), s in zip(projections, ss, strict=True):
+    for i, ((w, _, b, bias, _, scaling, _), s) in enumerate(zip(projections, ss, strict=True)):
+        y = expanded[i] if expanded else None
         if s is None:
             ys.append(F.linear(x, w, bias))
-        else:
+            continue
+        if y is None:
             y = expand(s, b.t(), scaling, x.new_empty(x.shape[0], w.shape[0]), bias)
-            ys.append(y.addmm_(x, w.t()))
+        ys.append(y.addmm_(x, w.t()))
     return ys
 
 
