@@ -85,6 +85,11 @@ def compile_call(call: Call, capability: int) -> Resources:
     )
 
 
+def ptx(call: Call, capability: int) -> str:
+    """Compile one recorded launch for ``capability`` and return what ptxas is given."""
+    return _compile(call, GPUTarget("cuda", capability, 32)).asm["ptx"]
+
+
 def compile_for_amd(call: Call) -> dict[str, int]:
     """Compile one recorded launch for gfx942 and return what it uses.
 
@@ -109,10 +114,11 @@ def compile_for_amd(call: Call) -> dict[str, int]:
 def _compile(call: Call, target: GPUTarget):
     signature, constexprs, attrs = {}, {}, {}
 
-    def described(path: tuple[int, ...], value, constexpr: bool):
+    def described(path: tuple[int, ...], value, constexpr: bool, special: bool):
         if isinstance(value, tuple):
-            return tuple(described((*path, i), v, constexpr) for i, v in enumerate(value))
-        kind, constant, divisible = _argument(value, constexpr)
+            each = enumerate(value)
+            return tuple(described((*path, i), v, constexpr, special) for i, v in each)
+        kind, constant, divisible = _argument(value, constexpr, special)
         if constant:
             constexprs[path] = value
         elif divisible:
@@ -121,7 +127,8 @@ def _compile(call: Call, target: GPUTarget):
 
     for i, name in enumerate(call.kernel.arg_names):
         constexpr = name.isupper() and len(name) > 1
-        signature[name] = described((i,), call.args[name], constexpr)
+        special = name not in unspecialized(call)
+        signature[name] = described((i,), call.args[name], constexpr, special)
     options = {"num_warps": call.config.num_warps, "num_stages": call.config.num_stages}
     if call.early:
         options["launch_pdl"] = True
@@ -129,15 +136,22 @@ def _compile(call: Call, target: GPUTarget):
     return triton.compile(source, target=target, options=options)
 
 
-def _argument(value, constexpr: bool) -> tuple[str, bool, bool]:
+def unspecialized(call: Call) -> list[str]:
+    """Return the arguments whose value makes no program of its own."""
+    kernel = call.kernel  # the interpreter keeps what it was decorated with
+    return getattr(kernel, "kwargs", vars(kernel)).get("do_not_specialize") or []
+
+
+def _argument(value, constexpr: bool, special: bool) -> tuple[str, bool, bool]:
     """Return (type, is a constant, is divisible by 16) as Triton specialises an argument."""
-    if constexpr or value is None or (isinstance(value, int) and value == 1):
+    if constexpr or value is None or (special and isinstance(value, int) and value == 1):
         return "constexpr", True, False
     if isinstance(value, torch.Tensor):
         return _TYPES[value.dtype], False, True
     if isinstance(value, float):
         return "fp32", False, False
-    return ("i32" if -(2**31) <= value < 2**31 else "i64"), False, value % 16 == 0
+    divisible = special and value % 16 == 0
+    return ("i32" if -(2**31) <= value < 2**31 else "i64"), False, divisible
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

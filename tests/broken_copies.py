@@ -285,6 +285,13 @@ MUTANTS = [
         "test_siblings.py::test_x_written_to_in_between",
     ),
     Mutant(
+        "siblings are handed out on another stream",
+        "siblings.py",
+        "dtype, hooks, _stream(x)",
+        "dtype, hooks",
+        "test_siblings.py::test_another_stream",
+    ),
+    Mutant(
         "siblings are handed out after a parameter was written to",
         "siblings.py",
         "        (t._version, t.requires_grad, t.data_ptr())",
@@ -418,9 +425,30 @@ MUTANTS = [
     Mutant(
         "the slowest runs",
         "plans.py",
-        "best = min((i for i in usable if i in seconds)",
-        "best = max((i for i in usable if i in seconds)",
+        "best = min((i for i in usable if i in times)",
+        "best = max((i for i in usable if i in times)",
         "test_plans.py::test_the_fastest_measured_runs_in_each_direction",
+    ),
+    Mutant(
+        "a GPU is idle when its time is taken",
+        "timing.py",
+        "    while not full and spin < MOST_SPIN:",
+        "    while False:",
+        "test_timing.py::test_a_phase_is_the_time_of_its_kernels",
+    ),
+    Mutant(
+        "a way that fails takes the others along",
+        "timing.py",
+        "            if failed is None:",
+        "            if True:",
+        "test_timing.py::test_a_way_that_fails_fails_alone",
+    ),
+    Mutant(
+        "few tokens are chosen for as if the host took no time",
+        "plans.py",
+        "        times = with_host or seconds",
+        "        times = seconds",
+        "test_tuner.py::test_few_tokens_are_timed_with_the_host_too",
     ),
     Mutant(
         "few tokens are told by their number alone",
@@ -453,8 +481,8 @@ MUTANTS = [
     Mutant(
         "a draw leaves for another implementation",
         "plans.py",
-        "            if seconds[best] < 0.98 * seconds",
-        "            if seconds[best] < 1.02 * seconds",
+        "            if times[best] < 0.98 * times",
+        "            if times[best] < 1.02 * times",
         "test_plans.py::test_a_draw_leaves_the_default",
     ),
     Mutant(
@@ -619,5 +647,41 @@ MUTANTS = [
         "    except KeyboardInterrupt:",
         "    except ZeroDivisionError:",
         "test_finetune.py::test_ctrl_c_leaves_a_run_that_goes_on",
+    ),
+    # compiled programs
+    Mutant(
+        "a float32 sum is one chain from its start",
+        "fastlora_kernels/tiles.py",
+        "acc = tl.fma(part, tl.full(acc.shape, 1.0, tl.float32), acc)",
+        "acc += part",
+        "test_ptx.py::test_float32_sums_start_from_zero",
+    ),
+    Mutant(
+        "a copy may overtake a wgmma",
+        "fastlora_kernels/configs.py",
+        "    if on_the_way and chip.capability[0] == 9 and m < 64 <= n:",
+        "    if on_the_way and chip.capability[0] == 9 and m < 32 <= n:",
+        "test_ptx.py::test_no_copy_overtakes_a_wgmma",
+    ),
+    Mutant(
+        "every number of rows is compiled for",
+        "fastlora_kernels/columns.py",
+        '@triton.jit(do_not_specialize=["steps", "keep_from"])',
+        "@triton.jit",
+        "test_specialized.py",
+    ),
+    Mutant(
+        "every number of parts is compiled for",
+        "fastlora_kernels/columns.py",
+        '@triton.jit(do_not_specialize=["first_parts", "second_parts"])',
+        "@triton.jit",
+        "test_specialized.py",
+    ),
+    Mutant(
+        "low-rank products of float32 factors take a dozen launches",
+        "library_impl.py",
+        "return outputs(x, projections, ss, _expanded(x, projections, ss)), ss",
+        "return outputs(x, projections, ss), ss",
+        "test_library.py",
     ),
 ]

@@ -169,9 +169,8 @@ def fingerprint() -> str:
     code = []
     for path in sorted(Path(fastlora_kernels.__file__).parent.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(
-                ast.unparse, node.decorator_list
-            ):
+            decorators = map(ast.unparse, getattr(node, "decorator_list", ()))
+            if any(name.startswith("triton.jit") for name in decorators):
                 if ast.get_docstring(node) is not None:
                     del node.body[0]
                 code.append(ast.unparse(node))
@@ -184,8 +183,9 @@ def key(call: launch.Call) -> tuple:
         (name, getattr(value, "dtype", value) if name.isupper() and len(name) > 1 else None)
         for name, value in call.args.items()
     )
-    values = [v for v in call.args.values() if not isinstance(v, tuple)]
-    values += [(len(v), *v) for v in call.args.values() if isinstance(v, tuple)]
+    args = {n: v for n, v in call.args.items() if n not in aot.unspecialized(call)}
+    values = [v for v in args.values() if not isinstance(v, tuple)]
+    values += [(len(v), *v) for v in args.values() if isinstance(v, tuple)]
     values = [v for part in values for v in (part if isinstance(part, tuple) else (part,))]
     pointers = tuple(v.dtype if isinstance(v, torch.Tensor) else v is None for v in values)
     ones = tuple(isinstance(v, int) and v == 1 for v in values)
@@ -201,7 +201,7 @@ def program_name(call: launch.Call, problem: str) -> str:
     config, variant = call.config, ["launched early"] if call.early else []
     for name, value in call.args.items():
         if not (name.isupper() and len(name) > 1):
-            if isinstance(value, int) and value == 1:
+            if isinstance(value, int) and value == 1 and name not in aot.unspecialized(call):
                 variant.append(f"{name}=1")
         elif isinstance(value, bool):
             variant += [name] if value else []

@@ -4,17 +4,13 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import aot
 import figures
 import pytest
 import triton
 from compiled_cases import CAPABILITIES, MORE_CAPABILITIES, SIZES, calls, faults
+from uninterpreted import lines_of
 
 SINGLE = ("shrink_kernel", "product_kernel", "columns_kernel", "sum_kernel")
 JOINT = ("shrink_all_kernel", "product_all_kernel", "product_sum_kernel", "da_all_kernel")
@@ -37,15 +33,8 @@ each_kernel = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def found():
     """What another process compiles: the interpreter must be off there."""
-    script = Path(__file__).with_name("compiled_cases.py")
     which = "sample" if figures.known() else "defaults"  # where nothing else is known of the rest
-    command = [sys.executable, str(script), "0", "1", which]
-    environment = {"TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return lines_of("compiled_cases.py", "0", "1", which)
 
 
 @pytest.fixture(scope="module")

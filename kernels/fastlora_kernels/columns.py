@@ -23,7 +23,7 @@ PROGRAMS = 2
 SUM_BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "keep_from"])
 def columns_kernel(
     t_ptr,
     s_ptr,
@@ -129,7 +129,7 @@ def add_up(part_ptr, out_ptr, block, numel, parts, scale, ACC: tl.constexpr, BLO
     tl.store(out_ptr + offs, (acc * tl.cast(scale, ACC)).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_parts", "second_parts"])
 def sum_kernel(
     first_ptr,
     second_ptr,

@@ -56,7 +56,7 @@ def _activated(x, ACTIVATION: tl.constexpr):
     return value, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def gated_kernel(
     gate_ptr,
     up_ptr,
@@ -80,7 +80,7 @@ def gated_kernel(
     tl.store(h_ptr + row * F + offs_f, (value * up).to(h_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def gated_backward_kernel(
     dh_ptr,
     gate_ptr,

@@ -22,7 +22,7 @@ from fastlora_kernels.launch import chip_of, config_for_all, launch
 from fastlora_kernels.tiles import dot, sum_dtype, triton_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "keep_froms"])
 def da_all_kernel(
     x_ptr,
     ds_ptrs,
@@ -157,7 +157,7 @@ def _store(part_ptr, acc, split, columns, offs_r, K, R, mask_k):
     tl.store(tile + offs_r.to(tl.int64)[None, :] * K, acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def sum_all_kernel(
     part_ptrs,
     out_ptrs,

@@ -24,7 +24,7 @@ from fastlora_kernels.launch import config_for_all, launch
 from fastlora_kernels.tiles import dot, triton_dtype, wrapped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep_froms"])
 def shrink_all_kernel(
     x_ptr,
     a_ptrs,

@@ -23,7 +23,7 @@ from fastlora_kernels.product import add_product
 from fastlora_kernels.tiles import add_low_rank, low_rank_tile, tile_of, triton_dtype, wrapped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep_froms"])
 def product_sum_kernel(
     dx_ptr,
     dy_ptrs,

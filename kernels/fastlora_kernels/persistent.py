@@ -23,7 +23,7 @@ from fastlora_kernels.launch import INTERPRETED, chip_of, launch
 from fastlora_kernels.tiles import halves, low_rank_tile, tile_of, wait_for_last, wrapped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep_from"])
 def persistent_kernel(
     x_ptr,
     w_ptr,

@@ -53,7 +53,7 @@ def add_product(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep_from"])
 def product_kernel(
     x_ptr,
     w_ptr,

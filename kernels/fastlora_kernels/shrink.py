@@ -13,7 +13,7 @@ from fastlora_kernels.launch import config_for, launch
 from fastlora_kernels.tiles import dot, let_next_start, triton_dtype, wrapped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep_from"])
 def shrink_kernel(
     x_ptr,
     a_ptr,

@@ -60,11 +60,17 @@ def halves(tile):
 def dot(left, right, acc):
     """Return acc + left @ right for a tile of the base's dtype and one of the adapters'.
 
-    Equal dtypes go to one product (IEEE for float32). A float32 ``right`` under a 16-bit
-    ``left`` is split into three bfloat16 terms, and a float16 ``left`` into two, which hold every
-    bit: the tensor cores then give a float32 result. That sum is added to acc in IEEE float32.
+    Equal dtypes go to one product. Of float32 (IEEE) it is a chain of fused multiply-adds, each
+    rounded at the size of the sum so far: it starts from zero, and its end is added to acc. A
+    float32 ``right`` under a 16-bit ``left`` is split into three bfloat16 terms, and a float16
+    ``left`` into two, which hold every bit: the tensor cores then give a float32 result. That sum
+    is added to acc in IEEE float32.
     """
-    if left.dtype == right.dtype:
+    if left.dtype == tl.float32 and right.dtype == tl.float32:
+        part = tl.dot(left, right, input_precision="ieee")
+        # Written as a sum, the compiler would start the chain from acc all the same.
+        acc = tl.fma(part, tl.full(acc.shape, 1.0, tl.float32), acc)
+    elif left.dtype == right.dtype:
         acc = tl.dot(left, right, acc, input_precision="ieee", out_dtype=acc.dtype)
     else:
         high, middle, low = terms(right)
