@@ -154,7 +154,8 @@ class _Addmm(torch.autograd.Function):
 class LoRAFusion(Frozen):
     """LoRAFusion's schedule (Zhu et al., EuroSys 2026): split at s, dropped x and mask stored.
 
-    On a GPU with its fused kernels and atomics, on a CPU with library products in their place.
+    On a GPU with its fused kernels and atomics, on a CPU with library products in their place. The
+    narrow factor is scaled, not the product: s comes scaled from the product that makes it.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -171,32 +172,37 @@ class _LoRAFusion(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias, a, b, scaling, p):
         x_hat, mask = torch.native_dropout(x, p, True) if p else (x, None)
-        s = x_hat @ a.t()
+        s = x.new_empty(x.shape[0], a.shape[0]).addmm_(x_hat, a.t(), beta=0, alpha=scaling)
         ctx.save_for_backward(x_hat, mask, w, a, b, s)
         ctx.scaling, ctx.keep = scaling, 1 / (1 - p)
-        if x.is_cuda:
+        if on_gpu(x):
             from fastlora_kernels import product
 
-            return product(x, w, s, b, bias, scaling=scaling)
-        return F.linear(x, w, bias).addmm_(s, b.t(), alpha=scaling)
+            return product(x, w, s, b, bias)
+        return F.linear(x, w, bias).addmm_(s, b.t())
 
     @staticmethod
     def backward(ctx, dy):
         x_hat, mask, w, a, b, s = ctx.saved_tensors
-        if dy.is_cuda:
+        if on_gpu(dy):
             import lorafusion
 
             ds, db = lorafusion.ds_db(dy, s, b, ctx.scaling)
             dx = lorafusion.dx(dy, w, ds, a, mask, ctx.keep)
             return dx, None, None, ds.t() @ x_hat, db, None, None
         ds = (dy @ b).mul_(ctx.scaling)
-        db = (dy.t() @ s).mul_(ctx.scaling)
+        db = dy.t() @ s
         da = ds.t() @ x_hat
         if mask is None:
             dx = (dy @ w).addmm_(ds, a)
         else:
             dx = (ds @ a).mul_(mask).mul_(ctx.keep).addmm_(dy, w)
         return dx, None, None, da, db, None, None
+
+
+def on_gpu(t: Tensor) -> bool:
+    """Return whether Triton's kernels can take ``t``."""
+    return t.is_cuda
 
 
 class Ours(nn.Module):

@@ -7,19 +7,16 @@ is timed is what LoRA is about.
 
 from __future__ import annotations
 
-import copy
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import hand_fused
 import torch
 import torch.nn.functional as F
-from measure import kept_bytes, peak_bytes, runs
+from measure import Step, Turns, by_phase, kept_bytes, peak_bytes, sharing
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.timing import interleaved, ratio
 
 R, SCALING = 16, 2.0
 NAMES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -45,6 +42,9 @@ class Problem:
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
     tokens: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.rows} tokens, dropout {self.p:g}"
 
     @property
     def rows(self) -> int:
@@ -165,7 +165,7 @@ def problems(device: str) -> Iterator[Problem]:
 
 
 def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
-    """Return a row for each way that can run ``problem``; none without the frozen layer."""
+    """Return a row for each way that ``problem`` is for, with the error of one that failed."""
     device = torch.device(problem.device)
     layer = Layer(problem)
     generator = torch.Generator(problem.device).manual_seed(3)
@@ -176,47 +176,18 @@ def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
     hidden, kv, *_ = SIZES[problem.name]
     x = random(problem.rows, hidden).requires_grad_()
     dys = [random(problem.rows, n) for n in (hidden, kv, kv)]
-    layers = {}
+    turns = Turns(device)
     for way in ways:
         if way.startswith("hand-fused") and problem.p:
             continue  # it has no dropout
-        # Weights are shared: a copy of the modules alone.
-        memo = {id(t): t for t in layer.parameters()}
-        made = WAYS[way](problem, copy.deepcopy(layer, memo))
-        if runs(way, _step(made, x, dys)):
-            layers[way] = made
-    if "frozen" not in layers:
-        return []
-    steps = {way: _step(made, x, dys) for way, made in layers.items()}
-    rounds = {
-        way: [(f, b, f + b) for f, b in found]
-        for way, found in interleaved(steps, device, seconds).items()
-    }
-    rows = []
-    for way, made in layers.items():
-        row = {"way": way, "rounds": len(rounds[way]), "launches": launches(steps[way])}
-        row["kept_bytes"] = kept_bytes(made, x)
-        row["peak_bytes"] = peak_bytes(steps[way], device)
-        for i, phase in enumerate(("forward", "backward", "both")):
-            times = [times[i] for times in rounds[way]]
-            row[phase] = {
-                "median_s": statistics.median(times),
-                "ratio": ratio(times, [times[i] for times in rounds["frozen"]]),
-            }
-        rows.append(row)
-    return rows
-
-
-def _step(layer: nn.Module, x: Tensor, dys: list[Tensor]):
-    trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
-
-    def step():
-        ys = layer(x)
-        yield
-        torch.autograd.grad(ys, trained, dys)
-        yield
-
-    return step
+        turns.join(way, lambda way=way: Step(WAYS[way](problem, sharing(layer)), x, dys))
+    for way, phases in by_phase(turns.rounds(seconds)).items():
+        turns.rows[way] |= phases
+    for way in turns.rows:
+        turns.note(way, lambda step: {"launches": launches(step)})
+        turns.note(way, lambda step: {"kept_bytes": kept_bytes(step.layer, x)})
+        turns.note(way, lambda step: {"peak_bytes": peak_bytes(step, device)})
+    return list(turns.rows.values())
 
 
 def launches(step: Callable[[], Iterator[None]]) -> int:

@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
-from measure import peak_bytes, runs
+from measure import Turns, free_memory, peak_bytes, sharing
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastlora
 from fastlora.flops import FORMULAS
-from fastlora.timing import interleaved, ratio
+from fastlora.timing import ratio
 
 BATCHES = (1, 2, 4, 7, 8)
 TOKENS = {"cpu": 64, "cuda": 1024}
@@ -32,15 +31,41 @@ SMOLLM2 = {
 }
 # Architectures with random weights; transformers' own default is Llama-2-7B.
 MODELS = {"SmolLM2-135M": SMOLLM2, "Llama-2-7B": {}}
+ON_CPU = ("SmolLM2-135M",)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A training step of a model on ``batch`` rows of ``tokens`` tokens."""
+
+    name: str
+    batch: int
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return f"{self.name}, batch {self.batch}"
+
+    @property
+    def tokens(self) -> int:
+        return TOKENS[self.device]
+
+
+def problems(device: str) -> Iterator[Problem]:
+    """Yield what ``make bench`` measures on ``device``."""
+    for name in ON_CPU if device == "cpu" else MODELS:
+        for batch in BATCHES:
+            yield Problem(name, batch, device)
 
 
 def make(name: str, device: torch.device) -> nn.Module:
-    """Return the model in bfloat16, in training mode."""
+    """Return the model in bfloat16, frozen, in training mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            return LlamaForCausalLM(LlamaConfig(**MODELS[name])).train()
+            return LlamaForCausalLM(LlamaConfig(**MODELS[name])).train().requires_grad_(False)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -79,37 +104,60 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def measure(name: str, device: torch.device, seconds: float) -> Iterator[list[dict]]:
-    """Yield the rows of each batch size that fits: both models take turns on the same tokens."""
-    base = make(name, device)
-    models = {way: wrap(copy.deepcopy(base)) for way, wrap in WAYS.items()}
-    del base
-    tokens = TOKENS[device.type]
-    for batch in BATCHES:
-        ids = torch.randint(0, SMOLLM2["vocab_size"] // 2, (batch, tokens), device=device)
-        steps = {way: _step(model, ids) for way, model in models.items()}
-        steps = {way: step for way, step in steps.items() if runs(way, step)}
-        rounds = interleaved(steps, device, seconds / len(BATCHES), least=2)
+class Measure:
+    """Measures one problem after another, and keeps a model for the batch sizes that follow.
+
+    Its frozen weights are there once: the ways differ in their modules and adapters.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.base: nn.Module | None = None
+        self.models: dict[str, nn.Module] = {}
+
+    def __call__(self, problem: Problem, ways: list[str], seconds: float) -> list[dict]:
+        """Return a row for each way, with the error of one that failed.
+
+        Steps begin on an idle GPU: a user waits for Python too.
+        """
+        device, tokens = torch.device(problem.device), problem.batch * problem.tokens
+        if problem.name != self.name:
+            self._take(problem.name, device)
+        shape = problem.batch, problem.tokens
+        ids = torch.randint(0, self.base.config.vocab_size, shape, device=device)
+        turns = Turns(device)
+        for way in ways:
+            turns.join(way, lambda way=way: _step(self._model(way), ids))
+        rounds = turns.rounds(seconds, with_host=True)
         times = {way: [t for (t,) in found] for way, found in rounds.items()}
-        rows = []
-        for way, step in steps.items():
-            with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-                list(step())
-            median = statistics.median(times[way])
-            rows.append(
-                {
-                    "model": name,
-                    "way": way,
-                    "batch": batch,
-                    "step_s": median,
-                    "tokens": tokens,
-                    "tokens_s": batch * tokens / median,
-                    "ratio_to_peft": ratio(times[way], times["PEFT"]) if "PEFT" in times else None,
-                    "peak_bytes": peak_bytes(step, device),
-                    "flops_per_token": counter.get_total_flops() / (batch * tokens),
-                }
-            )
-        yield rows
+        for way, mine in times.items():
+            median = statistics.median(mine)
+            turns.rows[way] |= {
+                "step_s": median,
+                "tokens_s": tokens / median,
+                "ratio_to_peft": ratio(mine, times["PEFT"]) if "PEFT" in times else None,
+            }
+        for way in turns.rows:
+            turns.note(way, lambda step: {"peak_bytes": peak_bytes(step, device)})
+            turns.note(way, lambda step: {"flops_per_token": _flops(step) / tokens})
+        return list(turns.rows.values())
+
+    def _take(self, name: str, device: torch.device) -> None:
+        self.name, self.base, self.models = None, None, {}
+        free_memory()  # of the model before
+        self.base = make(name, device)
+        self.name = name
+
+    def _model(self, way: str) -> nn.Module:
+        if way not in self.models:
+            self.models[way] = WAYS[way](sharing(self.base))
+        return self.models[way]
+
+
+def _flops(step: Callable[[], Iterator[None]]) -> int:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        list(step())
+    return counter.get_total_flops()
 
 
 def _step(model: nn.Module, ids: torch.Tensor):

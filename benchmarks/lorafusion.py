@@ -47,7 +47,7 @@ def dy_kernel(
     b = tl.load(b_ptr + at_nr, mask=mask_nr, other=0.0)
     s = tl.load(s_ptr + at_mr, mask=mask_mr, other=0.0)
     ds = tl.dot(dy, b) * tl.cast(scaling, tl.float32)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_R]
-    db = tl.dot(tl.trans(dy), s) * tl.cast(scaling, tl.float32)  # [N, M] @ [M, R], by blocks
+    db = tl.dot(tl.trans(dy), s)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_R]
     tl.atomic_add(ds_ptr + at_mr, ds, mask=mask_mr)
     tl.atomic_add(db_ptr + at_nr, db, mask=mask_nr)
 
@@ -103,7 +103,7 @@ def dx_kernel(
 
 
 def ds_db(dy: Tensor, s: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return ``scaling · dy b`` [M, R] and ``scaling · dyᵀ s`` [N, R]; all inputs contiguous."""
+    """Return ``scaling · dy b`` [M, R] and ``dyᵀ s`` [N, R], s scaled; all inputs contiguous."""
     (M, N), R = dy.shape, b.shape[1]
     ds, db = (t.new_zeros(t.shape, dtype=torch.float32) for t in (s, b))
     tiles = DY.block_m, DY.block_n, max(16, triton.next_power_of_2(R))

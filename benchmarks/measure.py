@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One problem, measured: the time and memory of every way; and the machine's ceilings."""
+"""One problem, measured: time and memory of every way, or its error; and the machine's ceilings."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
+import gc
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterator
 
 import torch
 from baselines import WAYS, Problem, cannot
@@ -16,67 +21,165 @@ from fastlora import plans
 from fastlora.timing import interleaved, ratio
 
 PHASES = ("forward", "backward", "both")
+LEAST = 3  # rounds, however short the time
+FEW_TOKENS = 512  # up to so many a GPU may wait for Python, and layers are timed with it as well
 
 
 def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
-    """Return a row for each way that can run ``problem``; the frozen layer is always one.
+    """Return a row for each way that ``problem`` is for, with the error of one that failed.
 
-    A way that fails has none; without the frozen layer there are no rows.
+    Where the frozen layer failed there are times and no ratios.
     """
-    device = torch.device(problem.device)
-    layers, operands = {}, []
-
-    def first_step(way: str) -> Iterator[None]:
-        operands[:] = operands or problem.inputs()
-        layers[way] = WAYS[way](problem)
-        yield from _step(layers[way], *operands)()
-
+    posed = OneWeight(**vars(problem))
+    x, dy = posed.inputs()
+    turns = Turns(torch.device(problem.device))
     for way in ways:
-        if cannot(way, problem) is None and not runs(way, lambda way=way: first_step(way)):
-            layers.pop(way, None)
-    if "frozen" not in layers:
-        return []
-    x, dy = operands
-    memory = {way: _memory(layer, x, dy) for way, layer in layers.items()}
-    steps = {way: _step(layer, x, dy) for way, layer in layers.items()}
-    rounds = {
-        way: [(f, b, f + b) for f, b in found]
-        for way, found in interleaved(steps, device, seconds).items()
-    }
-    machine, rows = machine_of(device), []
-    for way, found in rounds.items():
-        row = {"way": way, "rounds": len(found), **memory[way]}
-        row["predicted_s"] = predicted(problem, way, machine)
-        for i, phase in enumerate(PHASES):
-            times = [times[i] for times in found]
-            low, high = (statistics.quantiles(times, n=10)[j] for j in (1, 7))
-            row[phase] = {
-                "median_s": statistics.median(times),
-                "p20_s": low,
-                "p80_s": high,
-                "ratio": ratio(times, [times[i] for times in rounds["frozen"]]),
-                "tflops": flops(problem, way, phase) / statistics.median(times) / 1e12,
-                "bytes_s": traffic(problem, way, phase) / statistics.median(times),
-            }
-        rows.append(row)
-    return rows
+        if cannot(way, problem) is None:
+            turns.join(way, lambda way=way: Step(WAYS[way](posed), x, dy))
+    with_host = waits_for_the_host(problem)
+    seconds = seconds / 2 if with_host else seconds
+    for way, phases in by_phase(turns.rounds(seconds)).items():
+        for phase, found in phases.items():
+            found["tflops"] = flops(problem, way, phase) / found["median_s"] / 1e12
+            found["bytes_s"] = traffic(problem, way, phase) / found["median_s"]
+        turns.rows[way] |= phases
+    if with_host:
+        for way, phases in by_phase(turns.rounds(seconds, with_host=True)).items():
+            for phase, found in phases.items():
+                turns.rows[way][phase]["with_host_s"] = found["median_s"]
+                turns.rows[way][phase]["with_host_ratio"] = found["ratio"]
+    for way in turns.rows:
+        turns.note(way, _memory)
+        turns.note(way, lambda _, way=way: _predicted(problem, way))
+    return list(turns.rows.values())
 
 
-def runs(way: str, step: Callable[[], Iterable[None]]) -> bool:
-    """Run ``step`` once; return whether that worked, and say so where it did not.
+def waits_for_the_host(problem: Problem) -> bool:
+    """Return whether a user's step may take as long as Python needs to issue it."""
+    return problem.device != "cpu" and problem.M <= FEW_TOKENS
 
-    A compiler that is missing or too little memory takes the row of one way, not the whole run.
+
+class OneWeight(Problem):
+    """A problem whose frozen weight is made once: each layer is a module of its own around it."""
+
+    @functools.cached_property
+    def _linear(self) -> nn.Linear:
+        return super().linear()
+
+    def linear(self) -> nn.Linear:
+        return sharing(self._linear)
+
+
+def sharing(module: nn.Module) -> nn.Module:
+    """Return a copy of ``module`` around the same parameters and buffers."""
+    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
+
+
+class Step:
+    """Forward and backward of ``layer``, which are its two phases."""
+
+    def __init__(self, layer: nn.Module, x: Tensor, dy: Tensor | list[Tensor]) -> None:
+        self.layer, self.x, self.dy = layer, x, dy
+        self.trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def __call__(self) -> Iterator[None]:
+        y = self.layer(self.x)
+        yield
+        torch.autograd.grad(y, self.trained, self.dy)
+        yield
+
+
+class Turns:
+    """The ways that take turns at one problem: the step and the row of each.
+
+    A compiler that is missing or too little memory costs one way, not the run: a way that fails
+    has no step any more, and in its row the error beside what was found before.
     """
-    try:
-        list(step())
-    except Exception as error:
-        tqdm.write(
-            f"left out {way}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        )
-        if torch.cuda.is_available():
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.steps: dict[str, Callable[[], Iterator[None]]] = {}
+        self.rows: dict[str, dict] = {}
+
+    def join(self, way: str, make: Callable[[], Callable[[], Iterator[None]]]) -> None:
+        """Run the step that ``make()`` returns once, and give ``way`` a row."""
+        self.rows[way] = {"way": way}
+        try:
+            self.steps[way] = make()
+            list(self.steps[way]())
+        except Exception as error:
+            self._failed(way, error)
+
+    def rounds(self, seconds: float, with_host: bool = False) -> dict[str, list[tuple]]:
+        """Return what `interleaved` finds, and note in each row how many rounds there were."""
+        # Looked up for each call: a step that failed is kept by nobody.
+        steps = {way: lambda way=way: self.steps[way]() for way in self.steps}
+        options = {"with_host": with_host, "failed": self._failed}
+        found = interleaved(steps, self.device, seconds, LEAST, **options)
+        for way, rounds in found.items():
+            self.rows[way].setdefault("rounds", len(rounds))
+        return found
+
+    def note(self, way: str, find: Callable[[Callable[[], Iterator[None]]], dict]) -> None:
+        """Add to the row of ``way`` what ``find`` returns for its step, unless it failed before."""
+        try:
+            if way in self.steps:
+                self.rows[way] |= find(self.steps[way])
+        except Exception as error:
+            self._failed(way, error)
+
+    def _failed(self, way: str, error: Exception) -> None:
+        self.steps.pop(way, None)
+        self.rows[way]["error"] = failure(error)
+        tqdm.write(f"left out {way}: {self.rows[way]['error']}")
+
+
+def failure(error: Exception) -> str:
+    """Return the first line of ``error``, and free what the functions that it ended still hold."""
+    line = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    free_memory()
+    return line
+
+
+def free_memory() -> None:
+    """Free what nobody holds but itself, and give the GPU's memory back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):  # a GPU that a kernel has brought down
             torch.cuda.empty_cache()
-        return False
-    return True
+
+
+def by_phase(rounds: dict[str, list[tuple]]) -> dict[str, dict[str, dict]]:
+    """Return for each way and phase percentiles in seconds and the ratio to the frozen layer.
+
+    The ratio is None where that was not measured. ``rounds`` are those of forward and backward.
+    """
+    times = {
+        way: {
+            "forward": [f for f, _ in found],
+            "backward": [b for _, b in found],
+            "both": [f + b for f, b in found],
+        }
+        for way, found in rounds.items()
+    }
+    frozen = times.get("frozen", {})
+    return {
+        way: {phase: _percentiles(mine[phase], frozen.get(phase)) for phase in PHASES}
+        for way, mine in times.items()
+    }
+
+
+def _percentiles(times: list[float], frozen: list[float] | None) -> dict:
+    low, high = (statistics.quantiles(times, n=10)[i] for i in (1, 7))
+    found = {"median_s": statistics.median(times), "p20_s": low, "p80_s": high}
+    return {**found, "ratio": None if frozen is None else ratio(times, frozen)}
+
+
+def _predicted(problem: Problem, way: str) -> dict:
+    return {"predicted_s": predicted(problem, way, machine_of(torch.device(problem.device)))}
 
 
 def machine_of(device: torch.device):
@@ -129,23 +232,11 @@ def _best(call: Callable[[], Tensor], device: torch.device, seconds: float = 1.0
     return min(t for (t,) in interleaved({"it": step}, device, seconds)["it"])
 
 
-def _step(layer: nn.Module, x: Tensor, dy: Tensor):
-    trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
-
-    def step():
-        y = layer(x)
-        yield
-        torch.autograd.grad(y, trained, dy)
-        yield
-
-    return step
-
-
-def _memory(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, int]:
+def _memory(step: Step) -> dict[str, int]:
     """Return what a step allocates at its peak, and what it keeps from forward to backward."""
-    run = _step(layer, x, dy)
-    list(run())  # what is allocated once (workspaces, compiled code) is not the step's
-    return {"kept_bytes": kept_bytes(layer, x), "peak_bytes": peak_bytes(run, x.device)}
+    list(step())  # what is allocated once (workspaces, compiled code) is not the step's
+    kept = kept_bytes(step.layer, step.x)
+    return {"kept_bytes": kept, "peak_bytes": peak_bytes(step, step.x.device)}
 
 
 def kept_bytes(layer: nn.Module, x: Tensor) -> int:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from fastlora.files import replace_file
 
 INK, GRID = "#33383d", "#e4e7ea"
-COLUMNS = ("forward", "ratio", "backward", "ratio", "both", "ratio")
-COLUMNS += ("of peak", "of copy", "kept", "peak")
+PHASES = ("forward", "backward", "both")
+TIMES = ("forward", "ratio", "backward", "ratio", "both", "ratio")
+COLUMNS = (*TIMES, "of peak", "of copy", "kept", "peak")
+DECODER_COLUMNS = ("kept", "peak", "launches")
+MODEL_COLUMNS = ("tokens", "s a step", "by PEFT's", "tokens/s", "peak MiB", "GFLOP a token")
+MOST_OF_ERROR = 120  # characters in a table; the JSON file has the whole line
 COLOURS = {
     "fastlora torch": "#2a78b8",
     "fastlora plain": "#12c2e9",
@@ -37,21 +42,20 @@ DECODER_COLOURS = {
 }
 
 
-def write(path: Path) -> None:
-    """Write PATH.md and the plots from the JSON file ``path``."""
+def write(path: Path, pictures: bool = True) -> None:
+    """Write PATH.md, and unless ``pictures`` is false the plots, from the JSON file ``path``."""
     result = json.loads(path.read_text())
-    path.with_suffix(".md").write_text(markdown(result))
-    draw_ratios(result, path.with_name(f"{path.stem}-ratio.png"))
-    draw_tokens(result, path.with_name(f"{path.stem}-tokens.png"))
-    draw_roofline(result, path.with_name(f"{path.stem}-roofline.png"))
-    if result.get("decoder_layers"):
-        draw_decoders(result, path.with_name(f"{path.stem}-decoder.png"))
-    if result["end_to_end"]:
-        draw_memory(result, path.with_name(f"{path.stem}-memory.png"))
+    table = markdown(result).encode()
+    replace_file(path.with_suffix(".md"), lambda file: file.write(table))
+    if pictures:
+        draw(result, path)
 
 
 def markdown(result: dict) -> str:
-    """Return the table, a section for each problem."""
+    """Return the tables: a section for each problem, and one for whole models.
+
+    A run that was interrupted lacks what it did not come to.
+    """
     machine = result["machine"]
     lines = [f"# {machine['device']}", ""]
     lines += [", ".join(f"{k} {v}" for k, v in machine.items() if k != "device") + ".", ""]
@@ -68,48 +72,51 @@ def markdown(result: dict) -> str:
         "*of peak*, *of copy*: of the measured matrix rate and copy bandwidth, both directions "
         "together, if every wide tensor moved once.",
     ]
-    modelled = [r for p in result["problems"] for r in p["rows"] if r.get("predicted_s")]
-    columns = (*COLUMNS, "predicted") if modelled else COLUMNS
+    rows = [row for problem in result.get("problems", ()) for row in problem["rows"]]
+    modelled = any(row.get("predicted_s") for row in rows)
     if modelled:
         lines[-1] += (
             " *predicted*: milliseconds of both directions by the model of the GPU, and how "
             "far the measurement is from them."
         )
-    for problem in result["problems"]:
-        lines += ["", f"## {title(problem)}", ""]
-        lines.append("| | " + " | ".join(columns) + " |")
-        lines.append("|---|" + "---:|" * len(columns))
-        ceiling = result["ceilings"][problem["dtype"]]
-        for row in problem["rows"]:
-            cells = []
-            for phase in ("forward", "backward", "both"):
-                cells += [f"{row[phase]['median_s'] * 1e3:.2f}", f"{row[phase]['ratio']:.2f}"]
-            cells.append(f"{row['both']['tflops'] * 1e12 / ceiling['matrix_flops_s']:.0%}")
-            cells.append(f"{row['both']['bytes_s'] / ceiling['copy_bytes_s']:.0%}")
-            cells.append(f"{row['kept_bytes'] / (problem['M'] * problem['K']):.2f}")
-            cells.append(f"{row['peak_bytes'] / 2**20:.1f}")
-            if modelled:
-                cells.append(_predicted(row))
-            lines.append(f"| {row['way']} | " + " | ".join(cells) + " |")
+    if any(map(_with_host, rows)):
+        lines[-1] += (
+            " *with host*: milliseconds, and the ratio, of steps that begin on an idle GPU, so "
+            "that the time Python takes to issue them counts; elsewhere the GPU has them queued."
+        )
+    for problem in result.get("problems", ()):
+        lines += ["", f"## {title(problem)}", "", *layers(problem, result, modelled)]
     if result.get("decoder_layers"):
         lines += decoders(result["decoder_layers"])
-    if result["end_to_end"]:
-        lines += ["", "## A training step of a whole model", ""]
-        lines += ["Random weights, bf16, r = 16 on every linear, dropout 0.05."]
-        columns = ("tokens", "s a step", "by PEFT's", "tokens/s", "peak MiB", "GFLOP a token")
-        lines += ["", "| model | batch | | " + " | ".join(columns) + " |"]
-        lines.append("|---|---:|---|" + "---:|" * len(columns))
-        for row in result["end_to_end"]:
-            lines.append(
-                f"| {row['model']} | {row['batch']} | {row['way']} | {row['tokens']} | "
-                f"{row['step_s']:.3f} | "
-                f"{_ratio(row['ratio_to_peft'])} | {row['tokens_s']:.0f} | "
-                f"{row['peak_bytes'] / 2**20:.0f} | {row['flops_per_token'] / 1e9:.3f} |"
-            )
-    missing = sorted(set(COLOURS) - {r["way"] for p in result["problems"] for r in p["rows"]})
-    if missing:
+    if result.get("end_to_end"):
+        lines += models(result["end_to_end"], "cuda" in machine)
+    missing = sorted(set(COLOURS) - {row["way"] for row in rows})
+    if missing and result.get("problems"):
         lines += ["", f"Not measured on this machine: {', '.join(missing)}."]
+    if result.get("left_out"):
+        lines += ["", f"Left out, as the time was over: {'; '.join(result['left_out'])}."]
     return "\n".join(lines) + "\n"
+
+
+def layers(problem: dict, result: dict, modelled: bool) -> list[str]:
+    """Return the table of one layer; ``modelled`` says whether it has predictions."""
+    if "error" in problem:
+        return [_error(problem)]
+    hosts = any(map(_with_host, problem["rows"]))
+    columns = (*COLUMNS, *(f"{phase} with host" for phase in PHASES if hosts))
+    lines = _head((*columns, "predicted") if modelled else columns)
+    for row in problem["rows"]:
+        cells = _times(row, 2)
+        cells += _rates(row, result["ceilings"][problem["dtype"]])
+        elements = problem["M"] * problem["K"]
+        cells.append(_cell(row, "kept_bytes", lambda size, of=elements: f"{size / of:.2f}"))
+        cells.append(_cell(row, "peak_bytes", lambda size: f"{size / 2**20:.1f}"))
+        if hosts:
+            cells += [_cell(row, phase, _host_cell) for phase in PHASES]
+        if modelled:
+            cells.append(_predicted(row))
+        lines.append(_line(row["way"], cells, row))
+    return lines
 
 
 def decoders(problems: list[dict]) -> list[str]:
@@ -119,19 +126,96 @@ def decoders(problems: list[dict]) -> list[str]:
         "q, k, v, o and a gated MLP without attention; bf16, r = 16 on all seven. *kept*: MiB from "
         "forward to backward. *launches*: kernels on a GPU, library calls on a CPU."
     ]
-    columns = "forward", "ratio", "backward", "ratio", "both", "ratio", "kept", "peak", "launches"
     for problem in problems:
         name = f"{problem['name']}, {problem['tokens']} tokens, dropout {problem['p']:g}"
-        lines += ["", f"### {name}", "", "| | " + " | ".join(columns) + " |"]
-        lines.append("|---|" + "---:|" * len(columns))
+        lines += ["", f"### {name}", ""]
+        lines += [_error(problem)] if "error" in problem else _head((*TIMES, *DECODER_COLUMNS))
         for row in problem["rows"]:
-            cells = []
-            for phase in ("forward", "backward", "both"):
-                cells += [f"{row[phase]['median_s'] * 1e3:.1f}", f"{row[phase]['ratio']:.2f}"]
-            cells += [f"{row[size] / 2**20:.1f}" for size in ("kept_bytes", "peak_bytes")]
-            cells.append(str(row["launches"]))
-            lines.append(f"| {row['way']} | " + " | ".join(cells) + " |")
+            cells = _times(row, 1)
+            for key in ("kept_bytes", "peak_bytes"):
+                cells.append(_cell(row, key, lambda size: f"{size / 2**20:.1f}"))
+            lines.append(_line(row["way"], [*cells, _cell(row, "launches", str)], row))
     return lines
+
+
+def models(rows: list[dict], on_gpu: bool) -> list[str]:
+    """Return the lines about training steps of whole models."""
+    lines = ["", "## A training step of a whole model", ""]
+    lines += ["Random weights, bf16, r = 16 on every linear, dropout 0.05."]
+    if on_gpu:
+        lines[-1] += " Steps begin on an idle GPU: the time that Python takes to issue them counts."
+    lines += ["", *_head(MODEL_COLUMNS, " model | batch | ", "---|---:|---")]
+    for row in rows:
+        cells = [
+            _cell(row, "tokens", str),
+            _cell(row, "step_s", lambda seconds: f"{seconds:.3f}"),
+            _cell(row, "ratio_to_peft", _ratio),
+            _cell(row, "tokens_s", lambda rate: f"{rate:.0f}"),
+            _cell(row, "peak_bytes", lambda size: f"{size / 2**20:.0f}"),
+            _cell(row, "flops_per_token", lambda flops: f"{flops / 1e9:.3f}"),
+        ]
+        names = f"{row['model']} | {row['batch']} | {row.get('way', '')}"
+        lines.append(_line(names, cells, row))
+    return lines
+
+
+def _head(columns: tuple[str, ...], names: str = " ", aligned: str = "---") -> list[str]:
+    """Return the first two lines of a table whose first columns are ``names``."""
+    return [f"|{names}| " + " | ".join(columns) + " |", f"|{aligned}|" + "---:|" * len(columns)]
+
+
+def _line(names: str, cells: list[str | None], row: dict) -> str:
+    """Return a line of a table: in the place of the first figure that is missing, why it is."""
+    if "error" in row and None in cells:
+        cells[cells.index(None)] = _error(row)
+    return f"| {names} | " + " | ".join(cell or "" for cell in cells) + " |"
+
+
+def _error(of: dict) -> str:
+    return textwrap.shorten(of["error"], MOST_OF_ERROR, placeholder=" …").replace("|", "\\|")
+
+
+def _cell(row: dict, key: str, form: Callable[..., str]) -> str | None:
+    return form(row[key]) if key in row else None
+
+
+def _times(row: dict, digits: int) -> list[str | None]:
+    """Return the milliseconds and the ratio of each phase."""
+    cells = []
+    for phase in PHASES:
+        cells.append(_cell(row, phase, lambda found: f"{found['median_s'] * 1e3:.{digits}f}"))
+        cells.append(_cell(row, phase, lambda found: _ratio(found["ratio"])))
+    return cells
+
+
+def _rates(row: dict, ceiling: dict[str, float]) -> list[str | None]:
+    """Return the parts of the matrix rate and of the copy bandwidth that a layer reaches."""
+    peak, copied = ceiling["matrix_flops_s"], ceiling["copy_bytes_s"]
+    return [
+        _cell(row, "both", lambda both: f"{both['tflops'] * 1e12 / peak:.0%}"),
+        _cell(row, "both", lambda both: f"{both['bytes_s'] / copied:.0%}"),
+    ]
+
+
+def _with_host(row: dict) -> bool:
+    return "with_host_s" in row.get("both", {})
+
+
+def _host_cell(phase: dict) -> str | None:
+    if "with_host_s" not in phase:
+        return None
+    return f"{phase['with_host_s'] * 1e3:.3f} ({_ratio(phase['with_host_ratio'])})"
+
+
+def _predicted(row: dict) -> str | None:
+    if not row.get("predicted_s"):
+        return None
+    seconds = row["predicted_s"]["both"]
+    return f"{seconds * 1e3:.2f} ({row['both']['median_s'] / seconds - 1:+.0%})"
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def title(problem: dict) -> str:
@@ -144,13 +228,45 @@ def title(problem: dict) -> str:
     )
 
 
+def draw(result: dict, path: Path) -> None:
+    """Draw what there is to draw beside ``path``; a picture that fails costs itself alone."""
+    measured, pictures = _measured(result), {}
+    if measured["problems"]:
+        pictures |= {"ratio": draw_ratios, "tokens": draw_tokens, "roofline": draw_roofline}
+    if measured["decoder_layers"]:
+        pictures["decoder"] = draw_decoders
+    if measured["end_to_end"]:
+        pictures["memory"] = draw_memory
+    for name, picture in pictures.items():
+        try:
+            picture(measured, path.with_name(f"{path.stem}-{name}.png"))
+        except ImportError as error:
+            print(f"no pictures: {error}", file=sys.stderr)
+            return
+        except Exception as error:
+            print(f"no picture of {name}: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _measured(result: dict) -> dict:
+    """Return ``result`` with nothing but what has figures."""
+    found = {**result}
+    for section in ("problems", "decoder_layers"):
+        rows_of = [
+            {**problem, "rows": [row for row in problem["rows"] if "both" in row]}
+            for problem in result.get(section, ())
+        ]
+        found[section] = [problem for problem in rows_of if problem["rows"]]
+    found["end_to_end"] = [row for row in result.get("end_to_end", ()) if "peak_bytes" in row]
+    return found
+
+
 def draw_ratios(result: dict, path: Path) -> None:
     """Time of forward and backward by the frozen layer's, for each problem and way."""
     chosen = [p for p in result["problems"] if p["M"] >= 256]
     figure, axes = _figure(9, 1.6 + 0.42 * len(chosen))
     for way, colour in COLOURS.items():
         at = [(i, _row(p, way)) for i, p in enumerate(chosen)]
-        at = [(row["both"]["ratio"], i) for i, row in at if row is not None]
+        at = [(row["both"]["ratio"], i) for i, row in at if row and row["both"]["ratio"]]
         if way != "frozen" and at:
             style = {"color": colour, "markersize": 7, "alpha": 0.9}
             above = 3 if way.startswith("fastlora") else 2
@@ -169,10 +285,11 @@ def draw_decoders(result: dict, path: Path) -> None:
     chosen = result["decoder_layers"]
     figure, axes = _figure(9, 1.6 + 0.5 * len(chosen))
     for way, colour in DECODER_COLOURS.items():
-        at = [(row, i) for i, p in enumerate(chosen) if (row := _row(p, way)) is not None]
+        at = [(i, _row(p, way)) for i, p in enumerate(chosen)]
+        at = [(row["both"]["ratio"], i) for i, row in at if row and row["both"]["ratio"]]
         if at:
-            xs, ys = zip(*((row["both"]["ratio"], i) for row, i in at), strict=True)
-            axes.plot(xs, ys, "o", color=colour, label=way, markersize=8, alpha=0.9)
+            style = {"color": colour, "markersize": 8, "alpha": 0.9}
+            axes.plot(*zip(*at, strict=True), "o", label=way, **style)
     axes.axvline(1.0, color=COLOURS["frozen"], linewidth=1.5, label="frozen layer")
     names = [f"{p['name']}, {p['tokens']} tokens, dropout {p['p']:g}" for p in chosen]
     axes.set_yticks(range(len(chosen)), names, fontsize=8)
@@ -245,6 +362,9 @@ def draw_memory(result: dict, path: Path) -> None:
 
 
 def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
@@ -259,7 +379,7 @@ def _finish(figure, axes, title: str, result: dict, path: Path) -> None:
     axes.tick_params(colors=INK)
     if axes.get_legend_handles_labels()[0]:  # a short run may have nothing to draw
         axes.legend(frameon=False, labelcolor=INK, fontsize=8)
-    figure.savefig(path)
+    replace_file(path, lambda file: figure.savefig(file, format="png"))
 
 
 def _row(problem: dict, way: str) -> dict | None:
@@ -270,17 +390,6 @@ def _like_the_first(problem: dict, result: dict, but: str) -> bool:
     first = result["problems"][0]
     fields = ("name", "M", "N", "K", "R", "p", "dtype", "adapter")
     return all(problem[f] == first[f] for f in fields if f != but)
-
-
-def _ratio(value: float | None) -> str:
-    return "no PEFT" if value is None else f"{value:.2f}"
-
-
-def _predicted(row: dict) -> str:
-    if not row.get("predicted_s"):
-        return ""
-    seconds = row["predicted_s"]["both"]
-    return f"{seconds * 1e3:.2f} ({row['both']['median_s'] / seconds - 1:+.0%})"
 
 
 def _short(dtype: str) -> str:

@@ -3,19 +3,25 @@
 
 import copy
 import dataclasses
+import gc
 import json
 import re
+import shutil
 import sys
+import types
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("matplotlib")
+Figure = pytest.importorskip("matplotlib.figure").Figure
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 try:
+    import baselines
     import decoder_layer
+    import end_to_end
     import lorafusion
     import measure
     import predict
@@ -26,12 +32,20 @@ try:
 finally:
     sys.path.remove(str(BENCHMARKS))
 
-from fastlora_kernels import machine  # noqa: E402
+from fastlora_kernels import launch, machine  # noqa: E402
+from fastlora_kernels.configs import Chip  # noqa: E402
 
+from fastlora.files import replace_file  # noqa: E402
 from fastlora.timing import interleaved, ratio  # noqa: E402
 
+PAINT = Figure.savefig
 EAGER = [way for way in WAYS if way != "PEFT compiled"]
+ERROR = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
 PROBLEM = Problem("small", 300, 40, 64, R=4, dtype=torch.float32, adapter=torch.float32)
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError(f"{ERROR.partition(': ')[2]}\nMore lines follow.")
 
 
 def outputs(problem, ways=EAGER):
@@ -67,9 +81,33 @@ def test_lorafusion_kernels(shape, dropped):
     ds, db = lorafusion.ds_db(dy, s, b, 0.5)
     dx = lorafusion.dx(dy, w, ds, a, keep, 2.0)
     torch.testing.assert_close(ds, 0.5 * dy @ b, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(db, 0.5 * dy.t() @ s, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(db, dy.t() @ s, rtol=1e-4, atol=1e-3)  # s comes scaled
     low_rank = ds @ a * (2.0 * keep if dropped else 1.0)
     torch.testing.assert_close(dx, dy @ w + low_rank, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_lorafusion_as_on_a_gpu(p, monkeypatch):
+    """Its kernels, in the interpreter, make what library products make in their place."""
+    problem = dataclasses.replace(PROBLEM, M=60, p=p)
+    torch.manual_seed(0)
+    expected = outputs(problem, ["LoRAFusion schedule"])
+    monkeypatch.setattr(baselines, "on_gpu", lambda t: True)
+    torch.manual_seed(0)
+    found = outputs(problem, ["LoRAFusion schedule"])
+    for one, other in zip(*expected.values(), *found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_lorafusion_scales_the_narrow_factor(monkeypatch):
+    """So that its product needs no step of its own for the low-rank part, whatever the scaling."""
+    monkeypatch.setattr(baselines, "on_gpu", lambda t: True)
+    problem = Problem("scaled", 256, 128, 128, scaling=2.0)
+    layer, (x, _) = WAYS["LoRAFusion schedule"](problem), problem.inputs()
+    with launch.recording(Chip((9, 0), 232448, 132)) as calls:
+        layer(x)
+    (call,) = calls
+    assert call.kernel.__name__ == "persistent_kernel" and call.args["LOW_RANK"] == "fold"
 
 
 def test_rows_say_what_was_measured(tmp_path):
@@ -77,7 +115,7 @@ def test_rows_say_what_was_measured(tmp_path):
     posed = [PROBLEM, Problem("small", 600, 40, 64, R=4), dropped]
     rows = [measure.measure(p, EAGER, 0.0) for p in posed]
     for row in rows[0]:
-        assert row["rounds"] >= 5 and row["both"]["median_s"] > 0
+        assert row["rounds"] >= 3 and row["both"]["median_s"] > 0
         assert row["way"] != "frozen" or row["both"]["ratio"] == 1
     kept = {row["way"]: row["kept_bytes"] for row in rows[2]}
     assert kept["frozen"] == 0
@@ -182,17 +220,34 @@ def test_rows_of_decoder_layers(small_decoders):
     assert "### plain, 20 tokens, dropout 0.05" in table and "| fastlora, siblings |" in table
 
 
-def test_a_way_that_fails_has_no_row(monkeypatch, capsys):
-    def fails(self, x):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-
-    monkeypatch.setattr(WAYS["loralib"], "forward", fails)
+def test_a_way_that_fails_has_a_row_that_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(WAYS["loralib"], "forward", out_of_memory)
     rows = measure.measure(PROBLEM, ["frozen", "loralib", "fastlora torch"], 0.0)
-    assert [row["way"] for row in rows] == ["frozen", "fastlora torch"]
-    said = "left out loralib: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
-    assert said in capsys.readouterr().out.splitlines()
-    monkeypatch.setattr(WAYS["frozen"], "forward", fails)
-    assert measure.measure(PROBLEM, ["frozen", "fastlora torch"], 0.0) == []
+    assert [row["way"] for row in rows] == ["frozen", "loralib", "fastlora torch"]
+    assert rows[1] == {"way": "loralib", "error": ERROR} and "error" not in rows[2]
+    assert f"left out loralib: {ERROR}" in capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(WAYS["frozen"], "forward", out_of_memory)
+    frozen, mine = measure.measure(PROBLEM, ["frozen", "fastlora torch"], 0.0)
+    assert frozen == {"way": "frozen", "error": ERROR}
+    for phase in measure.PHASES:
+        assert mine[phase]["median_s"] > 0 and mine[phase]["ratio"] is None
+
+
+def test_times_without_ratios_are_shown(tiny, tmp_path, monkeypatch):
+    drawn, finish = {}, report._finish
+
+    def recorded(figure, axes, title, *rest):
+        drawn[title.partition(":")[0]] = axes.get_legend_handles_labels()[1]
+        finish(figure, axes, title, *rest)
+
+    monkeypatch.setattr(report, "_finish", recorded)
+    for ways in (WAYS, decoder_layer.WAYS):
+        monkeypatch.setitem(ways, "frozen", out_of_memory)
+    _, table, pictures = made(tmp_path)
+    assert pictures == set(PICTURES)
+    assert [line[1::2][:3] for line in line_of(table, "PEFT")] == [["–"] * 3] * 4
+    assert drawn["What LoRA costs"] == drawn["What LoRA costs a decoder layer"] == ["frozen layer"]
+    assert "PEFT" in drawn["Time against tokens"] and "PEFT" in drawn["Roofline, fp32"]
 
 
 def test_ways_take_turns():
@@ -220,3 +275,446 @@ def test_few_rows_with_dropout_take_little_memory():
     )
     frozen, mine = (row["peak_bytes"] for row in rows)
     assert mine < frozen + 64 * 1024
+
+
+@pytest.fixture
+def tiny(monkeypatch, small_decoders):
+    """A whole run, every way but the compiled one, takes a second: its pictures are not painted."""
+    layers = [dataclasses.replace(PROBLEM, name="layer", M=m) for m in (300, 20)]
+    model = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
+    model |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, format: file.write(b"a picture"))
+    for module in (run, measure, end_to_end):
+        monkeypatch.setattr(module, "free_memory", lambda: None)
+    monkeypatch.setattr(run, "problems", lambda device: layers)
+    monkeypatch.setattr(run, "ceilings", lambda *_: {"copy_bytes_s": 1e10, "matrix_flops_s": 1e12})
+    for name, value in {"COMPILED_PROBLEMS": 0, "TIMED": 0.0, "LEAST_SECONDS": 0.0}.items():
+        monkeypatch.setattr(run, name, value)
+    monkeypatch.setattr(decoder_layer, "ON_CPU", ("plain",))
+    monkeypatch.setattr(decoder_layer, "TOKENS", {"cpu": 20})
+    monkeypatch.setattr(end_to_end, "MODELS", {"model": model})
+    monkeypatch.setattr(end_to_end, "ON_CPU", ("model",))
+    monkeypatch.setattr(end_to_end, "BATCHES", (1, 2))
+    monkeypatch.setattr(end_to_end, "TOKENS", {"cpu": 8})
+
+
+PICTURES = ("ratio", "tokens", "roofline", "decoder", "memory")
+
+
+def made(folder, *arguments):
+    """Run with ``arguments``; return what was measured, the report and the pictures' names."""
+    run.main(["--output", str(folder), *arguments])
+    return written(folder)
+
+
+def written(folder):
+    (path,) = folder.glob("*.json")
+    assert path.with_suffix(".md").exists() and not list(folder.glob(".*"))
+    pictures = {p.stem.removeprefix(f"{path.stem}-") for p in folder.glob("*.png")}
+    return json.loads(path.read_text()), path.with_suffix(".md").read_text(), pictures
+
+
+def test_a_run_writes_all_that_it_measures(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", PAINT)
+    result, table, pictures = made(tmp_path)
+    assert pictures == set(PICTURES) and result["left_out"] == []
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in tmp_path.glob("*.png"))
+    assert [len(p["rows"]) for p in result["problems"]] == [6, 6]
+    assert [len(p["rows"]) for p in result["decoder_layers"]] == [5, 4]
+    assert [(r["way"], r["batch"]) for r in result["end_to_end"]] == [
+        (way, batch) for batch in (1, 2) for way in end_to_end.WAYS
+    ]
+    rows = [r for s in ("problems", "decoder_layers") for p in result[s] for r in p["rows"]]
+    assert all(row["rounds"] >= 3 for row in (*rows, *result["end_to_end"]))
+    assert "error" not in json.dumps(result) and "with host" not in table
+    assert set(result["ceilings"]) == {"torch.float32"}
+    said = capsys.readouterr().out.splitlines()
+    assert "layers: 2 problems, about 4.0 min" in said  # half of what a run takes
+    assert any(re.fullmatch(r"decoder layers: 2 problems, about 3.\d min", line) for line in said)
+    assert said[-1].partition(": ")[2].startswith(str(tmp_path))
+
+
+def test_the_report_is_made_again_from_the_json_file(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(WAYS["loralib"], "forward", out_of_memory)
+    _, table, pictures = made(tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(path, again)
+    report.write(again / path.name)
+    assert written(again)[1:] == (table, pictures)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda p: p.stem
+)
+def test_the_committed_report_is_that_of_its_json_file(path, tmp_path):
+    shutil.copy(path, tmp_path)
+    report.write(tmp_path / path.name, pictures=False)
+    own, again = (
+        [line for line in p.read_text().splitlines() if not line.startswith("Not measured")]
+        for p in (path.with_suffix(".md"), tmp_path / path.with_suffix(".md").name)
+    )
+    assert own == again  # but for ways that were written since
+
+
+@pytest.mark.parametrize("lacking", ["problems", "decoder_layers", "end_to_end", "left_out"])
+def test_a_json_file_may_lack_sections(lacking, tiny, tmp_path):
+    result, *_ = made(tmp_path / "all", "--only", "layer")
+    del result[lacking]
+    path = tmp_path / "cpu.json"
+    path.write_text(json.dumps(result))
+    report.write(path)
+    assert ("## layer: " in path.with_suffix(".md").read_text()) == (lacking != "problems")
+
+
+def line_of(table, *names):
+    """Return the cells of the lines that begin with ``names``."""
+    head = "| " + " | ".join(names) + " | "
+    return [x.removeprefix(head).split(" | ") for x in table.splitlines() if x.startswith(head)]
+
+
+@pytest.mark.parametrize("when", ["made", "first", "timed"])
+def test_too_little_memory_costs_one_way(when, tiny, tmp_path, monkeypatch):
+    """Whether its layers cannot be made, or a step fails, the first or a later one."""
+
+    def failing(make):
+        def layer_of(*posed):
+            if when == "made":
+                out_of_memory()
+            layer = make(*posed)
+            forward, left = layer.forward, 3 if when == "timed" else 0
+
+            def fails(*args, **options):
+                nonlocal left
+                left -= 1
+                return forward(*args, **options) if left >= 0 else out_of_memory()
+
+            layer.forward = fails
+            return layer
+
+        return layer_of
+
+    for ways in (WAYS, decoder_layer.WAYS, end_to_end.WAYS):
+        monkeypatch.setitem(ways, "PEFT", failing(ways["PEFT"]))
+    result, table, pictures = made(tmp_path)
+    assert pictures == set(PICTURES)
+    layers = [p["rows"] for p in (*result["problems"], *result["decoder_layers"])]
+    for rows in (*layers, result["end_to_end"]):
+        for row in rows:
+            assert row.get("error") == (ERROR if row["way"] == "PEFT" else None)
+            assert ("rounds" in row) == (row["way"] != "PEFT")
+    assert all(row.get("ratio_to_peft") is None for row in result["end_to_end"])
+    lines = line_of(table, "PEFT")
+    assert len(lines) == 4 and all(cells[0] == ERROR for cells in lines)
+    assert not any("".join(cells[1:]).strip(" |") for cells in lines)
+    assert line_of(table, "model", "2", "PEFT")[0][:3] == ["8", ERROR, ""]
+    assert line_of(table, "model", "2", "fastlora")[0][2] == "–"  # no PEFT to compare with
+
+
+def test_too_little_memory_for_all_ways_is_said_of_each(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure.Step, "__call__", out_of_memory)
+    monkeypatch.setattr(end_to_end, "_step", lambda *_: out_of_memory)
+    result, table, pictures = made(tmp_path)
+    rows = [r for s in ("problems", "decoder_layers") for p in result[s] for r in p["rows"]]
+    rows += result["end_to_end"]
+    assert len(rows) == 6 + 6 + 5 + 4 + 8 and {row["error"] for row in rows} == {ERROR}
+    assert table.count(ERROR) == len(rows) and pictures == set()
+
+
+def test_a_problem_that_cannot_be_posed_is_said(tiny, tmp_path, monkeypatch):
+    """Its inputs, its weights or its model: the others are measured."""
+    inputs, layer = Problem.inputs, decoder_layer.Layer
+
+    def fails_if(condition, of):
+        return lambda problem: out_of_memory() if condition(problem) else of(problem)
+
+    monkeypatch.setattr(Problem, "inputs", fails_if(lambda p: p.M == 300, inputs))
+    monkeypatch.setattr(decoder_layer, "Layer", fails_if(lambda p: not p.p, layer))
+    monkeypatch.setattr(end_to_end, "make", out_of_memory)
+    result, table, pictures = made(tmp_path)
+    for section in ("problems", "decoder_layers"):
+        failed, fine = result[section]
+        assert (failed["rows"], failed["error"]) == ([], ERROR)
+        assert fine["rows"] and "error" not in fine
+    failed = {"model": "model", "tokens": 8, "error": ERROR}
+    assert result["end_to_end"] == [{**failed, "batch": batch} for batch in (1, 2)]
+    assert table.count(f"dropout 0\n\n{ERROR}\n") == 2
+    assert line_of(table, "model", "1", "")[0][:2] == ["8", ERROR]
+    assert pictures == {"ratio", "tokens", "roofline", "decoder"}
+
+
+def test_what_was_timed_stays_where_memory_is_not_found(tiny, tmp_path, monkeypatch):
+    for module in (measure, decoder_layer):
+        monkeypatch.setattr(module, "kept_bytes", out_of_memory)
+    monkeypatch.setattr(end_to_end, "_flops", out_of_memory)
+    result, table, pictures = made(tmp_path)
+    for problem in (*result["problems"], *result["decoder_layers"]):
+        for row in problem["rows"]:
+            assert row["error"] == ERROR and row["both"]["ratio"] > 0
+            assert "kept_bytes" not in row
+    for row in result["end_to_end"]:
+        assert row["error"] == ERROR and row["step_s"] > 0 and row["peak_bytes"] > 0
+    cells = line_of(table, "PEFT")
+    assert [c.index(ERROR) for c in cells] == [8, 8, 6, 6] and float(cells[0][0]) > 0
+    assert pictures == set(PICTURES)
+
+
+def test_what_a_failed_way_held_is_free_before_the_next(monkeypatch):
+    """Nobody holds it when the garbage is collected: memory can go back to the GPU then."""
+    held, alive = [], []
+    own, collect = WAYS["fastlora torch"].forward, gc.collect
+
+    def broken(x):
+        large = x.detach().clone()
+        held.append(weakref.ref(large))
+        raise RuntimeError("one error")
+
+    def fails(self, x):
+        large, self.circle = x.detach().clone(), [self]
+        held.extend(weakref.ref(t) for t in (large, self))
+        try:
+            broken(x)
+        except RuntimeError:
+            out_of_memory()
+
+    def look():
+        alive.append([ref() is not None for ref in held])
+
+    monkeypatch.setattr(WAYS["loralib"], "forward", fails)
+    monkeypatch.setattr(WAYS["fastlora torch"], "forward", lambda *of: look() or own(*of))
+    monkeypatch.setattr(measure.gc, "collect", lambda: look() or collect())
+    gc.disable()
+    try:
+        measure.measure(PROBLEM, ["frozen", "loralib", "fastlora torch"], 0.0)
+    finally:
+        gc.enable()
+    assert alive[:2] == [[False, True, False], [False, False, False]]
+
+
+def test_an_interrupted_run_keeps_what_it_measured(tiny, tmp_path, monkeypatch):
+    found = []
+
+    def stopped(*_):
+        found.append(written(tmp_path))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(end_to_end.Measure, "__call__", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path)
+    result, table, pictures = written(tmp_path)
+    assert [len(result[s]) for s in ("problems", "decoder_layers", "end_to_end")] == [2, 2, 0]
+    assert "## layer: 20 x 40 x 64" in table and "### plain, 20 tokens, dropout 0.05" in table
+    assert pictures == set(PICTURES) - {"memory"}
+    assert found == [(result, table, pictures)]  # it was there before
+
+
+def test_an_interrupted_section_keeps_its_problems(tiny, tmp_path, monkeypatch):
+    found, inputs = [], Problem.inputs
+
+    def stopped(problem):
+        if problem.M == 20:
+            found.append(written(tmp_path))
+            raise KeyboardInterrupt
+        return inputs(problem)
+
+    monkeypatch.setattr(Problem, "inputs", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path)
+    ((before, table, _),) = found
+    assert len(before["problems"]) == 1 and "## layer: 300 x 40 x 64" in table
+    assert written(tmp_path)[2] == {"ratio", "tokens", "roofline"}
+
+
+def test_without_matplotlib_there_are_no_pictures(tiny, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result, table, pictures = made(tmp_path, "--only", "layer")
+    assert result["problems"] and "| fastlora torch |" in table and not pictures
+    assert "no pictures: import of matplotlib" in capsys.readouterr().err
+
+
+def test_a_picture_that_fails_costs_itself_alone(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "draw_tokens", lambda *_: 1 / 0)
+    assert made(tmp_path, "--only", "layer")[2] == {"ratio", "roofline"}
+    assert "no picture of tokens: ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_files_are_whole_or_as_they_were(tiny, tmp_path, monkeypatch):
+    """Whatever ends the process: each is written by `replace_file` alone."""
+    replaced = set()
+
+    def recorded(path, write):
+        replaced.add(path)
+        replace_file(path, write)
+
+    for module in (run, report):
+        monkeypatch.setattr(module, "replace_file", recorded)
+    made(tmp_path)
+    assert replaced == set(tmp_path.iterdir()) and len(replaced) == 7
+
+
+@pytest.mark.parametrize(
+    ("only", "sections", "pictures"),
+    [
+        ("layer", ["problems"], {"ratio", "tokens", "roofline"}),
+        ("plain", ["decoder_layers"], {"decoder"}),
+        ("model", ["end_to_end"], {"memory"}),
+    ],
+)
+def test_only_selects_from_all_sections(only, sections, pictures, tiny, tmp_path, capsys):
+    result, table, drawn = made(tmp_path, "--only", only)
+    measured = [s for s in ("problems", "decoder_layers", "end_to_end") if result[s]]
+    assert measured == sections and drawn == pictures
+    assert bool(result["ceilings"]) == ("problems" in sections)
+    assert ("Not measured" in table) == ("problems" in sections)
+    assert "about 8.0 min" in capsys.readouterr().out  # all of it is for the one section
+
+
+def test_only_what_there_is_can_be_selected(tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        made(tmp_path, "--only", "Llama-9")
+    assert (
+        "--only 'Llama-9' is in no name; there are: layer; plain; model" in capsys.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_time_leaves_everything_out(tiny, tmp_path, capsys):
+    result, table, pictures = made(tmp_path, "--minutes", "0")
+    names = ["layer: 300x40x64 r=4 float32/float32 dropout=0"]
+    names += ["layer: 20x40x64 r=4 float32/float32 dropout=0"]
+    names += ["plain, 20 tokens, dropout 0", "plain, 20 tokens, dropout 0.05"]
+    names += ["model, batch 1", "model, batch 2"]
+    assert result["left_out"] == names and not pictures
+    assert not any(result[s] for s in ("problems", "decoder_layers", "end_to_end"))
+    assert f"Left out, as the time was over: {'; '.join(names)}." in table
+    assert f"left out, as the time was over: {'; '.join(names[2:4])}" in capsys.readouterr().out
+
+
+def test_sections_share_the_time_that_is_left(tiny, tmp_path, monkeypatch):
+    """Of 100 s a problem of the first takes 40: it has 50, the other what is left then."""
+    clock, given = types.SimpleNamespace(now=0.0), []
+    monkeypatch.setattr(run, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(run, "TIMED", 0.7)
+    monkeypatch.setattr(run, "machine", lambda device: {"device": "none"})
+
+    def section(name, share, takes, count):
+        def measure(problem, ways, seconds):
+            given.append((str(problem), pytest.approx(seconds)))
+            clock.now += takes
+            return []
+
+        posed = [decoder_layer.Problem(f"{name}{i}") for i in range(count)]
+        entries = lambda problem, found: [problem.name]  # noqa: E731
+        return run.Section(name, name, share, posed, [], measure, entries)
+
+    monkeypatch.setattr(report, "write", lambda *_: None)
+    chosen = [section("decoder_layers", 0.5, 40.0, 3), section("end_to_end", 0.5, 1.0, 2)]
+    run.run(chosen, torch.device("cpu"), 100.0, tmp_path / "cpu.json")
+    result = json.loads((tmp_path / "cpu.json").read_text())
+    assert result["decoder_layers"] == ["decoder_layers0", "decoder_layers1"]
+    assert result["end_to_end"] == ["end_to_end0", "end_to_end1"]
+    assert result["left_out"] == ["decoder_layers2, 20 tokens, dropout 0"]
+    assert [seconds for _, seconds in given] == [0.7 * s for s in (50 / 3, 10 / 2, 20 / 2, 19)]
+
+
+def test_few_tokens_on_a_gpu_are_timed_with_the_host_too(tiny, tmp_path, monkeypatch):
+    few = dataclasses.replace(PROBLEM, device="cuda", M=measure.FEW_TOKENS)
+    assert measure.waits_for_the_host(few)
+    assert not measure.waits_for_the_host(dataclasses.replace(few, M=few.M + 1))
+    assert not measure.waits_for_the_host(dataclasses.replace(few, device="cpu"))
+    monkeypatch.setattr(measure, "waits_for_the_host", lambda problem: problem.M == 20)
+    asked = []
+
+    def recorded(steps, device, seconds, least, with_host=False, **options):
+        asked.append((with_host, seconds))
+        return interleaved(steps, device, 0.0, least, with_host=with_host, **options)
+
+    monkeypatch.setattr(measure, "interleaved", recorded)
+    measure.measure(dataclasses.replace(PROBLEM, M=20), ["frozen"], 2.0)
+    assert asked == [(False, 1.0), (True, 1.0)]  # both in the time of one
+    asked.clear()
+    result, table, _ = made(tmp_path)
+    assert [with_host for with_host, _ in asked] == [False, False, True, False, False, True, True]
+    many, few = (p["rows"] for p in result["problems"])
+    for phase in measure.PHASES:
+        assert all(row[phase]["with_host_s"] > 0 < row[phase]["with_host_ratio"] for row in few)
+        assert not any("with_host_s" in row[phase] for row in many)
+    heads = [x for x in table.splitlines() if x.startswith("| | forward | ratio")]
+    columns = " | forward with host | backward with host | both with host |"
+    assert [head.endswith(columns) for head in heads[:2]] == [False, True]
+    assert re.fullmatch(r"[\d.]+ \(1.00\)", line_of(table, "frozen")[1][-3])
+    assert "*with host*" in table
+
+
+def test_a_report_from_a_gpu_says_that_steps_wait_for_the_host(tiny, tmp_path):
+    result, table, _ = made(tmp_path, "--only", "model")
+    said = "Steps begin on an idle GPU"
+    assert said not in table
+    result["machine"]["cuda"] = "13.0"
+    assert said in report.markdown(result)
+
+
+def frozen_of(module):
+    """Return where a module's frozen parameters and buffers lie."""
+    tensors = (*module.parameters(), *module.buffers())
+    return {t.data_ptr() for t in tensors if not t.requires_grad}
+
+
+def trained_of(module):
+    return {p.data_ptr() for p in module.parameters() if p.requires_grad}
+
+
+def assert_alone(modules):
+    """What they train is each one's own."""
+    trained = [trained_of(module) for module in modules]
+    assert len(set().union(*trained)) == sum(map(len, trained)) > 0
+
+
+def test_layers_share_their_frozen_weights(small_decoders, monkeypatch):
+    layers = []
+
+    class Recorded(measure.Step):
+        def __init__(self, layer, *inputs):
+            layers.append(layer)
+            super().__init__(layer, *inputs)
+
+    for module in (measure, decoder_layer):
+        monkeypatch.setattr(module, "Step", Recorded)
+    problem = dataclasses.replace(PROBLEM, bias=True)
+    measure.measure(problem, EAGER, 0.0)
+    decoder = decoder_layer.Problem("biased", dtype=torch.float32, tokens=10)
+    decoder_layer.measure(decoder, [w for w in decoder_layer.WAYS if w != "PEFT compiled"], 0.0)
+    for ways, again in ((layers[:6], problem.linear()), (layers[6:], decoder_layer.Layer(decoder))):
+        frozen, *adapted = ways
+        linears = [{m for m in way.modules() if type(m) is torch.nn.Linear} for way in ways]
+        assert len(set().union(*linears)) == sum(map(len, linears))  # PEFT puts its own around it
+        assert len(adapted) in (5, 4) and not trained_of(frozen)
+        assert all(frozen_of(layer) == frozen_of(frozen) for layer in adapted)
+        assert_alone(adapted)
+        for used, fresh in zip(frozen.parameters(), again.parameters(), strict=True):
+            assert torch.equal(used, fresh)
+
+
+def test_models_share_their_frozen_weights(tiny, monkeypatch):
+    bases, make = [], end_to_end.make
+    monkeypatch.setattr(end_to_end, "make", lambda *of: bases.append(make(*of)) or bases[-1])
+    measuring, ways, models = end_to_end.Measure(), list(end_to_end.WAYS), set()
+    for problem in end_to_end.problems("cpu"):
+        rows = measuring(problem, ways, 0.0)
+        assert [row["way"] for row in rows] == ways and all("step_s" in row for row in rows)
+        models |= set(measuring.models.values())
+    (base,) = bases
+    assert len(models) == len(ways)  # they served both batch sizes
+    assert not trained_of(base) and base.lm_head.weight is base.model.embed_tokens.weight
+    assert measuring.models.keys() == set(ways)
+    for model in measuring.models.values():
+        assert frozen_of(model) == frozen_of(base)
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert len(trained_of(model)) == 14
+    assert_alone(measuring.models.values())
+    fresh = make("model", torch.device("cpu")).state_dict()
+    assert all(torch.equal(t, fresh[name]) for name, t in base.state_dict().items())

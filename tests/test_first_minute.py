@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What asks a GPU its first questions runs without one: on a CPU, and in the interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+try:
+    import first_minute
+finally:
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(first_minute, "SIZE", 64)
+    monkeypatch.setattr(first_minute, "CALLS", 1)
+    monkeypatch.setattr(first_minute, "ROUNDS", 1)
+    monkeypatch.setattr(first_minute, "ceilings", lambda device, dtype: {})
+
+
+def run(path, tokens=16):
+    first_minute.main(["--tokens", str(tokens), "--seconds", "0", "--output", str(path)])
+    return json.loads(path.read_text())
+
+
+def test_every_part_in_the_interpreter(tiny, tmp_path, capsys):
+    found = run(tmp_path / "found.json")
+    layers = {row["way"]: row for row in found["layers, 16 tokens"]}
+    assert {"frozen", "torch", "library", "triton"} < layers.keys()
+    portable = [way for way in layers if way.startswith("portable, 128 x 256 x 64")]
+    assert portable
+    for row in (*layers.values(), *found["products alone, 16 tokens"], *found["one tile"]):
+        assert all(t > 0 for t in row["seconds"]), row
+    assert layers["frozen"]["rate_by_frozen"] == [1.0, 1.0]
+    assert {"torch.mm", "shrink, one launch", "triton, forward and backward"} <= {
+        row["way"] for row in found["host"]
+    }
+    assert found["machine"]["device"] and portable[0] in capsys.readouterr().out
+
+
+def test_every_config_runs_where_it_is_measured(tiny, monkeypatch):
+    """A config's name says which it is, and each direction gets the config that it can run with."""
+    import fastlora_kernels
+    from fastlora_kernels.configs import Chip, candidates
+
+    hopper, ran = Chip((9, 0), 232448, 132), []
+    monkeypatch.setattr(
+        first_minute, "tried", lambda kernel, x: candidates(kernel, "16", 16, False, hopper)
+    )
+    for name in ("forward_all", "backward_all"):
+        monkeypatch.setattr(
+            fastlora_kernels, name, lambda *args, configs=(), name=name: ran.append((name, configs))
+        )
+    t = torch.ones(16, 64, dtype=torch.bfloat16)
+    ways = first_minute.layers(t, t, t[:, :64].expand(16, 64), t, t[:, :16])
+    configs = candidates("product", "16", 16, False, hopper)
+    assert len(ways) == 4 + len(configs)
+    assert {w.partition(",")[0] for w in ways} >= {"fold", "first", "portable"}
+    for config in configs:
+        ran.clear()
+        list(ways[first_minute.named(config)]())
+        forward, backward = dict(ran)["forward_all"], dict(ran)["backward_all"]
+        assert forward == [{"product": config}]
+        fits = config in candidates("dx", "16", 16, False, hopper)
+        assert backward == [{"dx": config} if fits else {}]
+
+
+def test_what_was_measured_outlives_what_fails(tiny, tmp_path, monkeypatch):
+    def fails(device):
+        raise RuntimeError("the driver is gone")
+
+    def none(x, w):
+        def step():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+            yield
+
+        return {"frozen": step, "it": step}
+
+    monkeypatch.setattr(first_minute, "host", fails)
+    monkeypatch.setattr(first_minute, "products", none)
+    path = tmp_path / "found.json"
+    with pytest.raises(RuntimeError, match="the driver is gone"):
+        run(path)
+    found = json.loads(path.read_text())
+    assert found["layers, 16 tokens"][0]["seconds"]
+    said = "OutOfMemoryError: CUDA out of memory."
+    assert [row["error"] for row in found["one tile"]] == [said, said]
+
+
+def test_on_a_plain_cpu(tmp_path):
+    path = tmp_path / "found.json"
+    command = [sys.executable, str(BENCHMARKS / "first_minute.py"), "--tokens", "2"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([*command, "--seconds", "0", "--output", str(path)], env=environment, check=True)
+    found = json.loads(path.read_text())
+    assert [row["way"] for row in found["layers, 2 tokens"]] == ["frozen", "torch"]
+    assert "one tile" not in found and found["ceilings"]["copy_bytes_s"] > 0
