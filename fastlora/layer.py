@@ -276,14 +276,14 @@ class LoRALinear(nn.Linear):
 
     # Forward
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [..., out] for x [..., in] in x's dtype; see `fastlora.lora_linear`."""
-        y = handed(self, x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return [..., out] for input [..., in] in its dtype; see `fastlora.lora_linear`."""
+        y = handed(self, input)
         if y is not None:
             return y
         if self.disable_adapters or self.merged_adapters or not self.active_adapters:
-            return F.linear(x, self._oriented(self._forward_weight()), self.bias)
-        return lora_sum(x, self._oriented(self.weight), self.bias, self.adapters())
+            return F.linear(input, self._oriented(self._forward_weight()), self.bias)
+        return lora_sum(input, self._oriented(self.weight), self.bias, self.adapters())
 
     def adapters(self) -> list[Adapter]:
         """Return the active adapters as `lora_sum` takes them."""

@@ -12,6 +12,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as module_hooks
 
+from fastlora import sibling_search
 from fastlora.functional import DTYPES
 from fastlora.layer import is_conv1d
 from fastlora.several import Adapter, lora_sum
@@ -62,11 +63,24 @@ def fuse(layer: nn.Module) -> None:
             layer._siblings = vars(base).pop("_siblings", None)
 
 
-def new_layer(config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-    """Return what PEFT puts around ``target``, fused; stands in for PEFT's function of a model."""
-    layer = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
-    fuse(layer)
-    return layer
+class FusedModel(LoraModel):
+    """PEFT's ``LoraModel``, whose new layers are fused, and whose model is plain once unloaded.
+
+    An instance of PEFT's becomes one, and again PEFT's, by its ``__class__`` alone.
+    """
+
+    @staticmethod
+    def _create_new_module(
+        config: Any, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> nn.Module:
+        layer = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
+        fuse(layer)
+        return layer
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        sibling_search.separate(model)
+        return model
 
 
 def registered_layer(

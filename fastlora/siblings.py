@@ -64,13 +64,14 @@ class Group:
 class Groups:
     """A module's groups of children. Lies in the module, so that copies and pickles have it too."""
 
-    def __init__(self, parent: nn.Module, groups: list[Group]) -> None:
-        self.parent, self.groups = weakref.ref(parent), groups
+    def __init__(self, parent: nn.Module | None, groups: list[Group]) -> None:
+        self.groups = groups
         for group in groups:
-            group.parent = self.parent
+            group.parent = None if parent is None else weakref.ref(parent)
 
     def __reduce__(self) -> tuple:
-        return Groups, (self.parent(), self.groups)
+        parent = self.groups[0].parent
+        return Groups, (None if parent is None else parent(), self.groups)
 
 
 class FrozenLinear(nn.Linear):
@@ -83,9 +84,9 @@ class FrozenLinear(nn.Linear):
             return None  # a quantised weight, say
         return Operands(self.weight, False, self.bias, ())
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = handed(self, x)
-        return super().forward(x) if y is None else y
+    def forward(self, input: Tensor) -> Tensor:
+        y = handed(self, input)
+        return super().forward(input) if y is None else y
 
 
 class _Held(NamedTuple):
@@ -107,37 +108,45 @@ def handed(member: nn.Module, x: Tensor) -> Tensor | None:
     group = member._siblings
     if group is None or torch.compiler.is_compiling() or not is_plain(x):
         return None
-    held: _Held | None = getattr(_slot, "held", None)
-    if held is not None and held.group is group and held.x is x:
-        return _fetch(held, member, x)
-    if group.parent is None:
+    if torch._C._are_functorch_transforms_active():  # what it computes is of use in there alone
         return None
+    held: _Held | None = getattr(_slot, "held", None)
+    if held is not None and held.group is group and held.x is x and id(member) in held.seats:
+        return _fetch(held, member, x)
     members = group.members()
-    if members is None or members[0] is not member or any(map(may_differ, members)):
+    if members is None or members[0] is not member:
+        return None
+    _drop()  # also what this group has computed for x before: this is another forward
+    if module_hooks() or any(map(may_differ, members)):
         return None
     return _compute(group, members, x)
 
 
 def _fetch(held: _Held, member: nn.Module, x: Tensor) -> Tensor | None:
-    seat = held.seats.pop(id(member), None)
+    _, operands, versions, y = held.seats.pop(id(member))
     if not held.seats:
         _slot.held = None
-    if seat is None:
-        return None
-    _, operands, versions, y = seat
     now = member.sibling_operands(x)
     if held.circumstances == _circumstances(x) and now is not None and _same(operands, now):
         with contextlib.suppress(RuntimeError):
-            if versions == _versions(now):
+            if versions == _versions(now) and not _is_freed(y):
                 return y
     _miss(held.group, [member])
     return None
 
 
+def _is_freed(y: Tensor) -> bool:
+    """Return whether a backward of another sibling has freed what y's needs."""
+    node = y.grad_fn
+    try:
+        if node is not None and not hasattr(node, "_raw_saved_tensors"):  # reshaped
+            hasattr(node.next_functions[0][0], "_raw_saved_tensors")
+    except RuntimeError:
+        return True
+    return False
+
+
 def _compute(group: Group, members: list[nn.Module], x: Tensor) -> Tensor | None:
-    _drop()
-    if module_hooks():
-        return None
     operands = [member.sibling_operands(x) for member in members]
     if any(each is None for each in operands):
         return None
@@ -193,7 +202,8 @@ def _circumstances(x: Tensor) -> tuple:
     dtype = torch.get_autocast_dtype(kind) if autocast and torch.is_autocast_enabled(kind) else None
     # Checkpointing without reentry is such a hook: outside and inside are two forwards.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return x._version, x.requires_grad, torch.is_grad_enabled(), dtype, hooks, _stream(x)
+    modes = torch.is_inference_mode_enabled(), torch._C._len_torch_dispatch_stack()
+    return x._version, x.requires_grad, torch.is_grad_enabled(), dtype, hooks, _stream(x), *modes
 
 
 def _stream(x: Tensor) -> torch.cuda.Stream | None:

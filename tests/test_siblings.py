@@ -718,11 +718,26 @@ def test_an_adapter_of_peft_s_for_a_frozen_sibling(together):
     close([merged(X)], [expected(X)])
 
 
-def test_unloaded_models_are_plain(together):
-    plain, patched = wrapped(), wrapped()
-    patch_peft(patched, fuse_siblings=[QKV])
-    close([patched.merge_and_unload()(X)], [plain.merge_and_unload()(X)])
-    assert together == []
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_unloaded_models_are_plain(how, copied):
+    """No class and no group of ours is left, also of a gated MLP that only down had made one."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        asked = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        models.append(get_peft_model(llama(), asked))
+    plain, patched = models
+    report = patch_peft(patched, fuse_siblings=True)
+    assert report.siblings and report.gated_mlps
+    if copied:
+        patched = copy.deepcopy(patched)
+    plain, patched = (getattr(model, how)() for model in (plain, patched))
+    assert [type(m) for m in patched.modules()] == [type(m) for m in plain.modules()]
+    assert [vars(m).keys() for m in patched.modules()] == [vars(m).keys() for m in plain.modules()]
+    close([loss_of(patched)], [loss_of(plain)])
+    with pytest.raises(ValueError, match=r"holds no LoRALinear .* what was merged runs as a plain"):
+        fastlora.explain(patched)
 
 
 def test_a_trained_model_of_transformers(together):
