@@ -115,7 +115,7 @@ class _GatedMLP(torch.autograd.Function):
             Operands(*kept[5 * i : 5 * i + 5], *numbers) for i, numbers in enumerate(ctx.numbers)
         ]
         need_x, _, _, _, *flat = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
+        if ops.looked_into(dy):
             dx, *grads = _differentiable_grads(dy, x, projections, ctx.activation, [need_x, *flat])
             return dx, None, None, None, *grads
         needs = [flat[i : i + 4] for i in (0, 4, 8)]
@@ -137,7 +137,12 @@ class _GatedMLP(torch.autograd.Function):
 def _differentiable_grads(dy, x, projections, activation, needs):
     """Return a gradient for x and for w, a, b and bias of each projection, or None."""
     inputs = [x, *(t for w, a, b, bias, *_ in projections for t in (w, a, b, bias))]
-    y = _apart(x, projections, activation, "auto")
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # An alias for each: x may depend on the others, and two of them may be one tensor.
+        x, *flat = aliases = [t if t is None else t.view_as(t) for t in inputs]
+        parts = [Operands(*flat[4 * i : 4 * i + 4], *p[4:]) for i, p in enumerate(projections)]
+        y = _apart(x, parts, activation, "auto")
+    wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
     return [next(found) if need else None for need in needs]

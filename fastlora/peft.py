@@ -33,13 +33,14 @@ class PatchReport:
 
     ``fused``: names of the LoRA layers that run the fused forward; ``not_fused``: (name, why) of
     the others, which run PEFT's own code. ``siblings``, ``gated_mlps``: (module, children's names)
-    of what runs as one operator.
+    of what runs as one operator; ``lookalikes``: (class, why not) of what seemed a gated MLP.
     """
 
     fused: list[str]
     not_fused: list[tuple[str, str]]
     siblings: list[sibling_search.Names] = field(default_factory=list)
     gated_mlps: list[sibling_search.Names] = field(default_factory=list)
+    lookalikes: list[tuple[str, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
         total = len(self.fused) + len(self.not_fused)
@@ -47,6 +48,7 @@ class PatchReport:
         if self.fused:
             lines.append(f"  fused: {_counted(self.fused)}")
         lines += [f"  {line}" for line in sibling_search.listed(self.siblings, self.gated_mlps)]
+        lines += [f"  not as one operator: {kind} ({why})" for kind, why in self.lookalikes]
         reasons = defaultdict(list)
         for name, why in self.not_fused:
             reasons[why].append(name)
@@ -94,7 +96,8 @@ def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -
         peft_layer.fuse(layer)
     for module in model.modules():
         if type(module) is LoraModel:
-            vars(module).setdefault("_create_new_module", peft_layer.new_layer)
+            module.__class__ = peft_layer.FusedModel
+    report.lookalikes = sibling_search.lookalikes(siblings)
     report.siblings, report.gated_mlps = sibling_search.make(siblings)
     return report
 
@@ -107,19 +110,22 @@ def unpatch_peft(model: nn.Module) -> None:
     """
     _check_release()
     from peft.tuners import lora
+    from peft.tuners.lora.model import LoraModel
 
     from fastlora import peft_layer
 
     model = unwrapped(model)
-    changed = peft_layer.FusedLinear, lora.Linear
-    fused = [module for module in model.modules() if isinstance(module, peft_layer.FusedLinear)]
-    kinds = {kind: rebased(kind, *changed) for kind in {type(layer) for layer in fused}}
+    changed = (peft_layer.FusedLinear, lora.Linear), (peft_layer.FusedModel, LoraModel)
+    kinds = {
+        kind: rebased(kind, fused, own)
+        for kind in {type(module) for module in model.modules()}
+        for fused, own in changed
+        if issubclass(kind, fused)
+    }
     sibling_search.separate(model)
-    for layer in fused:
-        layer.__class__ = kinds[type(layer)]
     for module in model.modules():
-        if vars(module).get("_create_new_module") is peft_layer.new_layer:
-            del module._create_new_module
+        if type(module) in kinds:
+            module.__class__ = kinds[type(module)]
 
 
 def register(config: LoraConfig) -> LoraConfig:

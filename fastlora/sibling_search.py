@@ -31,6 +31,7 @@ class Found(NamedTuple):
     path: str
     names: tuple[str, ...]
     form: Form | None = None  # of the parent, where it is a gated MLP
+    why_not: str = ""  # it is none, where it looks like one
 
     def layers(self) -> list[nn.Module]:
         names = self.names if self.form is None else (*self.names, self.form.down)
@@ -71,7 +72,7 @@ def find(
             f"arguments) or sequences of names, such as [('q', 'k', 'v')], got {how!r:.100}"
         )
     groups = [
-        found._replace(form=form_of(found.parent, found.names, lambda m: id(m) in children))
+        Found(*found[:3], *form_of(found.parent, found.names, lambda m: id(m) in children))
         for found in groups
     ]
     return [found for found in groups if any(id(layer) in layers for layer in found.layers())]
@@ -103,6 +104,12 @@ def make(groups: Sequence[Found]) -> tuple[list[Names], list[Names]]:
             gated_modules.fuse(found.parent, found.form)
     mlps = [(found.path, found.form.names) for found in groups if found.form is not None]
     return [(found.path, found.names) for found in groups if found.form is None], mlps
+
+
+def lookalikes(groups: Sequence[Found]) -> list[tuple[str, str]]:
+    """Return the class of each module that looks like a gated MLP, and why it is none."""
+    found = [(each.parent, each.why_not) for each in groups if each.why_not]
+    return list(dict.fromkeys((gated_modules.unfused(m).__name__, why) for m, why in found))
 
 
 def separate(model: nn.Module) -> None:
