@@ -45,8 +45,9 @@ def keep_mask(seed: Tensor, rows: range, columns: int, p: float) -> Tensor:
     """Return [len(rows), columns]: True where an input ``columns`` wide is kept in ``rows``."""
     groups = -(-columns // GROUP)
     z = torch.arange(rows.start * groups, rows.stop * groups, device=seed.device)
-    z.mul_(GAMMA).add_(seed)
-    bits = _mixed(z, z, torch.empty_like(z)).view(torch.int16).view(len(rows), GROUP * groups)
+    # In new memory each time: under vmap there may be a seed for each sample.
+    z = _mixed(z.mul_(GAMMA) + seed, None, None)
+    bits = z.view(torch.int16).view(len(rows), GROUP * groups)
     return bits[:, :columns] >= lowest_kept(p)
 
 
@@ -86,14 +87,17 @@ class KeptOnes:
         return ones.view(rows, GROUP * self.groups)[:, : self.columns]
 
 
-def _mixed(start: Tensor, z: Tensor, other: Tensor) -> Tensor:
-    """Return in ``z`` the hash of every element of ``start``; ``other`` is overwritten too."""
-    _xor_shifted(start, 30, other, z).mul_(MIX_1)
-    _xor_shifted(z, 27, other, z).mul_(MIX_2)
-    return _xor_shifted(z, 31, other, z)
+def _mixed(start: Tensor, z: Tensor | None, other: Tensor | None) -> Tensor:
+    """Return in ``z`` the hash of every element of ``start``; ``other`` is overwritten too.
+
+    Where these are None, in new memory.
+    """
+    hashed = _xor_shifted(start, 30, other, z).mul_(MIX_1)
+    hashed = _xor_shifted(hashed, 27, other, z).mul_(MIX_2)
+    return _xor_shifted(hashed, 31, other, z)
 
 
-def _xor_shifted(z: Tensor, shift: int, other: Tensor, out: Tensor) -> Tensor:
+def _xor_shifted(z: Tensor, shift: int, other: Tensor | None, out: Tensor | None) -> Tensor:
     # torch shifts int64 arithmetically; the mask clears the copies of the sign bit.
-    torch.bitwise_right_shift(z, shift, out=other)
-    return torch.bitwise_xor(z, other.bitwise_and_((1 << (64 - shift)) - 1), out=out)
+    shifted = torch.bitwise_right_shift(z, shift, out=other)
+    return torch.bitwise_xor(z, shifted.bitwise_and_((1 << (64 - shift)) - 1), out=out)

@@ -13,9 +13,10 @@ from torch import Tensor
 from fastlora import plans
 from fastlora.dropout import keep_mask, new_seed
 from fastlora.ops import exact, run
-from fastlora.projection import Operands, Projection
+from fastlora.projection import Operands, Projection, with_scaling
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LARGEST = torch.finfo(torch.float32).max  # what kernels take as a scaling
 
 
 def lora_linear(
@@ -102,9 +103,15 @@ def run_checked(
     shape = x.shape
     x, operands = drawn(x, projections, training)
     ys = [_reference(x, *o) for o in operands] if impl == "reference" else run(x, operands, impl)
-    if len(shape) == 2:
-        return ys
-    return [y.reshape(*shape[:-1], y.shape[1]) for y in ys]
+    return ys if len(shape) == 2 else [shaped(y, shape) for y in ys]
+
+
+def shaped(y: Tensor, shape: torch.Size) -> Tensor:
+    """Return y [M, N] as [..., N] for x of ``shape`` [..., K]; as little a view as y itself.
+
+    What is written into an output, or detaches it, must be able to after `torch.no_grad` as well.
+    """
+    return torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))
 
 
 def drawn(
@@ -132,7 +139,7 @@ def _plainly_right(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> bool:
         isinstance(x, Tensor)
         and isinstance(weight, Tensor)
         and type(scaling) is type(dropout_p) is float
-        and -math.inf < scaling < math.inf
+        and -LARGEST <= scaling <= LARGEST
         and 0.0 <= dropout_p <= 1.0
     ):
         return False
@@ -152,6 +159,7 @@ def _plainly_right(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> bool:
         and dtype in DTYPES
         and weight.dtype == dtype
         and weight.device == device
+        and x.layout is weight.layout is torch.strided
         and not x.is_meta
         and not torch._C._is_any_autocast_enabled()
     )
@@ -170,6 +178,7 @@ def _fitting(lora_A, lora_B, w, dtype, device) -> bool:
         and lora_A.dtype == lora_B.dtype
         and (lora_A.dtype == dtype or (lora_A.dtype == torch.float32 and dtype.itemsize == 2))
         and lora_A.device == lora_B.device == device
+        and lora_A.layout is lora_B.layout is torch.strided
     )
 
 
@@ -194,18 +203,28 @@ def _checked(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> tuple[Tenso
         x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
     _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if isinstance(scaling, Tensor):
-        lora_B, scaling = None if lora_B is None else lora_B * scaling, 1.0
+        if lora_B is not None:
+            lora_A, lora_B = with_scaling(lora_A, lora_B, scaling)
+        scaling = 1.0
     return x, Projection(weight, lora_A, lora_B, bias, scaling, dropout_p)
 
 
 def _autocast(x, weight, lora_A, lora_B, bias):
     dtype = torch.get_autocast_dtype(x.device.type)
-    if x.dtype == torch.float64:  # autocast leaves float64 alone
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return t.to(dtype) if t is not None and t.dtype in _CAST else t
+
+    if x.dtype not in _CAST:
         return x, weight, lora_A, lora_B, bias
     # Float32 adapters are kept: the operator takes them.
     if lora_A is not None and lora_A.dtype != torch.float32:
-        lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
-    return x.to(dtype), weight.to(dtype), lora_A, lora_B, None if bias is None else bias.to(dtype)
+        lora_A, lora_B = cast(lora_A), cast(lora_B)
+    return cast(x), cast(weight), lora_A, lora_B, cast(bias)
+
+
+# What autocast casts; it leaves float64, integers and complex numbers alone.
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check_types(x, weight, lora_A, lora_B, bias):
@@ -214,6 +233,9 @@ def _check_types(x, weight, lora_A, lora_B, bias):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if bias is not None and not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a Tensor or None, got {type(bias).__name__}")
+    for name, tensor in (("x", x), ("weight", weight), *_factors(lora_A, lora_B), ("bias", bias)):
+        if tensor is not None and tensor.layout is not torch.strided:
+            raise TypeError(f"{name} must be dense, got a tensor of layout {tensor.layout}")
 
 
 def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
@@ -255,10 +277,12 @@ def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
                 f"scaling must be a number or a 0-d tensor on {x.device}, got shape "
                 f"{tuple(scaling.shape)} on {scaling.device}"
             )
+        if scaling.is_complex():
+            raise TypeError(f"scaling must be a real number, got a tensor of {scaling.dtype}")
     elif isinstance(scaling, bool) or not isinstance(scaling, (int, float, torch.SymFloat)):
         raise TypeError(f"scaling must be a number or a 0-d tensor, got {type(scaling).__name__}")
-    elif not torch.compiler.is_compiling() and not math.isfinite(scaling):
-        raise ValueError(f"scaling must be finite, got {scaling}")
+    elif not torch.compiler.is_compiling() and not abs(scaling) <= LARGEST:
+        raise ValueError(f"scaling must be finite in float32, got {scaling}")
     if not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p <= 1.0:

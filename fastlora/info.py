@@ -50,6 +50,14 @@ def _check_device(device: torch.device) -> int:
     chosen, why = plans.default(torch.bfloat16, device)
     if plans.FORCED != "auto":
         chosen, why = plans.FORCED, f"FASTLORA_IMPL={plans.FORCED}"
+        try:
+            plans.named("auto", torch.empty(0, dtype=torch.bfloat16, device=device))
+        except ValueError as error:  # an unknown name
+            print(f"impl='auto' FAILED on {device}: {error}")
+            return failures + 1
+        except RuntimeError as error:  # it may be meant for another device
+            print(f"impl='auto' is not usable on {device}. {error}")
+            return failures
     print(f"impl='auto' takes {chosen} for bfloat16 on {device} ({why})")
     return failures
 

@@ -91,15 +91,10 @@ def path_of(device: torch.device) -> Path:
     """
     folder = os.environ.get("FASTLORA_CACHE")
     if not folder:
-        cache = os.environ.get("XDG_CACHE_HOME") or _home() / ".cache"
-        folder = Path(cache) / "fastlora"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fastlora")
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return Path(folder) / f"{device.type}-{name}.json"
-
-
-def _home() -> Path:
     try:
-        return Path.home()
+        return Path(folder).expanduser() / f"{device.type}-{name}.json"
     except RuntimeError as error:  # a user without a home
         raise OSError(f"{error}") from error
 

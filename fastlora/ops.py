@@ -24,19 +24,14 @@ from torch.autograd import forward_ad
 
 from fastlora import plain_impl, plans
 from fastlora.dropout import keep_mask, kept_scale
-from fastlora.projection import Operands
+from fastlora.projection import Operands, with_scaling
 
-_lib = torch.library.Library("fastlora", "DEF")
-_lib.define(
+SCHEMAS = (
     "lora_linears(Tensor x, Tensor[] weight, Tensor[] lora_A, Tensor[] lora_B, Tensor[] bias, "
     "Tensor[] seed, Scalar scaling, float[] dropout_p, str impl) -> (Tensor[], Tensor[])",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_lib.define(
     "lora_linears_backward(Tensor[] dy, Tensor x, Tensor[] weight, Tensor[] lora_A, "
     "Tensor[] lora_B, Tensor[] s, Tensor[] seed, Scalar scaling, float[] dropout_p, str impl, "
     "bool need_x, bool[] need_A, bool[] need_B) -> (Tensor, Tensor[], Tensor[])",
-    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
@@ -114,19 +109,20 @@ def _alike(projections: Sequence[Operands]) -> Sequence[Operands]:
     if all(p.scaling == first.scaling for p in others):
         return projections
     return [  # torch 2.8 does not compile _replace()
-        Operands(p.w, p.a, None if p.b is None else p.b * p.scaling, p.bias, p.seed, 1.0, p.p)
+        Operands(
+            *(p.w, *((None, None) if p.a is None else with_scaling(p.a, p.b, p.scaling))),
+            *(p.bias, p.seed, 1.0, p.p),
+        )
         for p in projections
     ]
 
 
-@torch.library.impl(_lib, "lora_linears", "CompositeExplicitAutograd")
 def _forward_op(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl):
     projections = _projections(weight, lora_A, lora_B, bias, seed, float(scaling), dropout_p)
     ys, ss = forward(x, projections, impl)
     return ys, _or_empty(x, ss)
 
 
-@torch.library.impl(_lib, "lora_linears_backward", "CompositeExplicitAutograd")
 def _backward_op(
     dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, impl, need_x, need_A, need_B
 ):
@@ -139,7 +135,6 @@ def _backward_op(
     return x.new_empty(0) if dx is None else dx, _or_empty(x, da), _or_empty(x, db)
 
 
-@torch.library.register_fake("fastlora::lora_linears", lib=_lib)
 def _forward_fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl):
     ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weight]
     adapted = [
@@ -148,7 +143,6 @@ def _forward_fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, imp
     return ys, _or_empty(x, adapted)
 
 
-@torch.library.register_fake("fastlora::lora_linears_backward", lib=_lib)
 def _backward_fake(
     dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, impl, need_x, need_A, need_B
 ):
@@ -182,9 +176,24 @@ def _autograd(ctx, dys, _):
     return (dx, *grads, [None] * len(dys), None, None, None)
 
 
-torch.library.register_autograd(
-    "fastlora::lora_linears", _autograd, setup_context=_setup_context, lib=_lib
-)
+def _registered() -> torch.library.Library:
+    """Make the operators known to PyTorch."""
+    lib = torch.library.Library("fastlora", "FRAGMENT")
+    of = {"lora_linears": (_forward_op, _forward_fake)}
+    of["lora_linears_backward"] = (_backward_op, _backward_fake)
+    for schema, (name, (body, fake)) in zip(SCHEMAS, of.items(), strict=True):
+        lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        lib.impl(name, body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastlora::{name}", fake, lib=lib)
+    torch.library.register_autograd(
+        "fastlora::lora_linears", _autograd, setup_context=_setup_context, lib=lib
+    )
+    return lib
+
+
+# A second import of this file, or a reload, leaves them to the first, which may be in use.
+if not hasattr(torch.ops.fastlora, "lora_linears"):
+    _lib = _registered()
 
 
 # Gradients
@@ -228,7 +237,7 @@ def gradients(
     ]
     need_x = need_x and any(dy is not None for dy in dys)
     dx, da, db = None, [None] * n, [None] * n
-    if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
+    if looked_into(*dys):
         dx, da, db = _differentiable_grads(dys, x, projections)
     elif need_x or any(need_a or need_b for _, need_a, need_b, _ in needs):
         factors = [(need_a, need_b) for _, need_a, need_b, _ in needs]
@@ -243,14 +252,18 @@ def gradients(
 def _observed_backward(dys, x, projections, ss, impl, need_x, needs):
     """Do what `_backward` does through the operator, for whom it may concern."""
     alike = _alike(projections)
+    if alike is not projections:  # float16 factors have become float32 there
+        ss = [None if s is None else s.to(p.a.dtype) for s, p in zip(ss, alike, strict=True)]
     w, a, b, _, *rest = _lists(x, alike)
     lists = [_or_empty(x, dys), x, w, a, b, _or_empty(x, ss), *rest]
     need_a, need_b = (list(flags) for flags in zip(*needs, strict=True))
     dx, da, db = torch.ops.fastlora.lora_linears_backward(*lists, impl, need_x, need_a, need_b)
-    db = _or_none(db, need_b)
+    da, db = _or_none(da, need_a), _or_none(db, need_b)
     if alike is not projections:
-        db = [g if g is None else g * p.scaling for g, p in zip(db, projections, strict=True)]
-    return dx if need_x else None, _or_none(da, need_a), db
+        of = list(zip(da, db, projections, strict=True))
+        da = [None if g is None else g.to(p.a.dtype) for g, _, p in of]
+        db = [None if g is None else (g * p.scaling).to(p.b.dtype) for _, g, p in of]
+    return dx if need_x else None, da, db
 
 
 def _by_four(flat: Sequence) -> list[Sequence]:
@@ -305,13 +318,18 @@ class _Direct(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Direct).apply
 
 
+def transformed() -> bool:
+    """Return whether `torch.func` or forward-mode AD looks on, which know PyTorch's operations."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def run(x: Tensor, projections: Sequence[Operands], impl: str) -> Sequence[Tensor]:
     """Return y of each projection, by the shortest way that gives what the operator does."""
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    by_functions = transformed()
     flat = [t for w, a, b, bias, _, _, _ in projections for t in (w, a, b, bias)]
-    observed = transformed or not unobserved(x, *flat)
+    observed = by_functions or not unobserved(x, *flat)
     few = impl == "auto" and x.is_cpu and not observed and _is_few(x, projections)
-    if transformed or few or impl == "plain":
+    if by_functions or few or impl == "plain":
         with exact(x.device):
             return plain_impl.forward_all(x, projections, observed)
     if observed:
@@ -334,18 +352,35 @@ def _is_few(x: Tensor, projections: Sequence[Operands]) -> bool:
 
 
 def unobserved(*tensors: Tensor | None) -> bool:
-    """Return whether no compiler, dispatch mode, transform or subclass would see an operator."""
+    """Return whether no compiler, dispatch mode, transform or subclass would see an operator.
+
+    Nor the dispatcher: it resolves tensors whose negation is still to be carried out.
+    """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
     ):
         return False
-    for t in tensors:  # noqa: SIM110  a generator takes longer, for each layer call
-        if t is not None and (type(t) not in _PLAIN or _wrapped(t)):
+    for t in tensors:  # a generator takes longer, for each layer call
+        if t is not None and (type(t) not in _PLAIN or _wrapped(t) or t.is_neg()):
             return False
     return True
 
 
+def looked_into(*dys: Tensor | None) -> bool:
+    """Return whether gradients have to be made of PyTorch's operations.
+
+    With create_graph=True they will be differentiated; under `is_grads_batched` and vmap a dy is
+    several of them.
+    """
+    return (
+        torch.is_grad_enabled()
+        or transformed()
+        or any(dy is not None and (_wrapped(dy) or _legacy(dy)) for dy in dys)
+    )
+
+
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_legacy = torch._C._functorch.is_legacy_batchedtensor
 _PLAIN = (Tensor, torch.nn.Parameter)

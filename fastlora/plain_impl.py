@@ -30,10 +30,13 @@ def _forward(x: Tensor, projection: Operands, observed: bool) -> Tensor:
     w, a, b, bias, seed, scaling, p = projection
     if a is None:
         return F.linear(x, w, bias)
-    x_hat = x
+    x_hat, narrow = x, a.dtype == torch.float16
     if seed is not None:
-        x_hat, scaling = x * _ones(x, seed, p, observed), scaling * kept_scale(p)
+        x_hat, kept = x * _ones(x, seed, p, observed), kept_scale(p)
+        x_hat, scaling = (x_hat * kept, scaling) if narrow else (x_hat, scaling * kept)
     s = F.linear(x_hat.to(a.dtype), a)
+    if narrow:  # as written down: another order might overflow where this does not
+        return torch.add(F.linear(x, w, bias), F.linear(s, b), alpha=scaling)
     if a.dtype == x.dtype:
         return torch.addmm(F.linear(x, w, bias), s, b.t(), alpha=scaling)
     low_rank = F.linear(s * scaling, b)

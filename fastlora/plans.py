@@ -17,7 +17,7 @@ from fastlora.projection import Operands
 
 IMPLEMENTATIONS = ("auto", "triton", "library", "torch", "plain", "reference")
 # What "auto" takes, from the environment when Python starts: one of the above.
-FORCED = os.environ.get("FASTLORA_IMPL", "auto")
+FORCED = os.environ.get("FASTLORA_IMPL") or "auto"
 # Whether a problem that nothing was measured for is measured when it first comes up.
 TUNE = os.environ.get("FASTLORA_TUNE", "0") == "1"
 
@@ -305,7 +305,7 @@ def default(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
 
 def usable_implementations(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
     """Return the implementations that can run on ``device``; "torch" always can."""
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type == "cpu" and not _interpreter_wanted():
         return ("torch",)  # without importing Triton to find out
     if dtype == torch.float64 or triton_unusable(device) is not None:
         return ("torch",)
@@ -322,6 +322,11 @@ def triton_missing() -> str | None:
             return "Triton is not installed; pip install 'triton>=3.4' (Linux)"
         return f"the Triton kernels cannot be imported: {type(error).__name__}: {error}"
     return None
+
+
+def _interpreter_wanted() -> bool:
+    """Return whether the environment asks for it, in the words that Triton takes."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache
@@ -341,7 +346,7 @@ def triton_unusable(device: torch.device) -> str | None:
     if device.type == "cpu" and _interpreted():
         return None
     if device.type == "cpu":
-        late = os.environ.get("TRITON_INTERPRET") == "1"
+        late = _interpreter_wanted()
         return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 " + (
             "before Python starts (it is set now, but the kernels were imported without it)"
             if late

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +22,16 @@ class Projection(NamedTuple):
     bias: Tensor | None = None
     scaling: float | Tensor = 1.0
     dropout_p: float = 0.0
+
+
+def with_scaling(a: Tensor, b: Tensor, scaling: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Return lora_A and lora_B with ``scaling`` in the latter.
+
+    Both as float32 where they are float16: a small product would lose most of its bits.
+    """
+    if b.dtype == torch.float16:
+        a, b = a.float(), b.float()
+    return a, b * scaling
 
 
 class Operands(NamedTuple):

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora.dropout import keep_mask, kept_scale, new_seed
 from fastlora.functional import lora_linear
+from fastlora.ops import transformed
+from fastlora.projection import with_scaling
 
 # lora_A [R, K], lora_B [N, R], scaling, and the dropout's probability: 0 where none is drawn now.
 Adapter = tuple[Tensor, Tensor, "float | Tensor", float]
@@ -28,18 +30,20 @@ def lora_sum(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[
     y = lora_linear(x, weight, a, b, bias, scaling=scaling, dropout_p=p, training=p > 0.0)
     for a, b, scaling, p in others:
         seed = new_seed(x.device) if p else None
-        # Backward makes the dropped input again instead of keeping it.
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        y = y + checkpoint(_low_rank, x, a, b, scaling, seed, p, **options).to(y.dtype)
+        if transformed():  # `torch.func` has no way to make anything again
+            low_rank = _low_rank(x, a, b, scaling, seed, p)
+        else:  # backward makes the dropped input again instead of keeping it
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            low_rank = checkpoint(_low_rank, x, a, b, scaling, seed, p, **options)
+        y = y + low_rank.to(y.dtype)
     return y
 
 
 def stacked(base: torch.dtype, adapters: Sequence[Adapter]) -> Adapter:
     """Return the adapter of the ranks' sum that adds what ``adapters`` add together."""
     dtype = base if all(a.dtype == base for a, *_ in adapters) else torch.float32
-    a = torch.cat([a.to(dtype) for a, *_ in adapters])
-    b = torch.cat([b.to(dtype) * scaling for _, b, scaling, _ in adapters], dim=1)
-    return a, b, 1.0, 0.0
+    scaled = [with_scaling(a.to(dtype), b.to(dtype), scaling) for a, b, scaling, _ in adapters]
+    return torch.cat([a for a, _ in scaled]), torch.cat([b for _, b in scaled], dim=1), 1.0, 0.0
 
 
 def _low_rank(

@@ -20,14 +20,16 @@ from fastlora.dropout import KeptOnes, kept_scale
 from fastlora.projection import Operands
 
 # Rows of x or dy per temporary: on a CPU small enough for the cache, elsewhere large enough for
-# the launches.
+# the launches; and of narrow ones so many that Python does not count.
 ROWS = {"cpu": 512}
 MORE_ROWS = 4096
+LEAST_ELEMENTS = 1 << 18
 # Elements of a 16-bit result up to which float32 factors are multiplied as they are: one wide
 # conversion then takes less time than the dozen small operations that split the factors.
 FEW = 200_000
-# Bytes of a column up to which transposed operands are multiplied as they lie.
-SHORT = 1024
+# Bytes of a column, and columns of the other operand, up to which transposed ones are multiplied as
+# they lie.
+SHORT, FEW_COLUMNS = 1024, 128
 
 
 def forward(
@@ -182,20 +184,21 @@ def _add_low_rank(
     need_a: bool,
 ) -> Tensor | None:
     """Add dropout'(ds a) to ``dx`` where there is one; return da [R, K] if it is asked for."""
-    if seed is not None:
-        ds.mul_(kept_scale(p))
-    elif dx is not None:
+    if seed is None and dx is not None:
         _add_product(dx, ds, a)
     if seed is None and _at_once(x, a.dtype):
-        return _tall(ds) @ x.to(a.dtype) if need_a else None
+        return _turned(ds, x) @ x.to(a.dtype) if need_a else None
     da = torch.zeros(a.shape, dtype=_sum_dtype(a), device=a.device) if need_a else None
     if need_a or seed is not None:
         left, right = (ds, a) if dx is None else _in_dtype(ds, a, x)
         for rows, x_hat, ones in _blocks(x, a.dtype, seed, p):
             if need_a:
-                da += (_tall(_part(ds, rows)) @ x_hat).to(da.dtype)
+                da += (_turned(_part(ds, rows), x_hat) @ x_hat).to(da.dtype)
             if dx is not None and ones is not None:
-                _part(dx, rows).addcmul_((_part(left, rows) @ right).to(x.dtype), ones)
+                part = (_part(left, rows) @ right).to(x.dtype)
+                _part(dx, rows).addcmul_(part, ones, value=kept_scale(p))
+    if seed is not None and need_a:
+        da.mul_(kept_scale(p))
     return da.to(a.dtype) if need_a else None
 
 
@@ -204,12 +207,12 @@ def _ds_db(
 ) -> tuple[Tensor | None, Tensor | None]:
     if _at_once(dy, b.dtype):
         dy = dy.to(b.dtype)
-        ds = (dy @ b).mul_(scaling) if need_ds else None
+        ds = _scaled_product(dy, b, scaling) if need_ds else None
         if not need_db:
             return ds, None
         if dy.shape[0] * dy.itemsize <= SHORT:
-            return ds, (dy.t() @ s).mul_(scaling)
-        return ds, (_tall(s) @ dy).t().mul(scaling).contiguous()
+            return ds, _scaled_product(dy.t(), s, scaling)
+        return ds, _scaled_product(_turned(s, dy), dy, scaling).t().contiguous()
     ds = dy.new_empty(s.shape, dtype=b.dtype) if need_ds else None
     db = torch.zeros(b.shape[::-1], dtype=b.dtype, device=b.device) if need_db else None
     for rows, dy_rows, _ in _blocks(dy, b.dtype):
@@ -222,9 +225,17 @@ def _ds_db(
     return ds.mul_(scaling) if need_ds else None, db
 
 
-def _tall(narrow: Tensor) -> Tensor:
-    """Return the transpose of an [M, R] tensor, laid out where that speeds its product on a CPU."""
-    return narrow.t() if narrow.shape[0] * narrow.itemsize <= SHORT else narrow.t().contiguous()
+def _scaled_product(left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    """Return ``alpha · left @ right``, scaled before it is rounded: float16 might overflow."""
+    out = left.new_empty(left.shape[0], right.shape[1])
+    return out.addmm_(left, right, beta=0, alpha=alpha)
+
+
+def _turned(narrow: Tensor, wide: Tensor) -> Tensor:
+    """Return the transpose of [M, R], laid out where that speeds its product with ``wide``."""
+    if narrow.shape[0] * narrow.itemsize <= SHORT or wide.shape[1] <= FEW_COLUMNS:
+        return narrow.t()
+    return narrow.t().contiguous()
 
 
 def expand(
@@ -267,9 +278,15 @@ def _in_dtype(left: Tensor, right: Tensor, out: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _terms(t: Tensor) -> tuple[Tensor, Tensor]:
-    high = t.to(torch.bfloat16)
-    rest = (t - high.to(t.dtype)).to(torch.bfloat16)
-    return high, rest.nan_to_num_(0.0, 0.0, 0.0)  # an infinity is all in the first
+    """Return two bfloat16 tensors whose sum is ``t`` to 16 bits, both of its sign.
+
+    As `fastlora_kernels.tiles.terms` does, and for the same reasons: an infinity that one of them
+    is multiplied by must not meet a zero or an infinity of the other sign.
+    """
+    first = (t.view(torch.int32) & -0x10000).view(t.dtype)
+    share = first * 2.0**-32
+    rest = torch.where(t == first, share, t - first)
+    return first.to(torch.bfloat16), rest.to(torch.bfloat16)
 
 
 def _blocks(
@@ -298,7 +315,7 @@ def _blocks(
 
 
 def _block_rows(t: Tensor) -> int:
-    return ROWS.get(t.device.type, MORE_ROWS)
+    return max(ROWS.get(t.device.type, MORE_ROWS), LEAST_ELEMENTS // max(1, t.shape[1]))
 
 
 def _at_once(t: Tensor, dtype: torch.dtype) -> bool:

@@ -171,12 +171,12 @@ def test_a_file_that_cannot_be_read():
 
 
 def test_a_user_without_a_home(monkeypatch):
-    def home():
+    def expanded(path):
         raise RuntimeError("Could not determine home directory.")
 
     for name in ("FASTLORA_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setattr(Path, "expanduser", expanded)
     with pytest.warns(UserWarning, match=r"Could not determine home.*; FASTLORA_CACHE names"):
         fastlora.lora_linear(*operands())
     with pytest.warns(UserWarning, match="cannot be kept in a file"):
@@ -189,7 +189,7 @@ def test_the_folder_of_the_user(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert measured.path_of(CPU).parent == tmp_path / "fastlora"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert measured.path_of(CPU).parent == tmp_path / ".cache" / "fastlora"
 
 

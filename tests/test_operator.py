@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -444,7 +445,11 @@ WRONG = {
     "bias device": ({"bias": torch.ones(10, device="meta")}, ValueError, "bias is on meta"),
     "scaling": ({"scaling": "1"}, TypeError, "scaling must be a number or a 0-d tensor, got str"),
     "scaling bool": ({"scaling": True}, TypeError, "scaling must be a number.*got bool"),
-    "scaling nan": ({"scaling": float("nan")}, ValueError, "scaling must be finite, got nan"),
+    "scaling nan": (
+        {"scaling": math.nan},
+        ValueError,
+        "scaling must be finite in float32, got nan",
+    ),
     "dropout str": ({"dropout_p": "a"}, TypeError, "dropout_p must be a number, got str"),
     "scaling 1-D": ({"scaling": torch.ones(2)}, ValueError, r"0-d tensor on cpu, got shape \(2,\)"),
     "dropout": ({"dropout_p": 1.5}, ValueError, "dropout_p must be between 0 and 1, got 1.5"),

@@ -9,6 +9,8 @@ import triton.language as tl
 
 from fastlora_kernels.dropout import keep_tile
 
+SHARE = tl.constexpr(2.0**-32)  # of a float32 number, in the place of what it has no bits for
+
 
 @triton.jit
 def wrapped(offs, size):
@@ -161,12 +163,25 @@ def low_rank_tile(
 
 @triton.jit
 def terms(tile):
-    """Return three bfloat16 tiles whose sum is ``tile``; an infinity is all in the first."""
+    """Return three bfloat16 tiles whose sum is ``tile``, all of its sign: it is cut, not rounded.
+
+    An infinity then meets no other of the opposite sign. Nor a zero, whose product with it is NaN:
+    a term for which nothing is left is a share of the first, too small to count.
+    """
     wide = tile.to(tl.float32)
-    high = wide.to(tl.bfloat16)
-    rest = tl.where(tl.abs(wide) < float("inf"), wide - high.to(tl.float32), 0.0)
-    middle = rest.to(tl.bfloat16)
-    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    high = wide.to(tl.uint32, bitcast=True) & 0xFFFF0000
+    first = high.to(tl.float32, bitcast=True)
+    rest = tl.where(tl.abs(first) < float("inf"), wide - first, first)
+    second = tl.where(rest == 0.0, first * SHARE, rest)
+    middle = second.to(tl.uint32, bitcast=True) & 0xFFFF0000
+    last = second - middle.to(tl.float32, bitcast=True)
+    low = tl.where(tl.abs(last) > 0.0, last, first * SHARE)
+    return _upper(high), _upper(middle), _upper(low.to(tl.uint32, bitcast=True))
+
+
+@triton.jit
+def _upper(bits):
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
