@@ -16,6 +16,7 @@ from fastlora.ops import exact, run
 from fastlora.projection import Operands, Projection, with_scaling
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_unsafe_view = torch.ops.aten._unsafe_view.default
 LARGEST = torch.finfo(torch.float32).max  # what kernels take as a scaling
 
 
@@ -111,7 +112,7 @@ def shaped(y: Tensor, shape: torch.Size) -> Tensor:
 
     What is written into an output, or detaches it, must be able to after `torch.no_grad` as well.
     """
-    return torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))
+    return _unsafe_view(y, (*shape[:-1], y.shape[1]))
 
 
 def drawn(
