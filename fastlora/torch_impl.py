@@ -227,8 +227,7 @@ def _ds_db(
 
 def _scaled_product(left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """Return ``alpha · left @ right``, scaled before it is rounded: float16 might overflow."""
-    out = left.new_empty(left.shape[0], right.shape[1])
-    return out.addmm_(left, right, beta=0, alpha=alpha)
+    return expand(left, right, alpha, left.new_empty(left.shape[0], right.shape[1]))
 
 
 def _turned(narrow: Tensor, wide: Tensor) -> Tensor:

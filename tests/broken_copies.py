@@ -823,8 +823,8 @@ MUTANTS = [
     Mutant(
         "float16 products are scaled when they are rounded",
         "torch_impl.py",
-        "    out = left.new_empty(left.shape[0], right.shape[1])\n    return out.addmm_(",
-        "    return (left @ right).mul_(alpha)\n    return out.addmm_(",
+        "return expand(left, right, alpha, left.new_empty(left.shape[0], right.shape[1]))",
+        "return (left @ right).mul_(alpha)",
         "test_unusual_operands.py::test_float16_is_scaled_before_it_overflows",
     ),
     Mutant(

@@ -73,21 +73,20 @@ def seeded():
 @pytest.fixture(autouse=True)
 def few_are_none(monkeypatch):
     """Small tensors stand for large ones here, and take the way of those; `few` is for few."""
-    from fastlora import plans
+    from fastlora import plans, torch_impl
 
-    own = {name: getattr(plans, name) for name in ("FEW", "STILL_FEW")}
-    for name in own:
-        monkeypatch.setattr(plans, name, 0)
+    limits = (plans, "FEW"), (plans, "STILL_FEW"), (torch_impl, "LEAST_ELEMENTS")
+    own = {limit: getattr(*limit) for limit in limits}
+    for limit in limits:
+        monkeypatch.setattr(*limit, 0)
     return own
 
 
 @pytest.fixture
 def few(monkeypatch, few_are_none):
     """Small tensors are few tokens, as they are for users."""
-    from fastlora import plans
-
-    for name, value in few_are_none.items():
-        monkeypatch.setattr(plans, name, value)
+    for limit, value in few_are_none.items():
+        monkeypatch.setattr(*limit, value)
 
 
 @pytest.fixture
