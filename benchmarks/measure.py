@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastlora import plans
-from fastlora.timing import interleaved, ratio
+from fastlora.timing import host_counts, interleaved, ratio
 
 PHASES = ("forward", "backward", "both")
 LEAST = 3  # rounds, however short the time
-FEW_TOKENS = 512  # up to so many a GPU may wait for Python, and layers are timed with it as well
 
 
 def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
@@ -36,7 +35,7 @@ def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
     for way in ways:
         if cannot(way, problem) is None:
             turns.join(way, lambda way=way: Step(WAYS[way](posed), x, dy))
-    with_host = waits_for_the_host(problem)
+    with_host = host_counts(problem.M, turns.device)
     seconds = seconds / 2 if with_host else seconds
     for way, phases in by_phase(turns.rounds(seconds)).items():
         for phase, found in phases.items():
@@ -52,11 +51,6 @@ def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
         turns.note(way, _memory)
         turns.note(way, lambda _, way=way: _predicted(problem, way))
     return list(turns.rows.values())
-
-
-def waits_for_the_host(problem: Problem) -> bool:
-    """Return whether a user's step may take as long as Python needs to issue it."""
-    return problem.device != "cpu" and problem.M <= FEW_TOKENS
 
 
 class OneWeight(Problem):

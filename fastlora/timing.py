@@ -17,6 +17,13 @@ Step = Callable[[], Iterable[None]]
 # is so, at most the last. A step that waits for the GPU itself never is.
 SPIN, MOST_SPIN = 1e-4, 0.05
 _CALIBRATION = 10_000_000  # cycles
+# Tokens up to which a GPU may wait for the host, so that times with it count as well.
+FEW_TOKENS = 512
+
+
+def host_counts(tokens: int, device: torch.device) -> bool:
+    """Return whether a step may take as long as the host needs to issue it."""
+    return device.type == "cuda" and tokens <= FEW_TOKENS
 
 
 def interleaved(

@@ -20,13 +20,11 @@ from fastlora.measured import OPS, Timing
 from fastlora.ops import exact
 from fastlora.plans import Problem
 from fastlora.projection import Operands
-from fastlora.timing import interleaved
+from fastlora.timing import host_counts, interleaved
 
 DROPOUT_P = 0.1
 CONFIG_SECONDS = 0.2
 SECONDS = 1.0
-# Up to here the host may take longer than the GPU, and implementations are timed with it as well.
-FEW_TOKENS = 512
 
 Say = Callable[[str], None]
 _said: set[str] = set()
@@ -82,7 +80,7 @@ def _measure(
     if not steps:
         return None
     medians, with_host = _medians(interleaved(steps, device, seconds)), {}
-    if _host_counts(problem, device):
+    if host_counts(problem.M, device):
         with_host = _medians(interleaved(steps, device, seconds, with_host=True))
     return {
         op: Timing(
@@ -92,10 +90,6 @@ def _measure(
         )
         for i, op in enumerate(OPS)
     }
-
-
-def _host_counts(problem: Problem, device: torch.device) -> bool:
-    return device.type == "cuda" and problem.M <= FEW_TOKENS
 
 
 def _medians(rounds: dict[str, list[tuple[float, ...]]]) -> dict[str, list[float]]:

@@ -622,11 +622,7 @@ def test_sections_share_the_time_that_is_left(tiny, tmp_path, monkeypatch):
 
 
 def test_few_tokens_on_a_gpu_are_timed_with_the_host_too(tiny, tmp_path, monkeypatch):
-    few = dataclasses.replace(PROBLEM, device="cuda", M=measure.FEW_TOKENS)
-    assert measure.waits_for_the_host(few)
-    assert not measure.waits_for_the_host(dataclasses.replace(few, M=few.M + 1))
-    assert not measure.waits_for_the_host(dataclasses.replace(few, device="cpu"))
-    monkeypatch.setattr(measure, "waits_for_the_host", lambda problem: problem.M == 20)
+    monkeypatch.setattr(measure, "host_counts", lambda tokens, device: tokens == 20)
     asked = []
 
     def recorded(steps, device, seconds, least, with_host=False, **options):

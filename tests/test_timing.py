@@ -139,3 +139,8 @@ def test_nothing_is_left():
     assert timing.interleaved({}, cpu, 0.0) == {}
     assert timing.interleaved({"it": fails}, cpu, 0.0, failed=lambda *what: said.append(what)) == {}
     assert len(said) == 1
+
+
+def test_the_host_counts_for_few_tokens_on_a_gpu():
+    assert timing.host_counts(512, CUDA)
+    assert not timing.host_counts(513, CUDA) and not timing.host_counts(1, torch.device("cpu"))
