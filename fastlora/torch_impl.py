@@ -283,8 +283,8 @@ def _terms(t: Tensor) -> tuple[Tensor, Tensor]:
     is multiplied by must not meet a zero or an infinity of the other sign.
     """
     first = (t.view(torch.int32) & -0x10000).view(t.dtype)
-    share = first * 2.0**-32
-    rest = torch.where(t == first, share, t - first)
+    # What is left of an infinity is NaN, and then a share of the infinity.
+    rest = (t - first).nan_to_num_(0.0).add_(first, alpha=2.0**-32)
     return first.to(torch.bfloat16), rest.to(torch.bfloat16)
 
 

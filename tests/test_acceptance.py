@@ -212,7 +212,10 @@ TORCH_MUTANTS = {
     "1 / (1 - p) forgotten in dx": (", value=kept_scale(p))", ")"),
     "1 / (1 - p) forgotten in da": ("        da.mul_(kept_scale(p))\n", "        pass\n"),
     "dx not masked": ("addcmul_(part, ones, value=kept_scale(p))", "add_(part * kept_scale(p))"),
-    "float32 factors rounded to 16 bits": ("rest.to(torch.bfloat16)", "share.to(torch.bfloat16)"),
+    "float32 factors rounded to 16 bits": (
+        "return first.to(torch.bfloat16), rest",
+        "return first.to(torch.bfloat16), rest.zero_()",
+    ),
     "scaling forgotten": ("beta=0, alpha=alpha", "beta=0"),
     "scaling forgotten where there is a bias": (
         "torch.addmm(bias, left, right, alpha=alpha, out=out)",
