@@ -213,7 +213,7 @@ def once(call: Callable[[], object]) -> Step:
 
 def table(part: str, rows: list[dict]) -> str:
     """Return lines for a person: microseconds, and the frozen layer's time by them."""
-    lines = [part]
+    lines = [f"{part} (µs of each phase; then the frozen layer's time by it)"]
     for row in rows:
         times = row.get("seconds") or [row["host_s"]] if "error" not in row else []
         cells = "".join(f"{t * 1e6:10.1f} µs" for t in times)
