@@ -205,8 +205,18 @@ def traffic(problem: Problem, way: str, phase: str) -> float:
     return {"forward": forward, "backward": backward, "both": forward + backward}[phase]
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Return the copy bandwidth (bytes/s, read and written) and the matrix rate (FLOP/s) here."""
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float | str]:
+    """Return the copy bandwidth (bytes/s, read and written) and the matrix rate (FLOP/s) here.
+
+    Where they can't be measured, the error: what is read beside them still can.
+    """
+    try:
+        return _ceilings(device, dtype)
+    except Exception as error:
+        return {"error": failure(error)}
+
+
+def _ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     cpu = device.type == "cpu"
     t = torch.empty((1 << 27) if cpu else (1 << 30), dtype=torch.uint8, device=device).zero_()
     other = torch.empty_like(t)

@@ -60,10 +60,11 @@ def markdown(result: dict) -> str:
     lines = [f"# {machine['device']}", ""]
     lines += [", ".join(f"{k} {v}" for k, v in machine.items() if k != "device") + ".", ""]
     for dtype, c in result["ceilings"].items():
-        lines.append(
-            f"Measured ceilings, {_short(dtype)}: {c['copy_bytes_s'] / 1e9:.1f} GB/s copied, "
+        found = c.get("error") or (
+            f"{c['copy_bytes_s'] / 1e9:.1f} GB/s copied, "
             f"{c['matrix_flops_s'] / 1e12:.2f} TFLOP/s multiplied."
         )
+        lines.append(f"Measured ceilings, {_short(dtype)}: {found}")
     lines += [
         "",
         "Times are medians in milliseconds; ratios are medians, over rounds in which all ways took "
@@ -188,8 +189,10 @@ def _times(row: dict, digits: int) -> list[str | None]:
     return cells
 
 
-def _rates(row: dict, ceiling: dict[str, float]) -> list[str | None]:
+def _rates(row: dict, ceiling: dict) -> list[str | None]:
     """Return the parts of the matrix rate and of the copy bandwidth that a layer reaches."""
+    if "error" in ceiling:
+        return [None, None]
     peak, copied = ceiling["matrix_flops_s"], ceiling["copy_bytes_s"]
     return [
         _cell(row, "both", lambda both: f"{both['tflops'] * 1e12 / peak:.0%}"),
@@ -320,7 +323,6 @@ def draw_roofline(result: dict, path: Path) -> None:
     """Rate against arithmetic intensity, under both ceilings measured in the same run."""
     dtype = result["problems"][0]["dtype"]
     ceiling = result["ceilings"][dtype]
-    peak, bandwidth = ceiling["matrix_flops_s"], ceiling["copy_bytes_s"]
     figure, axes = _figure(8, 4.8)
     for way, colour in COLOURS.items():
         at = []
@@ -332,9 +334,11 @@ def draw_roofline(result: dict, path: Path) -> None:
             at.append((both["tflops"] * 1e12 / both["bytes_s"], both["tflops"]))
         if at:
             axes.plot(*zip(*at, strict=True), "o", color=colour, label=way, markersize=5, alpha=0.8)
-    intensities = sorted([0.3, peak / bandwidth, 3000.0])
-    roof = [min(peak, bandwidth * i) / 1e12 for i in intensities]
-    axes.plot(intensities, roof, color=INK, linewidth=1.5, label="measured ceilings")
+    if "error" not in ceiling:
+        peak, bandwidth = ceiling["matrix_flops_s"], ceiling["copy_bytes_s"]
+        intensities = sorted([0.3, peak / bandwidth, 3000.0])
+        roof = [min(peak, bandwidth * i) / 1e12 for i in intensities]
+        axes.plot(intensities, roof, color=INK, linewidth=1.5, label="measured ceilings")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("arithmetic intensity, FLOP per byte of the wide tensors", color=INK)

@@ -335,6 +335,20 @@ def test_a_run_writes_all_that_it_measures(tiny, tmp_path, capsys, monkeypatch):
     assert said[-1].partition(": ")[2].startswith(str(tmp_path))
 
 
+def test_what_is_measured_outlives_the_ceilings(tiny, tmp_path, monkeypatch):
+    def full(device, dtype):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(measure, "_ceilings", full)
+    monkeypatch.setattr(run, "ceilings", measure.ceilings)
+    result, table, pictures = made(tmp_path, "--only", "layer")
+    why = "OutOfMemoryError: CUDA out of memory."
+    assert result["ceilings"] == {"torch.float32": {"error": why}}
+    assert f"Measured ceilings, fp32: {why}" in table
+    assert [len(p["rows"]) for p in result["problems"]] == [6, 6]
+    assert "roofline" in pictures
+
+
 def test_the_report_is_made_again_from_the_json_file(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(WAYS["loralib"], "forward", out_of_memory)
     _, table, pictures = made(tmp_path)
