@@ -26,31 +26,31 @@ help: ## list these targets
 # The folder `kernels` must not be imported in the place of a package of that name (3.11+).
 demo: export PYTHONSAFEPATH := 1
 demo: $(VENV)/.demo ## fine-tune a small chat model on two CPU cores, in minutes: out/demo
-	@$(RUN) -m fastlora.demo $(ARGS)
+	@$(RUN) -m fastlora.commands.demo $(ARGS)
 
 test: $(VENV)/.test ## run the whole test suite
 	@$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 mutants: $(VENV)/.test ## run the tests on broken copies of the code: each has to be noticed
-	@$(RUN) tests/mutants.py $(ARGS)
+	@$(RUN) tests/tools/mutants.py $(ARGS)
 
 fuzz: $(VENV)/.fuzz ## look for inputs and files that break it, ten minutes for each kind
-	@$(VENV)/bin/pytest tests/test_properties.py --minutes 10
-	@$(RUN) tests/fuzz_files.py $(ARGS)
+	@$(VENV)/bin/pytest tests/operator/test_properties.py --minutes 10
+	@$(RUN) tests/tools/fuzz_files.py $(ARGS)
 
 long: $(VENV)/.test ## train 2,000 steps beside PEFT, patch and switch 10,000 times: nothing may grow
-	@$(RUN) tests/long_run.py $(ARGS)
+	@$(RUN) tests/tools/long_run.py $(ARGS)
 
 lint: $(VENV)/.test ## check style, formatting and the types of the public functions
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@$(VENV)/bin/mypy --strict --follow-imports=silent tests/typed_use.py
+	@$(VENV)/bin/mypy --strict --follow-imports=silent tests/tools/typed_use.py
 
 figures: $(VENV)/.test ## compile every kernel for every chip, keep what each uses: kernels/figures
-	@$(RUN) tests/figures.py
+	@$(RUN) tests/tools/figures.py
 
 gpu: ## run the GPU tests with this machine's own PyTorch and Triton, without a network
-	@$(or $(PYTHON),python3) tests/run_gpu.py $(ARGS)
+	@$(or $(PYTHON),python3) tests/tools/run_gpu.py $(ARGS)
 
 bench: ## measure against the frozen layer, PEFT and others: benchmarks/results
 	@if $(or $(PYTHON),python3) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \

@@ -9,6 +9,8 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fastlora/__init__.py").read_text())[1]
 
+PARTS = ["operator", "layers", "peft", "commands"]
+
 PEFT = ["peft>=0.19,<0.22"]  # as fastlora.peft.TESTED
 FINETUNE = ["transformers>=4.56", "accelerate", "matplotlib", "tqdm"]
 DEMO = ["gguf", "PyYAML"]
@@ -28,7 +30,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["fastlora", "fastlora_kernels"],
+    packages=["fastlora", *(f"fastlora.{part}" for part in PARTS), "fastlora_kernels"],
     package_dir={"fastlora_kernels": "kernels/fastlora_kernels"},
     package_data={"fastlora": ["py.typed"], "fastlora_kernels": ["py.typed"]},
     install_requires=[

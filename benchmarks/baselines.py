@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import plans
+from fastlora.operator import plans
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def on_gpu(t: Tensor) -> bool:
 class Ours(nn.Module):
     """`fastlora.lora_linear` by one implementation."""
 
-    impl = "torch"
+    impl = "blocks"
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora.flops import FORMULAS
-from fastlora.timing import ratio
+from fastlora.operator.timing import ratio
 
 BATCHES = (1, 2, 4, 7, 8)
 TOKENS = {"cpu": 64, "cuda": 1024}

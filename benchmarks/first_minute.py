@@ -25,11 +25,11 @@ from measure import ceilings, failure
 from run import ROOT, machine
 
 import fastlora
-from fastlora import measured, plans
 from fastlora.files import replace_file
-from fastlora.ops import exact
-from fastlora.projection import Operands
-from fastlora.timing import Step, interleaved
+from fastlora.operator import measured, plans
+from fastlora.operator.op import exact
+from fastlora.operator.operands import Operands
+from fastlora.operator.timing import Step, interleaved
 
 SIZE = 4096  # N and K
 CALLS, ROUNDS = 50, 20  # of what the host's time is taken of

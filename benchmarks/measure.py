@@ -17,8 +17,8 @@ from predict import predicted
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastlora import plans
-from fastlora.timing import host_counts, interleaved, ratio
+from fastlora.operator import plans
+from fastlora.operator.timing import host_counts, interleaved, ratio
 
 PHASES = ("forward", "backward", "both")
 LEAST = 3  # rounds, however short the time

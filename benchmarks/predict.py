@@ -11,10 +11,10 @@ from dataclasses import replace
 from baselines import Problem
 from problems import problems
 
-from fastlora import plans
+from fastlora.operator import plans
 
 OPS = ("forward", "backward")
-IMPLEMENTATIONS = ("torch", "library", "triton")
+IMPLEMENTATIONS = ("blocks", "library", "triton")
 
 
 def predicted(problem: Problem, way: str, machine) -> dict[str, float] | None:

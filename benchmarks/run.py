@@ -31,8 +31,8 @@ from measure import ceilings, failure, free_memory, measure
 from problems import problems
 from tqdm import tqdm
 
-from fastlora import measured
 from fastlora.files import replace_file
+from fastlora.operator import measured
 
 ROOT = Path(__file__).parent.parent
 COMPILED_PROBLEMS = 2  # torch.compile takes tens of seconds each on a CPU

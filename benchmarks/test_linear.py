@@ -13,7 +13,7 @@ from baselines import WAYS, Problem, cannot
 from problems import problems
 
 import fastlora
-from fastlora import plans
+from fastlora.operator import plans
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROBLEMS = list(problems(DEVICE))
@@ -60,7 +60,7 @@ def test_launch_cost(benchmark, trained, monkeypatch):
     from fastlora_kernels.configs import Chip
 
     monkeypatch.setattr(plans, "default", lambda *_: ("triton", "the kernels, whatever is here"))
-    monkeypatch.setattr(plans, "usable_implementations", lambda *_: ("triton", "torch"))
+    monkeypatch.setattr(plans, "usable_implementations", lambda *_: ("triton", "blocks"))
     plans.forget()
     benchmark.group = "Python time of a forward on a GPU, without its launches"
     problem = Problem("launch", 16, 64, 64)

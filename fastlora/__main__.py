@@ -7,9 +7,9 @@ import argparse
 import re
 import sys
 
-from fastlora import finetune, ranks, tune_command
-from fastlora.finetune import Settings
-from fastlora.processes import leave, rank
+from fastlora.commands import finetune, ranks, tune
+from fastlora.commands.finetune import Settings
+from fastlora.commands.processes import leave, rank
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,14 +17,14 @@ def main(argv: list[str] | None = None) -> int:
     options = vars(_parser().parse_args(argv))
     command = options.pop("command")
     if command == "info":
-        from fastlora import info
+        from fastlora.commands import info
 
         return info.main() or 0
     if "target_modules" in options:
         options["target_modules"] = _target_modules(options["target_modules"])
     try:
         if command == "tune":
-            tune_command.run(**options)
+            tune.run(**options)
         elif command == "ranks":
             search = {name: options.pop(name) for name in ("max_r", "gain", "seeds")}
             start = options.pop("target_modules", None)
@@ -138,8 +138,8 @@ def _add_tune(commands) -> None:
     add("--tokens", nargs="+", type=int, default=[512, 8192], help="tokens in a batch")
     add("--r", nargs="+", type=int, default=[16], help="ranks")
     add("--dropout", choices=("both", "on", "off"), default="both", help="training draws it")
-    add("--dtype", choices=tune_command.DTYPES, default="bf16", help="of the frozen weights")
-    add("--adapter-dtype", choices=tune_command.DTYPES, default="fp32", help="fp32 as in PEFT")
+    add("--dtype", choices=tune.DTYPES, default="bf16", help="of the frozen weights")
+    add("--adapter-dtype", choices=tune.DTYPES, default="fp32", help="fp32 as in PEFT")
     add("--seconds", type=float, default=1.0, help="for each problem, beside its kernels")
     add("--device", help="default: cuda if there is one, else cpu")
 

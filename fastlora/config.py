@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastlora import targets
-from fastlora.hyperparameters import check_hyperparameters
+from fastlora.layers.hyperparameters import check_hyperparameters
 
 TASK_TYPES = (
     "CAUSAL_LM",

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastlora import plans
-from fastlora.hyperparameters import default_adapter_dtype
-from fastlora.layer import LoRALinear
-from fastlora.measured import OPS
-from fastlora.plans import Plan, Problem
-from fastlora.several import Adapter
-from fastlora.siblings import FrozenLinear
+from fastlora.layers.active import Adapter
+from fastlora.layers.hyperparameters import default_adapter_dtype
+from fastlora.layers.lora import LoRALinear
+from fastlora.layers.siblings import FrozenLinear
+from fastlora.operator import plans
+from fastlora.operator.measured import OPS
+from fastlora.operator.plans import Plan, Problem
 
 TOKENS = (16, 512, 8192)
 Layer = tuple[Tensor, list[Adapter]]  # weight [N, K]
@@ -49,7 +49,7 @@ def explain(
 ) -> Explanation:
     """Say which implementation ``impl="auto"`` takes, why, and what was measured; print the result.
 
-    In eager mode: what is compiled takes "torch" where "plain" is listed.
+    In eager mode: what is compiled takes "blocks" where "eager" is listed.
 
     ``what`` is a LoRALinear, a layer of PEFT's that `patch_peft` has fused, or a model that holds
     some, each taken as it is: active adapters, dtypes, device, training or not; equal ones are
@@ -90,7 +90,7 @@ def explain(
 def _chosen(op: str, problem: Problem, device: torch.device) -> Plan:
     keeps_more = problem.dropout or problem.adapter != problem.dtype or bool(problem.others)
     if plans.is_few(problem.M, problem.K, device, keeps_more):
-        return Plan("plain", "few tokens", {}, {})
+        return Plan("eager", "few tokens", {}, {})
     return plans.choose(op, "auto", problem, device)
 
 
@@ -128,7 +128,7 @@ def _running(module: nn.Module) -> Layer | None:
     if isinstance(module, LoRALinear):
         off = module.merged or module.disable_adapters
         return None if off else (module._oriented(module.weight), module.adapters())
-    if (peft_layer := sys.modules.get("fastlora.peft_layer")) and isinstance(
+    if (peft_layer := sys.modules.get("fastlora.peft.linear")) and isinstance(
         module, peft_layer.FusedLinear
     ):
         found = peft_layer.operands(module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlora import ops  # noqa: F401  defines the operators
+from fastlora.operator import op  # noqa: F401  defines the operators
 
 
 def _forward(x, weight, lora_A, *rest, **options) -> int:

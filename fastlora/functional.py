@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora import plans
-from fastlora.dropout import keep_mask, new_seed
-from fastlora.ops import exact, run
-from fastlora.projection import Operands, Projection, with_scaling
+from fastlora.operator import plans
+from fastlora.operator.dropout import keep_mask, new_seed
+from fastlora.operator.op import exact, run
+from fastlora.operator.operands import Operands, Projection, with_scaling
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -37,14 +37,14 @@ def lora_linear(
     Shapes: ``x`` [..., K], ``weight`` [N, K], ``lora_A`` [R, K], ``lora_B`` [N, R], ``bias``
     [N]; returns [..., N] in the dtype of ``x``. Any strides; any rank R ≥ 1; nothing is modified.
     Dtypes: ``x``, ``weight`` and ``bias`` all float32, bfloat16, float16 or (implementations
-    "torch", "plain" and "reference") float64; ``lora_A`` and ``lora_B`` the same, or both float32
+    "blocks", "eager" and "reference") float64; ``lora_A`` and ``lora_B`` the same, or both float32
     under a bfloat16 or float16 base. Under autocast x, weight and bias are cast to its dtype.
 
     ``scaling`` is alpha / r; as a 0-d tensor on x's device or the CPU it may change without a
     recompilation of a compiled model. Dropout with probability ``dropout_p`` acts on the input of
     the low-rank path when ``training``; its seed comes from torch's generator for ``x.device``.
     ``impl`` is "auto" (choose), "triton", "library" (the vendor's wide products, Triton kernels
-    for the narrow ones), "torch", "plain" (PyTorch's own operations and gradients, which keep more
+    for the narrow ones), "blocks", "eager" (PyTorch's own operations and gradients, which keep more
     for backward) or "reference"; a named one never falls back.
 
     Differentiable in x, lora_A and lora_B, and in weight and bias where they require grad.
@@ -184,7 +184,7 @@ def _fitting(lora_A, lora_B, w, dtype, device) -> bool:
 
 
 def _reference(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p):
-    from fastlora import reference
+    from fastlora.operator import reference
 
     if lora_A is None:
         return F.linear(x, weight, bias)

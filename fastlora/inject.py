@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastlora import sibling_search, targets
+from fastlora import targets
 from fastlora.config import LoRAConfig
-from fastlora.hyperparameters import (
+from fastlora.layers import sibling_search
+from fastlora.layers.hyperparameters import (
     check_adapter_dtype,
     check_adapter_name,
     default_adapter_dtype,
 )
-from fastlora.layer import DEFAULT_ADAPTER, LoRALinear, is_conv1d, unsupported
+from fastlora.layers.lora import DEFAULT_ADAPTER, LoRALinear, is_conv1d, unsupported
 from fastlora.model import (
     Record,
     adapter_names,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastlora.config import LoRAConfig
-from fastlora.layer import LoRALinear
+from fastlora.layers.lora import LoRALinear
 from fastlora.trainable import TrainableModule
 
 # What torch.compile, checkpoint_wrapper and FSDP put between a module and its name.

@@ -53,13 +53,13 @@ def own_cache(tmp_path_factory):
 @pytest.fixture
 def empty_cache(monkeypatch, tmp_path):
     """A cache of this test's own, on a machine where nothing was measured."""
-    from fastlora import measured, plans, tuner
+    from fastlora.operator import measured, plans, tuning
 
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(measured, "_loaded", {})
-    monkeypatch.setattr(tuner, "_said", set())
-    monkeypatch.setattr(tuner, "_tried", set())
-    monkeypatch.setattr(tuner, "CONFIG_SECONDS", 0.0)
+    monkeypatch.setattr(tuning, "_said", set())
+    monkeypatch.setattr(tuning, "_tried", set())
+    monkeypatch.setattr(tuning, "CONFIG_SECONDS", 0.0)
     plans.forget()
     yield tmp_path / "cache"
     plans.forget()
@@ -73,9 +73,9 @@ def seeded():
 @pytest.fixture(autouse=True)
 def few_are_none(monkeypatch):
     """Small tensors stand for large ones here, and take the way of those; `few` is for few."""
-    from fastlora import plans, torch_impl
+    from fastlora.operator import blocks, plans
 
-    limits = (plans, "FEW"), (plans, "STILL_FEW"), (torch_impl, "LEAST_ELEMENTS")
+    limits = (plans, "FEW"), (plans, "STILL_FEW"), (blocks, "LEAST_ELEMENTS")
     own = {limit: getattr(*limit) for limit in limits}
     for limit in limits:
         monkeypatch.setattr(*limit, 0)
@@ -92,7 +92,7 @@ def few(monkeypatch, few_are_none):
 @pytest.fixture
 def fused(monkeypatch):
     """Calls that the fused forward of PEFT's layers has made: a list of their inputs."""
-    from fastlora import peft_layer
+    from fastlora.peft import linear as peft_layer
 
     calls, own = [], peft_layer.lora_sum
 
@@ -117,7 +117,8 @@ def one_process():
 @pytest.fixture
 def together(monkeypatch):
     """How many layers each operator of siblings computed."""
-    from fastlora import functional, siblings
+    from fastlora import functional
+    from fastlora.layers import siblings
 
     sizes = []
 

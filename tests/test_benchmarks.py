@@ -36,7 +36,7 @@ from fastlora_kernels import launch, machine  # noqa: E402
 from fastlora_kernels.configs import Chip  # noqa: E402
 
 from fastlora.files import replace_file  # noqa: E402
-from fastlora.timing import interleaved, ratio  # noqa: E402
+from fastlora.operator.timing import interleaved, ratio  # noqa: E402
 
 PAINT = Figure.savefig
 EAGER = [way for way in WAYS if way != "PEFT compiled"]

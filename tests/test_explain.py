@@ -9,8 +9,8 @@ from measuring import CPU, PROBLEM, timings
 from tiny_models import llama, tokens
 
 import fastlora
-from fastlora import measured, plans
-from fastlora.plans import Problem
+from fastlora.operator import measured, plans
+from fastlora.operator.plans import Problem
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
@@ -80,7 +80,7 @@ def test_explains_siblings_together(monkeypatch):
     assert len(fastlora.explain(model, 7).plans) == 2
 
 
-@pytest.mark.parametrize("forced", ["torch", "triton", "plain", "reference"])
+@pytest.mark.parametrize("forced", ["blocks", "triton", "eager", "reference"])
 def test_explains_what_is_forced(monkeypatch, forced):
     monkeypatch.setattr(plans, "FORCED", forced)
     assert f"{forced:9} FASTLORA_IMPL={forced}" in str(fastlora.explain((48, 32), 64, device="cpu"))

@@ -21,12 +21,14 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import files, gated_mlp, measured, siblings, torch_impl
-from fastlora.checkpoint import load as load_checkpoint
-from fastlora.checkpoint import save as save_checkpoint
+from fastlora import files
+from fastlora.commands.checkpoint import load as load_checkpoint
+from fastlora.commands.checkpoint import save as save_checkpoint
 from fastlora.files import replace_file
-from fastlora.measured import OPS, Timing
-from fastlora.plans import Problem
+from fastlora.layers import gated_mlp, siblings
+from fastlora.operator import blocks, measured
+from fastlora.operator.measured import OPS, Timing
+from fastlora.operator.plans import Problem
 
 CPU = torch.device("cpu")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
@@ -72,14 +74,14 @@ class Checkpoint:
 class Measurements:
     @staticmethod
     def save(folder: Path, value: float) -> None:
-        timing = dict.fromkeys(OPS, Timing({"torch": value}))
+        timing = dict.fromkeys(OPS, Timing({"blocks": value}))
         measured.add({Problem(2**i, 16, 16): timing for i in range(1, 20)}, CPU)
 
     @staticmethod
     def load(folder: Path) -> float:
         found = measured._read(measured.path_of(CPU), CPU)
         assert found is not None, "set aside"
-        (value,) = {t.seconds["torch"] for timings in found.values() for t in timings.values()}
+        (value,) = {t.seconds["blocks"] for timings in found.values() for t in timings.values()}
         return value
 
 
@@ -341,7 +343,7 @@ def step(block: nn.Module) -> list[torch.Tensor]:
     ("module", "name", "fused"),
     [
         *itertools.product(
-            [torch_impl], ["_shrink", "expand", "_ds_db", "_add_low_rank"], [False, True]
+            [blocks], ["_shrink", "expand", "_ds_db", "_add_low_rank"], [False, True]
         ),
         (gated_mlp, "_kernels", True),  # between the two halves of a gated MLP
         (siblings, "_Held", True),  # between a group's outputs and their hand-out

@@ -37,7 +37,7 @@ def run(path, tokens=16):
 def test_every_part_in_the_interpreter(tiny, tmp_path, capsys):
     found = run(tmp_path / "found.json")
     layers = {row["way"]: row for row in found["layers, 16 tokens"]}
-    assert {"frozen", "torch", "library", "triton"} < layers.keys()
+    assert {"frozen", "blocks", "library", "triton"} < layers.keys()
     portable = [way for way in layers if way.startswith("portable, 128 x 256 x 64")]
     assert portable
     for row in (*layers.values(), *found["products alone, 16 tokens"], *found["one tile"]):
@@ -104,5 +104,5 @@ def test_on_a_plain_cpu(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([*command, "--seconds", "0", "--output", str(path)], env=environment, check=True)
     found = json.loads(path.read_text())
-    assert [row["way"] for row in found["layers, 2 tokens"]] == ["frozen", "torch"]
+    assert [row["way"] for row in found["layers, 2 tokens"]] == ["frozen", "blocks"]
     assert "one tile" not in found and found["ceilings"]["copy_bytes_s"] > 0

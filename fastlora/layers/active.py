@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several adapters on one frozen layer: their low-rank paths add up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastlora.functional import lora_linear
+from fastlora.operator.dropout import keep_mask, kept_scale, new_seed
+from fastlora.operator.op import transformed
+from fastlora.operator.operands import with_scaling
+
+# lora_A [R, K], lora_B [N, R], scaling, and the dropout's probability: 0 where none is drawn now.
+Adapter = tuple[Tensor, Tensor, "float | Tensor", float]
+
+
+def lora_sum(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
+    """Return ``x Wᵀ + bias + Σ scaling · dropout(x) Aᵀ Bᵀ`` over one adapter or more.
+
+    Shapes, dtypes and errors as for `lora_linear`; each adapter drops its own elements of x.
+    """
+    if len(adapters) > 1 and not any(p for *_, p in adapters):
+        adapters = [stacked(weight.dtype, adapters)]
+    (a, b, scaling, p), *others = adapters
+    y = lora_linear(x, weight, a, b, bias, scaling=scaling, dropout_p=p, training=p > 0.0)
+    for a, b, scaling, p in others:
+        seed = new_seed(x.device) if p else None
+        if transformed():  # `torch.func` has no way to make anything again
+            low_rank = _low_rank(x, a, b, scaling, seed, p)
+        else:  # backward makes the dropped input again instead of keeping it
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            low_rank = checkpoint(_low_rank, x, a, b, scaling, seed, p, **options)
+        y = y + low_rank.to(y.dtype)
+    return y
+
+
+def stacked(base: torch.dtype, adapters: Sequence[Adapter]) -> Adapter:
+    """Return the adapter of the ranks' sum that adds what ``adapters`` add together."""
+    dtype = base if all(a.dtype == base for a, *_ in adapters) else torch.float32
+    scaled = [with_scaling(a.to(dtype), b.to(dtype), scaling) for a, b, scaling, _ in adapters]
+    return torch.cat([a for a, _ in scaled]), torch.cat([b for _, b in scaled], dim=1), 1.0, 0.0
+
+
+def _low_rank(
+    x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, seed: Tensor | None, p: float
+) -> Tensor:
+    x_hat = x.to(a.dtype)
+    if seed is not None:
+        keep = keep_mask(seed, range(x.shape[:-1].numel()), x.shape[-1], p).view(x.shape)
+        x_hat = x_hat * keep.to(a.dtype) * kept_scale(p)
+    return F.linear(F.linear(x_hat, a), b) * scaling

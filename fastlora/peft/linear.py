@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`FusedLinear`: PEFT's LoRA layer with the fused forward; else PEFT's code."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from peft.tuners.lora.model import LoraModel
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as module_hooks
+
+from fastlora.functional import DTYPES
+from fastlora.layers import sibling_search
+from fastlora.layers.active import Adapter, lora_sum
+from fastlora.layers.lora import is_conv1d
+from fastlora.layers.siblings import FrozenLinear, Group, Operands, handed
+
+_PLAIN = (Tensor, nn.Parameter)
+_LIKE_WEIGHT = object()
+
+
+class FusedLinear(lora.Linear):
+    """PEFT's ``lora.Linear``, and nothing beside: the same attributes, keys, merging and saving.
+
+    An instance of PEFT's layer becomes one, and again PEFT's, by its ``__class__`` alone. Whether a
+    forward is fused is decided each time, as adapters come, go and change.
+    """
+
+    _siblings: Group | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return [..., out] for x [..., in], in the dtype of the base layer's output."""
+        if not (args or kwargs or self.disable_adapters or self.merged):
+            y = handed(self, x)
+            if y is not None:
+                return y
+            found = operands(self, x)
+            if not isinstance(found, str) and found[2]:
+                return lora_sum(x, *found)
+        return super().forward(x, *args, **kwargs)
+
+    def sibling_operands(self, x: Tensor) -> Operands | None:
+        """Return what `siblings` computes with, None while PEFT's own code has to run."""
+        if self.disable_adapters or self.merged:
+            return None
+        found = operands(self, x)
+        base = self._modules["base_layer"]
+        if isinstance(found, str) or found[1] is not base._parameters["bias"]:
+            return None
+        return Operands(base.weight, not isinstance(base, nn.Linear), base.bias, found[2])
+
+
+def fuse(layer: nn.Module) -> None:
+    """Have a layer of PEFT's plain kind run the fused forward where it can."""
+    if type(layer) is lora.Linear:
+        layer.__class__ = FusedLinear
+        base = layer.base_layer
+        if type(base) is FrozenLinear:  # it takes its place among its siblings
+            base.__class__ = nn.Linear
+            layer._siblings = vars(base).pop("_siblings", None)
+
+
+class FusedModel(LoraModel):
+    """PEFT's ``LoraModel``, whose new layers are fused, and whose model is plain once unloaded.
+
+    An instance of PEFT's becomes one, and again PEFT's, by its ``__class__`` alone.
+    """
+
+    @staticmethod
+    def _create_new_module(
+        config: Any, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> nn.Module:
+        layer = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
+        fuse(layer)
+        return layer
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        sibling_search.separate(model)
+        return model
+
+
+def registered_layer(
+    target: nn.Module, adapter_name: str, config: Any, **kwargs: Any
+) -> nn.Module | None:
+    """Return a fused layer around a plain linear one; None leaves the target to PEFT."""
+    if not is_plain(target) or not _is_dense(target.weight):
+        return None
+    layer = lora.layer.dispatch_default(target, adapter_name, config=config, **kwargs)
+    fuse(layer)
+    return layer
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Return whether ``base`` is an ``nn.Linear`` or a Conv1D, and no subclass of one."""
+    return type(base) in (nn.Linear, FrozenLinear) or is_conv1d(base)
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Return why PEFT's own code runs in ``layer``'s forward as it stands, or None: it is fused.
+
+    For an input of the weight's dtype. Merged or disabled adapters are no reason: then there is
+    only the base layer to run.
+    """
+    if not (isinstance(layer, FusedLinear) or type(layer) is lora.Linear):
+        return f"{_kind(layer)}, not PEFT's plain lora.Linear"
+    if "forward" in layer.__dict__:
+        return "it has a forward set on the object, as accelerate's hooks and X-LoRA do"
+    found = operands(layer)
+    return found if isinstance(found, str) else None
+
+
+def operands(
+    layer: lora.Linear, x: Any = _LIKE_WEIGHT
+) -> str | tuple[Tensor, Tensor | None, list[Adapter]]:
+    """Return weight [N, K], bias [N] and active adapters, or why PEFT's own code has to run.
+
+    For an input ``x``, or one of the weight's dtype and device. Each call of the layer pays for
+    this: members are read from their dictionaries, as the way through a module's attributes would
+    take longer than the operator does.
+    """
+    base = layer._modules["base_layer"]
+    if not is_plain(base):
+        return f"its base layer is {_kind(base)}, not a plain nn.Linear or Conv1D"
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias", base)
+    if bias is base:
+        return "its base layer's bias is no parameter"
+    if not _is_dense(weight):
+        dtype = getattr(weight, "dtype", None)
+        return f"its weight is a {type(weight).__name__} of {dtype}, not a dense float"
+    if _is_observed(base) or module_hooks():
+        return "its base layer has hooks, or a forward of its own, and would not be called"
+    dtype, device = weight.dtype, weight.device
+    autocast = (
+        torch._C._is_any_autocast_enabled()
+        and device.type != "meta"
+        and torch.is_autocast_enabled(device.type)
+    )
+    if x is not _LIKE_WEIGHT and not _suits(x, dtype, device, autocast):
+        found = f"{type(x).__name__} of {getattr(x, 'dtype', None)}"
+        return f"its input is a {found}, not a dense {dtype} on {device}"
+    if bias is not None and bias.dtype != dtype and not autocast:
+        return f"its weight is {dtype}, its bias {bias.dtype}"
+    adapters = []
+    for name in layer.active_adapters:
+        if name in layer._modules["lora_A"]._modules:
+            found = _adapter(layer, name, dtype, device, autocast)
+            if isinstance(found, str):
+                return f"adapter {name!r} {found}"
+            adapter, extra = found
+            adapters.append(adapter)
+            if extra is not None:
+                extra = extra * adapter[2]
+                bias = extra if bias is None else bias + extra
+    return weight if isinstance(base, nn.Linear) else weight.t(), bias, adapters
+
+
+def _adapter(
+    layer: lora.Linear, name: str, dtype: torch.dtype, device: torch.device, autocast: bool
+) -> str | tuple[Adapter, Tensor | None]:
+    """Return an adapter and the bias of its lora_B, or what keeps it from being fused."""
+    if name in layer.lora_variant:
+        return f"is a variant of LoRA ({type(layer.lora_variant[name]).__name__})"
+    down, up, dropout = (
+        layer._modules[part]._modules.get(name) for part in ("lora_A", "lora_B", "lora_dropout")
+    )
+    if type(down) is not nn.Linear or type(up) is not nn.Linear:
+        return f"has {_kind(down)} and {_kind(up)} for nn.Linear"
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"drops by {_kind(dropout)}"
+    if _is_observed(down) or _is_observed(up) or _is_observed(dropout):
+        return "has hooks on its own parts, which would not be called"
+    a, b = down._parameters.get("weight"), up._parameters.get("weight")
+    if type(a) not in _PLAIN or type(b) not in _PLAIN:
+        return f"has weights of {type(a).__name__} and {type(b).__name__}"
+    if not a.device == b.device == device:
+        return f"is on {a.device}, its base layer on {device}"
+    if b.dtype != a.dtype or not _takes(dtype, a.dtype, autocast):
+        return f"is {a.dtype} and {b.dtype} on a base of {dtype}"
+    if a.dtype != dtype and not layer.cast_input_dtype_enabled:
+        return f"is {a.dtype}, and the input is not to be cast from {dtype}"
+    if down._parameters["bias"] is not None:
+        return "has a bias between its factors"
+    extra = up._parameters["bias"]
+    if extra is not None and extra.dtype != dtype:
+        return f"has a bias of {extra.dtype} on a base of {dtype}"
+    scaling = layer.scaling.get(name)
+    if type(scaling) is int:
+        scaling = float(scaling)
+    if not _scales(scaling, device):
+        return f"is scaled by {scaling!r:.60}, no finite number"
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    return (a, b, scaling, p), extra
+
+
+def _is_dense(weight: Any) -> bool:
+    return type(weight) in _PLAIN and weight.dtype in DTYPES
+
+
+def _suits(x: Any, dtype: torch.dtype, device: torch.device, autocast: bool) -> bool:
+    """Return whether the operator takes this input, where PEFT would too."""
+    return (
+        type(x) in _PLAIN
+        and x.device == device
+        and (x.dtype == dtype or (autocast and x.is_floating_point() and x.dtype != torch.float64))
+        and x.layout is torch.strided
+        and not x.is_nested
+        and not torch.jit.is_tracing()
+    )
+
+
+def _scales(scaling: Any, device: torch.device) -> bool:
+    """Return whether the operator takes a scaling: PEFT also takes arrays, and numbers of NumPy."""
+    if type(scaling) is float:
+        return -math.inf < scaling < math.inf
+    return (
+        type(scaling) in _PLAIN
+        and scaling.dim() == 0
+        and scaling.device.type in (device.type, "cpu")
+    )
+
+
+def _takes(base: torch.dtype, adapter: torch.dtype, autocast: bool) -> bool:
+    """Return whether the operator takes an adapter's dtype under this base."""
+    if autocast:
+        return torch.float64 not in (base, adapter)
+    return adapter == base or (adapter == torch.float32 and base.itemsize == 2)
+
+
+def _is_observed(module: nn.Module) -> bool:
+    """Return whether someone would see that ``module`` itself is not called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _kind(module: nn.Module) -> str:
+    return f"a {type(module).__module__}.{type(module).__name__}"

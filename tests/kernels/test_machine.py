@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model of the machine: published measurements, the launchers' own grids, what must hold."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fastlora_kernels import da, ds_db, prediction, shrink
+from fastlora_kernels.configs import Config
+from fastlora_kernels.launch import recording
+from fastlora_kernels.machine import H100, Machine
+from fastlora_kernels.prediction import best_configs, frozen, library, predict
+
+from fastlora.operator.plans import Problem
+
+BF16, FP32 = torch.bfloat16, torch.float32
+# (N, K) of the seven linears of a Llama-3-8B layer.
+LLAMA = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]
+COLUMNS = Config(64, 128, num_warps=4, num_stages=3)
+# What timing one product by itself adds to it: events, an empty pipeline and a cold cache.
+STANDALONE = 6e-6
+
+
+WIDE = Config(128, 256, 64, num_warps=8, num_stages=3, tma=True, low_rank="after")
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "published"),
+    [
+        (2048, 512, 512, 102.6),  # triton-lang/triton#2339, fp16, "H100"
+        (2048, 1024, 1024, 243.1),
+        (2048, 2048, 2048, 515.2),
+        (2048, 4096, 4096, 613.7),
+        (2048, 8192, 8192, 721.6),
+        (6144, 8192, 8192, 754.7),  # pytorch/FBGEMM#2766, bf16, chip not named
+        (6144, 8192, 64, 133.3),
+        (65536, 1024, 1024, 583.9),  # facebookexperimental/triton#1038, "Hopper"
+    ],
+)
+def test_library_products_as_published(M, N, K, published):
+    """TFLOP/s of the library; three of the constants were fitted to these."""
+    seconds = library("product", H100, "16", M, N, K).seconds + STANDALONE
+    assert 2 * M * N * K / seconds / 1e12 == pytest.approx(published, rel=0.2)
+
+
+@pytest.mark.parametrize(("K", "published"), [(4096, 665.9), (8192, 673.6), (16384, 688.7)])
+def test_persistent_products_as_published(K, published):
+    """TFLOP/s of a persistent TMA product (meta-pytorch/tritonbench#894); one is fitted."""
+    config = replace(WIDE, low_rank="fold")
+    step = prediction.product("product", H100, "16", 8192, 8192, K, 1, config, False)
+    assert 2 * 8192 * 8192 * K / step.seconds / 1e12 == pytest.approx(published, rel=0.05)
+
+
+@pytest.mark.parametrize(("r", "ratios"), [(16, (1.05, 1.10, 1.07)), (128, (None, None, 1.12))])
+def test_bounds_are_plain_arithmetic(r, ratios):
+    """Split at s, no dropout, 8192 tokens: every tensor moved once, by the frozen layer's bound."""
+    ours, alone = [], []
+    for op in ("forward", "backward"):
+        problems = [Problem(8192, n, k, r, BF16, BF16) for n, k in LLAMA]
+        ours.append(sum(predict(op, "triton", p, H100).bound for p in problems))
+        alone.append(sum(frozen(op, p, H100).bound for p in problems))
+    found = (ours[0] / alone[0], ours[1] / alone[1], sum(ours) / sum(alone))
+    for got, expected in zip(found, ratios, strict=True):
+        assert expected is None or got == pytest.approx(expected, abs=0.02)
+
+
+def eager(M, d):
+    """Bytes and seconds of LoRA with dropout in eager PyTorch, both directions, d x d."""
+    x, product = M * d * 2, library("product", H100, "16", M, d, d)
+    streams = [2.5 * x, x, 2 * x, 3 * x]  # dropout with its mask, s bᵀ, scaling, sum
+    streams += [2 * x, x, 2.5 * x, 3 * x]  # scaled dy, ds a, dropout, sum
+    return together(streams, [x] * 4, [product] * 2)  # s, ds, db, da
+
+
+def lorafusion(M, d):
+    """Bytes and seconds of LoRAFusion's schedule with its config for an H100."""
+    x, product = M * d * 2, prediction.product("", H100, "16", M, d, d, 16, WIDE, False)
+    # Dropout with s, one pass over dy, the mask in dx; da by the library.
+    return together([2.5 * x, x, 0.5 * x], [x], [product] * 2)
+
+
+def together(streams, skinny, products):
+    total = sum(streams) + sum(skinny) + sum(p.bytes for p in products)
+    seconds = (sum(streams) + sum(skinny) / prediction.SKINNY) / H100.copy
+    seconds += (len(streams) + len(skinny)) * H100.gap + sum(p.seconds for p in products)
+    return total, seconds
+
+
+@pytest.mark.parametrize(
+    ("d", "torch_gib", "fused_gib"),
+    [(4096, 2.008, 1.258), (5120, 2.771, 1.836), (8192, 5.289, 4.044)],
+)
+def test_lorafusion_traffic_as_published(d, torch_gib, fused_gib):
+    """Read and written in device memory at 8192 tokens: figure 7's data in CentML/lorafusion."""
+    assert eager(8192, d)[0] / 2**30 == pytest.approx(torch_gib, rel=0.05)
+    # The fused kernels move 16 to 17% more than the model says.
+    assert eager(8192, d)[0] > lorafusion(8192, d)[0]
+    assert lorafusion(8192, d)[0] / 2**30 == pytest.approx(fused_gib, rel=0.2)
+
+
+def test_lorafusion_speedup_as_published():
+    """1.27 in the mean, 1.39 at best, r = 16, an H100 (EuroSys 2026; arXiv 2510.00206)."""
+    shapes = [(M, d) for d in (4096, 5120, 8192) for M in range(2048, 8193, 256)]
+    found = [eager(*shape)[1] / lorafusion(*shape)[1] for shape in shapes]
+    assert sum(found) / len(found) == pytest.approx(1.27, abs=0.08)
+    assert max(found) == pytest.approx(1.39, abs=0.08)
+
+
+@pytest.mark.parametrize("r", [8, 16, 64, 128, 200])
+@pytest.mark.parametrize(("M", "C"), [(64, 40), (2048, 1024), (8192, 4096), (1000, 14336)])
+def test_grids_are_those_of_the_launchers(M, C, r):
+    def empty(*shape):
+        return torch.empty(shape, dtype=BF16, device="meta")
+
+    t, s, b = empty(M, C), empty(M, r), empty(C, r)
+    wide = replace(COLUMNS, block_m=64, block_n=16, block_k=64, num_stages=4)
+    with recording(H100.chip) as calls:
+        shrink(t, b.t(), config=wide)
+        ds_db(t, s, b, config=COLUMNS)
+        da(t, s, config=COLUMNS)
+    steps = [prediction.shrink(H100, "16", M, C, r, wide, False)]
+    steps += prediction.columns("ds_db", H100, "16", M, C, r, COLUMNS)
+    steps += prediction.columns("da", H100, "16", M, C, r, COLUMNS)
+    assert [math.prod(call.grid) for call in calls] == [step.programs for step in steps]
+
+
+@pytest.mark.parametrize("impl", ["blocks", "library", "triton"])
+@pytest.mark.parametrize("op", ["forward", "backward"])
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (BF16, FP32), (FP32, FP32)])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_every_plan_has_a_time(op, impl, dtypes, dropout):
+    before = 0.0
+    for M in (1, 100, 1024, 8192):
+        problem = Problem(M, 1024, 4096, 40, *dtypes, dropout)
+        found = predict(op, impl, problem, H100)
+        assert found.seconds == sum(step.seconds for step in found.steps) > before
+        assert found.seconds > found.bound > 0
+        assert all(step.seconds >= step.bytes / H100.copy * 0.99 for step in found.steps)
+        assert f"{op} by {impl}" in str(found)
+        before = found.seconds * 0.9  # fewer rows may wait longer for the same w
+
+
+def test_low_rank_variants():
+    problem = Problem(8192, 4096, 4096, 16, BF16, BF16)
+
+    def seconds(**changes):
+        configs = {name: replace(WIDE, **changes) for name in ("product", "dx")}
+        return [predict(op, "triton", problem, H100, configs).seconds for op in OPS]
+
+    after, forward = seconds(), 0
+    assert seconds(low_rank="fold")[forward] != after[forward]
+    assert len(predict("forward", "triton", problem, H100, {"product": WIDE}).steps) == 2
+    again = {"product": replace(WIDE, low_rank="recompute")}
+    assert len(predict("forward", "triton", problem, H100, again).steps) == 1
+    assert all(a < b for a, b in zip(seconds(early=True), after, strict=True))
+    assert all(a < b for a, b in zip(seconds(specialized=True), after, strict=True))
+    pointers = seconds(tma=False, low_rank="first")
+    assert all(a > b for a, b in zip(pointers, after, strict=True))
+
+
+OPS = ("forward", "backward")
+
+
+def test_few_programs_cannot_fill_the_memory():
+    half, full = (
+        prediction.shrink(H100, "16", M, 4096, 16, Config(64, 16, 64, num_stages=4), False)
+        for M in (1024, 8192)
+    )
+    assert full.bytes / full.seconds > 0.8 * H100.copy
+    assert half.bytes / half.seconds < 0.5 * H100.copy
+
+
+def test_ragged_tiles_and_last_waves_cost_whole_ones():
+    def seconds(M):
+        return prediction.product("y", H100, "16", M, 4096, 4096, 16, WIDE, False).seconds
+
+    assert seconds(1025) == seconds(1152) > seconds(1024)  # 144 tiles and 128, of 132 processors
+    assert seconds(1024) > seconds(1025) / 2 * 0.99
+
+
+@pytest.mark.parametrize("M", [16, 512, 2048, 16384])
+@pytest.mark.parametrize("r", [8, 128])
+def test_best_configs(M, r):
+    """No worse than the defaults, not early, and what was measured stays."""
+    for op, (n, k) in itertools.product(OPS, ((1024, 4096), (4096, 4096), (4096, 14336))):
+        problem = Problem(M, n, k, r, BF16, BF16)
+        best = best_configs(op, problem, H100.chip, H100, {})
+        default = best_configs(op, problem, H100.chip, None, {})
+        assert best.keys() == default.keys()
+        assert not any(config.early for config in best.values())
+        seconds = [predict(op, "triton", problem, H100, c).seconds for c in (best, default)]
+        assert seconds[0] <= seconds[1]
+    assert best_configs("backward", problem, H100.chip, H100, {"da": COLUMNS})["da"] is COLUMNS
+
+
+def properties(name, capability, processors, clock, memory_clock, bus):
+    return SimpleNamespace(
+        name=name,
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=processors,
+        clock_rate=clock * 1e6,
+        memory_clock_rate=memory_clock * 1e6,
+        memory_bus_width=bus,
+        L2_cache_size=50 << 20,
+        shared_memory_per_multiprocessor=228 << 10,
+        shared_memory_per_block_optin=227 << 10,
+    )
+
+
+@pytest.mark.parametrize(
+    ("of", "matrix", "vector", "memory"),
+    [  # data sheets: TFLOP/s with float32 sums, TFLOP/s by FFMA, TB/s
+        (("NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 1.593, 5120), 312, 19.5, 2.039),
+        (("NVIDIA GeForce RTX 4090", (8, 9), 128, 2.52, 10.501, 384), 165.2, 82.6, 1.008),
+        (("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.83, 2.619, 5120), 989.4, 61.8, 3.352),
+        (("NVIDIA GeForce RTX 5090", (12, 0), 170, 2.407, 14.001, 512), 209.5, 104.8, 1.792),
+    ],
+)
+def test_machines_from_properties(of, matrix, vector, memory):
+    found = Machine.from_properties(properties(*of))
+    for got, expected in zip(
+        (found.matrix, found.vector, found.memory), (matrix, vector, memory), strict=True
+    ):
+        assert got / 1e12 == pytest.approx(expected, rel=0.01)
+    assert predict("forward", "triton", Problem(512, 1024, 1024), found).seconds > 0
+
+
+def test_no_machine_where_nothing_is_known():
+    assert Machine.of(torch.device("cpu")) is None
+    assert Machine.from_properties(properties("Volta", (7, 0), 80, 1.5, 0.9, 4096)) is None
+    old = properties("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 2.619, 5120)
+    del old.memory_clock_rate
+    assert Machine.from_properties(old) is None
+
+
+def test_float64_is_not_modelled():
+    with pytest.raises(ValueError, match=r"problem\.dtype is float64"):
+        predict("forward", "blocks", Problem(8, 8, 8, 8, torch.float64, torch.float64), H100)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make gpu` without a GPU: how it runs tests, and what its own tests would compile and cover."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import aot
+import pytest
+import run_gpu
+import side_by_side
+import torch
+from fastlora_kernels import configs
+
+ROOT = Path(__file__).parents[2]
+# Half a second to compile a program and as much for the C code that launches it (Triton 3.6):
+# 400 × (0.5 s + 0.5 s) / 8 processes = 50 s. A third is compiled by two processes at once, and the
+# tests themselves take about a minute and a half: 160 s of the 600 s, were the machine as fast.
+MOST_PROGRAMS = 400
+
+FAKE = """
+import ctypes, os, time
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+def test_wrong():
+    assert 1 == 2, "one is not two"
+
+def test_hang():
+    time.sleep(1000)
+
+def test_exit():
+    os._exit(7)
+
+def test_crash():
+    ctypes.string_at(0)
+
+@pytest.mark.skip(reason="for a reason")
+def test_skipped():
+    pass
+
+@pytest.mark.parametrize("kernel", ["a-1", "a-2", "b-1"])
+def test_right(kernel):
+    assert os.environ["PYTHONPATH"].split(os.pathsep)[1:] == ["before"]
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A machine with a GPU, where pip installs nothing, and a file of tests in place of ours."""
+    (tmp_path / "test_fake.py").write_text(FAKE)
+    monkeypatch.setattr(run_gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(run_gpu, "TESTS", "test_fake.py")
+    monkeypatch.setattr(run_gpu, "INSTALL", ["nothing"])
+    monkeypatch.setattr(run_gpu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setenv("PYTHONPATH", "before")
+    return tmp_path
+
+
+def test_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_gpu.main([]) == 2
+    assert capsys.readouterr().out == "no CUDA GPU here\n"
+
+
+def test_what_fails_is_said_at_once_and_costs_no_other_test(fake, capsys):
+    assert run_gpu.main(["--workers", "2", "--silence", "3"]) == 1
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    failures = {}
+    for i, line in enumerate(lines):
+        if line.startswith("FAILED test_fake.py::test_"):
+            failures[line.removeprefix("FAILED test_fake.py::test_")] = lines[i + 1 : i + 18]
+    assert failures.keys() == {"wrong", "hang", "exit", "crash"}
+    assert list(failures)[-1] == "hang"  # the others are not kept until it has ended
+    assert "E   AssertionError: one is not two" in failures["wrong"][:4]
+    assert "the process has ended: exit code 7" in failures["exit"]
+    assert failures["crash"][0] == "Fatal Python error: Segmentation fault"
+    assert any(line.endswith("in test_hang") for line in failures["hang"])
+    assert "ended: nothing was heard for 3 s" in failures["hang"]
+    assert "skipped 1: for a reason" in lines
+    assert all(f"failed: test_fake.py::test_{name}" in lines for name in failures)
+    assert all(count in lines[-2] for count in ("4 failed", "3 passed", "1 skipped"))
+    assert lines[-1].startswith("GPU tests did not pass on a GPU, torch ")
+
+
+def test_other_arguments_go_to_pytest(fake, capsys):
+    assert run_gpu.main(["-k", "right and a-", "--workers", "1"]) == 0
+    assert "\n2 passed in " in capsys.readouterr().out
+    assert run_gpu.main(["-k", "wrong or right", "-x", "--workers", "1"]) == 1
+    said = capsys.readouterr().out
+    assert "not run: 3 of test_fake.py::test_right: a, b\n" in said
+    assert "1 failed, 3 not run in " in said
+
+
+def test_nothing_begins_when_the_minutes_are_over(fake, capsys):
+    assert run_gpu.main(["--minutes", "0", "--workers", "1"]) == 5
+    assert "not run: 1 of test_fake.py::test_hang" in capsys.readouterr().out
+
+
+def test_what_cannot_start_is_said(fake, capsys):
+    assert run_gpu.main(["--unheard-of", "--workers", "1"]) == 1
+    assert "error: unrecognized arguments: --unheard-of" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_is_summed_up(fake, capsys, monkeypatch):
+    processes = []
+
+    def listen(tests):
+        processes.extend(tests.processes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(side_by_side.Tests, "listen", listen)
+    assert run_gpu.main(["--workers", "1"]) == 5
+    assert "interrupted in no test\nnothing ran in " in capsys.readouterr().out
+    assert processes[0].popen.poll() is not None
+
+
+def test_large_ones_run_one_at_a_time():
+    tests = side_by_side.Tests(None, 1, 1)
+    tests.waiting, tests.large = ["large 1", "large 2", "small"], {"large 1", "large 2"}
+    process = type("", (), {"test": None})()
+    tests.processes = [process]
+    process.test = tests.next()
+    assert process.test == "large 1" and tests.next() == "small" and tests.next() is None
+    process.test = None
+    assert tests.next() == "large 2"
+
+
+def test_make_passes_its_arguments_on():
+    command = ["make", "--no-print-directory", "-n", "gpu", "PYTHON=python", "ARGS=-k ranks -x"]
+    # Without what `make test` tells those below it.
+    environment = {n: v for n, v in os.environ.items() if not n.startswith(("MAKE", "MFLAGS"))}
+    said = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert said.stdout == "python tests/tools/run_gpu.py -k ranks -x\n"
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """What each test of test_gpu.py would launch on an H100: the interpreter is off there."""
+    script = ROOT / "tests/tools/gpu_programs.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_programs_are_few(recorded):
+    assert not [(one["test"], one["error"]) for one in recorded if "error" in one]
+    assert not [one["test"] for one in recorded if "skipped" in one]
+    programs = {program for one in recorded for program in one["programs"]}
+    assert 200 < len(programs) <= MOST_PROGRAMS
+
+
+def test_every_kernel_comes_first_and_what_may_hang_last(recorded):
+    functions = list(dict.fromkeys(one["test"].partition("[")[0] for one in recorded))
+    contacts = [function for function in functions if function.startswith("test_first_contact")]
+    assert contacts == functions[:3]
+    first = [one for one in recorded if one["test"].startswith("test_first_contact")]
+    assert {kernel for one in first for kernel, _ in one["launched"]} == {
+        kernel for one in recorded for kernel, _ in one["launched"]
+    }
+    last = ["test_early_products_wait_for_what_they_read", "test_specialised_warps_end"]
+    assert functions[-2:] == last
+    for one in recorded:
+        early_or_specialised = [c for _, c in one["launched"] if c.count("=True") > 1]
+        assert not early_or_specialised or one["test"].startswith(tuple(last))
+
+
+KERNELS = {
+    "shrink": ("shrink_kernel",),
+    "product": ("product_kernel", "persistent_kernel"),
+    "dx": ("product_kernel", "persistent_kernel"),
+    "ds_db": ("columns_kernel",),
+    "da": ("columns_kernel",),
+    "shrink_all": ("shrink_all_kernel",),
+    "product_all": ("product_all_kernel", "persistent_all_kernel"),
+    "product_sum": ("product_sum_kernel", "persistent_sum_kernel"),
+    "da_all": ("da_all_kernel",),
+}
+
+
+def test_every_config_runs(recorded):
+    """Each that the tuner may try on an H100, for each kind, by its own kernel."""
+    ran, anywhere = set(), set()
+    for one in recorded:
+        of = one["params"].get("launcher", ""), one["params"].get("kind", "")
+        anywhere |= {config for _, config in one["launched"]}
+        ran |= {(*of, c) for kernel, c in one["launched"] if kernel in KERNELS.get(of[0], ())}
+    listed = {**configs.KERNEL_OF, **{name: name for name in configs.LIKE}}.items()
+    problems = listed, ("16", "fp16", "mixed", "32"), (8, 16, 32, 64, 128, 512), (False, True)
+    for (launcher, kernel), kind, *problem in itertools.product(*problems):
+        for config in configs.candidates(kernel, kind, *problem, aot.CHIPS[90]):
+            assert config.early or (launcher, kind, str(config)) in ran
+            assert str(config) in anywhere
+    assert {str(config) for config in configs.DEFAULTS["product", "unaligned"]} <= anywhere
+    assert {str(config) for config in configs.EXPERIMENTAL} <= anywhere

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several gradients at once, and per-sample gradients: as PyTorch's own layers give them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+import fastlora
+from fastlora import Projection, lora_linear, lora_linears
+from fastlora.operator.dropout import keep_mask, kept_scale
+
+each_impl = pytest.mark.parametrize("impl", ["auto", "blocks", "library", "triton"])
+
+
+def given():
+    x, w = torch.randn(7, 16), torch.randn(12, 16)
+    a, b, bias = torch.randn(4, 16), torch.randn(12, 4), torch.randn(12)
+    return [t.requires_grad_() for t in (x, w, a, b, bias)]
+
+
+def formula(x, w, a, b, bias, keep=None):
+    x_hat = x if keep is None else x * keep
+    return F.linear(x, w, bias) + 0.5 * F.linear(F.linear(x_hat, a), b)
+
+
+def by_batched_grads(y, inputs, vs):
+    return torch.autograd.grad(y, inputs, vs, is_grads_batched=True, retain_graph=True)
+
+
+def by_vmap(y, inputs, vs):
+    return vmap(lambda v: torch.autograd.grad(y, inputs, v, retain_graph=True))(vs)
+
+
+WAYS = {"is_grads_batched": by_batched_grads, "vmap": by_vmap}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@each_impl
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_gradients_of_several_outputs_at_once(way, impl, p):
+    """Of x, the adapter, and a weight and bias that train."""
+    t, vs = given(), torch.randn(3, 7, 12)
+    torch.manual_seed(1)
+    y = lora_linear(*t, scaling=0.5, dropout_p=p, training=True, impl=impl)
+    torch.manual_seed(1)
+    keep = None
+    if p:
+        keep = keep_mask(
+            fastlora.operator.dropout.new_seed(y.device), range(7), 16, p
+        ) * kept_scale(p)
+    right = WAYS[way](formula(*t, keep), t, vs)
+    for one, other in zip(WAYS[way](y, t, vs), right, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_of_several_projections(way):
+    t, vs = given(), torch.randn(3, 7, 12)
+    x, w, a, b, bias = t
+    ones = [Projection(w, a, b, bias, 0.5), Projection(w, None, None, bias)]
+    right = WAYS[way](formula(*t) * F.linear(x, w, bias), t, vs)
+    first, second = lora_linears(x, ones)
+    for one, other in zip(WAYS[way](first * second, t, vs), right, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+def test_jacobians():
+    t = given()
+    x, *rest = t
+    for vectorize in (True, False):
+        found = torch.autograd.functional.jacobian(
+            lambda x: lora_linear(x, *rest, scaling=0.5), x, vectorize=vectorize
+        )
+        right = torch.autograd.functional.jacobian(lambda x: formula(x, *rest), x)
+        torch.testing.assert_close(found, right)
+
+
+def model(names, p, patched):
+    """A layer of PEFT's with adapters that do something, patched or not."""
+    torch.manual_seed(0)
+    made = None
+    for name in names:
+        config = LoraConfig(r=2, target_modules=["0"], lora_dropout=p, init_lora_weights=False)
+        if made is None:
+            made = get_peft_model(nn.Sequential(nn.Linear(8, 4)), config, adapter_name=name)
+        else:
+            made.add_adapter(name, config)
+    made.base_model.set_adapter(names)
+    if patched:
+        fastlora.patch_peft(made)
+    return made.train()
+
+
+def per_sample(made, x, randomness):
+    trained = {n: t.detach() for n, t in made.named_parameters() if t.requires_grad}
+
+    def loss(parameters, row):
+        return functional_call(made, parameters, (row[None],)).square().sum()
+
+    return vmap(grad(loss), (None, 0), randomness=randomness)(trained, x)
+
+
+@pytest.mark.parametrize("names", [["one"], ["one", "two"]], ids=len)
+@pytest.mark.parametrize(("p", "randomness"), [(0.0, "error"), (0.5, "same"), (0.5, "different")])
+def test_per_sample_gradients(names, p, randomness):
+    x = torch.randn(64, 8)
+    found = per_sample(model(names, p, True), x, randomness)
+    right = per_sample(model(names, p, False), x, randomness)
+    assert found.keys() == right.keys()
+    for name, one in found.items():
+        assert one.shape == right[name].shape and one.isfinite().all()
+        if not p:
+            torch.testing.assert_close(one, right[name], rtol=1e-4, atol=1e-5)
+    if p:  # each sample has a mask of its own, or all have the same one
+        name = next(n for n in found if "lora_A" in n)
+        dropped = (found[name].abs().sum(1) == 0).float()  # [samples, inputs]
+        assert 0 < dropped.mean() < 1
+        alike = bool((dropped == dropped[0]).all())
+        assert alike == (randomness == "same")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_several_adapters(way, p):
+    x, vs = torch.randn(9, 8, requires_grad=True), torch.randn(3, 9, 4)
+    made = model(["one", "two"], p, True)
+    trained = [x, *(t for t in made.parameters() if t.requires_grad)]
+    y = made(x)
+    found = WAYS[way](y, trained, vs)
+    for i, v in enumerate(vs):
+        right = torch.autograd.grad(y, trained, v, retain_graph=True)
+        for one, other in zip(found, right, strict=True):
+            torch.testing.assert_close(one[i], other, rtol=1e-4, atol=1e-5)
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gated_mlp(way):
+    names = ["gate", "up", "down"]
+    config = LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+    made = get_peft_model(nn.Sequential(MLP()), config)
+    report = fastlora.patch_peft(made, fuse_siblings=[("gate", "up")])
+    assert "gated MLP: gate, up, down" in str(report)
+    x, vs = torch.randn(9, 8, requires_grad=True), torch.randn(3, 9, 8)
+    trained = [x, *(t for t in made.parameters() if t.requires_grad)]
+    y = made(x)
+    assert y.grad_fn.name() == "_GatedMLPBackward"
+    found = WAYS[way](y, trained, vs)
+    for i, v in enumerate(vs):
+        right = torch.autograd.grad(y, trained, v, retain_graph=True)
+        for one, other in zip(found, right, strict=True):
+            torch.testing.assert_close(one[i], other, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors that are not read as they lie, numbers that are not finite, dtypes that nobody casts."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import fastlora
+from fastlora import Projection, lora_linear, lora_linears
+
+IMPLS = ("eager", "blocks", "library", "triton")
+each_impl = pytest.mark.parametrize("impl", IMPLS)
+
+
+def factors(n=12, k=16, r=4, dtype=torch.float32):
+    return (torch.randn(n, k).to(dtype), torch.randn(r, k), torch.randn(n, r))
+
+
+def formula(x, w, a, b, scaling=1.0):
+    """The plain formula as PEFT writes it, in the adapters' dtype."""
+    low_rank = F.linear(F.linear(x.to(a.dtype), a), b) * scaling
+    return (F.linear(x, w) + low_rank).to(x.dtype)
+
+
+# The negative bit
+
+
+def negated(t):
+    """Return ``t`` as a tensor whose negation PyTorch has put off."""
+    return torch.complex(torch.zeros_like(t), -t).conj().imag
+
+
+def test_negation_is_put_off():
+    t = torch.randn(3, 4)
+    assert negated(t).is_neg() and torch.equal(negated(t), t)
+
+
+@each_impl
+@pytest.mark.parametrize("which", ["x", "w", "a", "b", "bias"])
+def test_a_put_off_negation_is_carried_out(impl, which):
+    w, a, b = factors()
+    t = {"x": torch.randn(8, 16), "w": w, "a": a, "b": b, "bias": torch.randn(12)}
+    names = ("x", "w", "a", "b", "bias")
+    right = lora_linear(*(t[n] for n in names), scaling=0.5, impl=impl)
+    t[which] = negated(t[which])
+    found = lora_linear(*(t[n] for n in names), scaling=0.5, impl=impl)
+    torch.testing.assert_close(found, right)
+    one = Projection(*(t[n] for n in names[1:]), 0.5)
+    for y in lora_linears(t["x"], [one, one], impl=impl):
+        torch.testing.assert_close(y, right)
+
+
+@each_impl
+def test_gradients_with_a_put_off_negation(impl):
+    w, a, b = factors()
+    for t in (a, b):
+        t.requires_grad_()
+
+    def grads(function):
+        x = torch.ones(8, 16, requires_grad=True)
+        y = function(x)
+        loss = (torch.complex(torch.zeros_like(y), y).conj() * (1 + 2j)).imag.sum()
+        return torch.autograd.grad(loss, (x, a, b))
+
+    found = grads(lambda x: lora_linear(x, w, a, b, impl=impl))
+    for one, other in zip(found, grads(lambda x: formula(x, w, a, b)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# Infinities
+
+
+def counted(t):
+    return t.isposinf().sum().item(), t.isneginf().sum().item(), t.isnan().sum().item()
+
+
+@each_impl
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("exact", [True, False], ids=["factors of few bits", "any factors"])
+@pytest.mark.parametrize("rows", [8, 2000])
+def test_infinities_stay_under_float32_adapters(impl, base, exact, rows):
+    """A float32 factor goes to tensor cores as terms; none may be zero, or of another sign."""
+    if rows > 8 and impl == "triton":
+        rows = 100  # the interpreter takes long
+    w, a, b = torch.rand(128, 16).to(base), torch.rand(3, 16) + 0.1, torch.rand(128, 3) + 0.1
+    if exact:
+        a, b = torch.full_like(a, 0.25), torch.full_like(b, -0.5)
+    a, b = a.requires_grad_(), b.requires_grad_()
+    x, dy = torch.randn(rows, 16).to(base), torch.rand(rows, 128).to(base)
+    x[3, 2], x[5, 7], dy[2, 4] = math.inf, -math.inf, math.inf
+    x.requires_grad_()
+    right = formula(x, w, a, b)
+    found = lora_linear(x, w, a, b, impl=impl)
+    assert counted(found) == counted(right)
+    expected = torch.autograd.grad(right, (x, a, b), dy)
+    for one, other in zip(torch.autograd.grad(found, (x, a, b), dy), expected, strict=True):
+        assert counted(one) == counted(other)
+
+
+# Float16: the scaling comes before the rounding
+
+
+@pytest.mark.parametrize("impl", ["eager", "blocks", "library", "triton"])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_float16_is_scaled_before_it_overflows(impl, p):
+    """Products that are too large until they are scaled: finite where the formula's are."""
+    M, c = 64, 1 / 64
+    x = torch.randn(M, 256).half().requires_grad_()
+    w = (torch.randn(64, 256) / 16).half()
+    a = (torch.randn(4, 256) / 16).half().requires_grad_()
+    b = torch.rand(64, 4).half().requires_grad_()
+    dy = torch.full((M, 64), 6000.0).half()
+    y = lora_linear(x, w, a, b, scaling=c, dropout_p=p, training=True, impl=impl)
+    dx, db = torch.autograd.grad(y, (x, b), dy)
+    assert dx.isfinite().all() and db.isfinite().all()
+    if not p:
+        right = torch.autograd.grad(formula(x, w, a, b, c), (x, b), dy)
+        torch.testing.assert_close((dx, db), right, rtol=0.02, atol=50.0)
+
+
+@pytest.mark.parametrize("impl", ["eager", "blocks"])
+def test_what_is_kept_by_dropout_is_not_scaled_early(impl):
+    """ds may be large where the product of ds and a is not: 1 / (1 - p) belongs to the product."""
+    x = torch.full((64, 32), 0.01).half().requires_grad_()
+    w, a = torch.zeros(8, 32).half(), torch.full((1, 32), 1e-4).half().requires_grad_()
+    b, dy = torch.ones(8, 1).half().requires_grad_(), torch.full((64, 8), 5000.0).half()
+    y = lora_linear(x, w, a, b, dropout_p=0.5, training=True, impl=impl)
+    dx, _ = torch.autograd.grad(y, (x, a), dy)
+    assert dx.isfinite().all()
+    assert dx[dx != 0].float().mean().item() == pytest.approx(8.0, rel=0.02)
+
+
+def small(scaling):
+    """float16 factors whose product with ``scaling`` has almost no bits left in float16."""
+    a, b = (torch.randn(4, 64) * 30).half(), (torch.randn(32, 4) * 2e-3).half()
+    x, w = (torch.randn(40, 64) * 30).half(), torch.zeros(32, 64).half()
+    return x, w, a, b, scaling
+
+
+def error(found, x, w, a, b, scaling):
+    right = (x.double() @ a.double().t()) @ b.double().t() * scaling
+    return ((found.double() - right).norm() / right.norm()).item()
+
+
+@pytest.mark.parametrize("way", ["tensor", "several scalings, observed", "two adapters"])
+def test_small_scalings_of_float16_adapters_keep_their_bits(way):
+    """Where the scaling becomes part of lora_B, that is float32 then."""
+    x, w, a, b, c = small(1 / 512)
+    if way == "tensor":
+        found = lora_linear(x, w, a, b, scaling=torch.tensor(c))
+    elif way == "two adapters":
+        from fastlora.layers.active import lora_sum
+
+        nothing = torch.zeros_like(a), torch.zeros_like(b), 1.0, 0.0
+        found = lora_sum(x, w, None, [(a, b, c, 0.0), nothing])
+    else:
+        ones = [Projection(w, a, b, None, c), Projection(w, a, b, None, 2.0)]
+        found = torch.compile(lambda: lora_linears(x, ones)[0], backend="eager", fullgraph=True)()
+    assert error(found, x, w, a, b, c) < 1e-3
+
+
+def test_gradients_of_float16_adapters_of_several_scalings():
+    """An observed backward of a direct forward: in the dtypes of the adapters."""
+    x, w, a, b, c = small(1 / 512)
+    a, b = a.requires_grad_(), b.requires_grad_()
+    ys = lora_linears(x, [Projection(w, a, b, None, c), Projection(w, a, b, None, 2.0)])
+    dy = torch.randn(40, 32).half()
+    right = torch.autograd.grad(ys, (a, b), (dy, dy), retain_graph=True)
+    found = torch.autograd.grad(ys, (a, b), (negated(dy), negated(dy)))
+    for one, other in zip(found, right, strict=True):
+        assert one.dtype == torch.float16
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-2)
+
+
+# Outputs
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_are_no_views(bias, few, request):
+    """What runs under PEFT runs patched: in-place use after no_grad, and detach_()."""
+    if few:
+        request.getfixturevalue("few")
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(16, 12, bias=bias)), LoraConfig(target_modules=["0"])
+    )
+    fastlora.patch_peft(model)
+    x, t = torch.randn(2, 5, 16), torch.zeros(12, requires_grad=True)
+    with torch.no_grad():
+        y = model(x)
+    y += t
+    assert y.requires_grad and y.shape == (2, 5, 12)
+    assert not model(x).detach_().requires_grad
+    w, a, b = factors()
+    for y in lora_linears(x, [Projection(w, a, b), Projection(w, a, b)]):
+        assert not y._is_view() and y.shape == (2, 5, 12)
+
+
+# What nobody casts
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.complex64, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex32]
+)
+def test_autocast_casts_what_pytorch_s_casts(dtype):
+    w, a, b = factors()
+    x = torch.ones(2, 16).to(dtype)
+    with pytest.raises(TypeError, match="x must be float32, bfloat16") as without:
+        lora_linear(x, w, a, b)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError) as found:
+        lora_linear(x, w, a, b)
+    assert str(found.value) == str(without.value)
+
+
+@pytest.mark.parametrize(("i", "name"), [(1, "weight"), (2, "lora_A"), (4, "bias")])
+def test_autocast_leaves_float64_alone(i, name):
+    given = [torch.ones(2, 16), *factors(), torch.zeros(12)]
+    given[i] = given[i].double()
+    if name == "lora_A":
+        given[3] = given[3].double()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=f"{name} must"):
+        lora_linear(*given)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "kind", "said"),
+    [
+        (1e39, ValueError, "scaling must be finite in float32, got 1e+39"),
+        (-(10**400), ValueError, "scaling must be finite in float32, got -1"),
+        (math.nan, ValueError, "scaling must be finite in float32, got nan"),
+        (1j, TypeError, "scaling must be a number or a 0-d tensor, got complex"),
+        (torch.tensor(1j), TypeError, "scaling must be a real number, got a tensor of torch.comp"),
+    ],
+    ids=str,
+)
+def test_scalings_that_no_kernel_takes(scaling, kind, said):
+    w, a, b = factors()
+    for scaled in (scaling, scaling):
+        with pytest.raises(kind) as found:
+            lora_linear(torch.ones(2, 16), w, a, b, scaling=scaled)
+        assert str(found.value).startswith(said)
+
+
+@pytest.mark.parametrize(("i", "name"), list(enumerate(("x", "weight", "lora_A", "lora_B"))))
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_tensors_are_refused_by_name(i, name, layout):
+    given = [torch.ones(2, 16), *factors()]
+    given[i] = given[i].to_sparse(layout=layout)
+    with pytest.raises(TypeError, match=rf"^{name} must be dense, got a tensor of layout torch.sp"):
+        lora_linear(*given)
+
+
+# The environment
+
+
+def run_python(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_empty_variable_is_no_choice():
+    code = "from fastlora import plans; print(plans.FORCED)"
+    assert run_python(code, FASTLORA_IMPL="") == "auto\n"
+
+
+@pytest.mark.parametrize(("value", "said"), [("nonsense", "must be one of"), ("triton", "usable")])
+def test_info_refuses_what_layers_refuse(value, said, monkeypatch, capsys):
+    from fastlora.commands import info
+    from fastlora.operator import plans
+
+    monkeypatch.setattr(plans, "FORCED", value)
+    monkeypatch.setattr(info, "_check", lambda *_: True)
+    monkeypatch.setattr(plans, "triton_unusable", lambda device: "for a reason")
+    assert info.main() == (1 if value == "nonsense" else 0)
+    assert said in capsys.readouterr().out.splitlines()[-2]
+
+
+@pytest.mark.parametrize("value", ["1", "true", "ON"])
+def test_the_interpreter_s_variable_is_read_as_triton_reads_it(value):
+    code = """
+import torch
+from fastlora.operator import plans
+import fastlora_kernels
+usable = plans.usable_implementations(torch.float32, torch.device("cpu"))
+print("triton" in usable, fastlora_kernels.INTERPRETED)
+"""
+    assert run_python(code, TRITON_INTERPRET=value) == "True True\n"
+
+
+def test_a_home_in_the_cache_s_name(monkeypatch, tmp_path):
+    from fastlora.operator import measured
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FASTLORA_CACHE", "~/there")
+    assert measured.path_of(torch.device("cpu")).parent == tmp_path / "there"
+
+
+# Another import
+
+
+def test_a_second_import_works_and_leaves_the_first_as_it_is():
+    """As importlib.reload, a notebook's autoreload or a test that clears sys.modules has it."""
+    code = """
+import importlib, sys, torch, fastlora
+first = fastlora.lora_linear
+t = torch.randn(8, 16), torch.randn(4, 16), torch.randn(2, 16), torch.randn(4, 2)
+right = first(*t)
+for name in [name for name in sys.modules if name.startswith("fastlora")]:
+    del sys.modules[name]
+import fastlora, gc
+gc.collect()
+assert fastlora.lora_linear is not first
+for function in (first, fastlora.lora_linear):
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for found in (function(*t), compiled(*t)):
+        torch.testing.assert_close(found, right)
+from fastlora.operator import op
+importlib.reload(op)
+gc.collect()
+torch.testing.assert_close(torch.compile(first, backend="aot_eager")(*t), right)
+print("ok")
+"""
+    assert run_python(code) == "ok\n"
+
+
+# Many rows of a tiny layer
+
+
+@pytest.mark.usefixtures("few")
+def test_many_rows_of_a_tiny_layer_take_few_calls(monkeypatch):
+    """Python's time of a block must not exceed that of its products."""
+    from fastlora.operator import blocks
+
+    blocks, rows = [], blocks._rows
+
+    def counted(t):
+        for block in rows(t):
+            blocks.append(block)
+            yield block
+
+    monkeypatch.setattr(blocks, "_rows", counted)
+    x = torch.randn(400_000, 4, requires_grad=True)
+    w, a, b = torch.randn(4, 4), torch.randn(2, 4).requires_grad_(), torch.randn(4, 2)
+    y = lora_linear(x, w, a, b, dropout_p=0.5, training=True)
+    assert y.grad_fn.name() == "_DirectBackward"  # not as few tokens
+    y.sum().backward()
+    assert 2 <= len(blocks) < 20

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters that somebody might send: a file for each attack, in tests/tools/hostile.
+
+python tests/tools/hostile_adapters.py    # write them again
+
+Each replaces a file of a good adapter of `tiny_models.mlp`, rank 3 on "2" and "head" with a copy
+of "1". What would run code or fill a disk (pickles, large files) is made inside of the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "hostile"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+GOOD_CONFIG = {
+    "peft_type": "LORA",
+    "r": 3,
+    "lora_alpha": 6,
+    "target_modules": ["2", "head"],
+    "modules_to_save": ["1"],
+}
+P = "base_model.model."
+SHAPES = {
+    f"{P}1.bias": (8,),
+    f"{P}1.weight": (8,),
+    f"{P}2.lora_A.weight": (3, 8),
+    f"{P}2.lora_B.weight": (8, 3),
+    f"{P}head.lora_A.weight": (3, 8),
+    f"{P}head.lora_B.weight": (5, 3),
+}
+
+
+def config(**changes) -> bytes:
+    return json.dumps({**GOOD_CONFIG, **changes}, indent=1).encode()
+
+
+def weights(shapes: dict | None = None, dtype: str = "F32", value: float = 0.5) -> bytes:
+    """Return a safetensors file of ``shapes``, every element ``value`` in float32."""
+    header, data = {}, b""
+    for key, shape in (SHAPES if shapes is None else shapes).items():
+        count = 1
+        for size in shape:
+            count *= size
+        offsets = [len(data), len(data) + 4 * count]
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        data += struct.pack("<f", value) * count
+    return framed(json.dumps(header).encode()) + data
+
+
+def framed(header: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header
+
+
+# name: (file, content, what the refusal says)
+ATTACKS: dict[str, tuple[str, bytes, str]] = {
+    "rank-of-a-billion": (CONFIG, config(r=10**9), "is more than 4096"),
+    "rank-zero": (CONFIG, config(r=0), "r must be at least 1"),
+    "rank-pattern-of-a-trillion": (CONFIG, config(rank_pattern={"2": 10**12}), "more than 4096"),
+    "alpha-not-a-number": (
+        CONFIG,
+        config().replace(b'"lora_alpha": 6', b'"lora_alpha": NaN'),
+        "holds NaN",
+    ),
+    "alpha-infinite": (
+        CONFIG,
+        config().replace(b'"lora_alpha": 6', b'"lora_alpha": 1e999'),
+        "holds 1e999",
+    ),
+    "dropout-of-one": (CONFIG, config(lora_dropout=1.0), "lora_dropout must be"),
+    "a-key-twice": (
+        CONFIG,
+        config().replace(b'"r": 3', b'"r": 3, "r": 4000'),
+        "has 'r' more than once",
+    ),
+    "another-method": (CONFIG, config(peft_type="LOKR"), "peft_type must be 'LORA'"),
+    "dora": (CONFIG, config(use_dora=True), "not support use_dora=True"),
+    "a-switch-of-the-future": (CONFIG, config(run_this=["rm"]), "not support run_this="),
+    "terminal-codes": (CONFIG, config(**{"\x1b[2J": 1}), r"not support '\\x1b\[2J'=1"),
+    "terminal-codes-in-a-pattern": (
+        CONFIG,
+        config(target_modules="(?\x1b[2J"),
+        r"not a regular expression: 'unknown extension \?\\x1b",
+    ),
+    "code-to-import": (
+        CONFIG,
+        config(auto_mapping={"parent_library": "antigravity"}, r=4),
+        r"must be \[4, 8\]",
+    ),
+    "everything-is-a-target": (
+        CONFIG,
+        config(target_modules=["0", "2", "head"]),
+        "2 tensors missing",
+    ),
+    "cut-off": (CONFIG, config()[:40], "refused"),
+    "not-utf-8": (CONFIG, b"\xff\xfe" + config(), "refused"),
+    "nested": (CONFIG, b"[" * 100_000, "nested too deeply"),
+    "overwrites-a-frozen-weight": (
+        WEIGHTS,
+        weights(SHAPES | {f"{P}head.base_layer.weight": (5, 8)}),
+        "overwrite frozen weights",
+    ),
+    "overwrites-another-layer": (
+        WEIGHTS,
+        weights(SHAPES | {f"{P}0.weight": (8, 6)}),
+        "1 unexpected",
+    ),
+    "a-tensor-missing": (
+        WEIGHTS,
+        weights({k: v for k, v in SHAPES.items() if "head.lora_A" not in k}),
+        "1 tensors missing",
+    ),
+    "weights-not-a-number": (WEIGHTS, weights(value=float("nan")), "holds NaN or infinity"),
+    "another-shape": (
+        WEIGHTS,
+        weights(SHAPES | {f"{P}head.lora_A.weight": (3, 9)}),
+        r"must be \[3, 8\]",
+    ),
+    "integers": (WEIGHTS, weights(dtype="I32"), "got I32"),
+    "says-it-is-huge": (
+        WEIGHTS,
+        framed(b'{"a": {"dtype": "F32", "shape": [4611686018427387904], "data_offsets": [0, 0]}}'),
+        "not a whole safetensors file",
+    ),
+    "header-beyond-the-end": (
+        WEIGHTS,
+        struct.pack("<Q", 1 << 60) + b"{}",
+        "not a whole safetensors file",
+    ),
+    "tensors-that-overlap": (
+        WEIGHTS,
+        framed(
+            b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+            b'"b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}'
+        )
+        + b"\0" * 12,
+        "not a whole safetensors file",
+    ),
+}
+
+
+def main() -> None:
+    for name, (file, content, _) in ATTACKS.items():
+        path = FOLDER / name / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    print(f"{len(ATTACKS)} in {FOLDER}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Problems, and what could have been measured of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from fastlora_kernels.configs import Config
+
+from fastlora.operator import plans
+from fastlora.operator.measured import Timing
+from fastlora.operator.plans import Problem
+
+CPU = torch.device("cpu")
+PROBLEM = Problem(64, 48, 32, 16, torch.bfloat16, torch.float32)
+SMALL = PROBLEM._replace(M=16, N=16, K=16)
+GROUP = SMALL._replace(others=((8, 3), (32, 0)))
+SOME_CONFIG = asdict(Config(16, 16))
+
+
+def timings(forward=None, backward=None, configs=None):
+    default = {"blocks": 3e-3, "library": 2e-3, "triton": 1e-3}
+    return {
+        "forward": Timing(forward or default, configs or {}),
+        "backward": Timing(backward or default),
+    }
+
+
+def chosen(op="forward", problem=PROBLEM, impl="auto"):
+    return plans.choose(op, impl, problem, CPU).impl
+
+
+def operands(m=64, dtype=torch.bfloat16, adapter=torch.float32):
+    x, w = torch.randn(m, 32).to(dtype), torch.randn(48, 32).to(dtype)
+    return x, w, torch.randn(16, 32).to(adapter), torch.randn(48, 16).to(adapter)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the tests that need a CUDA GPU with this machine's own PyTorch and Triton (make gpu)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = "tests/kernels/test_gpu.py"
+INSTALL = ["install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--editable"]
+PYTEST = ["-m", "gpu", "--tb=short", "-p", "no:cacheprovider"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return 0 where no test failed, 1 where some did, 5 where none ran, 2 without a GPU."""
+    options, rest = parsed(arguments)
+    try:
+        import torch
+    except ImportError:
+        print("no CUDA GPU here that PyTorch can use: torch is not installed")
+        return 2
+    if not torch.cuda.is_available():
+        print("no CUDA GPU here")
+        return 2
+    import side_by_side
+
+    environment = {n: value for n, value in os.environ.items() if n != "TRITON_INTERPRET"}
+    if options.sanitizer:
+        environment["COMPUTE_SANITIZER"] = "1"
+    pip = [sys.executable, "-m", "pip", *INSTALL, str(ROOT)]
+    if subprocess.run(pip, capture_output=True).returncode:
+        print("pip could not install the checkout; its folders are used as they are")
+        paths = str(linked_packages()), os.environ.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    where = f"{torch.cuda.get_device_name()}, {versions(torch)}"
+    print(f"GPU tests on {where}", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit: sum up what there is
+    code = side_by_side.run(
+        [*PYTEST, TESTS, *rest],
+        ROOT,
+        workers=options.workers,
+        minutes=options.minutes,
+        silence=600 if options.sanitizer else options.silence,
+        environment=environment,
+    )
+    print(f"GPU tests {'did not pass' if code else 'passed'} on {where}", flush=True)
+    return code
+
+
+def parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return our own options, and what is left for pytest."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="All other arguments go to pytest.", allow_abbrev=False
+    )
+    workers = max(1, min(8, (os.cpu_count() or 1) // 2))
+    add = parser.add_argument
+    add("--minutes", type=float, default=10, help="begin no test after so long (10)")
+    add("--workers", type=int, default=workers, help=f"processes side by side ({workers} here)")
+    add("--silence", type=float, default=120, help="seconds in a test before it is ended (120)")
+    add("--sanitizer", action="store_true", help="run small cases under compute-sanitizer too")
+    return parser.parse_known_args(arguments)
+
+
+def linked_packages() -> Path:
+    """Return a folder that holds links to both packages and nothing else."""
+    folder = ROOT / "build" / "packages"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "fastlora").symlink_to(ROOT / "fastlora")
+    (folder / "fastlora_kernels").symlink_to(ROOT / "kernels" / "fastlora_kernels")
+    return folder
+
+
+def versions(torch) -> str:
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = "missing"
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"torch {torch.__version__}, triton {triton}, Python {python}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
