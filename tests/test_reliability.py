@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from broken_copies import MUTANTS, ROOT
+from broken_copies import ROOT, mutants
 
 ROWS = [
     line.split("|")[1:-1]
@@ -46,7 +46,7 @@ def test_no_name_holds_an_address_or_a_set(request):
     assert not [item.name for item in request.session.items if varying.search(item.name)]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.what)
+@pytest.mark.parametrize("mutant", mutants(), ids=lambda mutant: mutant.what)
 def test_a_mutant_changes_the_code_of_today(mutant):
     """That the tests notice it is for `make mutants`, which runs them on it."""
     text = mutant.path.read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 
 python tests/tools/mutants.py [TEXT]    # all, or those whose description has TEXT; make mutants
 
-`broken_copies.py` lists them. What the acceptance rule notices of the kernels runs inside the
+`broken_copies.py` collects them. What the acceptance rule notices of the kernels runs inside the
 suite: test_acceptance.py, test_joint_kernels.py and test_joint_persistent.py.
 """
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import same_sums  # noqa: F401 - before what is loaded below
-from broken_copies import MUTANTS, ROOT, Mutant
+from broken_copies import ROOT, Mutant, mutants
 
 SECONDS = 120  # a test of a mutant that takes longer hangs, which is noticed too
 
@@ -96,7 +96,7 @@ def ended(process: int, trial: Trial) -> str | None:
 
 
 def main(text: str = "") -> None:
-    waiting = [m for m in MUTANTS if text in m.what][::-1]
+    waiting = [m for m in mutants() if text in m.what][::-1]
     started, alive, count, running = time.perf_counter(), 0, len(waiting), {}
     if not waiting:
         sys.exit(f"no mutant's description contains {text!r}")

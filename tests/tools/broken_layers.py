@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Broken copies of the layers: a line each, and what must notice it."""
+
+from __future__ import annotations
+
+from broken_copies import Mutant
+
+MUTANTS = [
+    Mutant(
+        "something is dropped in evaluation",
+        "fastlora/layers/lora.py",
+        "self.lora_dropout[name] if self.training else 0.0,",
+        "self.lora_dropout[name],",
+        "layers/test_layer.py::test_several_adapters_with_dropout_drop_independently",
+    ),,
+    Mutant(
+        "a second adapter drops what the first does",
+        "fastlora/layers/active.py",
+        "        seed = new_seed(x.device) if p else None",
+        "        seed = torch.ones(1, dtype=torch.int64, device=x.device) if p else None",
+        "layers/test_layer.py::test_several_adapters_with_dropout_drop_independently",
+    ),,
+    Mutant(
+        "alpha / r with rsLoRA",
+        "fastlora/layers/hyperparameters.py",
+        "math.sqrt(r)",
+        "r",
+        "layers/test_layer.py::test_scaling",
+    ),,
+    Mutant(
+        "the base weight trains",
+        "fastlora/layers/lora.py",
+        "        self.weight.requires_grad_(False)\n        if self.bias",
+        "        if self.bias",
+        "layers/test_layer.py::test_starts_as_its_base_and_trains_only_the_adapter",
+    ),,
+    Mutant(
+        "an adapter that is not active trains",
+        "fastlora/layers/lora.py",
+        "            self.lora_A[name].requires_grad_(name in names)",
+        "            self.lora_A[name].requires_grad_(True)",
+        "layers/test_layer.py "
+        "layers/test_inject.py::test_adapters_are_switched_and_only_active_ones_train",
+    ),,
+    Mutant(
+        "unmerging subtracts",
+        "fastlora/layers/lora.py",
+        '        self._parameters["weight"] = base\n',
+        '        self._parameters["weight"] = nn.Parameter(\n'
+        "            self.weight - sum(map(self.delta_weight, self.merged_adapters)), False\n"
+        "        )\n",
+        "layers/test_layer.py::test_unmerge_restores_every_bit",
+    ),,
+    Mutant(
+        "merging writes to a shared weight",
+        "fastlora/layers/lora.py",
+        '        self._parameters["weight"] = nn.Parameter(merged, requires_grad=False)',
+        "        self._buffers['_base_weight'] = self.weight.clone()\n"
+        "        self.weight.copy_(merged)",
+        "layers/test_layer.py::test_merge_leaves_a_shared_weight_alone",
+    ),,
+    Mutant(
+        "a merged layer adds its adapters again",
+        "fastlora/layers/lora.py",
+        "        if self.disable_adapters or self.merged_adapters or not self.active_adapters:",
+        "        if self.disable_adapters or not self.active_adapters:",
+        "layers/test_layer.py::test_unmerge_restores_every_bit layers/test_layer.py::"
+        "test_merged_layers_can_be_moved_and_cast layers/test_layer.py::test_conv1d",
+    ),,
+    Mutant(
+        "a safe merge takes what is not finite",
+        "fastlora/layers/lora.py",
+        "        if safe and not torch.isfinite(merged).all():",
+        "        if False:",
+        "layers/test_layer.py::test_safe_merge_refuses_infinities_and_changes_nothing",
+    ),,
+    Mutant(
+        "a base checkpoint has to hold adapters",
+        "fastlora/layers/lora.py",
+        "        if own.keys().isdisjoint(state_dict):",
+        "        if False:",
+        "layers/test_layer.py::test_a_base_checkpoint_loads_unchanged",
+    ),,
+    Mutant(
+        "deleting goes by the beginning of a name",
+        "fastlora/layers/lora.py",
+        "self.active_adapters = tuple(n for n in self.active_adapters if n != name)",
+        "self.active_adapters = tuple(n for n in self.active_adapters if not n.startswith(name))",
+        "layers/test_inject.py::test_deleting_foo_leaves_foobar",
+    ),,
+    Mutant(
+        "siblings are handed out for another tensor",
+        "fastlora/layers/siblings.py",
+        "held.group is group and held.x is x and",
+        "held.group is group and",
+        "layers/test_siblings.py::test_another_tensor",
+    ),,
+    Mutant(
+        "siblings are handed out after x was written to",
+        "fastlora/layers/siblings.py",
+        "    return x._version, x.requires_grad,",
+        "    return 0, x.requires_grad,",
+        "layers/test_siblings.py::test_x_written_to_in_between",
+    ),,
+    Mutant(
+        "siblings of an earlier forward are handed out after the first was called again",
+        "fastlora/layers/siblings.py",
+        "and held.x is x and id(member) in held.seats:\n        return _fetch(held, member, x)",
+        "and held.x is x:\n"
+        "        return _fetch(held, member, x) if id(member) in held.seats else None",
+        "layers/test_sibling_faults.py::test_the_first_of_a_group_begins_anew "
+        "layers/test_sibling_faults.py::"
+        "test_a_checkpoint_after_the_first_of_a_group",
+    ),,
+    Mutant(
+        "siblings are handed out after a backward has freed them",
+        "fastlora/layers/siblings.py",
+        " and not _is_freed(y)",
+        "",
+        "layers/test_sibling_faults.py::test_outputs_whose_graph_is_gone",
+    ),,
+    Mutant(
+        "siblings are looked at as if no output were a view",
+        "fastlora/layers/siblings.py",
+        'hasattr(node.next_functions[0][0], "_raw_saved_tensors")',
+        "pass",
+        "layers/test_sibling_faults.py::test_outputs_whose_graph_is_gone",
+    ),,
+    Mutant(
+        "siblings made in inference mode are handed out outside of it",
+        "fastlora/layers/siblings.py",
+        "torch.is_inference_mode_enabled(), torch",
+        "False, torch",
+        "layers/test_sibling_faults.py::test_what_was_switched_in_between",
+    ),,
+    Mutant(
+        "siblings made under a dispatch mode are handed out outside of it",
+        "fastlora/layers/siblings.py",
+        "torch._C._len_torch_dispatch_stack()",
+        "0",
+        "layers/test_sibling_faults.py::test_what_was_switched_in_between",
+    ),,
+    Mutant(
+        "siblings made under a transform are handed out outside of it",
+        "fastlora/layers/siblings.py",
+        "if torch._C._are_functorch_transforms_active():",
+        "if False:",
+        "layers/test_sibling_faults.py::test_a_transform_keeps_its_own",
+    ),,
+    Mutant(
+        "siblings made under autocast are handed out outside of it",
+        "fastlora/layers/siblings.py",
+        "torch.is_grad_enabled(), dtype, hooks",
+        "torch.is_grad_enabled(), None, hooks",
+        "layers/test_sibling_faults.py::test_any_order",
+    ),,
+    Mutant(
+        "frozen siblings have their own name for their input",
+        "fastlora/layers/siblings.py",
+        "    def forward(self, input: Tensor) -> Tensor:",
+        "    def forward(self, x: Tensor) -> Tensor:\n        input = x",
+        "layers/test_sibling_faults.py::test_keywords",
+    ),,
+    Mutant(
+        "the layer has its own name for its input",
+        "fastlora/layers/lora.py",
+        "    def forward(self, input: Tensor) -> Tensor:",
+        "    def forward(self, x: Tensor) -> Tensor:\n        input = x",
+        "layers/test_sibling_faults.py::test_keywords",
+    ),,
+    Mutant(
+        "siblings are copied with their parent or not at all",
+        "fastlora/layers/siblings.py",
+        "group.parent = None if parent is None else weakref.ref(parent)",
+        "group.parent = weakref.ref(parent)",
+        "layers/test_sibling_faults.py::test_a_copy_without_its_parent",
+    ),,
+    Mutant(
+        "siblings are handed out on another stream",
+        "fastlora/layers/siblings.py",
+        "dtype, hooks, _stream(x)",
+        "dtype, hooks",
+        "layers/test_siblings.py::test_another_stream",
+    ),,
+    Mutant(
+        "siblings are handed out after a parameter was written to",
+        "fastlora/layers/siblings.py",
+        "        (t._version, t.requires_grad, t.data_ptr())",
+        "        (0, t.requires_grad, t.data_ptr())",
+        "layers/test_siblings.py::test_changed_in_between",
+    ),,
+    Mutant(
+        "siblings are handed out twice",
+        "fastlora/layers/siblings.py",
+        "held.seats.pop(id(member))",
+        "held.seats.get(id(member))",
+        "layers/test_siblings.py::test_several_forwards_before_a_backward layers/test_siblings.py::"
+        "test_the_same_outputs_gradients_and_dropout",
+    ),,
+    Mutant(
+        "siblings without gradients are handed out when they are asked for",
+        "fastlora/layers/siblings.py",
+        "x.requires_grad, torch.is_grad_enabled(), dtype, hooks",
+        "x.requires_grad, True, dtype, hooks",
+        "layers/test_siblings.py::test_gradients_switched_on_in_between",
+    ),,
+    Mutant(
+        "siblings cross into a checkpoint",
+        "fastlora/layers/siblings.py",
+        "torch.is_grad_enabled(), dtype, hooks",
+        "torch.is_grad_enabled(), dtype, None",
+        "layers/test_siblings.py::test_a_sibling_on_each_side_of_a_checkpoint",
+    ),,
+    Mutant(
+        "siblings are computed under hooks that may change x",
+        "fastlora/layers/siblings.py",
+        "        member._forward_pre_hooks\n        or member._backward_hooks",
+        "        member._backward_hooks",
+        "layers/test_siblings.py::test_hooks_on_a_member",
+    ),,
+    Mutant(
+        "threads share what is held",
+        "fastlora/layers/siblings.py",
+        "_slot = threading.local()",
+        "_slot = type('Slot', (), {})()",
+        "layers/test_siblings.py::test_many_threads",
+    ),,
+    Mutant(
+        "the gated MLP forgets up",
+        "fastlora/layers/gated_mlp.py",
+        "return ACTIVATIONS[self.activation][0](self.g).mul_(self.u)",
+        "return ACTIVATIONS[self.activation][0](self.g)",
+        "layers/test_gated_mlp.py::test_acceptance_rule",
+    ),,
+    Mutant(
+        "the gated MLP's gradient of up is that of gate's input",
+        "fastlora/layers/gated_mlp.py",
+        "du = (act(self.g) if self.act is None else self.act).mul_(dh)",
+        "du = self.g * dh",
+        "layers/test_gated_mlp.py::test_acceptance_rule",
+    ),,
+    Mutant(
+        "a gated MLP counts what its input depends on twice when gradients are differentiated",
+        "fastlora/layers/gated_mlp.py",
+        "[t if t is None else t.view_as(t) for t in inputs]",
+        "[t for t in inputs]",
+        "layers/test_gated_mlp.py::test_gradients_that_will_be_differentiated",
+    ),,
+    Mutant(
+        "a gated MLP may do what nobody can follow",
+        "fastlora/layers/gated_modules.py",
+        "        elif what not in _NOTHING:",
+        "        elif False:",
+        "layers/test_gated_mlp.py::test_what_only_looks_like_one",
+    ),,
+    Mutant(
+        "a gated MLP may make something beside",
+        "fastlora/layers/gated_modules.py",
+        'elif what == "RETURN_VALUE" and stack[-1].count("(") == made:',
+        'elif what == "RETURN_VALUE":',
+        "layers/test_gated_mlp.py::test_what_only_looks_like_one",
+    ),,
+    Mutant(
+        "a gated MLP's forward is read once",
+        "fastlora/layers/gated_modules.py",
+        "if _form(_code(kind))[0] != form:",
+        "if False:",
+        "layers/test_gated_mlp.py::test_what_a_forward_loads_is_looked_up_each_time",
+    ),,
+    Mutant(
+        "a gated MLP's layers are its children, whatever hides them",
+        "fastlora/layers/gated_modules.py",
+        "[getattr(module, name, None) for name in form.names]",
+        "[module._modules[name] for name in form.names]",
+        "layers/test_gated_mlp.py::test_what_a_forward_loads_is_looked_up_each_time",
+    ),,
+    Mutant(
+        "a gated MLP's layers may do more than theirs",
+        "fastlora/layers/gated_modules.py",
+        'return "sibling_operands" in own and',
+        'return hasattr(type(module), "sibling_operands") and',
+        "layers/test_gated_mlp.py::test_what_a_forward_loads_is_looked_up_each_time",
+    ),,
+    Mutant(
+        "a gated MLP's activation may be called otherwise",
+        "fastlora/layers/gated_modules.py",
+        "return other_call or bool(",
+        "return bool(",
+        "layers/test_gated_mlp.py::test_what_a_forward_loads_is_looked_up_each_time "
+        "layers/test_gated_mlp.py::test_what_only_looks_like_one",
+    ),,
+    Mutant(
+        "a gated MLP's gelu is always the exact one",
+        "fastlora/layers/gated_modules.py",
+        '.get(str(given.get("approximate", "none")))',
+        '.get("none")',
+        "layers/test_gated_mlp.py::test_an_activation_that_changes_is_followed",
+    ),,
+    Mutant(
+        "few tokens of a gated MLP are not multiplied",
+        "fastlora/layers/gated_mlp.py",
+        "ACTIVATIONS[activation][0](g) * u, projections[2:], impl)",
+        "ACTIVATIONS[activation][0](g), projections[2:], impl)",
+        "operator/test_plain.py::test_a_model_computes_the_same",
+    ),,
+    Mutant(
+        "several adapters that drop know no transforms",
+        "fastlora/layers/active.py",
+        "        if transformed():",
+        "        if False:",
+        "operator/test_batched_gradients.py::test_per_sample_gradients",
+    ),,
+]
