@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastlora.operator import plans
 from fastlora.operator.dropout import keep_mask, new_seed
-from fastlora.operator.op import exact, run
+from fastlora.operator.op import run
 from fastlora.operator.operands import Operands, Projection, with_scaling
+from fastlora.operator.steps import exact
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _unsafe_view = torch.ops.aten._unsafe_view.default

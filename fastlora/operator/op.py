@@ -15,16 +15,18 @@ through it and back costs as much Python time as ten small products.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastlora.operator import eager, plans
-from fastlora.operator.dropout import keep_mask, kept_scale
+from fastlora.operator import eager, plans, steps
 from fastlora.operator.operands import Operands, with_scaling
+from fastlora.operator.steps import exact
+
+if plans.TUNE:
+    from fastlora.operator import tuning  # noqa: F401 - measures what plans meet first
 
 SCHEMAS = (
     "lora_linears(Tensor x, Tensor[] weight, Tensor[] lora_A, Tensor[] lora_B, Tensor[] bias, "
@@ -35,37 +37,32 @@ SCHEMAS = (
 )
 
 
-def exact(device: torch.device) -> contextlib.AbstractContextManager:
-    """Keep autocast from rounding float32 adapters once more inside an implementation."""
-    if not torch._C._is_any_autocast_enabled() or device.type == "meta":
-        return _NOTHING
-    return torch.autocast(device.type, enabled=False)
-
-
-_NOTHING = contextlib.nullcontext()
-
-
 def forward(
     x: Tensor, projections: Sequence[Operands], impl: str
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Return y and s of each projection of x [M, K], s None without an adapter."""
-    body = plans.function("forward", impl, x, projections)
-    with exact(x.device):
-        return body(x, projections)
+    return _forward(x, projections, plans.find(impl, x, projections))
 
 
-def _backward(
-    dys: Sequence[Tensor | None],
-    x: Tensor,
-    projections: Sequence[Operands],
-    ss: Sequence[Tensor | None],
-    impl: str,
-    need_x: bool,
-    needs: Sequence[tuple[bool, bool]],
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    body = plans.function("backward", impl, x, projections, dys)
+def _forward(x: Tensor, projections: Sequence[Operands], plan: plans.Pair):
+    impl, configs = plan.forward
+    if configs is not None and not plans.aligned(x, *_read(projections)):
+        configs = None
     with exact(x.device):
-        return body(dys, x, projections, ss, need_x, needs)
+        return steps.forward(impl, x, projections, configs)
+
+
+def _backward(dys, x, projections, ss, plan: plans.Pair, need_x, needs):
+    impl, configs = plan.backward
+    if configs is not None and not plans.aligned(x, *dys, *_read(projections)):
+        configs = None
+    with exact(x.device):
+        return steps.backward(impl, dys, x, projections, ss, need_x, needs, configs)
+
+
+def _read(projections: Sequence[Operands]) -> list[Tensor | None]:
+    """Return what main loops read beside x and dy."""
+    return [t for w, a, *_ in projections for t in (w, a)]
 
 
 # The operators, which hold lists of tensors.
@@ -131,7 +128,8 @@ def _backward_op(
     dys = _or_none(dy, [d.dim() == 2 for d in dy])
     ss = _or_none(s, [p.a is not None for p in projections])
     needs = list(zip(need_A, need_B, strict=True))
-    dx, da, db = _backward(dys, x, projections, ss, impl, need_x, needs)
+    plan = plans.find(impl, x, projections)
+    dx, da, db = _backward(dys, x, projections, ss, plan, need_x, needs)
     return x.new_empty(0) if dx is None else dx, _or_empty(x, da), _or_empty(x, db)
 
 
@@ -199,8 +197,8 @@ if not hasattr(torch.ops.fastlora, "lora_linears"):
 # Gradients
 
 
-def _save(ctx, x, projections, ss, impl) -> None:
-    ctx.rest = [p[5:] for p in projections], impl
+def _save(ctx, x, projections, ss, impl, plan=None) -> None:
+    ctx.rest = [p[5:] for p in projections], impl, plan
     ctx.set_materialize_grads(False)
     kept = [t for w, a, b, _, seed, _, _ in projections for t in (w, a, b, seed)]
     ctx.save_for_backward(x, *kept, *ss)
@@ -208,13 +206,13 @@ def _save(ctx, x, projections, ss, impl) -> None:
 
 def _grads(ctx, dys, need_x, needs):
     x, *kept = ctx.saved_tensors
-    rest, impl = ctx.rest
-    n = len(rest)
+    numbers, *how = ctx.rest
     projections = [
-        Operands(w, a, b, None, seed, *numbers)
-        for (w, a, b, seed), numbers in zip(_by_four(kept[: 4 * n]), rest, strict=True)
+        Operands(w, a, b, None, seed, *rest)
+        for (w, a, b, seed), rest in zip(_by_four(kept), numbers, strict=False)
     ]
-    return gradients(dys, x, projections, kept[4 * n :], impl, need_x, needs)
+    ss = kept[4 * len(projections) :]
+    return gradients(dys, x, projections, ss, how[0], need_x, needs, how[1])
 
 
 def gradients(
@@ -225,28 +223,38 @@ def gradients(
     impl: str,
     need_x: bool,
     needs: Sequence[Sequence[bool]],
+    plan: plans.Pair | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return dx, and lists of the gradients of each weight, lora_A, lora_B and bias.
 
     ``needs`` holds a flag for each of those four, for each projection; what is not asked for, or
-    has no dy, is None.
+    has no dy, is None. ``plan``: what forward ran by, where it is known.
     """
-    n = len(projections)
     needs = [
         flags if dy is not None else (False,) * 4 for dy, flags in zip(dys, needs, strict=True)
     ]
+    dbias = [dy.sum(0) if flags[3] else None for dy, flags in zip(dys, needs, strict=True)]
+    if looked_into(*dys):
+        flags = [need_x, *(flag for w, a, b, _ in needs for flag in (w, a, b, False))]
+        with exact(x.device):
+            dx, *flat = eager.gradients(_watched, dys, x, projections, flags)
+        return dx, flat[0::4], flat[1::4], flat[2::4], dbias
+    n = len(projections)
     need_x = need_x and any(dy is not None for dy in dys)
     dx, da, db = None, [None] * n, [None] * n
-    if looked_into(*dys):
-        dx, da, db = _differentiable_grads(dys, x, projections)
-    elif need_x or any(need_a or need_b for _, need_a, need_b, _ in needs):
-        factors = [(need_a, need_b) for _, need_a, need_b, _ in needs]
-        direct = unobserved(x, *dys, *(t for p in projections for t in p[:3]))
-        body = _backward if direct else _observed_backward
-        dx, da, db = body(dys, x, projections, ss, impl, need_x, factors)
+    factors = [(need_a, need_b) for _, need_a, need_b, _ in needs]
+    if need_x or any(map(any, factors)):
+        if unobserved(x, *dys, *(t for p in projections for t in p[:3])):
+            plan = plan or plans.find(impl, x, projections)
+            dx, da, db = _backward(dys, x, projections, ss, plan, need_x, factors)
+        else:
+            dx, da, db = _observed_backward(dys, x, projections, ss, impl, need_x, factors)
     dw = [dy.t() @ x if flags[0] else None for dy, flags in zip(dys, needs, strict=True)]
-    dbias = [dy.sum(0) if flags[3] else None for dy, flags in zip(dys, needs, strict=True)]
     return dx, dw, da, db, dbias
+
+
+def _watched(x: Tensor, projections: Sequence[Operands]) -> list[Tensor]:
+    return eager.outputs(x, projections, observed=True)
 
 
 def _observed_backward(dys, x, projections, ss, impl, need_x, needs):
@@ -270,36 +278,12 @@ def _by_four(flat: Sequence) -> list[Sequence]:
     return [flat[i : i + 4] for i in range(0, len(flat), 4)]
 
 
-def _differentiable_grads(dys, x, projections):
-    dx, da, db = None, [None] * len(dys), [None] * len(dys)
-    for i, (dy, (w, a, b, _, seed, scaling, p)) in enumerate(zip(dys, projections, strict=True)):
-        if dy is None:
-            continue
-        part = dy @ w
-        if a is not None:
-            keep = _kept(x, a, seed, p)
-            x_hat = x.to(a.dtype) if keep is None else x.to(a.dtype) * keep
-            dy_scaled = dy.to(b.dtype) * scaling
-            ds = dy_scaled @ b
-            low_rank = ds @ a if keep is None else (ds @ a) * keep
-            part = part + low_rank.to(x.dtype)
-            da[i], db[i] = ds.t() @ x_hat, dy_scaled.t() @ (x_hat @ a.t())
-        dx = part if dx is None else dx + part
-    return dx, da, db
-
-
-def _kept(x, a, seed, p):
-    """Return what dropout multiplies x with, [M, K] in the dtype of a, or None."""
-    if seed is None:
-        return None
-    return keep_mask(seed, range(x.shape[0]), x.shape[1], p).to(a.dtype) * kept_scale(p)
-
-
 class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, projections, impl, *_):
-        ys, ss = forward(x, projections, impl)
-        _save(ctx, x, projections, ss, impl)
+        plan = plans.find(impl, x, projections)
+        ys, ss = _forward(x, projections, plan)
+        _save(ctx, x, projections, ss, impl, plan)
         need_x, _, _, *flat = ctx.needs_input_grad
         if not need_x and len(ys) > 1:  # of frozen layers nothing that follows is to be kept
             pairs = zip(ys, _by_four(flat), strict=True)
@@ -331,7 +315,7 @@ def run(x: Tensor, projections: Sequence[Operands], impl: str) -> Sequence[Tenso
     few = impl == "auto" and x.is_cpu and not observed and _is_few(x, projections)
     if by_functions or few or impl == "eager":
         with exact(x.device):
-            return eager.forward_all(x, projections, observed)
+            return eager.outputs(x, projections, observed)
     if observed:
         return torch.ops.fastlora.lora_linears(x, *_lists(x, _alike(projections)), impl)[0]
     if torch.is_grad_enabled():

@@ -323,15 +323,15 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
 # that wait for each other in vain would hang it.
 EXPERIMENTAL = _tma("after", (128, 256, 64, 4, 3), (128, 128, 64, 4, 4), specialized=True)
 # The launchers of each direction, the kernel behind each, and those to which dropout matters.
-LAUNCHERS = {"forward": ("shrink", "product"), "backward": ("ds_db", "da", "dx")}
+LAUNCHERS = {"forward": ("shrink", "outputs"), "backward": ("ds_db", "da", "input_grad")}
 KERNEL_OF = {
     "shrink": "shrink",
-    "product": "product",
+    "outputs": "product",
     "ds_db": "columns",
     "da": "columns",
-    "dx": "dx",
+    "input_grad": "dx",
 }
-DROPPING = ("shrink", "product", "da", "dx")
+DROPPING = ("shrink", "outputs", "da", "input_grad")
 # Elements of a tile that is stored one by one: more need more addresses than there are registers.
 MOST_UNEVEN = 128 * 128
 # Runs anywhere: where nothing above fits, and where elements must be loaded one by one.
