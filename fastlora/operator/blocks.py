@@ -36,6 +36,9 @@ def shrink(
     x: Tensor, projections: Sequence[Operands]
 ) -> tuple[list[Tensor | None], list[Tensor | None] | None]:
     """Return s = dropout(x) aᵀ [M, R] of each projection, in the adapters' dtype."""
+    if len(projections) == 1:
+        (_, a, _, _, seed, _, p) = projections[0]
+        return [None if a is None else _shrink(x, a, seed, p)], None
     ss: list[Tensor | None] = [None] * len(projections)
     for same in _stacks(projections):
         few = [projections[i] for i in same]
@@ -116,6 +119,9 @@ def input_grad_and_da(
     for dy, (w, *_) in zip(dys, projections, strict=True):
         if dy is not None:
             dx = dy @ w if dx is None else dx.addmm_(dy, w)
+    if len(projections) == 1:
+        _, a, _, _, seed, _, p = projections[0]
+        return dx, [None if dss[0] is None else _add_low_rank(dx, x, dss[0], a, seed, p, needs[0])]
     for same in _stacks(projections):
         same = [i for i in same if dss[i] is not None]
         need_a = any(needs[i] for i in same)
@@ -132,8 +138,6 @@ def input_grad_and_da(
 
 def _stacks(projections: Sequence[Operands]) -> list[list[int]]:
     """Return which adapters read x together, stacked along the rank: those that drop nothing."""
-    if len(projections) == 1:
-        return [[0]] if projections[0].a is not None else []
     apart, together = [], {}
     for i, (_, a, _, _, seed, _, _) in enumerate(projections):
         if seed is not None:
@@ -156,6 +160,8 @@ def _parts(whole: Tensor, few: list[Operands], dim: int) -> Sequence[Tensor]:
 
 def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """Return dropout(x) aᵀ [M, R] in the dtype of a."""
+    if seed is None and x.dtype == a.dtype:
+        return x @ a.t()
     if seed is None and _at_once(x, a.dtype):
         return x.to(a.dtype) @ a.t()
     s = x.new_empty(x.shape[0], a.shape[0], dtype=a.dtype)
@@ -179,6 +185,8 @@ def _add_low_rank(
             _add_product(dx, ds, a)
         if not need_a:
             return None
+        if x.dtype == a.dtype:
+            return _turned(ds, x) @ x
         if _at_once(x, a.dtype):
             return _turned(ds, x) @ x.to(a.dtype)
     left, right = (ds, a) if dx is None else _in_dtype(ds, a, dx)
@@ -200,8 +208,8 @@ def _add_low_rank(
 def _ds_db(
     dy: Tensor, b: Tensor, s: Tensor, scaling: float, need_ds: bool, need_db: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    if _at_once(dy, b.dtype):
-        dy = dy.to(b.dtype)
+    if dy.dtype == b.dtype or _at_once(dy, b.dtype):
+        dy = dy if dy.dtype == b.dtype else dy.to(b.dtype)
         ds = _scaled_product(dy, b, scaling) if need_ds else None
         if not need_db:
             return ds, None
@@ -222,7 +230,8 @@ def _ds_db(
 
 def _scaled_product(left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """Return ``alpha · left @ right``, scaled before it is rounded: float16 might overflow."""
-    return expand(left, right, alpha, left.new_empty(left.shape[0], right.shape[1]))
+    out = left.new_empty(left.shape[0], right.shape[1])
+    return out.addmm_(left, right, beta=0, alpha=alpha)
 
 
 def _turned(narrow: Tensor, wide: Tensor) -> Tensor:
@@ -236,7 +245,8 @@ def expand(
     left: Tensor, right: Tensor, alpha: float, out: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """Write ``alpha · left @ right + bias`` to ``out``, whose elements need not be set."""
-    left, right = _in_dtype(left, right, out)
+    if left.dtype != out.dtype:
+        left, right = _in_dtype(left, right, out)
     if left.dtype == out.dtype:
         if bias is not None:
             return torch.addmm(bias, left, right, alpha=alpha, out=out)
@@ -249,7 +259,8 @@ def expand(
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``left @ right`` to ``out`` in place, rounding the sum once."""
-    left, right = _in_dtype(left, right, out)
+    if left.dtype != out.dtype:
+        left, right = _in_dtype(left, right, out)
     if left.dtype == out.dtype:
         out.addmm_(left, right)
         return

@@ -48,6 +48,8 @@ def _forward(x: Tensor, projections: Sequence[Operands], plan: plans.Pair):
     impl, configs = plan.forward
     if configs is not None and not plans.aligned(x, *_read(projections)):
         configs = None
+    if not _autocast():
+        return steps.forward(impl, x, projections, configs)
     with exact(x.device):
         return steps.forward(impl, x, projections, configs)
 
@@ -56,13 +58,21 @@ def _backward(dys, x, projections, ss, plan: plans.Pair, need_x, needs):
     impl, configs = plan.backward
     if configs is not None and not plans.aligned(x, *dys, *_read(projections)):
         configs = None
+    if not _autocast():
+        return steps.backward(impl, dys, x, projections, ss, need_x, needs, configs)
     with exact(x.device):
         return steps.backward(impl, dys, x, projections, ss, need_x, needs, configs)
 
 
+_autocast = torch._C._is_any_autocast_enabled
+
+
 def _read(projections: Sequence[Operands]) -> list[Tensor | None]:
-    """Return what main loops read beside x and dy."""
-    return [t for w, a, *_ in projections for t in (w, a)]
+    """Return what is read beside x and dy."""
+    found: list[Tensor | None] = []
+    for w, a, b, _, _, _, _ in projections:
+        found += w, a, b
+    return found
 
 
 # The operators, which hold lists of tensors.
@@ -200,19 +210,20 @@ if not hasattr(torch.ops.fastlora, "lora_linears"):
 def _save(ctx, x, projections, ss, impl, plan=None) -> None:
     ctx.rest = [p[5:] for p in projections], impl, plan
     ctx.set_materialize_grads(False)
-    kept = [t for w, a, b, _, seed, _, _ in projections for t in (w, a, b, seed)]
-    ctx.save_for_backward(x, *kept, *ss)
+    kept = [x, *ss]
+    for w, a, b, _, seed, _, _ in projections:
+        kept += w, a, b, seed
+    ctx.save_for_backward(*kept)
 
 
 def _grads(ctx, dys, need_x, needs):
+    numbers, impl, plan = ctx.rest
     x, *kept = ctx.saved_tensors
-    numbers, *how = ctx.rest
-    projections = [
-        Operands(w, a, b, None, seed, *rest)
-        for (w, a, b, seed), rest in zip(_by_four(kept), numbers, strict=False)
-    ]
-    ss = kept[4 * len(projections) :]
-    return gradients(dys, x, projections, ss, how[0], need_x, needs, how[1])
+    n, projections = len(numbers), []
+    for i, (scaling, p) in enumerate(numbers):
+        w, a, b, seed = kept[n + 4 * i : n + 4 * i + 4]
+        projections.append(Operands(w, a, b, None, seed, scaling, p))
+    return gradients(dys, x, projections, kept[:n], impl, need_x, needs, plan)
 
 
 def gradients(
@@ -230,26 +241,31 @@ def gradients(
     ``needs`` holds a flag for each of those four, for each projection; what is not asked for, or
     has no dy, is None. ``plan``: what forward ran by, where it is known.
     """
-    needs = [
-        flags if dy is not None else (False,) * 4 for dy, flags in zip(dys, needs, strict=True)
-    ]
-    dbias = [dy.sum(0) if flags[3] else None for dy, flags in zip(dys, needs, strict=True)]
-    if looked_into(*dys):
-        flags = [need_x, *(flag for w, a, b, _ in needs for flag in (w, a, b, False))]
+    dw, da, db, dbias = ([None] * len(dys) for _ in range(4))
+    dx, factors, some = None, [], False
+    for i, dy in enumerate(dys):
+        if dy is None:
+            factors.append((False, False))
+            continue
+        need_w, need_a, need_b, need_bias = needs[i]
+        factors.append((need_a, need_b))
+        some = some or need_x or need_a or need_b
+        if need_w:
+            dw[i] = dy.t() @ x
+        if need_bias:
+            dbias[i] = dy.sum(0)
+    if not some:
+        pass
+    elif looked_into(*dys):
+        flags = [need_x, *(flag for a, b in factors for flag in (False, a, b, False))]
         with exact(x.device):
             dx, *flat = eager.gradients(_watched, dys, x, projections, flags)
-        return dx, flat[0::4], flat[1::4], flat[2::4], dbias
-    n = len(projections)
-    need_x = need_x and any(dy is not None for dy in dys)
-    dx, da, db = None, [None] * n, [None] * n
-    factors = [(need_a, need_b) for _, need_a, need_b, _ in needs]
-    if need_x or any(map(any, factors)):
-        if unobserved(x, *dys, *(t for p in projections for t in p[:3])):
-            plan = plan or plans.find(impl, x, projections)
-            dx, da, db = _backward(dys, x, projections, ss, plan, need_x, factors)
-        else:
-            dx, da, db = _observed_backward(dys, x, projections, ss, impl, need_x, factors)
-    dw = [dy.t() @ x if flags[0] else None for dy, flags in zip(dys, needs, strict=True)]
+        da, db = flat[1::4], flat[2::4]
+    elif unobserved(x, *dys):  # what was saved beside x is as it was in forward
+        plan = plan or plans.find(impl, x, projections)
+        dx, da, db = _backward(dys, x, projections, ss, plan, need_x, factors)
+    else:
+        dx, da, db = _observed_backward(dys, x, projections, ss, impl, need_x, factors)
     return dx, dw, da, db, dbias
 
 
@@ -294,7 +310,10 @@ class _Direct(torch.autograd.Function):
     def backward(ctx, *dys):
         need_x, _, _, *flat = ctx.needs_input_grad
         dx, *grads = _grads(ctx, dys, need_x, _by_four(flat))
-        return (dx, None, None, *(grad for row in zip(*grads, strict=True) for grad in row))
+        found = [dx, None, None]
+        for row in zip(*grads, strict=True):
+            found += row
+        return tuple(found)
 
 
 # Without Function.apply's preparations for functorch, which take 7 µs: `unobserved` excludes its
@@ -307,13 +326,21 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def run(x: Tensor, projections: Sequence[Operands], impl: str) -> Sequence[Tensor]:
-    """Return y of each projection, by the shortest way that gives what the operator does."""
+def run(
+    x: Tensor, projections: Sequence[Operands], impl: str, plain: bool = False
+) -> Sequence[Tensor]:
+    """Return y of each projection, by the shortest way that gives what the operator does.
+
+    ``plain``: it is known that `unobserved` finds nothing in the tensors themselves.
+    """
+    flat: list[Tensor | None] = []
+    for w, a, b, bias, _, _, _ in projections:
+        flat += w, a, b, bias
     by_functions = transformed()
-    flat = [t for w, a, b, bias, _, _, _ in projections for t in (w, a, b, bias)]
-    observed = by_functions or not unobserved(x, *flat)
-    few = impl == "auto" and x.is_cpu and not observed and _is_few(x, projections)
-    if by_functions or few or impl == "eager":
+    observed = by_functions or not (unobserved() if plain else unobserved(x, *flat))
+    if impl == "auto" and not observed and x.is_cpu and _is_few(x, projections):
+        impl = "eager"
+    if by_functions or impl == "eager":
         with exact(x.device):
             return eager.outputs(x, projections, observed)
     if observed:
@@ -326,13 +353,12 @@ def run(x: Tensor, projections: Sequence[Operands], impl: str) -> Sequence[Tenso
 
 
 def _is_few(x: Tensor, projections: Sequence[Operands]) -> bool:
-    keeps_more = len(projections) > 1
-    for _, a, b, _, seed, _, _ in projections:
-        if a is not None:
-            if not (a.is_contiguous() and b.is_contiguous()):
-                return False  # PyTorch's gradients of others round worse than the rule allows
-            keeps_more |= seed is not None or a.dtype != x.dtype
-    return plans.is_few(*x.shape, x.device, keeps_more)
+    if x.numel() > plans.FEW or not plans.is_few(*x.shape, x.device):
+        return False
+    for _, a, b, _, _, _, _ in projections:
+        if a is not None and not (a.is_contiguous() and b.is_contiguous()):
+            return False  # PyTorch's gradients of others round worse than the rule allows
+    return True
 
 
 def unobserved(*tensors: Tensor | None) -> bool:
@@ -347,7 +373,7 @@ def unobserved(*tensors: Tensor | None) -> bool:
     ):
         return False
     for t in tensors:  # a generator takes longer, for each layer call
-        if t is not None and (type(t) not in _PLAIN or _wrapped(t) or t.is_neg()):
+        if t is not None and (type(t) not in PLAIN or wrapped(t) or t.is_neg()):
             return False
     return True
 
@@ -358,13 +384,14 @@ def looked_into(*dys: Tensor | None) -> bool:
     With create_graph=True they will be differentiated; under `is_grads_batched` and vmap a dy is
     several of them.
     """
-    return (
-        torch.is_grad_enabled()
-        or transformed()
-        or any(dy is not None and (_wrapped(dy) or _legacy(dy)) for dy in dys)
-    )
+    if torch.is_grad_enabled() or transformed():
+        return True
+    for dy in dys:
+        if dy is not None and (wrapped(dy) or _legacy(dy)):
+            return True
+    return False
 
 
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _legacy = torch._C._functorch.is_legacy_batchedtensor
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)

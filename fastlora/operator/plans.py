@@ -27,9 +27,6 @@ TUNE = os.environ.get("FASTLORA_TUNE", "0") == "1"
 # Elements of x up to which "eager" runs on a CPU: the time that Python takes for an operator of its
 # own counts there, the memory that PyTorch's gradients keep hardly does (`kernels/CPU.md`).
 FEW = 1 << 17
-# The same where they keep no more, without dropout and with adapters in the dtype of x, and nothing
-# is shared with other projections of x.
-STILL_FEW = 1 << 20
 
 MODULES = {
     "triton": "fastlora_kernels.steps",
@@ -127,15 +124,15 @@ def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
     return Plan(impl, why, timing.seconds, configs, timing.with_host)
 
 
-def is_few(M: int, K: int, device: torch.device, keeps_more: bool = True) -> bool:
+def is_few(M: int, K: int, device: torch.device) -> bool:
     """Return whether "auto" takes "eager" for x [M, K] in eager mode.
 
-    ``keeps_more``: it would keep more for backward than "blocks", or share less. Not under
-    autocast: a backward in it would round float32 adapters.
+    Not under autocast: a backward in it would round float32 adapters.
     """
+    elements = M * K
     return (
-        device.type == "cpu"
-        and (FEW if keeps_more else STILL_FEW) >= M * K
+        elements <= FEW
+        and device.type == "cpu"
         and FORCED == "auto"
         and not torch._C._is_any_autocast_enabled()
     )

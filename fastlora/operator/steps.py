@@ -54,19 +54,18 @@ def backward(
     is None. Some dy has to be there if ``need_x``.
     """
     options = {} if configs is None else {"configs": configs}
-    need_a = [need for need, _ in needs]
-    need_ds = [True] * len(needs) if need_x else need_a
-    dss, dbs = impl.ds_db(dys, projections, ss, need_ds, [need for _, need in needs], **options)
-    if True not in need_a:
-        dx = impl.input_grad(dys, projections, dss, **options) if need_x else None
-        return dx, [None] * len(needs), dbs
-    if not need_x:
-        return None, impl.da(x, projections, dss, need_a, **options), dbs
-    both = getattr(impl, "input_grad_and_da", None)
-    if both is not None:  # the two steps at once, where they share the drawing of a mask
-        return *both(dys, x, projections, dss, need_a), dbs
-    das = impl.da(x, projections, dss, need_a, **options)
-    return impl.input_grad(dys, projections, dss, **options), das, dbs
+    need_a, need_ds, need_db = [], [], []
+    for for_a, for_b in needs:
+        need_a.append(for_a)
+        need_ds.append(need_x or for_a)
+        need_db.append(for_b)
+    dss, dbs = impl.ds_db(dys, projections, ss, need_ds, need_db, **options)
+    if need_x and True in need_a and hasattr(impl, "input_grad_and_da"):
+        # Both at once, where they share the drawing of a mask.
+        return *impl.input_grad_and_da(dys, x, projections, dss, need_a), dbs
+    das = impl.da(x, projections, dss, need_a, **options) if True in need_a else [None] * len(dbs)
+    dx = impl.input_grad(dys, projections, dss, **options) if need_x else None
+    return dx, das, dbs
 
 
 def exact(device: torch.device) -> contextlib.AbstractContextManager:
