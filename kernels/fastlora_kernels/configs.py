@@ -323,15 +323,15 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
 # that wait for each other in vain would hang it.
 EXPERIMENTAL = _tma("after", (128, 256, 64, 4, 3), (128, 128, 64, 4, 4), specialized=True)
 # The launchers of each direction, the kernel behind each, and those to which dropout matters.
-LAUNCHERS = {"forward": ("shrink", "outputs"), "backward": ("ds_db", "da", "input_grad")}
+LAUNCHERS = {"forward": ("shrink", "product"), "backward": ("ds_db", "da", "dx")}
 KERNEL_OF = {
     "shrink": "shrink",
-    "outputs": "product",
+    "product": "product",
     "ds_db": "columns",
     "da": "columns",
-    "input_grad": "dx",
+    "dx": "dx",
 }
-DROPPING = ("shrink", "outputs", "da", "input_grad")
+DROPPING = ("shrink", "product", "da", "dx")
 # Elements of a tile that is stored one by one: more need more addresses than there are registers.
 MOST_UNEVEN = 128 * 128
 # Runs anywhere: where nothing above fits, and where elements must be loaded one by one.
