@@ -154,7 +154,7 @@ def _configs(
     """Return the measured config of each step that has one which can run here."""
     if not fields or problem.others:  # of several projections the steps take their defaults
         return {}
-    from fastlora_kernels.configs import DROPPING, KERNEL_OF, LAUNCHERS, Config, is_valid, kind_of
+    from fastlora_kernels.configs import DROPPING, LAUNCHERS, Config, is_valid, kind_of
     from fastlora_kernels.launch import chip_of
 
     kind, chip, found = kind_of(problem.dtype, problem.adapter), chip_of(device), {}
@@ -162,7 +162,7 @@ def _configs(
         try:
             config = Config(**fields[name])
             dropout = problem.dropout and name in DROPPING
-            if is_valid(config, KERNEL_OF[name], kind, problem.R, dropout, chip):
+            if is_valid(config, name, kind, problem.R, dropout, chip):
                 found[name] = config
         except (TypeError, ValueError):  # fields of another version's, or of another type
             continue

@@ -174,14 +174,14 @@ def _best_configs(op: str, case: _Case, say: Say) -> dict:
     problem, device = case.problem, case.device
     if len(plans.usable_implementations(problem.dtype, device)) == 1:
         return {}
-    from fastlora_kernels.configs import DROPPING, KERNEL_OF, LAUNCHERS, Chip, candidates, kind_of
+    from fastlora_kernels.configs import DROPPING, LAUNCHERS, Chip, candidates, kind_of
 
     if problem.N % 16 or problem.K % 16:
         return {}  # read element by element: one config is made for that
     kind, chip, best = kind_of(problem.dtype, problem.adapter), Chip.of(device), {}
     for name in LAUNCHERS[op]:
         dropout, ways = problem.dropout and name in DROPPING, {}
-        for config in candidates(KERNEL_OF[name], kind, problem.R, dropout, chip):
+        for config in candidates(name, kind, problem.R, dropout, chip):
             step = case.alone(name, config)
             if _attempt(lambda step=step: list(step()), f"{name} with {config}", say) is not None:
                 ways[config] = step
