@@ -107,7 +107,7 @@ MODES = ("base", "low_rank", "both")
 @pytest.mark.parametrize("kind", KINDS)
 def test_acceptance_rule(group, kind):
     for mode in MODES:
-        verify_together(BODIES['blocks'], group, kind=kind, mode=mode)
+        verify_together(BODIES["blocks"], group, kind=kind, mode=mode)
 
 
 @pytest.mark.parametrize("name", ["library", "triton"])
@@ -125,7 +125,7 @@ def test_large_inputs_of_the_torch_implementation(group, kind, monkeypatch):
     monkeypatch.setattr(blocks, "FEW", 0)
     monkeypatch.setattr(blocks, "SHORT", 0)
     monkeypatch.setitem(blocks.ROWS, "cpu", 16)
-    verify_together(BODIES['blocks'], group, kind=kind)
+    verify_together(BODIES["blocks"], group, kind=kind)
 
 
 def nearly(found, wanted):
