@@ -134,3 +134,30 @@ def test_several_adapters(way, p):
         right = torch.autograd.grad(y, trained, v, retain_graph=True)
         for one, other in zip(found, right, strict=True):
             torch.testing.assert_close(one[i], other, rtol=1e-4, atol=1e-5)
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gated_mlp(way):
+    names = ["gate", "up", "down"]
+    config = LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+    made = get_peft_model(nn.Sequential(MLP()), config)
+    report = fastlora.patch_peft(made, fuse_siblings=[("gate", "up")])
+    assert "gated MLP: gate, up, down" in str(report)
+    x, vs = torch.randn(9, 8, requires_grad=True), torch.randn(3, 9, 8)
+    trained = [x, *(t for t in made.parameters() if t.requires_grad)]
+    y = made(x)
+    assert y.grad_fn.name() == "_GatedMLPBackward"
+    found = WAYS[way](y, trained, vs)
+    for i, v in enumerate(vs):
+        right = torch.autograd.grad(y, trained, v, retain_graph=True)
+        for one, other in zip(found, right, strict=True):
+            torch.testing.assert_close(one[i], other, rtol=1e-4, atol=1e-5)
