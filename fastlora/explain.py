@@ -126,8 +126,10 @@ def _running(module: nn.Module) -> Layer | None:
     if isinstance(module, FrozenLinear):
         return module.weight, []
     if isinstance(module, LoRALinear):
-        off = module.merged or module.disable_adapters
-        return None if off else (module._oriented(module.weight), module.adapters())
+        found = module.sibling_operands(None)
+        if found is None:
+            return None
+        return found.weight.t() if found.transposed else found.weight, found.adapters
     if (peft_layer := sys.modules.get("fastlora.peft.linear")) and isinstance(
         module, peft_layer.FusedLinear
     ):

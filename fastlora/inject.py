@@ -15,13 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastlora import targets
 from fastlora.config import LoRAConfig
+from fastlora.injected import DEFAULT_ADAPTER
+from fastlora.injected import InjectedLinear as LoRALinear
 from fastlora.layers import sibling_search
 from fastlora.layers.hyperparameters import (
     check_adapter_dtype,
     check_adapter_name,
     default_adapter_dtype,
 )
-from fastlora.layers.lora import DEFAULT_ADAPTER, LoRALinear, is_conv1d, unsupported
+from fastlora.layers.lora import is_conv1d, unsupported
 from fastlora.model import (
     Record,
     adapter_names,

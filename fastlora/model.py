@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastlora.config import LoRAConfig
+from fastlora.injected import InjectedLinear as LoRALinear
 from fastlora.layers.classes import unwrapped
-from fastlora.layers.lora import LoRALinear
 from fastlora.trainable import TrainableModule
 
 # What torch.compile, checkpoint_wrapper and FSDP put between a module and its name.

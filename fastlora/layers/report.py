@@ -33,7 +33,7 @@ class PatchReport:
         total = len(self.fused) + len(self.not_fused)
         lines = [f"{len(self.fused)} of {total} LoRA layers fused"]
         if self.fused:
-            lines.append(f"  fused: {_counted(self.fused)}")
+            lines.append(f"  fused: {counted(self.fused)}")
         together = Counter(f"siblings: {', '.join(names)}" for _, names in self.siblings)
         together.update(f"gated MLP: {', '.join(names)}" for _, names in self.gated_mlps)
         lines += [f"  {_times(line, n)}" for line, n in together.items()]
@@ -41,11 +41,11 @@ class PatchReport:
         reasons = defaultdict(list)
         for name, why in self.not_fused:
             reasons[why].append(name)
-        lines += [f"  not fused, {why}: {_counted(names)}" for why, names in reasons.items()]
+        lines += [f"  not fused, {why}: {counted(names)}" for why, names in reasons.items()]
         return "\n".join(lines)
 
 
-def _counted(names: Iterable[str]) -> str:
+def counted(names: Iterable[str]) -> str:
     """Return the last parts of names, and how often each comes."""
     last = Counter(name.rpartition(".")[2] for name in names)
     shown = [_times(name, n) for name, n in last.most_common(_SHOWN)]

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from fastlora.config import LoRAConfig
 from fastlora.files import locked, remove_abandoned, sync_folder, temporary_of
 from fastlora.inject import InjectReport, Plan, apply, features, plan
+from fastlora.injected import DEFAULT_ADAPTER
 from fastlora.layers.hyperparameters import default_adapter_dtype
-from fastlora.layers.lora import DEFAULT_ADAPTER
 from fastlora.model import adapter_names, records, tensors_of, unwrapped
 from fastlora.trainable import TrainableModule
 
