@@ -291,7 +291,7 @@ def unsupported(module: nn.Module) -> str | None:
         return "is compiled by itself: replace first, then compile"
     weight = module._parameters.get("weight")
     if weight is None or "bias" not in module._parameters:
-        return "computes its weight or bias: it is parametrized, pruned or weight-normalised"
+        return "computes its weight or bias (parametrized, pruned, weight-normalised)"
     if weight.dtype not in DTYPES or type(weight.data) is not Tensor:
         return f"has a weight of {type(weight.data).__name__} {weight.dtype}, not a dense float"
     return None

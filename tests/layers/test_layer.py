@@ -494,9 +494,9 @@ UNSUPPORTED = {
     "torch.int8, not a dense float": lambda: changed(weight=INT8),
     "has a forward set on the object": lambda: changed(forward=len),
     "is compiled by itself": lambda: in_place(nn.Module.compile),
-    f"{COMPUTES}: it is parametrized": lambda: parametrizations.weight_norm(nn.Linear(3, 3)),
+    rf"{COMPUTES} \(parametrized": lambda: parametrizations.weight_norm(nn.Linear(3, 3)),
     f"{COMPUTES}.*, pruned": lambda: in_place(prune.identity, "weight"),
-    f"{COMPUTES}.* or weight-norm": lambda: in_place(prune.identity, "bias"),
+    f"{COMPUTES}.*, weight-norm": lambda: in_place(prune.identity, "bias"),
 }
 
 
