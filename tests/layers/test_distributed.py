@@ -27,7 +27,7 @@ from fastlora import functional
 from fastlora.layers import gated_mlp, siblings
 from fastlora.peft import linear as peft_layer
 
-LORA = {"r": 4, "target_modules": ["0", "2"], "init_lora_weights": False}
+LORA = {"r": 4, "init_lora_weights": False}
 STEPS = 4
 CASES = list(itertools.product(("ours", "patched", "siblings"), ("ddp", "fsdp2")))
 
@@ -57,14 +57,14 @@ def build(whose):
     torch.manual_seed(0)
     if whose in ("siblings", "apart"):
         model = nn.Sequential(Block())
-        asked = fastlora.LoRAConfig(**{**LORA, "target_modules": ["q", "gate", "down"]})
-        fastlora.inject(model, asked, fuse_siblings=whose == "siblings" and torch.ones(1, 16))
+        how = whose == "siblings" and torch.ones(1, 16)
+        fastlora.replace_linears(model, ["q", "gate", "down"], fuse_siblings=how, **LORA)
         return model
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8))
     if whose == "ours":
-        fastlora.inject(model, fastlora.LoRAConfig(**LORA))
+        fastlora.replace_linears(model, ["0", "2"], **LORA)
         return model
-    model = get_peft_model(model, LoraConfig(**LORA))
+    model = get_peft_model(model, LoraConfig(target_modules=["0", "2"], **LORA))
     if whose == "patched":
         assert len(fastlora.patch_peft(model).fused) == 2
     return model

@@ -115,7 +115,8 @@ def test_the_report_reads_well():
         "  dense  x2  24->16  r=2",
         "  query  x1  16->16  r=16",
         "  trained in full: classifier (51)",
-        "  left alone, computes its weight or bias (parametrized, pruned, weight-normalised): dense",
+        "  left alone, computes its weight or bias (parametrized, pruned, weight-normalised): "
+        "dense",
         "  left alone, excluded: key x2",
     ]
 

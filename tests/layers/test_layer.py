@@ -91,11 +91,12 @@ def test_initialisation_follows_peft(method):
         assert mine.std().item() == pytest.approx(other.std().item(), rel=0.15)
         assert mine.abs().max().item() == pytest.approx(other.abs().max().item(), rel=0.35)
     assert (layer.lora_B == 0).all() == (method is not False)
-    torch.manual_seed(2)
-    wide = LoRALinear(256, 128, init_lora_weights=method)
-    torch.manual_seed(2)
-    narrow = LoRALinear(256, 128, init_lora_weights=method, adapter_dtype=torch.float32)
-    assert torch.equal(wide.lora_A, narrow.lora_A)  # drawn in float32, whatever its dtype
+    made = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(2)
+        same = {"dtype": torch.bfloat16, "adapter_dtype": dtype, "init_lora_weights": method}
+        made.append(LoRALinear(12, 10, **same).lora_A)
+    assert torch.equal(made[0].bfloat16(), made[1])  # drawn in float32, whatever the dtype
 
 
 def test_from_linear_takes_the_class_s_arguments():

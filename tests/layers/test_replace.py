@@ -253,7 +253,7 @@ REFUSED = [
 def test_what_cannot_be_is_refused_and_nothing_changed(make, names, arguments, error, message):
     model = make()
     before = isinstance(model, nn.Module) and tiny.bits(model)
-    with pytest.raises(error, match=message if message[-1] != "(" else re.escape(message)):
+    with pytest.raises(error, match=message):
         replace_linears(model, names, **arguments)
     assert not before or tiny.same(before, tiny.bits(model))
 
