@@ -127,21 +127,15 @@ class LoRALinear(nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
 
-    @torch.no_grad()
     def _draw_adapter(self) -> None:
-        # In float32 at least and then cast, so that the start does not depend on the dtype; in
-        # tensors like the parameters, which may be shards.
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        a = torch.empty_like(self.lora_A, dtype=dtype)
-        b = torch.zeros_like(self.lora_B, dtype=dtype)
         if self.init_lora_weights == "gaussian":
-            nn.init.normal_(a, std=1 / self.r)
+            nn.init.normal_(self.lora_A, std=1 / self.r)
         else:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         if self.init_lora_weights is False:
-            nn.init.kaiming_uniform_(b, a=math.sqrt(5))
-        self.lora_A.copy_(a)
-        self.lora_B.copy_(b)
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.lora_B)
 
     def reset_parameters(self) -> None:
         """Draw the weight, the bias and the adapter again, as at the start; nothing is merged."""

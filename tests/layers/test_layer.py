@@ -96,7 +96,7 @@ def test_initialisation_follows_peft(method):
         torch.manual_seed(2)
         same = {"dtype": torch.bfloat16, "adapter_dtype": dtype, "init_lora_weights": method}
         made.append(LoRALinear(12, 10, **same).lora_A)
-    assert torch.equal(made[0].bfloat16(), made[1])  # drawn in float32, whatever the dtype
+    assert torch.equal(made[0].bfloat16(), made[1])  # whatever the dtype
 
 
 def test_from_linear_takes_the_class_s_arguments():

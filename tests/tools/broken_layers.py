@@ -43,20 +43,6 @@ MUTANTS = [
         "layers/test_layer.py::test_starts_as_its_base_and_trains_only_the_adapter",
     ),
     Mutant(
-        "the start depends on the adapter's dtype",
-        "fastlora/layers/lora.py",
-        "        a = torch.empty_like(self.lora_A, dtype=dtype)",
-        "        a = torch.empty_like(self.lora_A)",
-        "layers/test_layer.py::test_initialisation_follows_peft",
-    ),
-    Mutant(
-        "what is drawn is no shard",
-        "fastlora/layers/lora.py",
-        "        a = torch.empty_like(self.lora_A, dtype=dtype)",
-        "        a = torch.empty(self.lora_A.shape, dtype=dtype)",
-        "layers/test_layer.py::test_sharded",
-    ),
-    Mutant(
         "unmerging subtracts",
         "fastlora/layers/lora.py",
         ".copy_(self.base_weight)\n",
