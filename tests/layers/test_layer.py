@@ -7,7 +7,6 @@ import copy
 import itertools
 import math
 import pickle
-import threading
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
-from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from fastlora import LoRALinear
@@ -177,6 +175,7 @@ def test_unmerge_restores_every_bit(make, dtype):
     torch.testing.assert_close(layer.train()(x), unmerged, rtol=tolerance, atol=tolerance)
     oriented = weight.t() if make is conv1d else weight
     assert torch.equal(layer(x), F.linear(x, oriented, layer.bias))
+    assert "r=8, scaling=1, merged\n" in repr(layer)
     with pytest.raises(RuntimeError, match="already merged"):
         layer.merge()
     layer.eval().unmerge()
@@ -348,10 +347,9 @@ def test_loading_says_that_it_unmerges_and_leaves_other_layers():
 
 def test_a_plain_layer_takes_the_state_of_a_merged_one():
     layer, linear, x = layer_with(), nn.Linear(12, 10), torch.randn(3, 12)
-    y = layer(x)
     layer.merge()
     linear.load_state_dict(layer.state_dict(), strict=False)
-    torch.testing.assert_close(linear(x), y)
+    assert torch.equal(linear(x), layer(x))
 
 
 @pytest.mark.parametrize("change", ["double", "half", "pickle", "deepcopy"])
@@ -428,40 +426,6 @@ def test_compiles_in_one_graph_and_trains():
     torch.testing.assert_close(compiled.eval()(x), layer(x))
     layer.merge()
     torch.testing.assert_close(compiled(x), F.linear(x, layer.weight, layer.bias))
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_with_dropout(reentrant):
-    layer, x = layer_with(lora_dropout=0.5), torch.randn(6, 12, requires_grad=True)
-    found = []
-    for again in (False, True):
-        torch.manual_seed(3)
-        layer.zero_grad()
-        y = checkpoint(layer, x, use_reentrant=reentrant) if again else layer(x)
-        y.square().sum().backward()
-        found.append((layer.lora_A.grad, layer.lora_B.grad))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_threads_share_a_layer():
-    layer = layer_with()
-    x = torch.randn(16, 12)
-    expected = layer(x)
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(layer(x))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 4 and all(torch.equal(r, expected) for r in results)
-
-
-def test_repr_says_what_it_is():
-    layer = layer_with(r=4)
-    assert "in_features=12, out_features=10, bias=True, r=4, scaling=2\n" in repr(layer)
-    layer.merge()
-    assert "scaling=2, merged" in repr(layer)
 
 
 # What is refused

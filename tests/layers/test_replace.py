@@ -211,14 +211,19 @@ def with_peft():
     return peft.get_peft_model(tiny.mlp(), peft.LoraConfig(target_modules=["head"]))
 
 
-class Other:
-    """A model in DistributedDataParallel, of one process, without what its making needs."""
+def spread():
+    """A model in DistributedDataParallel, without what its making needs."""
+    model = DistributedDataParallel.__new__(DistributedDataParallel)
+    nn.Module.__init__(model)
+    model.module = tiny.mlp()
+    return model
 
-    def __new__(cls):
-        model = DistributedDataParallel.__new__(DistributedDataParallel)
-        nn.Module.__init__(model)
-        model.module = tiny.mlp()
-        return model
+
+def mixed():
+    """The first of the layers takes another dtype than the last."""
+    model = tiny.mlp()
+    model[0].to(torch.bfloat16)
+    return model
 
 
 def self_compiled():
@@ -238,11 +243,12 @@ REFUSED = [
     (hooked, ["0"], {}, ValueError, "has a forward set on the object itself"),
     (self_compiled, lambda n, m: type(m) is nn.Linear, {}, ValueError, IS_COMPILED),
     (with_peft, ["0"], {}, ValueError, "'base_model.model.head' is a layer of PEFT's: patch_peft"),
-    (Other, ["head"], {}, ValueError, "DistributedDataParallel: replace first, then wrap it"),
+    (spread, ["head"], {}, ValueError, "DistributedDataParallel: replace first, then wrap it"),
     (lambda: "model", ["head"], {}, TypeError, r"model must be an nn\.Module, got str"),
     (tiny.mlp, ["0"], {"r": 0}, ValueError, "r must be at least 1, got 0"),
     (tiny.mlp, ["0"], {"rank": 4}, TypeError, "unexpected keyword argument 'rank'"),
     (tiny.mlp, ["0", "2"], {"bias": False}, ValueError, "bias=False, but"),
+    (mixed, ["0", "2"], {"adapter_dtype": torch.bfloat16}, TypeError, "adapter_dtype must be"),
     (tiny.mlp, ["0"], {"fuse_siblings": True}, ValueError, "brings no input along"),
     (tiny.mlp, ["0"], {"fuse_siblings": [("0", "9")]}, ValueError, "no module has linear layers"),
     (tiny.mlp, ["0"], {"fuse_siblings": torch.ones(1, 3)}, ValueError, "raised RuntimeError"),
@@ -273,15 +279,6 @@ def test_a_failure_half_way_changes_nothing(error, monkeypatch):
     monkeypatch.setattr(LoRALinear, "_draw_adapter", fail)
     with pytest.raises(error):
         replace_linears(model, ["query", "value"])
-    assert tiny.same(before, tiny.bits(model))
-
-
-def test_a_dtype_that_a_later_layer_does_not_take():
-    model = tiny.mlp()
-    model[0].to(torch.bfloat16)  # the first of the layers takes it
-    before = tiny.bits(model)
-    with pytest.raises(TypeError, match="adapter_dtype must be"):
-        replace_linears(model, ["0", "head"], adapter_dtype=torch.bfloat16)
     assert tiny.same(before, tiny.bits(model))
 
 
