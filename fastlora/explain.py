@@ -126,10 +126,8 @@ def _running(module: nn.Module) -> Layer | None:
     if isinstance(module, FrozenLinear):
         return module.weight, []
     if isinstance(module, LoRALinear):
-        found = module.sibling_operands(None)
-        if found is None:
-            return None
-        return found.weight.t() if found.transposed else found.weight, found.adapters
+        found = module.sibling_operands()
+        return None if found is None else (found[0], found[2])
     if (peft_layer := sys.modules.get("fastlora.peft.linear")) and isinstance(
         module, peft_layer.FusedLinear
     ):

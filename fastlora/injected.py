@@ -21,7 +21,7 @@ from fastlora.layers.hyperparameters import (
     scaling_of,
 )
 from fastlora.layers.lora import LoRALinear, _check_shared, is_conv1d, unsupported
-from fastlora.layers.siblings import Group, Operands, handed
+from fastlora.layers.siblings import Group, Layer, handed
 
 DEFAULT_ADAPTER = "default"
 
@@ -297,11 +297,11 @@ class InjectedLinear(LoRALinear):
             for name in self.active_adapters
         ]
 
-    def sibling_operands(self, x: Tensor) -> Operands | None:
+    def sibling_operands(self, x: Tensor | None = None) -> Layer | None:
         """Return what `siblings` computes with, None while the weight alone is used."""
         if self.disable_adapters or self.merged_adapters:
             return None
-        return Operands(self.weight, self.fan_in_fan_out, self.bias, self.adapters())
+        return self._oriented(self.weight), self.bias, self.adapters()
 
     def _forward_weight(self) -> Tensor:
         if self.disable_adapters and self.merged_adapters:

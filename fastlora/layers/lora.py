@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastlora.functional import DTYPES, LARGEST, lora_linear
 from fastlora.layers.active import Adapter
-from fastlora.layers.siblings import FrozenLinear, Group, Operands, handed
+from fastlora.layers.siblings import FrozenLinear, Group, Layer, handed
 
 INIT_METHODS = (True, False, "gaussian")
 
@@ -151,12 +151,11 @@ class LoRALinear(nn.Linear):
         y = handed(self, input)
         if y is not None:
             return y
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
         if self.merged:
-            return F.linear(input, weight, self.bias)
+            return F.linear(input, self._oriented(), self.bias)
         ((a, b, scaling, p),) = self.adapters()
         return lora_linear(
-            input, weight, a, b, self.bias, scaling=scaling, dropout_p=p, training=p > 0.0
+            input, self._oriented(), a, b, self.bias, scaling=scaling, dropout_p=p, training=p > 0.0
         )
 
     def adapters(self) -> list[Adapter]:
@@ -169,10 +168,13 @@ class LoRALinear(nn.Linear):
         p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
         return [(self.lora_A, self.lora_B, self.scaling, p)]
 
-    def sibling_operands(self, x: Tensor) -> Operands | None:
+    def sibling_operands(self, x: Tensor | None = None) -> Layer | None:
         """Return what `siblings` computes with, None while the weight alone is used."""
         adapters = self.adapters()
-        return Operands(self.weight, self.fan_in_fan_out, self.bias, adapters) if adapters else None
+        return (self._oriented(), self.bias, adapters) if adapters else None
+
+    def _oriented(self) -> Tensor:
+        return self.weight.t() if self.fan_in_fan_out else self.weight
 
     # Merging
 

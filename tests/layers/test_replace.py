@@ -249,7 +249,7 @@ REFUSED = [
     (tiny.mlp, ["0"], {"rank": 4}, TypeError, "unexpected keyword argument 'rank'"),
     (tiny.mlp, ["0", "2"], {"bias": False}, ValueError, "bias=False, but"),
     (mixed, ["0", "2"], {"adapter_dtype": torch.bfloat16}, TypeError, "adapter_dtype must be"),
-    (tiny.mlp, ["0"], {"fuse_siblings": True}, ValueError, "brings no input along"),
+    (tiny.mlp, ["0"], {"fuse_siblings": True}, ValueError, "give another, a tensor"),
     (tiny.mlp, ["0"], {"fuse_siblings": [("0", "9")]}, ValueError, "no module has linear layers"),
     (tiny.mlp, ["0"], {"fuse_siblings": torch.ones(1, 3)}, ValueError, "raised RuntimeError"),
 ]
