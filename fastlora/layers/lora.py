@@ -120,8 +120,7 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
         self._draw_adapter()
-        # While merged: the weight as it was. Saved, as without it nobody could tell it from
-        # the merged one.
+        # While merged: the weight as it was. Saved, as it tells that the other one is merged.
         self.register_buffer("base_weight", None)
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -196,7 +195,9 @@ class LoRALinear(nn.Linear):
 
         It is written into the weight's own memory: whatever shares the weight, such as a tied
         embedding, has the merged one from then on. A copy of the weight as it was is kept beside,
-        from which `unmerge` restores every bit; it is saved too, as ``base_weight``.
+        from which `unmerge` restores every bit. It is saved too, as ``base_weight``, and a state
+        dict loads as merged or not as it was saved. What takes known keys alone, such as
+        torch.distributed.checkpoint, would leave it out: unmerge() before that saves.
         Raises RuntimeError where the weight is no plain tensor of this layer's own, or merged
         already, and with ``safe`` ValueError where it would hold a NaN or an infinity.
         """
@@ -226,24 +227,33 @@ class LoRALinear(nn.Linear):
             why = "is on the meta device: not made yet, or there for a forward alone (offloading)"
         elif type(weight.data) is not Tensor:
             why = f"is a {type(weight.data).__name__}, not a plain tensor"
-        elif any(m is not self and m.merged and m.weight is weight for m in list(_merged)):
+        elif any(self._is_shared_with(other) for other in list(_merged)):
             why = "is shared with another layer that is merged: unmerge that one first"
         else:
             return weight
         raise RuntimeError(f"cannot {what}: the weight {why}")
 
+    def _is_shared_with(self, other: LoRALinear) -> bool:
+        same = other._parameters.get("weight") is self._parameters["weight"]
+        return same and other.merged and other is not self
+
     # State
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        base = state_dict.pop(f"{prefix}base_weight", None)
-        if base is not None:  # saved while merged
-            state_dict[f"{prefix}weight"] = base
+        """Become what the state says: merged with both weights, or unmerged."""
+        weight, base = (state_dict.get(f"{prefix}{name}") for name in ("weight", "base_weight"))
+        saved_merged = weight is not None and base is not None and base.shape == self.weight.shape
         if self.merged and any(f"{prefix}{name}" in state_dict for name in self._parameters):
-            warnings.warn(f"{prefix or 'the layer '}is merged: unmerged for loading", stacklevel=2)
+            if not saved_merged:
+                what = prefix or "the layer "
+                warnings.warn(f"{what}is merged: unmerged for loading", stacklevel=2)
             self.unmerge()
-        own = {f"{prefix}{name}": getattr(self, name) for name in ("lora_A", "lora_B")}
+        if saved_merged:
+            self.base_weight = torch.empty_like(self.weight, requires_grad=False)
+            _merged.add(self)
+        own = {f"{prefix}{name}": self._parameters.get(name) for name in ("lora_A", "lora_B")}
         if own.keys().isdisjoint(state_dict):  # a base checkpoint: the adapter stays
-            state_dict.update(own)
+            state_dict.update((key, value) for key, value in own.items() if value is not None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
