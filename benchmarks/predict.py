@@ -19,7 +19,7 @@ IMPLEMENTATIONS = ("blocks", "library", "triton")
 
 def predicted(problem: Problem, way: str, machine) -> dict[str, float] | None:
     """Return seconds by phase; None for a way, or on a machine, that is not modelled."""
-    from fastlora_kernels.prediction import best_configs, frozen, predict
+    from prediction import best_configs, frozen, predict
 
     posed, impl = _posed(problem), way.removeprefix("fastlora ")
     if machine is None or impl not in ("frozen", *IMPLEMENTATIONS):
@@ -40,7 +40,7 @@ def fastest(problem: Problem, machine) -> tuple[float, str]:
     Those that start early are among them, which `best_configs` leaves to measurements.
     """
     from fastlora_kernels.configs import candidates, kind_of
-    from fastlora_kernels.prediction import best_configs, predict
+    from prediction import best_configs, predict
 
     posed, total, how = _posed(problem), 0.0, []
     for op, name in zip(OPS, ("product", "dx"), strict=True):
@@ -65,7 +65,7 @@ def _posed(problem: Problem) -> plans.Problem:
 
 
 def main() -> None:
-    from fastlora_kernels.machine import H100
+    from machine import H100
 
     print("| problem, forward + backward | frozen, µs | torch | library | triton | tuned | as |")
     print("|---|--:|--:|--:|--:|--:|---|")

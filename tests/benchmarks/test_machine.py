@@ -8,13 +8,14 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import prediction
 import pytest
 import torch
-from fastlora_kernels import da, ds_db, prediction, shrink
+from fastlora_kernels import da, ds_db, shrink
 from fastlora_kernels.configs import Config
 from fastlora_kernels.launch import recording
-from fastlora_kernels.machine import H100, Machine
-from fastlora_kernels.prediction import best_configs, frozen, library, predict
+from machine import H100, Machine
+from prediction import best_configs, frozen, library, predict
 
 from fastlora.operator.plans import Problem
 

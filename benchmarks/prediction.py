@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-
 from fastlora_kernels.columns import SUM_BLOCK, split
 from fastlora_kernels.configs import (
     DROPPING,
@@ -27,7 +26,7 @@ from fastlora_kernels.configs import (
     step_bytes,
     widths,
 )
-from fastlora_kernels.machine import Machine
+from machine import Machine
 
 # Reads from L2, by the copy bandwidth: 128 x 256 tiles at 700 TFLOP/s need 8.2 TB/s on an H100.
 CACHE = 2.7

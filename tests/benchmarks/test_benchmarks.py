@@ -16,7 +16,7 @@ import pytest
 import torch
 
 Figure = pytest.importorskip("matplotlib.figure").Figure
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 try:
     import baselines
@@ -32,7 +32,8 @@ try:
 finally:
     sys.path.remove(str(BENCHMARKS))
 
-from fastlora_kernels import launch, machine  # noqa: E402
+import machine  # noqa: E402
+from fastlora_kernels import launch  # noqa: E402
 from fastlora_kernels.configs import Chip  # noqa: E402
 
 from fastlora.files import replace_file  # noqa: E402

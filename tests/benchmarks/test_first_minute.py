@@ -13,7 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 try:
     import first_minute
