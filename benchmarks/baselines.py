@@ -176,9 +176,9 @@ class _LoRAFusion(torch.autograd.Function):
         ctx.save_for_backward(x_hat, mask, w, a, b, s)
         ctx.scaling, ctx.keep = scaling, 1 / (1 - p)
         if on_gpu(x):
-            from fastlora_kernels import product
+            from fastlora_kernels import steps
 
-            return product(x, w, s, b, bias)
+            return steps.outputs(x, [(w, a, b, bias, None, 1.0, 0.0)], [s])[0]
         return F.linear(x, w, bias).addmm_(s, b.t())
 
     @staticmethod

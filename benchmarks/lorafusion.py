@@ -3,7 +3,7 @@
 
 The graph is split at s. One pass over dy adds tiles of ds and db to float32 sums by atomics; dx
 is one product to which the low-rank term is added under the mask that forward stored. The forward
-product, with s at hand, is the same as ours: `fastlora_kernels.product`.
+product, with s at hand, is the same as ours: `fastlora_kernels.steps.outputs`.
 """
 
 from __future__ import annotations
