@@ -178,23 +178,13 @@ def _is_shape(what: object) -> bool:
 
 
 def _times(plan: Plan) -> str:
-    times = plan.seconds or plan.predicted
-    if not times:
-        return ""
-    fastest_first = sorted(times.items(), key=lambda item: item[1])
-    each = (
-        f"{impl} {seconds * 1e3:.3g} ms{_beside(plan, impl)}" for impl, seconds in fastest_first
-    )
-    return (": " if plan.seconds else "; predicted: ") + ", ".join(each)
-
-
-def _beside(plan: Plan, impl: str) -> str:
-    """Return what stands beside a measurement: the time with the host, the prediction."""
     if not plan.seconds:
         return ""
-    beside = [
-        f"{what} {times[impl] * 1e3:.3g}"
-        for what, times in (("with the host", plan.with_host), ("predicted", plan.predicted))
-        if impl in times
-    ]
-    return f" ({', '.join(beside)})" if beside else ""
+    fastest_first = sorted(plan.seconds.items(), key=lambda item: item[1])
+    each = (f"{impl} {s * 1e3:.3g} ms{_with_host(plan, impl)}" for impl, s in fastest_first)
+    return ": " + ", ".join(each)
+
+
+def _with_host(plan: Plan, impl: str) -> str:
+    found = plan.with_host.get(impl)
+    return "" if found is None else f" (with the host {found * 1e3:.3g})"

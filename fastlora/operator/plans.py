@@ -21,9 +21,6 @@ FORCED = os.environ.get("FASTLORA_IMPL") or "auto"
 # Whether a problem that nothing was measured for is measured when it first comes up.
 TUNE = os.environ.get("FASTLORA_TUNE", "0") == "1"
 
-# A prediction has to be this much below the default's to be taken: by less it may be wrong.
-MARGIN = 0.85
-
 # Elements of x up to which "eager" runs on a CPU: the time that Python takes for an operator of its
 # own counts there, the memory that PyTorch's gradients keep hardly does (`kernels/CPU.md`).
 FEW = 1 << 17
@@ -110,7 +107,6 @@ class Plan:
     """How one direction of a problem runs, why, and what was measured.
 
     ``seconds`` holds measured medians by implementation, ``configs`` what the launchers run with,
-    ``predicted`` seconds by implementation on a GPU that `fastlora_kernels.machine` knows;
     ``with_host`` medians for few tokens that hold the host's time: they choose where there are any.
     """
 
@@ -118,7 +114,6 @@ class Plan:
     why: str
     seconds: Mapping[str, float]
     configs: Mapping[str, Any]
-    predicted: Mapping[str, float] = field(default_factory=dict)
     with_host: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -177,7 +172,7 @@ def _function(
 def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
     """Return the plan for ``op``: the one asked for, the measured fastest, or the default."""
     usable = usable_implementations(problem.dtype, device)
-    seconds, configs, predicted, with_host = {}, {}, {}, {}
+    seconds, configs, with_host = {}, {}, {}
     if len(usable) > 1:
         # As the look-up has it: not the number of tokens that happens to come first.
         problem = problem._replace(M=problem.bucketed().M)
@@ -187,15 +182,11 @@ def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
         seconds, with_host = timing.seconds, timing.with_host
         # The launchers of several projections take their defaults.
         configs = {} if problem.others else _configs(op, timing.configs, problem, device)
-        predicted = _predicted(op, usable, problem, device, configs)
     why = f"impl={impl!r}"
     if impl == "auto" and FORCED != "auto":
         impl, why = FORCED, f"FASTLORA_IMPL={FORCED}"
     if impl == "auto":
         impl, why = default(problem.dtype, device)
-        least = min(predicted, key=predicted.get, default=impl)
-        if predicted and predicted[least] < MARGIN * predicted[impl]:
-            impl, why = least, "predicted, not measured"
         times = with_host or seconds
         best = min((i for i in usable if i in times), key=times.get, default=None)
         if best is not None:
@@ -203,7 +194,7 @@ def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
             # Measurements scatter: a draw leaves the default.
             if times[best] < 0.98 * times.get(impl, float("inf")):
                 impl = best
-    return Plan(impl, why, seconds, configs, predicted, with_host)
+    return Plan(impl, why, seconds, configs, with_host)
 
 
 def is_few(M: int, K: int, device: torch.device, keeps_more: bool = True) -> bool:
@@ -239,38 +230,25 @@ def _wide(t: Tensor) -> bool:
 def _configs(
     op: str, fields: Mapping[str, dict], problem: Problem, device: torch.device
 ) -> dict[str, Any]:
-    """Return each launcher's config: the measured one where it can run here, or a predicted one."""
-    from fastlora_kernels.configs import DROPPING, KERNEL_OF, LAUNCHERS, Config, is_valid, kind_of
+    """Return each launcher's config: the measured one where it can run here, or its default."""
+    from fastlora_kernels.configs import (
+        DROPPING,
+        KERNEL_OF,
+        LAUNCHERS,
+        Config,
+        default_config,
+        is_valid,
+        kind_of,
+    )
     from fastlora_kernels.launch import chip_of
-    from fastlora_kernels.machine import Machine
-    from fastlora_kernels.prediction import best_configs
 
     kind, chip, found = kind_of(problem.dtype, problem.adapter), chip_of(device), {}
-    for name in set(fields) & set(LAUNCHERS[op]):
-        dropout, config = problem.dropout and name in DROPPING, Config(**fields[name])
-        if is_valid(config, KERNEL_OF[name], kind, problem.R, dropout, chip):
-            found[name] = config
-    return best_configs(op, problem, chip, Machine.of(device), found)
-
-
-def _predicted(
-    op: str, usable: tuple[str, ...], problem: Problem, device: torch.device, configs: dict
-) -> dict[str, float]:
-    """Return the seconds that each usable implementation should take, where the GPU is known.
-
-    Projections of one x: what each would take alone, added up; frozen ones cost all the same.
-    """
-    from fastlora_kernels.machine import Machine
-    from fastlora_kernels.prediction import predict
-
-    machine = Machine.of(device)
-    if machine is None:
-        return {}
-    alone = problem.alone()
-    return {
-        impl: sum(predict(op, impl, one, machine, configs).seconds for one in alone)
-        for impl in usable
-    }
+    for name in LAUNCHERS[op]:
+        rest = KERNEL_OF[name], kind, problem.R, problem.dropout and name in DROPPING, chip
+        config = Config(**fields[name]) if name in fields else None
+        valid = config is not None and is_valid(config, *rest)
+        found[name] = config if valid else default_config(*rest)
+    return found
 
 
 def indexed(device: torch.device) -> torch.device:
@@ -290,7 +268,7 @@ def forget() -> None:
 
 
 def default(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """Return what runs where nothing was measured or predicted, and why.
+    """Return what runs where nothing was measured, and why.
 
     "library" for bfloat16 and float16 on a GPU: its second pass over y costs 500 / K of the
     product, so a Triton product would have to reach 89 to 98% of the library's to win.

@@ -10,8 +10,6 @@ import tracemalloc
 
 import pytest
 import torch
-from fastlora_kernels import machine
-from fastlora_kernels.prediction import predict
 from measuring import CPU, GROUP, PROBLEM, SMALL, SOME_CONFIG, chosen, operands, timings
 
 import fastlora
@@ -41,32 +39,6 @@ def test_what_auto_takes_where_nothing_was_measured(monkeypatch):
     assert plans.default(torch.float32, GPU)[0] == plans.default(torch.bfloat16, CPU)[0] == "blocks"
     monkeypatch.setattr(plans, "triton_unusable", lambda device: "broken")
     assert plans.default(torch.bfloat16, GPU) == ("blocks", "broken")
-
-
-def test_a_prediction_ranks_what_was_not_measured(monkeypatch):
-    """On a GPU that the model knows; a measurement, and what the user asks for, come first."""
-    monkeypatch.setattr(machine.Machine, "of", staticmethod(lambda device: machine.H100))
-    monkeypatch.setattr(plans, "default", lambda *_: ("library", "default, not measured"))
-    few = PROBLEM._replace(M=16, N=4096, K=4096, adapter=torch.bfloat16)
-    for problem, clear in ((few, True), (few._replace(M=8192), False)):
-        plan = plans.choose("forward", "auto", problem, CPU)
-        least = min(plan.predicted, key=plan.predicted.get)
-        assert plan.predicted.keys() == {"blocks", "library", "triton"}
-        assert (plan.predicted[least] < plans.MARGIN * plan.predicted["library"]) == clear
-        assert (plan.impl, plan.why) == (
-            (least, "predicted, not measured") if clear else ("library", "default, not measured")
-        )
-        assert plans.choose("forward", "blocks", problem, CPU).impl == "blocks"
-        other = plans.choose("forward", "auto", problem._replace(M=problem.M - 1), CPU)
-        assert other == plan  # one plan for a bucket, whoever comes first
-    assert "predicted, not measured; predicted: torch 0.0" in str(fastlora.explain(few, device=CPU))
-    measured.add({PROBLEM: timings()}, CPU)
-    assert chosen() == "triton"
-    monkeypatch.setattr(plans, "default", lambda *_: ("blocks", "default, not measured"))
-    whole = few._replace(M=8192, N=1024, dtype=torch.float32, adapter=torch.float32)
-    assert chosen(problem=whole) == "blocks"
-    # Drawing a mask with PyTorch's own operations moves more than the layer does.
-    assert chosen(problem=whole._replace(dropout=True)) == "library"
 
 
 def test_the_environment_forces_a_choice(monkeypatch):
@@ -234,11 +206,3 @@ def test_what_projections_together_take():
     assert module(plans.function("forward", "auto", x, of)) == "fastlora_kernels.linears"
     frozen = [p._replace(a=None, b=None) for p in of]
     assert module(plans.function("forward", "auto", x, frozen)) == "fastlora.operator.blocks"
-
-
-def test_predictions_of_several_are_added(monkeypatch):
-    monkeypatch.setattr(machine.Machine, "of", lambda device: machine.H100)
-    both = plans.choose("forward", "auto", GROUP._replace(others=((16, 16), (32, 0))), CPU)
-    for impl, seconds in both.predicted.items():
-        one = predict("forward", impl, SMALL, machine.H100)  # the frozen one costs all the same
-        assert seconds == 2 * one.seconds
