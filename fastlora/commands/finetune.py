@@ -63,7 +63,8 @@ class Settings:
 
     def fingerprint(self, device: torch.device) -> dict[str, Any]:
         """Return what a run that goes on must agree with: what decides the numbers, and a hash."""
-        values = json.loads(json.dumps(dataclasses.asdict(self) | {"device": device.type}))
+        more = {"device": device.type, "sharded": _sharded()}  # checkpoints differ, too
+        values = json.loads(json.dumps(dataclasses.asdict(self) | more))
         for name in ("output", "save_every", "restart"):
             del values[name]
         values["data sha256"] = hashlib.sha256(Path(self.data).read_bytes()).hexdigest()
@@ -122,10 +123,8 @@ def _config(s: Settings) -> Any:
     if shared.torch_device(s.device).index:
         raise UserError(f"--device {s.device}: choose by CUDA_VISIBLE_DEVICES, as Trainer does")
     asked = os.environ.get
-    sharded = asked("ACCELERATE_USE_FSDP") == "true"
-    if asked("ACCELERATE_USE_DEEPSPEED") == "true" or (
-        sharded and (cpu or asked("FSDP_VERSION") != "2")
-    ):
+    wrong = _sharded() and (cpu or asked("FSDP_VERSION") != "2")
+    if wrong or asked("ACCELERATE_USE_DEEPSPEED") == "true":
         raise UserError("accelerate's configuration must be data-parallel, or FSDP2 on GPUs")
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # --dtype says it
     from trl import SFTConfig
@@ -154,6 +153,10 @@ def _config(s: Settings) -> Any:
     )
     config._n_gpu = min(config.n_gpu, 1)  # one process uses one, however many it sees
     return config
+
+
+def _sharded() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def _read(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
@@ -195,10 +198,9 @@ class _Run:
         from fastlora.commands.trainer import Progress, ProgressCallback, Trainer
 
         self.settings, self.output, self.begun = s, Path(s.output), begun
-        self.sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
         where, count = config.device.type, config.world_size
         if count > 1:
-            how = "FSDP2" if self.sharded else "data-parallel"
+            how = "FSDP2" if _sharded() else "data-parallel"
             where = f"{count} processes ({how}, {where})"
         say("model", f"{s.model}, {s.dtype} on {where}; loading may take half a minute")
         model, self.tokenizer = models.load_model(s.model, shared.DTYPES[s.dtype])
@@ -305,9 +307,9 @@ class _Run:
     def _save_and_check(self) -> str:
         """Save the adapter, load it beside the trained one; return how the outputs compare."""
         folder, model = self.output / "adapter", self.trainer.model
-        if self.sharded or rank() == 0:
+        if _sharded() or rank() == 0:
             fastlora.save_adapter(model, folder)
-        if self.sharded or rank():
+        if _sharded() or rank():
             return ", from all processes' shards"
         batch = self._held_out_batches()[0]
         del batch["labels"]
