@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         return info.main()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    warnings.filterwarnings("ignore", "Could not find a config file")  # of a .gguf, or offline
     module, _ = COMMANDS[command]
     values = {name: _value(name, value) for name, value in options.items()}
     try:
