@@ -8,52 +8,20 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from fastlora.layers import sibling_search
-from fastlora.layers.classes import rebased
+from fastlora.layers.classes import rebased, unwrapped
 from fastlora.layers.lora import LoRALinear
-from fastlora.model import unwrapped
+from fastlora.layers.report import PatchReport
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 # The releases whose layers were tested: from the first to before the last.
 TESTED = ((0, 19), (0, 22))
-_SHOWN = 8
-
-
-@dataclass
-class PatchReport:
-    """What `patch_peft` did; ``print`` it.
-
-    ``fused``: names of the LoRA layers that run the fused forward; ``not_fused``: (name, why) of
-    the others, which run PEFT's own code. ``siblings``, ``gated_mlps``: (module, children's names)
-    of what runs as one operator; ``lookalikes``: (class, why not) of what seemed a gated MLP.
-    """
-
-    fused: list[str]
-    not_fused: list[tuple[str, str]]
-    siblings: list[sibling_search.Names] = field(default_factory=list)
-    gated_mlps: list[sibling_search.Names] = field(default_factory=list)
-    lookalikes: list[tuple[str, str]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        total = len(self.fused) + len(self.not_fused)
-        lines = [f"{len(self.fused)} of {total} LoRA layers fused"]
-        if self.fused:
-            lines.append(f"  fused: {_counted(self.fused)}")
-        lines += [f"  {line}" for line in sibling_search.listed(self.siblings, self.gated_mlps)]
-        lines += [f"  not as one operator: {kind} ({why})" for kind, why in self.lookalikes]
-        reasons = defaultdict(list)
-        for name, why in self.not_fused:
-            reasons[why].append(name)
-        lines += [f"  not fused, {why}: {_counted(names)}" for why, names in reasons.items()]
-        return "\n".join(lines)
 
 
 def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -> PatchReport:
@@ -182,11 +150,3 @@ def _no_layers(model: nn.Module) -> str:
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         return f"{what}; it has fastlora's own layers, which are fused as they are"
     return f"{what}; patch_peft() comes after get_peft_model() or PeftModel.from_pretrained()"
-
-
-def _counted(names: list[str]) -> str:
-    """Return the last parts of names, and how often each comes."""
-    last = Counter(name.rpartition(".")[2] for name in names)
-    shown = [f"{name} x{n}" if n > 1 else name for name, n in last.most_common(_SHOWN)]
-    more = len(last) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
