@@ -39,13 +39,13 @@ def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -
     for a model that has no LoRA layer of PEFT's or that has been compiled, and as `inject` for
     ``fuse_siblings``. The model is then as it was.
     """
-    _check_release()
+    check_release()
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.model import LoraModel
 
     from fastlora.peft import linear as peft_layer
 
-    model = _not_compiled(model)
+    model = check_not_compiled(model)
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     if not layers:
         raise ValueError(_no_layers(model))
@@ -76,7 +76,7 @@ def unpatch_peft(model: nn.Module) -> None:
     A model that was not patched stays as it is. Where FSDP2 or a parametrization has since given a
     layer a class of its own, it gets the one that they would have given PEFT's.
     """
-    _check_release()
+    check_release()
     from peft.tuners import lora
     from peft.tuners.lora.model import LoraModel
 
@@ -103,7 +103,7 @@ def register(config: LoraConfig) -> LoraConfig:
     one, such as a quantised layer, is left to PEFT. The registration is not saved with the config.
     Raises as `patch_peft`, and TypeError for anything but PEFT's ``LoraConfig``.
     """
-    _check_release()
+    check_release()
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
@@ -117,7 +117,7 @@ def register(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def _check_release() -> None:
+def check_release() -> None:
     try:
         import peft
     except ImportError as error:
@@ -135,7 +135,7 @@ def _text(release: tuple[int, int]) -> str:
     return ".".join(map(str, release))
 
 
-def _not_compiled(model: nn.Module) -> nn.Module:
+def check_not_compiled(model: nn.Module) -> nn.Module:
     plain = unwrapped(model)
     for part in (model, *plain.modules()):
         if "_orig_mod" in part._modules or part._compiled_call_impl is not None:
