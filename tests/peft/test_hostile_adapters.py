@@ -337,7 +337,7 @@ def test_tokens_that_a_model_does_not_have(tmp_path):
     edit_config(tmp_path, trainable_token_indices=[1, 40])
     with (
         pytest.warns(UserWarning, match="is not the config"),
-        pytest.raises(ValueError, match="token 40 is to be trained in .*, which has 40"),
+        pytest.raises(ValueError, match=r"token 40 is to be trained in .*, which has 40"),
     ):
         load_adapter(tiny.llama(), tmp_path)
 
