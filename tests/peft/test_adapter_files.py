@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
 from fastlora import load_adapter, save_adapter
-from fastlora.peft import files
+from fastlora.peft import checks
 from fastlora.peft.linear import FusedLinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -392,14 +392,14 @@ def test_what_another_save_has_left_is_no_hindrance(error, tmp_path, monkeypatch
     save_adapter(wrapped(), tmp_path)
     (tmp_path / CONFIG).write_text((tmp_path / CONFIG).read_text() + " ")
     (tmp_path / f".{CONFIG}.1.tmp").write_text("{}")
-    own = files._head
+    own = checks._head
 
     def head(path):
         if path.suffix == ".tmp":
             raise error(errno.EACCES, "gone, or another user's", str(path))
         return own(path)
 
-    monkeypatch.setattr(files, "_head", head)
+    monkeypatch.setattr(checks, "_head", head)
     with pytest.warns(UserWarning, match="is not the config"):
         model = load_adapter(tiny.llama(), tmp_path)
     close(model, wrapped())

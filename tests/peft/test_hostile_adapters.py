@@ -16,10 +16,11 @@ from peft_models import wrapped
 from safetensors.torch import load_file, save_file
 
 from fastlora import load_adapter, save_adapter
-from fastlora.peft import files
+from fastlora.peft import checks, files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 P = "base_model.model."
+pytestmark = pytest.mark.filterwarnings("ignore:.*is not the config")
 KEY = f"{P}head.lora_A.weight"
 
 
@@ -46,7 +47,6 @@ def edit_weights(folder, change):
     save_file(tensors, folder / WEIGHTS)
 
 
-@pytest.mark.filterwarnings("ignore:.*is not the config")
 def refused(folder, message, error=ValueError):
     """Loading fails, for a plain model and for one that has an adapter; neither is changed."""
     other = wrapped(target_modules=["0", "2"], modules_to_save=["1"])
@@ -79,7 +79,7 @@ def test_what_is_written_to_the_file_later_reaches_no_model(bias, tmp_path):
 def test_what_is_written_to_the_file_meanwhile_reaches_no_model(folder, monkeypatch):
     """PEFT gets what was checked."""
     expected = tiny.bits(load_adapter(tiny.mlp(), folder))
-    own = files._read_weights
+    own = checks.read_weights
 
     def read(path, *args):
         tensors = own(path, *args)
@@ -88,7 +88,7 @@ def test_what_is_written_to_the_file_meanwhile_reaches_no_model(folder, monkeypa
         (folder / CONFIG).write_text("{}")
         return tensors
 
-    monkeypatch.setattr(files, "_read_weights", read)
+    monkeypatch.setattr(checks, "read_weights", read)
     assert tiny.same(tiny.bits(load_adapter(tiny.mlp(), folder)), expected)
 
 
@@ -238,7 +238,6 @@ def test_a_pattern_that_never_ends(changes, folder, monkeypatch):
     assert time.monotonic() - start < 10
 
 
-@pytest.mark.filterwarnings("ignore:.*is not the config")
 def test_what_says_nothing_of_the_adapter_is_not_looked_at(folder):
     """Names of code and of models: nothing is imported or asked for because a file says so."""
     edit_config(
@@ -296,7 +295,6 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG, ids=range(len(WRONG)))
-@pytest.mark.filterwarnings("ignore:.*is not the config")
 def test_weights_that_are_wrong(change, message, folder):
     edit_weights(folder, change)
     refused(folder, message, (ValueError, TypeError))
