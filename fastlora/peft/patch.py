@@ -32,11 +32,13 @@ def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -
     listed with the reason; a second patch finds what has come and lists it all again.
 
     With ``fuse_siblings`` layers that are called with the same tensor, such as q, k and v, run as
-    one operator; see `inject` for its values. A plain ``nn.Linear`` between them takes part, by a
-    class of its own.
+    one operator (`lora_linears`); a plain ``nn.Linear`` between them takes part, by a class of its
+    own. True finds them by a forward on the small input that models of transformers bring along;
+    for other models give an example input (a tensor, or a mapping of keyword arguments), or the
+    names of children in the order of their calls: ``[("q", "k", "v"), ("gate", "up")]``.
     Raises ImportError without PEFT and RuntimeError for a release that was not tested; ValueError
-    for a model that has no LoRA layer of PEFT's or that has been compiled, and as `inject` for
-    ``fuse_siblings``. The model is then as it was.
+    for a model that has no LoRA layer of PEFT's or that has been compiled, and ValueError or
+    TypeError for a wrong ``fuse_siblings``. The model is then as it was.
     """
     check_release()
     from peft.tuners.lora import LoraLayer
