@@ -9,7 +9,7 @@ from fastlora.layers.lora import LoRALinear
 from fastlora.layers.replace import lora_state_dict, replace_linears
 from fastlora.model import delete_adapter, disable_adapters, merge, set_adapter, unmerge
 from fastlora.operator.operands import Projection
-from fastlora.peft.adapters import load_adapter, save_adapter
+from fastlora.peft.files import load_adapter, save_adapter
 from fastlora.peft.patch import PatchReport, patch_peft, unpatch_peft
 
 __version__ = "0.1.0"
