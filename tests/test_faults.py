@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastlora.commands.checkpoint import load as load_checkpoint
+from fastlora.commands.checkpoint import save as save_checkpoint
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import fastlora
 from fastlora import files
-from fastlora.commands.checkpoint import load as load_checkpoint
-from fastlora.commands.checkpoint import save as save_checkpoint
 from fastlora.files import replace_file
 from fastlora.layers import gated, siblings
 from fastlora.operator import blocks, measured
