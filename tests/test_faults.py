@@ -25,7 +25,7 @@ from fastlora import files
 from fastlora.commands.checkpoint import load as load_checkpoint
 from fastlora.commands.checkpoint import save as save_checkpoint
 from fastlora.files import replace_file
-from fastlora.layers import gated_mlp, siblings
+from fastlora.layers import gated, siblings
 from fastlora.operator import blocks, measured
 from fastlora.operator.measured import OPS, Timing
 from fastlora.operator.plans import Problem
@@ -345,7 +345,7 @@ def step(block: nn.Module) -> list[torch.Tensor]:
         *itertools.product(
             [blocks], ["_shrink", "expand", "_ds_db", "_add_low_rank"], [False, True]
         ),
-        (gated_mlp, "_kernels", True),  # between the two halves of a gated MLP
+        (gated, "_kernels", True),  # between the two halves of a gated MLP
         (siblings, "_Held", True),  # between a group's outputs and their hand-out
     ],
     ids=lambda value: getattr(value, "__name__", value),

@@ -21,7 +21,7 @@ from fastlora.layers.hyperparameters import (
     initial_factors,
     scaling_of,
 )
-from fastlora.layers.siblings import FrozenLinear, Group, Operands, handed
+from fastlora.layers.siblings import FrozenLinear, Group, Layer, handed
 
 DEFAULT_ADAPTER = "default"
 
@@ -297,11 +297,11 @@ class LoRALinear(nn.Linear):
             for name in self.active_adapters
         ]
 
-    def sibling_operands(self, x: Tensor) -> Operands | None:
+    def sibling_operands(self, x: Tensor) -> Layer | None:
         """Return what `siblings` computes with, None while the weight alone is used."""
         if self.disable_adapters or self.merged_adapters:
             return None
-        return Operands(self.weight, self.fan_in_fan_out, self.bias, self.adapters())
+        return self._oriented(self.weight), self.bias, self.adapters()
 
     def _forward_weight(self) -> Tensor:
         if self.disable_adapters and self.merged_adapters:

@@ -16,7 +16,7 @@ from fastlora.functional import DTYPES
 from fastlora.layers import sibling_search
 from fastlora.layers.active import Adapter, lora_sum
 from fastlora.layers.lora import is_conv1d
-from fastlora.layers.siblings import FrozenLinear, Group, Operands, handed
+from fastlora.layers.siblings import FrozenLinear, Group, Layer, handed
 
 _PLAIN = (Tensor, nn.Parameter)
 _LIKE_WEIGHT = object()
@@ -42,15 +42,14 @@ class FusedLinear(lora.Linear):
                 return lora_sum(x, *found)
         return super().forward(x, *args, **kwargs)
 
-    def sibling_operands(self, x: Tensor) -> Operands | None:
+    def sibling_operands(self, x: Tensor) -> Layer | None:
         """Return what `siblings` computes with, None while PEFT's own code has to run."""
         if self.disable_adapters or self.merged:
             return None
         found = operands(self, x)
-        base = self._modules["base_layer"]
-        if isinstance(found, str) or found[1] is not base._parameters["bias"]:
+        if isinstance(found, str) or found[1] is not self._modules["base_layer"].bias:
             return None
-        return Operands(base.weight, not isinstance(base, nn.Linear), base.bias, found[2])
+        return found
 
 
 def fuse(layer: nn.Module) -> None:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
 from fastlora import functional
-from fastlora.layers import gated_mlp, siblings
+from fastlora.layers import gated, siblings
 from fastlora.peft import linear as peft_layer
 
 LORA = {"r": 4, "target_modules": ["0", "2"], "init_lora_weights": False}
@@ -114,7 +114,7 @@ def trains_as_one(rank, whose, how, folder):
     calls, own = [], peft_layer.lora_sum
     peft_layer.lora_sum = lambda *args: calls.append(1) or own(*args)
     mlps = []
-    siblings.functional, gated_mlp.run = Counted(calls), counted(mlps, gated_mlp.run)
+    siblings.functional, gated.run = Counted(calls), counted(mlps, gated.run)
     wrapped = wrap(model, how)
     optimizer = optimizer_of(model)
     train(wrapped, optimizer, [batches[rank]], STEPS // 2)
