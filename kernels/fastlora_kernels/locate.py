@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several projections of one input (q, k, v; gate, up) in one launch: what their kernels share.
+"""Which projection a program is of, where several of one input (q, k, v; gate, up) share a launch.
 
 What differs between the projections goes to a kernel as tuples. An index that the compiler knows
 takes an item of one; a program that has to find its projection at run time chooses among them by
