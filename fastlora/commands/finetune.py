@@ -88,9 +88,8 @@ def run(settings: Settings) -> dict[str, Any]:
         except OSError as error:
             raise UserError(f"--output {output} cannot be made: {error.strerror}") from error
         if settings.restart and rank() == 0:
-            shutil.rmtree(output / "checkpoints", ignore_errors=True)
-            for name in ("run.json", "metrics.json"):
-                (output / name).unlink(missing_ok=True)
+            _forget(output)
+            (output / "metrics.json").unlink(missing_ok=True)
         metrics = _read(output / "metrics.json", fingerprint)
         begun = _read(output / "run.json", fingerprint)
     if metrics is not None:
@@ -100,14 +99,12 @@ def run(settings: Settings) -> dict[str, Any]:
     try:
         metrics = _Run(settings, config, examples, begun or {"settings": fingerprint}).all()
     except KeyboardInterrupt:
-        print()
         kept = _last_checkpoint(output) or "not written yet"
         say("stopped", f"checkpoint {kept}; the same command goes on from there")
         raise
     if rank() == 0:
         shared.write_json(output / "metrics.json", metrics)
-        shutil.rmtree(output / "checkpoints")
-        (output / "run.json").unlink()
+        _forget(output)
         say("wrote", ", ".join(str(output / n) for n in ("loss_curve.png", "metrics.json")))
     return metrics
 
@@ -129,28 +126,15 @@ def _config(s: Settings) -> Any:
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # --dtype says it
     from trl import SFTConfig
 
-    config = SFTConfig(
-        output_dir=str(Path(s.output) / "checkpoints"),
-        max_steps=s.steps,
-        per_device_train_batch_size=s.batch_size // count,
-        learning_rate=s.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(WARMUP * s.steps),
-        optim="adamw_torch",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_steps=s.save_every,
-        save_total_limit=1,
-        seed=s.seed,
-        use_cpu=cpu,
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=not cpu,
-        ddp_find_unused_parameters=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        report_to="none",
-        disable_tqdm=False,
-    )
+    shares = {"per_device_train_batch_size": s.batch_size // count}
+    steps = {"max_steps": s.steps, "learning_rate": s.lr, "seed": s.seed, "optim": "adamw_torch"}
+    schedule = {"lr_scheduler_type": "cosine", "warmup_steps": round(WARMUP * s.steps)}
+    saved = {"output_dir": f"{s.output}/checkpoints", "save_steps": s.save_every}
+    shown = {"logging_steps": 1, "logging_nan_inf_filter": False, "disable_tqdm": False}
+    ours = {"dataset_kwargs": {"skip_prepare_dataset": True}, "save_total_limit": 1}
+    none = {"bf16": False, "gradient_checkpointing": False, "ddp_find_unused_parameters": False}
+    where = {"use_cpu": cpu, "dataloader_pin_memory": not cpu, "report_to": "none"}
+    config = SFTConfig(**shares, **steps, **schedule, **saved, **shown, **ours, **none, **where)
     config._n_gpu = min(config.n_gpu, 1)  # one process uses one, however many it sees
     return config
 
@@ -176,6 +160,12 @@ def _read(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
             "use them, another --output, or --restart to begin again"
         )
     return found
+
+
+def _forget(output: Path) -> None:
+    """Delete what a run that is not done goes on from."""
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    (output / "run.json").unlink(missing_ok=True)
 
 
 def _last_checkpoint(output: Path) -> Path | None:
@@ -226,13 +216,12 @@ class _Run:
     def all(self) -> dict[str, Any]:
         """Train, from the last checkpoint on, and return what metrics.json holds."""
         self._train()
-        trainer, tokens = self.trainer, self.progress.tokens[-1]
-        after = self._measure("after")
+        trainer, tokens, after = self.trainer, self.progress.tokens[-1], self._measure("after")
+        trainable, _ = trainer.model.get_nb_trainable_parameters()
         say("saved", f"{self.output / 'adapter'} (PEFT format){self._save_and_check()}")
         steps = [row for row in trainer.state.log_history if "loss" in row]
         losses, seconds = [row["loss"] for row in steps], steps[-1]["seconds"]
-        if rank() == 0:
-            self._draw(losses, after["loss"])
+        self._draw(losses, after["loss"])
         say("speed", f"{tokens / seconds:.0f} tokens/s, {seconds / 60:.1f} minutes of training")
         return {
             "settings": self.begun["settings"],
@@ -240,7 +229,7 @@ class _Run:
             "held_out_after": after["loss"],
             "answer_before": self.begun["answer"],
             "answer_after": after["answer"],
-            "trainable": trainer.model.get_nb_trainable_parameters()[0],
+            "trainable": trainable,
             "tokens": tokens,
             "seconds": round(seconds, 2),
             "processes": trainer.args.world_size,
@@ -323,12 +312,8 @@ class _Run:
     def _draw(self, losses: list[float], after: float) -> None:
         from fastlora.commands import pictures
 
-        s = self.settings
-        pictures.loss_curve(
-            self.output / "loss_curve.png",
-            losses,
-            (self.begun["loss"], after),
-            f"{models.title(s.model)}: LoRA fine-tuning",
-            f"r = {s.r}, dropout {s.dropout:g}, lr {s.lr:g}, {s.batch_size} examples a step, "
-            f"{s.dtype}",
-        )
+        s, path = self.settings, self.output / "loss_curve.png"
+        how = f"r = {s.r}, dropout {s.dropout:g}, lr {s.lr:g}, {s.batch_size} examples a step"
+        title = f"{models.title(s.model)}: LoRA fine-tuning"
+        if rank() == 0:
+            pictures.loss_curve(path, losses, (self.begun["loss"], after), title, how)

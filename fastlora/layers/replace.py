@@ -15,7 +15,7 @@ from fastlora.layers.classes import unwrapped
 from fastlora.layers.lora import LoRALinear, is_conv1d, unsupported
 from fastlora.layers.report import PatchReport, counted
 
-Names = Collection[str] | str | Callable[[str, nn.Module], bool]
+Which = Collection[str] | str | Callable[[str, nn.Module], bool]
 
 # Parts of names that wrappers of modules add.
 _WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
@@ -23,7 +23,7 @@ _PEFT_LAYER = "peft.tuners.tuners_utils.BaseTunerLayer"
 
 
 def replace_linears(
-    model: nn.Module, names: Names, *, fuse_siblings: sibling_search.How = False, **same: Any
+    model: nn.Module, names: Which, *, fuse_siblings: sibling_search.How = False, **same: Any
 ) -> PatchReport:
     """Put `LoRALinear` in the place of linear layers of ``model``, in place; freeze the rest.
 
@@ -118,7 +118,7 @@ def _replaceable(model: nn.Module) -> nn.Module:
 
 
 def _selected(
-    model: nn.Module, names: Names
+    model: nn.Module, names: Which
 ) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, str]]]:
     """Return the modules that ``names`` selects, each by its first name; and what selects none."""
     named = []

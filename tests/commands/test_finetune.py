@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from fastlora.__main__ import main
-from fastlora.commands import data, models, trainer
+from fastlora.commands import data, finetune, models, trainer
 
 # A run in another process, or of a fixture of the module, is to give the same numbers.
 pytestmark = pytest.mark.usefixtures("few")
@@ -53,6 +53,7 @@ def finished(run, tmp_path_factory) -> Path:
 def test_a_run_learns_and_leaves_its_files(finished):
     found = tiny_chat.numbers(finished)
     assert found["held_out_after"] < 0.5 * found["held_out_before"]
+    assert found["trainable"] == 2 * 4 * (64 + 48 + 48 + 64 + 3 * 96)
     assert len(found["losses"]) == len(found["gradient_norms"]) == 60
     assert found["losses"][-1] < 0.5 * found["losses"][0]
     assert found["answer_before"] != found["answer_after"]
@@ -148,15 +149,18 @@ def test_a_damaged_checkpoint_is_refused_until_restart(run, stopped, capsys, fil
     assert len(tiny_chat.numbers(stopped)["losses"]) == 2
 
 
-def test_other_settings_and_other_data_are_refused(run, tiny, stopped, capsys):
-    (other := stopped / "other.jsonl").write_bytes(tiny.data.read_bytes() + b'{"text": "one"}\n')
-    assert run(stopped, data=other) == 2
-    assert "run.json comes from other settings (data: " in capsys.readouterr().err
-    tiny_data = stopped / "sums.jsonl"
-    shutil.copy(tiny.data, tiny_data)
+def test_other_settings_and_other_data_are_refused(run, stopped, capsys):
     assert run(stopped, lr=0.02, seed=3) == 2
     error = capsys.readouterr().err
+    assert "run.json comes from other settings (" in error
     assert "seed: 0 there, 3 asked for" in error and "lr: 0.01 there, 0.02 asked for" in error
+    data = stopped / "data"
+    settings = finetune.Settings(model="a", data=str(data))
+    data.write_text("one")
+    before = settings.fingerprint(torch.device("cpu"))
+    data.write_text("two")
+    after = settings.fingerprint(torch.device("cpu"))
+    assert [name for name in before if before[name] != after[name]] == ["data sha256"]
 
 
 def test_a_finished_run_says_so_and_refuses_other_settings(run, finished, capsys):
