@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from acceptance import KINDS, NAMES, Case, accept, oracle, plain, verify
+from bodies import bodies
 from torch._inductor.compile_fx import compile_fx
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastlora
 from fastlora.flops import FORMULAS
 from fastlora.operator import blocks, op
-from bodies import bodies
 from fastlora.operator.operands import Operands, Projection
 
 BODIES = bodies()
@@ -107,7 +107,7 @@ MODES = ("base", "low_rank", "both")
 @pytest.mark.parametrize("kind", KINDS)
 def test_acceptance_rule(group, kind):
     for mode in MODES:
-        verify_together(BODIES['blocks'], group, kind=kind, mode=mode)
+        verify_together(BODIES["blocks"], group, kind=kind, mode=mode)
 
 
 @pytest.mark.parametrize("name", ["library", "triton"])
@@ -125,7 +125,7 @@ def test_large_inputs_of_the_torch_implementation(group, kind, monkeypatch):
     monkeypatch.setattr(blocks, "FEW", 0)
     monkeypatch.setattr(blocks, "SHORT", 0)
     monkeypatch.setitem(blocks.ROWS, "cpu", 16)
-    verify_together(BODIES['blocks'], group, kind=kind)
+    verify_together(BODIES["blocks"], group, kind=kind)
 
 
 def nearly(found, wanted):
