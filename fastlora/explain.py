@@ -125,8 +125,8 @@ def _running(module: nn.Module) -> Layer | None:
     if isinstance(module, FrozenLinear):
         return module.weight, []
     if isinstance(module, LoRALinear):
-        off = module.merged or module.disable_adapters
-        return None if off else (module._oriented(module.weight), module.adapters())
+        found = module.sibling_operands()
+        return None if found is None else (found[0], found[2])
     if (peft_layer := sys.modules.get("fastlora.peft.linear")) and isinstance(
         module, peft_layer.FusedLinear
     ):

@@ -29,8 +29,6 @@ import triton
 from acceptance import Case, run, small_cases, verify, verify_exactly
 from fastlora_kernels import configs
 from fastlora_kernels.joint import stacked
-from fastlora_kernels.machine import Machine
-from fastlora_kernels.prediction import predict
 
 import fastlora
 from fastlora.operator import blocks, library, measured, plans, tuning
@@ -386,7 +384,7 @@ def test_auto_takes_the_kernels():
     chosen = fastlora.explain(layer()[0], 256)
     (both,) = chosen.plans.values()
     for plan in both.values():
-        assert plan.impl in ("library", min(plan.predicted, key=plan.predicted.get, default=""))
+        assert plan.impl == "library"
 
 
 def test_inductor():
@@ -449,8 +447,7 @@ def test_tuning(tmp_path, monkeypatch):
         plan = plans.choose(op, "auto", problem, device)
         assert plan.why == "measured on this machine"
         fastest = min(found[op].seconds, key=found[op].seconds.get)
-        expected = min(plan.predicted, key=plan.predicted.get, default="library")
-        assert plan.impl in (fastest, "library", expected)
+        assert plan.impl in (fastest, "library")
     plans.forget()
 
 
@@ -493,13 +490,6 @@ def test_a_device_that_is_not_current():
     assert y.device.index == 1 and torch.equal(y.detach().to("cuda:0"), expected)
     for name, gradient in gradients.items():
         assert torch.equal(other.get_parameter(name).grad.to("cuda:0"), gradient)
-
-
-def test_machine_of_this_gpu():
-    """A GPU that is not known has no predictions; one that is known has all of them."""
-    found = Machine.of(torch.device("cuda"))
-    problem = plans.Problem(512, 1024, 1024)
-    assert found is None or predict("forward", "triton", problem, found).seconds > 0
 
 
 def alone(call: str) -> None:
