@@ -100,7 +100,7 @@ def _of_module(model: nn.Module, tokens: Iterable[int]) -> list[tuple[torch.devi
         raise ValueError(
             f"{type(model).__name__} holds no LoRALinear with an active adapter, and no layer of "
             "PEFT's that patch_peft(model) has fused and that runs one; what was merged runs as a "
-            "plain layer; fastlora.inject(model, config) puts layers in"
+            "plain layer; fastlora.replace_linears(model, names) puts layers in"
         )
     posed = [(row[0][0].device, _problem(size, row)) for row in rows for size in tokens]
     return list(dict.fromkeys(posed))

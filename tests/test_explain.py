@@ -6,7 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 from measuring import CPU, PROBLEM, timings
+from peft import LoraConfig, get_peft_model
 from tiny_models import llama, tokens
+from torch import nn
 
 import fastlora
 from fastlora.operator import measured, plans
@@ -21,11 +23,11 @@ def test_explains_shapes():
     assert text == (
         "M x N x K: tokens, outputs, inputs\n"
         "64 x 48 x 32, r = 16, bfloat16, float32 adapters, on cpu\n"
-        "  forward   triton    measured on this machine: triton 1 ms, library 2 ms, torch 3 ms\n"
-        "  backward  triton    measured on this machine: triton 1 ms, library 2 ms, torch 3 ms\n"
+        "  forward   triton    measured on this machine: triton 1 ms, library 2 ms, blocks 3 ms\n"
+        "  backward  triton    measured on this machine: triton 1 ms, library 2 ms, blocks 3 ms\n"
         "65 x 48 x 32, r = 16, bfloat16, float32 adapters, on cpu\n"
-        "  forward   torch     made for CPUs\n"
-        "  backward  torch     made for CPUs"
+        "  forward   blocks    made for CPUs\n"
+        "  backward  blocks    made for CPUs"
     )
     several = fastlora.explain([(48, 32), [8, 8], PROBLEM], tokens=64, dropout=True, device="cpu")
     assert list(several.plans) == [
@@ -35,32 +37,35 @@ def test_explains_shapes():
     ]
 
 
+def patched(model, names=("default",), fuse_siblings=False, **options):
+    config = LoraConfig(r=4, **options)
+    made = get_peft_model(model, config, adapter_name=names[0])
+    for i, name in enumerate(names[1:]):
+        made.add_adapter(name, LoraConfig(**{**config.to_dict(), "r": 2 + i}))
+    made.base_model.set_adapter(list(names))
+    fastlora.patch_peft(made, fuse_siblings=fuse_siblings)
+    return made
+
+
 def test_explains_a_layer_and_a_model():
     layer = fastlora.LoRALinear(32, 48, r=4, lora_dropout=0.1)
     ((where, problem),) = fastlora.explain(layer, torch.randn(2, 5, 32)).plans
     assert where == CPU and problem == Problem(10, 48, 32, 4, torch.float32, torch.float32, True)
     ((_, problem),) = fastlora.explain(layer.eval(), 7).plans
     assert problem == Problem(7, 48, 32, 4, torch.float32, torch.float32)
-    layer.add_adapter("other", r=2)
-    layer.set_adapter(["default", "other"])
-    ((_, problem),) = fastlora.explain(layer, 7).plans
-    assert problem.R == 6 and not problem.dropout
-    layer.train().set_adapter(["other", "default"])  # the first one's dropout is 0
-    ((_, problem),) = fastlora.explain(layer, 7).plans
-    assert problem.R == 2 and not problem.dropout
     layer.merge()
     with pytest.raises(ValueError, match="holds no LoRALinear with an active adapter"):
         fastlora.explain(layer, 7)
-    model = llama()
-    fastlora.inject(model, fastlora.LoRAConfig(r=4, target_modules="all-linear"))
+    model = patched(llama(), target_modules="all-linear")
     shapes = {(p.N, p.K) for _, p in fastlora.explain(model, 7).plans}
     assert shapes == {(16, 16), (8, 16), (24, 16), (16, 24)}
+    model = patched(nn.Sequential(nn.Linear(32, 48)), ("one", "other"), target_modules=["0"])
+    ((_, problem),) = fastlora.explain(model, 7).plans  # without dropout they are stacked
+    assert problem.R == 6 and not problem.dropout
 
 
 def test_explains_siblings_together(monkeypatch):
-    model = llama()
-    config = fastlora.LoRAConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"])
-    fastlora.inject(model, config, fuse_siblings=True)
+    model = patched(llama(), fuse_siblings=True, target_modules=["q_proj", "v_proj", "o_proj"])
     explained = fastlora.explain(model, 7)
     assert [(p.N, p.R, p.others) for _, p in explained.plans] == [
         (16, 4, ((8, 4), (8, 0))),
@@ -76,7 +81,7 @@ def test_explains_siblings_together(monkeypatch):
     model(input_ids=tokens())
     assert {p._replace(M=7) for p in posed} == {p for _, p in explained.plans}
     monkeypatch.undo()
-    model.model.layers[0].self_attn.v_proj.merge()  # those of that block run alone
+    model.base_model.model.model.layers[0].self_attn.v_proj.merge()  # those of that block run alone
     assert len(fastlora.explain(model, 7).plans) == 2
 
 
@@ -87,7 +92,9 @@ def test_explains_what_is_forced(monkeypatch, forced):
 
 
 def test_explain_says_what_it_cannot_take():
-    with pytest.raises(ValueError, match=r"Linear holds no LoRALinear.*inject\(model, config\)"):
+    with pytest.raises(
+        ValueError, match=r"Linear holds no LoRALinear.*replace_linears\(model, names"
+    ):
         fastlora.explain(torch.nn.Linear(2, 2))
     with pytest.raises(
         ValueError, match=r"a shape is \(N, K\), two positive integers, got \(1, 2, 3\)"
