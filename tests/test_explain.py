@@ -41,26 +41,18 @@ def test_explains_a_layer_and_a_model():
     assert where == CPU and problem == Problem(10, 48, 32, 4, torch.float32, torch.float32, True)
     ((_, problem),) = fastlora.explain(layer.eval(), 7).plans
     assert problem == Problem(7, 48, 32, 4, torch.float32, torch.float32)
-    layer.add_adapter("other", r=2)
-    layer.set_adapter(["default", "other"])
-    ((_, problem),) = fastlora.explain(layer, 7).plans
-    assert problem.R == 6 and not problem.dropout
-    layer.train().set_adapter(["other", "default"])  # the first one's dropout is 0
-    ((_, problem),) = fastlora.explain(layer, 7).plans
-    assert problem.R == 2 and not problem.dropout
     layer.merge()
-    with pytest.raises(ValueError, match="holds no LoRALinear with an active adapter"):
+    with pytest.raises(ValueError, match="holds no LoRALinear that is not merged"):
         fastlora.explain(layer, 7)
     model = llama()
-    fastlora.inject(model, fastlora.LoRAConfig(r=4, target_modules="all-linear"))
+    fastlora.replace_linears(model, ".*_proj", r=4)
     shapes = {(p.N, p.K) for _, p in fastlora.explain(model, 7).plans}
     assert shapes == {(16, 16), (8, 16), (24, 16), (16, 24)}
 
 
 def test_explains_siblings_together(monkeypatch):
     model = llama()
-    config = fastlora.LoRAConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"])
-    fastlora.inject(model, config, fuse_siblings=True)
+    fastlora.replace_linears(model, ["q_proj", "v_proj", "o_proj"], r=4, fuse_siblings=True)
     explained = fastlora.explain(model, 7)
     assert [(p.N, p.R, p.others) for _, p in explained.plans] == [
         (16, 4, ((8, 4), (8, 0))),
@@ -87,7 +79,9 @@ def test_explains_what_is_forced(monkeypatch, forced):
 
 
 def test_explain_says_what_it_cannot_take():
-    with pytest.raises(ValueError, match=r"Linear holds no LoRALinear.*inject\(model, config\)"):
+    with pytest.raises(
+        ValueError, match=r"Linear holds no LoRALinear.*replace_linears\(model, names\)"
+    ):
         fastlora.explain(torch.nn.Linear(2, 2))
     with pytest.raises(
         ValueError, match=r"a shape is \(N, K\), two positive integers, got \(1, 2, 3\)"

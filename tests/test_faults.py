@@ -330,6 +330,8 @@ class MLP(nn.Module):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
+LINEARS = ["q", "k", "v", "gate", "up", "down"]
+LORA = {"r": 2, "init_lora_weights": False}
 X = torch.linspace(-1, 1, 40).reshape(5, 8)
 
 
@@ -356,11 +358,11 @@ def test_out_of_memory_in_the_middle(module, name, fused, monkeypatch):
     blocks = []
     for _ in range(2):
         block = Block()
-        config = fastlora.LoRAConfig(
-            r=2, lora_dropout=0.3, target_modules="all-linear", init_lora_weights=False
-        )
         torch.manual_seed(3)
-        report = fastlora.inject(block, config, fuse_siblings=X if fused else False)
+        how = X if fused else False
+        report = fastlora.replace_linears(
+            block, LINEARS, fuse_siblings=how, lora_dropout=0.3, **LORA
+        )
         assert (len(report.siblings), len(report.gated_mlps)) == ((1, 1) if fused else (0, 0))
         blocks.append(block)
     first, other = blocks
@@ -381,11 +383,7 @@ def test_out_of_memory_in_the_middle(module, name, fused, monkeypatch):
 def test_a_fork_after_use():
     """As a DataLoader makes its workers, whose torch has one thread."""
     block = Block()
-    fastlora.inject(
-        block,
-        fastlora.LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False),
-        fuse_siblings=[("q", "k", "v")],
-    )
+    fastlora.replace_linears(block, LINEARS, fuse_siblings=[("q", "k", "v")], **LORA)
     expected = step(block)
 
     def again() -> None:  # one thread may add in another order than two
@@ -401,8 +399,7 @@ def _step_in_a_new_process(block, queue) -> None:
 def test_a_new_process():
     """Spawned: the block comes as a pickle."""
     block = Block()
-    config = fastlora.LoRAConfig(r=2, target_modules=["q", "v"], init_lora_weights=False)
-    fastlora.inject(block, config, fuse_siblings=[("q", "k", "v")])
+    fastlora.replace_linears(block, ["q", "v"], fuse_siblings=[("q", "k", "v")], **LORA)
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_step_in_a_new_process, args=(block, queue))

@@ -562,8 +562,8 @@ def test_a_layer_in_a_model_trains_like_the_plain_formula():
         def __init__(self, layer):
             super().__init__()
             self.weight, self.bias = layer.weight, layer.bias
-            self.a = nn.Parameter(layer.lora_A["default"].detach().clone())
-            self.b = nn.Parameter(layer.lora_B["default"].detach().clone())
+            self.a = nn.Parameter(layer.lora_A.detach().clone())
+            self.b = nn.Parameter(layer.lora_B.detach().clone())
 
         def forward(self, x):
             base = torch.nn.functional.linear(x, self.weight, self.bias)

@@ -14,7 +14,7 @@ from fastlora.flops import FORMULAS
 from fastlora.operator import plans
 
 OWN, PLAIN = "_DirectBackward", "AddmmBackward0"
-LORA = {"r": 4, "lora_dropout": 0.3, "target_modules": "all-linear"}
+LORA = {"r": 4, "lora_dropout": 0.3}
 
 
 def output(m=6, n=10, k=8, r=3, dtype=torch.float32, adapter=None, **options):
@@ -108,16 +108,18 @@ def test_where_the_operator_runs_all_the_same(monkeypatch):
     assert node() == OWN
 
 
-def inject(model):
-    fastlora.inject(model, fastlora.LoRAConfig(**LORA))
+def replace(model):
+    fastlora.replace_linears(model, ".*_proj", **LORA)
 
 
-def inject_siblings(model):
-    fastlora.inject(model, fastlora.LoRAConfig(**LORA), fuse_siblings=True)
+def replace_siblings(model):
+    fastlora.replace_linears(model, ".*_proj", fuse_siblings=True, **LORA)
 
 
 def patch(model):
-    fastlora.patch_peft(peft.get_peft_model(model, peft.LoraConfig(**LORA)))
+    fastlora.patch_peft(
+        peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", **LORA))
+    )
 
 
 def nodes(tensor: torch.Tensor) -> set[str]:
@@ -131,7 +133,7 @@ def nodes(tensor: torch.Tensor) -> set[str]:
     return set(map(name_of, found))
 
 
-@pytest.mark.parametrize("how", [inject, inject_siblings, patch], ids=lambda how: how.__name__)
+@pytest.mark.parametrize("how", [replace, replace_siblings, patch], ids=lambda how: how.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_model_computes_the_same(how, dtype, monkeypatch):
     """The same losses, gradients and dropout: layers, siblings and gated MLPs, PEFT's layers."""
@@ -160,7 +162,7 @@ def test_a_model_where_it_is_asked_for_by_the_environment(monkeypatch):
     """FASTLORA_IMPL=plain, whatever the size, second derivatives included."""
     monkeypatch.setattr(plans, "FORCED", "eager")
     model = llama(attn_implementation="eager")  # the other has no second derivative
-    inject_siblings(model)
+    replace_siblings(model)
     loss = model(input_ids=tokens(), labels=tokens()).loss
     assert not {OWN, "_GatedMLPBackward"} & nodes(loss)
     trained = [p for p in model.parameters() if p.requires_grad]

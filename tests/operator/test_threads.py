@@ -18,10 +18,9 @@ THREADS, ROUNDS = 8, 4
 TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def injected():
-    model = tiny.llama()
-    config = fastlora.LoRAConfig(r=3, target_modules=TARGETS, init_lora_weights=False)
-    fastlora.inject(model, config, fuse_siblings={"input_ids": tiny.tokens()})
+def replaced():
+    model, how = tiny.llama(), {"input_ids": tiny.tokens()}
+    fastlora.replace_linears(model, TARGETS, r=3, init_lora_weights=False, fuse_siblings=how)
     return model
 
 
@@ -33,7 +32,7 @@ def patched():
     return model
 
 
-each_model = pytest.mark.parametrize("make", [injected, patched])
+each_model = pytest.mark.parametrize("make", [replaced, patched])
 
 
 def at_once(call) -> list:
