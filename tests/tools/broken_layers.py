@@ -194,8 +194,8 @@ MUTANTS = [
     Mutant(
         "a model that is spread by DDP gets adapters that nobody synchronises",
         "fastlora/layers/replace.py",
-        "    if isinstance(model, DistributedDataParallel):",
-        "    if False:",
+        "        if spread := kinds & _SPREAD:",
+        "        if spread := None:",
         "layers/test_replace.py::test_what_cannot_be_is_refused_and_nothing_changed",
     ),
     Mutant(
