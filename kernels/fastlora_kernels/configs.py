@@ -47,9 +47,8 @@ class Config:
     ``block_k`` of the reduced dimension where there is one; ``group_m`` row tiles share a pass
     over the columns. ``block_r`` is the widest tile of the rank: a higher rank takes several.
 
-    With ``tma`` a product runs as in `persistent.py`: ``low_rank`` says when the low-rank product
-    joins it ("first", "after", "fold" or "recompute"), ``specialized`` has warps of its own load
-    the tiles, and an ``early`` one starts while the kernel before it still runs.
+    With ``tma`` a product is made by persistent programs whose tiles the tensor memory accelerator
+    fetches; ``low_rank`` says when the low-rank product joins it: "first", or as a "fold".
     """
 
     block_m: int
@@ -61,8 +60,6 @@ class Config:
     num_stages: int = 3
     tma: bool = False
     low_rank: str = "first"
-    specialized: bool = False
-    early: bool = False
 
     def rank_tile(self, r: int) -> int:
         """Return the rank tile for rank r: a power of two that ``tl.dot`` takes."""
@@ -86,12 +83,14 @@ def kind_of(base: torch.dtype, adapter: torch.dtype) -> str:
     return "fp16" if base == torch.float16 else "16"
 
 
-def is_valid(config: Config, kernel: str, kind: str, r: int, dropout: bool, chip: Chip) -> bool:
-    """Return whether ``config`` can run ``kernel`` on ``chip``.
+def is_valid(
+    config: Config, kernel: str, kind: str, r: int, dropout: bool, chip: Chip, count: int = 1
+) -> bool:
+    """Return whether ``config`` can run ``kernel``, by the step's name, on ``chip``.
 
-    Kernels: "product" (y), "dx" (the same, as backward needs it), "shrink", "columns". With
-    ``dropout`` they draw a mask, all but "product", whose s is then not that of x as it is. Those
-    of several projections go by their own names (`LIKE`); ``r`` is what they come to if stacked.
+    With ``dropout`` they draw a mask, all but "outputs", whose s is then not that of x as it is,
+    and "ds_db". ``count`` projections: ``r`` is then their largest rank for the wide products, and
+    what the ranks come to if stacked for "shrink" and "da".
 
     Tiles must be powers of two of at least 16, warps a power of two of at most 32; the pipeline
     must fit a block's shared memory: one step of both operands for each of ``num_stages``, less
@@ -103,55 +102,55 @@ def is_valid(config: Config, kernel: str, kind: str, r: int, dropout: bool, chip
     m, n, k, r_tile = config.block_m, config.block_n, config.block_k, config.rank_tile(r)
     if any(b < 16 or b & (b - 1) for b in (m, n, k, r_tile)):
         return False
+    dropout, threads = dropout and kernel not in ("outputs", "ds_db"), 32 * config.num_warps
     if config.tma:
-        return _is_valid_tma(config, kernel, kind, r, dropout, chip)
-    if config.low_rank != "first" or config.specialized or config.early:
+        return _is_valid_tma(config, kernel, kind, r, dropout, chip, count)
+    if config.low_rank != "first":
         return False
-    if (
-        kernel == "shrink_all"
-        and chip.capability[0] == 10
-        and m * r_tile > 32 * 32 * config.num_warps
-    ):
-        return False  # with a scaled copy of s it spills there
-    if kernel == "da_all" and dropout and m * n + max(m, n) * r_tile > 80 * 32 * config.num_warps:
-        return False  # beside its sums a thread holds a tile, masked for each projection
-    ada = chip.capability in ((8, 6), (8, 9))
-    if kernel == "da_all" and dropout and kind == "32" and ada and n > 32:
-        return False  # spills
-    masked_sum = kernel == "product_sum" and dropout and kind == "mixed"
-    if masked_sum and chip.capability[0] == 12 and m * n > 32 * 32 * config.num_warps:
-        return False  # the sums of two projections and the split terms of one: elsewhere they fit
-    on_the_way = kernel == "columns" and kind in ("16", "fp16") and r <= ON_THE_WAY_RANK
-    if on_the_way and chip.capability[0] == 9 and m < 64 <= n:
+    major, several = chip.capability[0], count > 1
+    if several and _spills(config, kernel, kind, r_tile, dropout, chip):
+        return False
+    on_the_way = kernel == "ds_db" and kind in ("16", "fp16") and r <= ON_THE_WAY_RANK
+    if on_the_way and major == 9 and m < 64 <= n:
         # Both wgmma and mma would read t, and Triton (3.7) makes the ring of its tiles one buffer
         # too short: a copy would overtake the wgmma that still reads the one before.
         return False
-    kernel = LIKE.get(kernel, kernel)
     if kernel == "shrink" and kind == "mixed" and config.block_r == 64:
         # What else is compiled spills: 4 warps under masks on sm_100, 8 on sm_120.
-        warps = 8 if chip.capability[0] == 10 else 4
-        if config.num_warps != warps or (chip.capability[0] == 8 and r_tile == 16):
+        warps = 8 if major == 10 else 4
+        if config.num_warps != warps or (major == 8 and r_tile == 16):
             return False
-    dropout = dropout and kernel != "product"
-    if kind == "32" and dropout and chip.capability[0] == 10:
+    rows = {"shrink": m, "da": max(m, n)}.get(kernel, 0)
+    if kind == "32" and dropout and major == 10 and rows >= 64:
         # Triton 3.7 multiplies a masked float32 tile of 64 rows in TF32 there, asked or not.
-        rows = {"shrink": m, "columns": max(m, n)}.get(kernel, 0)
-        if rows >= 64:
-            return False
-    if kind == "mixed" and kernel == "columns" and r > ON_THE_WAY_RANK and n > 64:
-        return False  # the split terms of a wider tile of t, times b, overflow the registers
-    accumulators = {"shrink": m * r_tile, "columns": max(m, n) * r_tile}.get(kernel, m * n)
-    wgmma, from_shared = chip.capability[0] == 9, chip.capability[0] in (9, 10)
+        return False
+    if kind == "mixed" and kernel == "ds_db" and r > ON_THE_WAY_RANK and n > 64:
+        return False  # the split terms of a wider tile of dy, times b, overflow the registers
+    narrow = {"shrink": m * r_tile, "ds_db": max(m, n) * r_tile, "da": max(m, n) * r_tile}
     most = 128
     if dropout:
         most = 32 if kernel == "shrink" else 64
-    elif kernel == "columns" or (kind == "mixed" and not wgmma):
+    elif kernel in ("ds_db", "da") or (kind == "mixed" and major != 9):
         # Without wgmma operands pass through registers too; sm_100's tensor memory holds 512
         # columns, and Triton 3.7 compiles a kernel that needs more to a trap.
         most = 64
-    fits = accumulators <= most * 32 * config.num_warps
-    copies = config.num_stages - (0 if from_shared or dropout else 1)
+    fits = narrow.get(kernel, m * n) <= most * threads
+    copies = config.num_stages - (0 if major in (9, 10) or dropout else 1)
     return fits and step_bytes(config, kernel, kind, r, dropout) * copies <= chip.shared_memory
+
+
+def _spills(config: Config, kernel: str, kind: str, r_tile: int, dropout: bool, chip: Chip) -> bool:
+    """Return whether a kernel of several projections needs more registers than a thread has."""
+    m, n, threads, major = config.block_m, config.block_n, 32 * config.num_warps, chip.capability[0]
+    if kernel == "shrink":  # with a scaled copy of s
+        return major == 10 and m * r_tile > 32 * threads
+    if kernel == "da" and dropout:
+        # Beside its sums a thread holds a tile, masked for each projection.
+        wide = m * n + max(m, n) * r_tile > 80 * threads
+        return wide or (kind == "32" and chip.capability in ((8, 6), (8, 9)) and n > 32)
+    # The sums of two projections and the split terms of one: elsewhere they fit.
+    masked_sum = kernel == "input_grad" and dropout and kind == "mixed"
+    return masked_sum and major == 12 and m * n > 32 * threads
 
 
 def widths(kind: str) -> tuple[int, int]:
@@ -165,125 +164,90 @@ def step_bytes(config: Config, kernel: str, kind: str, r: int, dropout: bool = F
     base, wide = widths(kind)
     if kernel == "shrink":
         return m * k * base + r_tile * k * wide
-    if kernel == "columns":
-        # Beside t comes a tile of s, or one of b; the step that drops has no b.
+    if kernel in ("ds_db", "da"):
+        # Beside the tall one comes a tile of s, or one of b; the step that drops has no b.
         return m * n * base + (m if dropout else max(m, n)) * r_tile * wide
     return (m + n) * k * base
 
 
 def _is_valid_tma(
-    config: Config, kernel: str, kind: str, r: int, dropout: bool, chip: Chip
+    config: Config, kernel: str, kind: str, r: int, dropout: bool, chip: Chip, count: int
 ) -> bool:
-    """Return whether a config of `persistent.py` can run a product on ``chip``.
+    """Return whether a wide product can run on ``chip`` with a config of persistent programs.
 
-    Shared memory: the pipeline, the tile on its way out, and the factors of the low-rank product
-    (in every stage where warps are specialised, which also splits the accumulators over twice
-    the warps).
+    Shared memory: the pipeline, the tile on its way out, and the factors of a low-rank product that
+    comes first.
     """
+    major, several = chip.capability[0], count > 1
     rocm = chip.capability == (0, 0) and chip.shared_memory < 1 << 30
-    if rocm or 0 < chip.capability[0] < 9 or kind == "32":
-        return False
-    if kernel not in ("product", "dx", "product_all", "product_sum"):
+    if rocm or 0 < major < 9 or kind == "32" or kernel not in ("outputs", "input_grad"):
         return False
     m, n, k, stages = config.block_m, config.block_n, config.block_k, config.num_stages
-    if max(m, n, k) > 256 or config.num_warps % 4:
+    first, of_y = config.low_rank == "first", kernel == "outputs"
+    if max(m, n, k) > 256 or config.num_warps % 4 or config.low_rank not in ("first", "fold"):
         return False
-    if not _takes_low_rank(config, kernel, kind, r, dropout, chip):
-        return False
-    r_tile = config.rank_tile(r)
-    factors = {
-        "first": (m + n) * min(32, r_tile),
-        "after": (m + n) * r_tile * (stages if config.specialized else 1),
-        "fold": 0,
-        "recompute": r_tile * k * stages,
-    }[config.low_rank]
-    accumulators = m * n + (m * r_tile if config.low_rank == "recompute" else 0)
-    warps = config.num_warps * (2 if config.specialized else 1)
+    if several and not of_y:
+        # What cannot be folded in, an earlier launch makes, rounded: float16 might overflow.
+        if first or (dropout and kind == "fp16"):
+            return False
+    elif not first and (kind == "mixed" or dropout or r % 8 or (of_y and kind == "fp16")):
+        return False  # float32 factors, a mask, odd rows, or an s that scaled might overflow
+    if several and of_y:
+        # What else is compiled spills: on sm_100 with four projections.
+        if major == 10 and (n > 128 or (first and kind != "mixed")):
+            return False
+        if first and kind != "mixed" and r > 16 and n > 128:
+            return False
     out = m * (n // 2 if n > 128 else n)
-    if chip.capability[0] == 10:
+    if major == 10:
         # A second accumulator overfills the tensor memory (Triton 3.7 compiles a trap), a mask
         # the registers; a bias takes a way through shared memory.
-        masked, split = dropout and kernel == "dx", kind == "mixed" and kernel != "product_sum"
-        narrow = config.low_rank == "recompute" or split or masked or not WIDE_TMA_ON_SM_100
-        if n > 128 and narrow:
-            return False
-        out += 1 << 13
-    shared = ((m + n) * k * stages + out + factors) * 2 + 1024
-    return accumulators <= 160 * 32 * warps and shared <= chip.shared_memory
-
-
-def _takes_low_rank(
-    config: Config, kernel: str, kind: str, r: int, dropout: bool, chip: Chip
-) -> bool:
-    """Return whether the low-rank step of a config of `persistent.py` can make this product."""
-    plain = not (config.specialized or config.early)
-    if kernel == "product_sum":
-        # What cannot be folded in, an earlier launch makes, rounded: float16 might overflow.
-        return plain and config.low_rank == "fold" and not (dropout and kind == "fp16")
-    if kernel == "product_all":
-        if config.low_rank not in ("first", "fold"):
-            return False
-        # What else is compiled spills: on sm_100 with four projections.
-        if chip.capability[0] == 10 and (
-            config.block_n > 128 or (config.low_rank == "first" and kind != "mixed")
+        if n > 128 and (
+            (first and kind == "mixed") or (first and dropout) or not WIDE_TMA_ON_SM_100
         ):
             return False
-        if config.low_rank == "first" and kind != "mixed" and r > 16 and config.block_n > 128:
-            return False
-    if config.low_rank == "first":
-        return plain
-    if kind == "mixed" or (kind == "fp16" and kernel in ("product", "product_all")):
-        return False  # float32 factors, or an s that scaled before might overflow
-    if dropout and (kernel == "dx" or config.low_rank == "recompute"):
-        return False  # a mask on the product, or an s that is not of the x in the loop
-    whole_rank = config.rank_tile(r) >= r
-    if config.low_rank == "after":
-        aligned = r % 8 == 0 and not config.early and chip.capability[0] in (0, 9)
-        return whole_rank and (aligned or not config.specialized)
-    if config.low_rank == "fold":
-        return plain and r % 8 == 0
-    return plain and config.low_rank == "recompute" and kernel == "product" and whole_rank
+        out += 1 << 13
+    factors = (m + n) * min(32, config.rank_tile(r)) if first else 0
+    shared = ((m + n) * k * stages + out + factors) * 2 + 1024
+    return m * n <= 160 * 32 * config.num_warps and shared <= chip.shared_memory
 
 
 def _tma(low_rank: str, *tiles: tuple[int, int, int, int, int], **rest) -> tuple[Config, ...]:
-    """Return configs of `persistent.py` from (block_m, block_n, block_k, warps, stages)."""
+    """Return configs of persistent programs from (block_m, block_n, block_k, warps, stages)."""
     return tuple(
         Config(m, n, k, num_warps=warps, num_stages=stages, tma=True, low_rank=low_rank, **rest)
         for m, n, k, warps, stages in tiles
     )
 
 
-# The kernels of several projections, each like that of one with all its ranks stacked.
-LIKE = {"shrink_all": "shrink", "product_all": "product", "product_sum": "dx", "da_all": "columns"}
-# By kernel and kind, best first; `default_config` picks. None is measured yet.
+# By kernel and kind, best first; `default_config` picks. None is measured yet. What is not listed
+# for several projections, or for a kernel at all, is as for one, or as for the kernel like it.
+LIKE = {"input_grad": "outputs", "da": "ds_db"}
 DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
-    ("product", "16"): (
+    ("outputs", "16"): (
         *_tma("fold", (128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
         *_tma("fold", (64, 128, 64, 4, 6), (64, 64, 128, 4, 5)),
-        *_tma("after", (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
-        *_tma("after", (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), early=True),
-        *_tma("recompute", (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 32, 128, 4, 6)),
         *_tma("first", (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
         Config(128, 256, 64, block_r=32, num_warps=8, num_stages=3),
         Config(128, 128, 64, block_r=32, num_warps=8, num_stages=3),
         Config(128, 128, 32, block_r=32, num_warps=8, num_stages=3),
     ),
-    ("product", "mixed"): (
+    ("outputs", "mixed"): (
         *_tma("first", (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), block_r=16),
         Config(128, 256, 64, block_r=16, num_warps=8, num_stages=3),
         Config(128, 128, 64, block_r=16, num_warps=8, num_stages=3),
         Config(128, 128, 32, block_r=16, num_warps=8, num_stages=3),
     ),
-    ("product_sum", "mixed"): (
+    ("input_grad of several", "mixed"): (
         *_tma("fold", (128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
         Config(128, 256, 64, block_r=16, num_warps=8, num_stages=3),
         Config(128, 128, 64, block_r=16, num_warps=8, num_stages=3),
         Config(128, 128, 32, block_r=16, num_warps=8, num_stages=3),
         Config(128, 64, 64, block_r=16, num_warps=8, num_stages=3),
     ),
-    ("product", "32"): (Config(64, 64, 32, block_r=16, num_warps=4, num_stages=2),),
-    ("product_sum", "32"): (Config(64, 64, 32, block_r=16, num_warps=8, num_stages=2),),
-    ("product", "unaligned"): (Config(64, 64, 32, block_r=16, num_warps=4, num_stages=2),),
+    ("outputs", "32"): (Config(64, 64, 32, block_r=16, num_warps=4, num_stages=2),),
+    ("input_grad of several", "32"): (Config(64, 64, 32, block_r=16, num_warps=8, num_stages=2),),
+    ("outputs", "unaligned"): (Config(64, 64, 32, block_r=16, num_warps=4, num_stages=2),),
     ("shrink", "16"): (
         Config(64, 16, 64, num_warps=4, num_stages=4),
         Config(64, 16, 64, num_warps=8, num_stages=4),
@@ -296,7 +260,7 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(64, 16, 32, block_r=64, num_warps=8, num_stages=3),
     ),
     ("shrink", "32"): (Config(32, 16, 64, block_r=32, num_warps=4, num_stages=3),),
-    ("columns", "16"): (
+    ("ds_db", "16"): (
         Config(64, 128, num_warps=4, num_stages=3),
         Config(64, 128, num_warps=8, num_stages=3),
         Config(32, 128, num_warps=8, num_stages=3),
@@ -304,34 +268,24 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(128, 64, num_warps=4, num_stages=3),
         Config(128, 128, num_warps=8, num_stages=3),
     ),
-    ("columns", "mixed"): (
+    ("ds_db", "mixed"): (
         Config(32, 128, block_r=16, num_warps=8, num_stages=3),
         Config(32, 64, block_r=16, num_warps=4, num_stages=3),
     ),
     # No product with b: the terms of a wider tile of ds leave room, so all ranks fit into one.
-    ("da_all", "mixed"): (
+    ("da", "mixed"): (
         Config(32, 128, block_r=16, num_warps=8, num_stages=3),
         Config(32, 64, block_r=64, num_warps=4, num_stages=3),
     ),
-    ("columns", "unaligned"): (Config(16, 32, block_r=16, num_warps=2, num_stages=2),),
-    ("columns", "32"): (
+    ("ds_db", "unaligned"): (Config(16, 32, block_r=16, num_warps=2, num_stages=2),),
+    ("ds_db", "32"): (
         Config(32, 64, block_r=16, num_warps=4, num_stages=2),
         Config(32, 32, block_r=16, num_warps=4, num_stages=2),
     ),
 }
-# Compiled and interpreted like the others, but not for the tuner before a GPU has run them: warps
-# that wait for each other in vain would hang it.
-EXPERIMENTAL = _tma("after", (128, 256, 64, 4, 3), (128, 128, 64, 4, 4), specialized=True)
-# The launchers of each direction, the kernel behind each, and those to which dropout matters.
-LAUNCHERS = {"forward": ("shrink", "product"), "backward": ("ds_db", "da", "dx")}
-KERNEL_OF = {
-    "shrink": "shrink",
-    "product": "product",
-    "ds_db": "columns",
-    "da": "columns",
-    "dx": "dx",
-}
-DROPPING = ("shrink", "product", "da", "dx")
+# The launchers of each direction, and those to which dropout matters.
+LAUNCHERS = {"forward": ("shrink", "outputs"), "backward": ("ds_db", "da", "input_grad")}
+DROPPING = ("shrink", "outputs", "da", "input_grad")
 # Elements of a tile that is stored one by one: more need more addresses than there are registers.
 MOST_UNEVEN = 128 * 128
 # Runs anywhere: where nothing above fits, and where elements must be loaded one by one.
@@ -344,6 +298,7 @@ def default_config(
     r: int,
     dropout: bool,
     chip: Chip,
+    count: int = 1,
     aligned: bool = True,
     even: bool = True,
     fold: bool = True,
@@ -354,9 +309,9 @@ def default_config(
     ``aligned`` is false when rows do not start at multiples of 16 bytes: every element is then
     loaded by itself and needs a register for its address. ``even`` is false when the rows of the
     result do not, or an operand does not suit the tensor memory accelerator; ``fold`` when the
-    factors of the low-rank product cannot be folded in. What starts early is left to measurements.
+    factors of the low-rank product cannot be folded in.
     """
-    valid = [c for c in candidates(kernel, kind, r, dropout, chip, aligned) if not c.early]
+    valid = candidates(kernel, kind, r, dropout, chip, count, aligned)
     if not fold:
         valid = [c for c in valid if c.low_rank != "fold"]
     if not even:
@@ -365,16 +320,23 @@ def default_config(
 
 
 def candidates(
-    kernel: str, kind: str, r: int, dropout: bool, chip: Chip, aligned: bool = True
+    kernel: str,
+    kind: str,
+    r: int,
+    dropout: bool,
+    chip: Chip,
+    count: int = 1,
+    aligned: bool = True,
 ) -> list[Config]:
     """Return the configs of ``kernel`` that are worth measuring on ``chip``: the valid ones.
 
     The interpreter, which measures nothing, gets those that run on every chip.
     """
     kind_name = {"fp16": "16"}.get(kind, kind) if aligned else "unaligned"
-    kernel_name = LIKE.get(kernel, kernel) if (kernel, kind_name) not in DEFAULTS else kernel
-    kernel_name = {"dx": "product"}.get(kernel_name, kernel_name)
-    listed = DEFAULTS.get((kernel_name, kind_name), ())
+    names = [kernel, LIKE.get(kernel, kernel)]
+    if count > 1:
+        names.insert(0, f"{kernel} of several")
+    listed = next((DEFAULTS[n, kind_name] for n in names if (n, kind_name) in DEFAULTS), ())
     if chip.capability == (0, 0):
         listed = [c for c in listed if not c.tma]
-    return [c for c in listed if is_valid(c, kernel, kind, r, dropout, chip)]
+    return [c for c in listed if is_valid(c, kernel, kind, r, dropout, chip, count)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 GAMMA: tl.constexpr = tl.constexpr(0x9E3779B97F4A7C15)
 MIX_1: tl.constexpr = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -24,6 +25,14 @@ def lowest_kept(p: float) -> int:
 def kept_scale(p: float) -> float:
     """Return what a kept element is multiplied by; 0 when p is 1."""
     return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
+def keep_scales(
+    seeds: tuple[Tensor | None, ...], p: tuple[float, ...]
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Return `kept_scale` and `lowest_kept` of each mask; without a seed nothing is dropped."""
+    drop = [0.0 if seed is None else p for seed, p in zip(seeds, p, strict=True)]
+    return tuple(map(kept_scale, drop)), tuple(map(lowest_kept, drop))
 
 
 @triton.jit

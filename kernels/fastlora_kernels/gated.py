@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora_kernels.configs import Config, cdiv
-from fastlora_kernels.launch import launch
+from fastlora_kernels.launch import Launch, planned
 from fastlora_kernels.tiles import triton_dtype
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -116,52 +116,50 @@ def gated_backward_kernel(
         tl.store(h_ptr + offs, (value * up).to(dtype), mask=mask)
 
 
-def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+@planned
+def gated(gate: Tensor, up: Tensor, activation: str):
     """Return ``act(gate) · up`` [M, F] in their dtype, contiguous, rounded once.
 
     ``gate`` and ``up`` [M, F] of one dtype and any strides. ``activation`` is "silu", "gelu"
     (with erf) or "gelu_tanh"; ValueError for another.
     """
-    M, F = _shape(gate, activation, up)
-    h = gate.new_empty(gate.shape)
-    launch(
-        *(gated_kernel, (M * cdiv(F, BLOCK),), GATED_CONFIG),
-        *(gate, up, h),
-        *(F, cdiv(F, BLOCK)),
-        *gate.stride(),
-        *up.stride(),
-        *(activation, triton_dtype(gate.dtype), BLOCK),
-    )
-    return h
+    launch = _over(gated_kernel, activation, (), gate, up)
+
+    def run(gate, up, _):
+        h = gate.new_empty(gate.shape)
+        launch(gate, up, h)
+        return h
+
+    return run
 
 
-def gated_backward(
-    dh: Tensor, gate: Tensor, up: Tensor, activation: str, need_h: bool = True
-) -> tuple[Tensor, Tensor, Tensor | None]:
+@planned
+def gated_backward(dh: Tensor, gate: Tensor, up: Tensor, activation: str, need_h: bool = True):
     """Return dgate, dup and h = ``act(gate) · up``, made again: [M, F] in one dtype, contiguous.
 
     ``dh``, ``gate`` and ``up`` [M, F] of one dtype and any strides; ``activation`` as in `gated`.
     Without ``need_h`` the third is None.
     """
-    M, F = _shape(gate, activation, up, dh)
-    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-    h = gate.new_empty(gate.shape) if need_h else None
-    launch(
-        *(gated_backward_kernel, (M * cdiv(F, BLOCK),), GATED_CONFIG),
-        *(dh, gate, up, dgate, dup, h),
-        *(F, cdiv(F, BLOCK)),
-        *dh.stride(),
-        *gate.stride(),
-        *up.stride(),
-        *(activation, need_h, triton_dtype(gate.dtype), BLOCK),
-    )
-    return dgate, dup, h
+    launch = _over(gated_backward_kernel, activation, (need_h,), dh, gate, up)
+
+    def run(dh, gate, up, *_):
+        dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+        h = gate.new_empty(gate.shape) if need_h else None
+        launch(dh, gate, up, dgate, dup, h)
+        return dgate, dup, h
+
+    return run
 
 
-def _shape(gate: Tensor, activation: str, *others: Tensor) -> tuple[int, int]:
-    """Return the rows and their length as the kernels go over them: contiguous tensors in one."""
+def _over(kernel, activation: str, flags: tuple[bool, ...], *tensors: Tensor) -> Launch:
+    """Return the launch of ``kernel`` over rows of the tensors: one if all are contiguous."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)}")
-    if all(t.is_contiguous() for t in (gate, *others)):
-        return 1, gate.numel()
-    return gate.shape
+    first = tensors[0]
+    M, F = (1, first.numel()) if all(t.is_contiguous() for t in tensors) else first.shape
+    return Launch(
+        *(kernel, (M * cdiv(F, BLOCK),), GATED_CONFIG),
+        *(F, cdiv(F, BLOCK)),
+        *[stride for t in tensors for stride in t.stride()],
+        *(activation, *flags, triton_dtype(first.dtype), BLOCK),
+    )

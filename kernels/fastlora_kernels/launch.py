@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a kernel is launched: on the tensors' own device, in the interpreter, or only recorded."""
+"""How a kernel is launched: on the tensors' own device, in the interpreter, or only recorded.
+
+A launcher works everything out but pointers once for operands of the same sizes that lie in the
+same way (`planned`), and then runs the program that Triton has compiled for them by that program's
+own launcher (`Launch`), without asking Triton again which one it is.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import contextlib
 import contextvars
 import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +35,11 @@ if INTERPRETED:
 
     interpreter.install()
 
+NO_CONFIGS: Mapping[str, Config] = {}
+# Whether a compiled program's own launcher takes what `Launch` gives it: read in these versions.
+KNOWN_TRITON = (3, 4) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
+MOST_PLANS = 4096  # of a launcher: lengths may be endless
+
 
 @dataclass(eq=False)
 class Call:
@@ -39,7 +49,6 @@ class Call:
     grid: tuple[int, ...]
     values: tuple[Any, ...]
     config: Config
-    early: bool = False
 
     @property
     def args(self) -> dict[str, Any]:
@@ -64,67 +73,30 @@ def recording(chip: Chip) -> Iterator[list[Call]]:
 
 def chip_of(device: torch.device) -> Chip:
     """Return what configs need to know of ``device``."""
-    if _recorded_chip is not None:
-        return _recorded_chip
-    return Chip.of(device)
-
-
-_configs: dict[tuple, Config] = {}
-NO_CONFIGS: Mapping[str, Config] = {}
+    return Chip.of(device) if _recorded_chip is None else _recorded_chip
 
 
 def config_for(
-    kernel: str,
-    x: Tensor,
-    other: Tensor,
-    r: int,
-    adapter: torch.dtype,
-    dropout: bool,
-    even: bool = True,
-) -> Config:
-    """Return the default config of ``kernel`` for inputs of x's dtype and rank-r factors.
-
-    The main loop reads ``x`` and ``other``: whether it can do so 16 bytes at a time matters.
-    ``even``: as `default_config` has it.
-    """
-    return _config_for(kernel, x, _aligned(x) and _aligned(other), r, adapter, dropout, even)
-
-
-def config_for_all(
     kernel: str,
     xs: Sequence[Tensor],
     others: Sequence[Tensor],
     r: int,
     adapter: torch.dtype,
     dropout: bool,
+    count: int = 1,
     even: bool = True,
     fold: bool = True,
 ) -> Config:
-    """Return the default config of a ``kernel`` that reads several inputs, as `config_for` does.
+    """Return the default config of ``kernel`` for ``count`` projections of rank r.
 
-    Those of one list have to lie the same way round as well, to be read 16 bytes at a time.
+    The main loop reads ``xs`` and ``others``: whether it can do so 16 bytes at a time matters, for
+    which those of one list have to lie the same way round as well. The rest is as
+    `default_config` has it.
     """
     aligned = all(map(_aligned, (*xs, *others)))
     aligned = aligned and all(len({t.stride(1) == 1 for t in ts}) == 1 for ts in (xs, others))
-    return _config_for(kernel, xs[0], aligned, r, adapter, dropout, even, fold)
-
-
-def _config_for(
-    kernel: str,
-    x: Tensor,
-    aligned: bool,
-    r: int,
-    adapter: torch.dtype,
-    dropout: bool,
-    even: bool,
-    fold: bool = True,
-) -> Config:
-    key = (kernel, _recorded_chip, x.device, x.dtype, adapter, r, dropout, aligned, even, fold)
-    config = _configs.get(key)
-    if config is None:
-        kind, chip = kind_of(x.dtype, adapter), chip_of(x.device)
-        config = _configs[key] = default_config(kernel, kind, r, dropout, chip, aligned, even, fold)
-    return config
+    kind, chip = kind_of(xs[0].dtype, adapter), chip_of(xs[0].device)
+    return default_config(kernel, kind, r, dropout, chip, count, aligned, even, fold)
 
 
 def _aligned(t: Tensor) -> bool:
@@ -133,51 +105,135 @@ def _aligned(t: Tensor) -> bool:
     return 1 in strides and sum(strides) % 16 == 1 and t.data_ptr() % 16 == 0
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    config: Config,
-    x: Tensor | tuple[Tensor, ...],
-    *args: Any,
-    early: bool = False,
-) -> None:
-    """Run ``kernel(x, *args)`` over ``grid`` on x's device with ``config``'s warps and stages.
+# What the key of a plan holds as it is; all else is a tensor.
+_PLAIN = {type(None), bool, int, float, str, Config}
 
-    Positional arguments, in the kernel's order: names would take 5 µs more. Those of several
-    projections go as tuples. An ``early`` kernel may start before the one launched last has ended
-    (programmatic dependent launch), and waits by itself. Does nothing where the grid is empty.
-    Raises RuntimeError, and launches nothing, where a CUDA graph is being captured and the kernel
-    would have to be compiled first.
+
+def planned(prepare: Callable[..., Callable]) -> Callable:
+    """Return a launcher that has ``prepare(*args)`` make what runs ``args``, and keeps it.
+
+    Arguments are tensors, numbers, None, a `Config`, or tuples of such. What was made runs all
+    arguments of which everything is the same but where tensors lie, to 16 bytes.
     """
-    if 0 in grid:
-        return
-    if _recorded is not None:
-        _recorded.append(Call(kernel, grid, (x, *args), config, early))
-        return
-    run, options = kernel[grid], {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    first = x[0] if isinstance(x, tuple) else x
-    if not first.is_cuda:
-        run(x, *args, **options)
-        return
-    if early:
-        options["launch_pdl"] = True
-    if config.tma:
-        # In a copy of the context the caller's allocator stays what it is (not on Triton 3.4,
-        # which has one for the process).
-        run = functools.partial(contextvars.copy_context().run, _with_workspace, run)
-    with contextlib.ExitStack() as stack:
-        if first.device.index != torch.cuda.current_device():
-            # Triton launches on the current device, which need not be the tensors'.
-            stack.enter_context(torch.cuda.device(first.device))
-        if torch.cuda.is_current_stream_capturing():
-            stack.enter_context(_compiled_before())
-        run(x, *args, **options)
+    plans: dict[tuple, Callable] = {}
+
+    @functools.wraps(prepare)
+    def launcher(*args: Any) -> Any:
+        if INTERPRETED or _recorded is not None:
+            return prepare(*args)(*args)
+        key: list = []
+        for arg in args:
+            if type(arg) is tuple:
+                key.append(len(arg))
+            else:
+                arg = (arg,)
+            for value in arg:
+                if type(value) in _PLAIN:
+                    key.append(value)
+                else:
+                    at = value.data_ptr() & 15
+                    key += value.shape, value.stride(), value.dtype, at, value.get_device()
+        asked = tuple(key)
+        run = plans.get(asked)
+        if run is None:
+            if len(plans) >= MOST_PLANS:
+                plans.clear()
+            run = plans[asked] = prepare(*args)
+        return run(*args)
+
+    launcher.plans = plans
+    return launcher
 
 
-def _with_workspace(run: Any, *args: Any, **options: Any) -> None:
-    """Launch a kernel that keeps its tensor descriptors in device memory."""
+class Launch:
+    """``kernel`` over ``grid`` with ``config``'s warps and stages; called with its tensors.
+
+    The kernel's arguments are the tensors (or None, or tuples of them) and then ``rest``, all in
+    its own order: names would take 5 µs more. A call does nothing where the grid is empty.
+
+    The first call goes through Triton, which compiles or finds a program. Others may only be made
+    with tensors of which it would find the same one, and go to that program's own launcher. What
+    Triton reads at every launch and a program is compiled for (``TRITON_DEBUG``, its
+    instrumentation) counts as it was at the first call; its hooks are called like everywhere.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], config: Config, *rest: Any) -> None:
+        self.kernel, self.grid, self.config, self.rest = kernel, grid, config, rest
+        self.options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        self.empty = 0 in grid
+        self.ready: tuple | None = None
+
+    def __call__(self, *tensors: Any) -> None:
+        if self.empty:
+            return
+        ready = self.ready
+        if ready is not None:
+            run, function, metadata, blocks, index, device_of, stream_of = ready
+            runtime = triton.knobs.runtime
+            enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+            if (
+                (enter is None or not getattr(enter, "calls", True))
+                and (leave is None or not getattr(leave, "calls", True))
+                and not self.kernel.pre_run_hooks
+                and device_of() == index
+            ):
+                stream = stream_of(index)
+                head = *blocks, stream, function, metadata, None, enter, leave
+                if self.config.tma:
+                    run = functools.partial(_in_a_copy, run)
+                run(*head, *map(_address, tensors), *self.rest)
+                return
+        self._by_triton(*tensors)
+
+    def _by_triton(self, *tensors: Any) -> None:
+        if _recorded is not None:
+            _recorded.append(Call(self.kernel, self.grid, (*tensors, *self.rest), self.config))
+            return
+        run, first = self.kernel[self.grid], tensors[0]
+        first = first[0] if isinstance(first, tuple) else first
+        if INTERPRETED:
+            run(*tensors, *self.rest, **self.options)
+            return
+        if self.config.tma:
+            run = functools.partial(_in_a_copy, run)
+        with contextlib.ExitStack() as stack:
+            if first.device.index not in (None, torch.cuda.current_device()):
+                # Triton launches on the current device, which need not be the tensors'.
+                stack.enter_context(torch.cuda.device(first.device))
+            if torch.cuda.is_current_stream_capturing():
+                stack.enter_context(_compiled_before())
+            compiled = run(*tensors, *self.rest, **self.options)
+            if KNOWN_TRITON and torch.version.hip is None and compiled is not None:
+                self._prepare(compiled)
+
+    def _prepare(self, compiled: Any) -> None:
+        """Keep what a call of ``compiled`` takes on the current device."""
+        driver = triton.runtime.driver.active
+        index = driver.get_current_device()
+        blocks = (*self.grid, 1, 1)[:3]
+        of_device = index, driver.get_current_device, driver.get_current_stream
+        self.ready = compiled.run, compiled.function, compiled.packed_metadata, blocks, *of_device
+
+
+def _address(tensors: Any) -> Any:
+    """Return what Triton's launcher would ask of each tensor, which it takes in its place."""
+    if type(tensors) is tuple:
+        return tuple([t if t is None else t.data_ptr() for t in tensors])
+    return tensors if tensors is None else tensors.data_ptr()
+
+
+def _in_a_copy(run: Callable, *args: Any, **options: Any) -> Any:
+    """Launch a kernel that keeps its tensor descriptors in device memory.
+
+    In a copy of the context the caller's allocator stays what it is (not on Triton 3.4, which has
+    one for the process).
+    """
+    return contextvars.copy_context().run(_with_workspace, run, *args, **options)
+
+
+def _with_workspace(run: Callable, *args: Any, **options: Any) -> Any:
     triton.set_allocator(_workspace)
-    run(*args, **options)
+    return run(*args, **options)
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""s = dropout(x) aᵀ: one read of x, dropout drawn in the kernel."""
+"""s_i = dropout_i(x) a_iᵀ for the adapters of one x: one read of x, dropout drawn in the kernel."""
 
 from __future__ import annotations
 
@@ -8,116 +8,129 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora_kernels.configs import Config, cdiv
-from fastlora_kernels.dropout import keep_tile, kept_scale, lowest_kept
-from fastlora_kernels.launch import config_for, launch
-from fastlora_kernels.tiles import dot, let_next_start, triton_dtype, wrapped
+from fastlora_kernels.dropout import keep_scales, keep_tile
+from fastlora_kernels.launch import Launch, config_for, planned
+from fastlora_kernels.locate import check, filled, locate, number_of, pointer_of, stacked, strides
+from fastlora_kernels.tiles import dot, triton_dtype, wrapped
 
 
-@triton.jit(do_not_specialize=["keep_from"])
+@triton.jit(do_not_specialize=["keep_froms"])
 def shrink_kernel(
-    x_ptr,
-    a_ptr,
-    seed_ptr,
-    s_ptr,
-    scaled_ptr,
-    M,
-    K,
-    R,
-    stride_xm,
-    stride_xk,
-    stride_ar,
-    stride_ak,
-    scale,
-    factor,
-    keep_from,
-    HAS_DROPOUT: tl.constexpr,
-    HAS_SCALED: tl.constexpr,
-    TRIGGER: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    TILES_R: tl.constexpr,
-):
-    if TRIGGER:
-        let_next_start()
+    x_ptr, a_ptrs, seed_ptrs, s_ptrs, scaled_ptrs,
+    M, K, ranks, tiles_r,
+    stride_xm, stride_xk,
+    strides_ar, strides_ak,
+    scales, factor, keep_froms,
+    TOGETHER: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SCALED: tl.constexpr,
+    EVEN_K: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     # Neighbours read the same rows of x.
-    offs_m = tl.program_id(0) // TILES_R * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = tl.program_id(0) % TILES_R * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_m = tl.program_id(0) // tiles_r * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     rows = wrapped(offs_m, M)
+    mask_m = offs_m < M
     x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
-    a_ptrs = (
-        a_ptr + wrapped(offs_r, R)[None, :] * stride_ar + offs_k.to(tl.int64)[:, None] * stride_ak
-    )
     step_x = tl.cast(BLOCK_K, tl.int64) * stride_xk
-    step_a = tl.cast(BLOCK_K, tl.int64) * stride_ak
 
-    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
+    offs_r = tl.arange(0, BLOCK_R)
+    if not TOGETHER:
+        # A rank tile of one projection; otherwise a sum for each, all from the same tile of x.
+        of, tile_r = locate(tl.program_id(0) % tiles_r, ranks, BLOCK_R)
+        offs_r += tile_r * BLOCK_R
+        a_ptrs = (pointer_of(of, a_ptrs),)
+        s_ptrs = (pointer_of(of, s_ptrs),)
+        if HAS_SCALED:
+            scaled_ptrs = (pointer_of(of, scaled_ptrs),)
+        if HAS_DROPOUT:
+            seed_ptrs = (pointer_of(of, seed_ptrs),)
+        ranks = (number_of(of, ranks, tl.int32),)
+        strides_ar = (number_of(of, strides_ar, tl.int64),)
+        strides_ak = (number_of(of, strides_ak, tl.int64),)
+        scales = (number_of(of, scales, ACC),)
+        keep_froms = (number_of(of, keep_froms, tl.int32),)
+    sums = ()
+    a_tiles = ()
+    steps_a = ()
+    for i in tl.static_range(len(a_ptrs)):
+        stride_ak = number_of(i, strides_ak, tl.int64)
+        columns = wrapped(offs_r, ranks[i])[None, :] * number_of(i, strides_ar, tl.int64)
+        a_tiles = a_tiles + (a_ptrs[i] + columns + offs_k.to(tl.int64)[:, None] * stride_ak,)
+        steps_a = steps_a + (tl.cast(BLOCK_K, tl.int64) * stride_ak,)
+        sums = sums + (tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC),)
     for k in range(0, K, BLOCK_K):
+        mask_k = offs_k < K - k
         if EVEN_K:
             x = tl.load(x_ptrs)
-            a = tl.load(a_ptrs)
         else:
-            mask_k = offs_k < K - k
             x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
-            a = tl.load(a_ptrs, mask=mask_k[:, None], other=0.0)
-        if HAS_DROPOUT:
-            keep = keep_tile(seed_ptr, offs_m, k, K, keep_from, BLOCK_K)
-            x = (x.to(ACC) * keep.to(ACC)).to(x.dtype)
-        acc = dot(x, a, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_R]
+        added = ()
+        moved = ()
+        for i in tl.static_range(len(a_ptrs)):
+            if EVEN_K:
+                a = tl.load(a_tiles[i])
+            else:
+                a = tl.load(a_tiles[i], mask=mask_k[:, None], other=0.0)
+            x_hat = x
+            if seed_ptrs[i] is not None:
+                keep = keep_tile(seed_ptrs[i], offs_m, k, K, keep_froms[i], BLOCK_K)
+                x_hat = (x.to(ACC) * keep.to(ACC)).to(x.dtype)
+            added = added + (dot(x_hat, a, sums[i]),)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_R]
+            moved = moved + (a_tiles[i] + steps_a[i],)
+        sums = added
+        a_tiles = moved
         x_ptrs += step_x
-        a_ptrs += step_a
-    acc *= tl.cast(scale, ACC)
+    for i in tl.static_range(len(s_ptrs)):
+        mask = mask_m[:, None] & (offs_r < ranks[i])[None, :]
+        s = sums[i] * tl.cast(scales[i], ACC)
+        offs = rows[:, None] * ranks[i] + offs_r[None, :]
+        tl.store(s_ptrs[i] + offs, s.to(s_ptrs[i].dtype.element_ty), mask=mask)
+        if HAS_SCALED:
+            s *= tl.cast(factor, ACC)
+            tl.store(scaled_ptrs[i] + offs, s.to(x_ptr.dtype.element_ty), mask=mask)
 
-    offs = rows[:, None] * R + offs_r[None, :]
-    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
-    tl.store(s_ptr + offs, acc.to(s_ptr.dtype.element_ty), mask=mask)
-    if HAS_SCALED:
-        acc *= tl.cast(factor, ACC)
-        tl.store(scaled_ptr + offs, acc.to(scaled_ptr.dtype.element_ty), mask=mask)
 
-
+@planned
 def shrink(
     x: Tensor,
-    a: Tensor,
-    seed: Tensor | None = None,
-    *,
-    scaling: float = 1.0,
-    dropout_p: float = 0.0,
-    scaled: Tensor | None = None,
-    factor: float = 1.0,
-    trigger: bool = False,
+    a: tuple[Tensor, ...],
+    seeds: tuple[Tensor | None, ...],
+    p: tuple[float, ...],
+    factor: float | None = None,
     config: Config | None = None,
-) -> Tensor:
-    """Return ``scaling · dropout(x) aᵀ`` [M, R] in the dtype of a, contiguous.
+):
+    """Return ``dropout_i(x) a_iᵀ`` [M, R_i] in the dtype of a, and ``factor`` times the same.
 
-    ``x`` [M, K] and ``a`` [R, K] of any strides; a's dtype is that of x, or float32. Dropout
-    acts where a ``seed`` ([1], int64) is given. ``scaled`` ([M, R], contiguous) is filled with
-    ``factor`` times the result, rounded once. With ``trigger`` an early kernel may start at once.
+    All contiguous, in one launch; the second, in the dtype of x and rounded once, is None where
+    ``factor`` is. ``x`` [M, K] and one to four ``a`` [R_i, K] of one dtype: that of x, or float32;
+    any strides. Dropout acts where there is a seed ([1], int64), by the mask of that seed. Up to a
+    rank that a config has a tile for, a program multiplies each tile of x by all; above it
+    neighbouring programs read the same rows. Raises ValueError, which names the list, for lists of
+    other lengths.
     """
-    (M, K), R = x.shape, a.shape[0]
-    config = config or config_for("shrink", x, a, R, a.dtype, seed is not None)
-    s = a.new_empty(M, R)
-    block_r = config.rank_tile(R)
-    tiles_r = cdiv(R, block_r)
-    grid = (cdiv(M, config.block_m) * tiles_r,)
-    scale, keep_from = scaling, 0
-    if seed is not None:
-        scale, keep_from = scaling * kept_scale(dropout_p), lowest_kept(dropout_p)
-    flags = seed is not None, scaled is not None, trigger
-    even_k, acc = K % config.block_k == 0, triton_dtype(x.dtype)
-    tiles = config.block_m, config.block_k, block_r, tiles_r
-    launch(
-        *(shrink_kernel, grid, config),
-        *(x, a, seed, s, scaled),
-        *(M, K, R),
+    check(a=a, seeds=seeds, p=p)
+    (M, K), ranks, count = x.shape, tuple(t.shape[0] for t in a), len(a)
+    dropout, room = any(seed is not None for seed in seeds), stacked(ranks)
+    config = config or config_for("shrink", (x,), a, room, a[0].dtype, dropout, count)
+    together = room <= config.block_r
+    block_r = room // count if together else config.rank_tile(max(ranks))
+    tiles_r = 1 if together else sum(cdiv(r, block_r) for r in ranks)
+    scales, keep_froms = keep_scales(seeds, p)
+    launch = Launch(
+        *(shrink_kernel, (cdiv(M, config.block_m) * tiles_r,), config),
+        *(M, K, ranks, tiles_r),
         *x.stride(),
-        *a.stride(),
-        *(scale, factor, keep_from),
-        *flags,
-        *(even_k, acc),
-        *tiles,
+        *(strides(a, 0), strides(a, 1)),
+        # Where it is not used: one more argument, and on sm_120 a program spills.
+        *(scales, factor, keep_froms),
+        *(together, dropout, factor is not None, K % config.block_k == 0, triton_dtype(x.dtype)),
+        *(config.block_m, config.block_k, block_r),
     )
-    return s
+
+    def run(x, a, seeds, *_):
+        s = tuple([t.new_empty(M, r) for t, r in zip(a, ranks, strict=True)])
+        scaled = None if factor is None else tuple([x.new_empty(M, r) for r in ranks])
+        launch(x, a, seeds if together else filled(seeds), s, scaled)
+        return s, scaled
+
+    return run

@@ -7,8 +7,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora_kernels.dropout import keep_tile
-
 SHARE = tl.constexpr(2.0**-32)  # of a float32 number, in the place of what it has no bits for
 
 
@@ -19,23 +17,6 @@ def wrapped(offs, size):
     The remainder keeps what the compiler knows of contiguity when 16 divides size.
     """
     return (offs % size).to(tl.int64)
-
-
-@triton.jit
-def let_next_start():
-    """Say that a kernel launched early may start once every program has come here (sm_90+)."""
-    # Triton has functions for this and the next one, but those of 3.4 do not compile.
-    tl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def wait_for_last():
-    """Wait until the kernel launched before has ended and what it wrote can be read (sm_90+)."""
-    tl.inline_asm_elementwise(
-        "griddepcontrol.wait; // $0", "=r", [], tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -102,19 +83,48 @@ def dot_16(left, right, acc):
 
 
 @triton.jit
+def add_product(
+    acc,
+    x_ptr, w_ptr,
+    rows, columns,
+    K,
+    stride_xm, stride_xk,
+    stride_wn, stride_wk,
+    EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return acc + x wᵀ for a tile of ``rows`` of x and ``columns``, which are rows of w."""
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
+    w_ptrs = w_ptr + columns[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
+    step_x = tl.cast(BLOCK_K, tl.int64) * stride_xk
+    step_w = tl.cast(BLOCK_K, tl.int64) * stride_wk
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            mask_k = offs_k < K - k
+            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
+        acc = dot(x, w, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
+        x_ptrs += step_x
+        w_ptrs += step_w
+    return acc
+
+
+@triton.jit
 def add_low_rank(
     acc,
-    s_ptr,
-    b_ptr,
-    rows,
-    columns,
+    s_ptr, b_ptr,
+    rows, columns,
     R,
-    stride_bn,
-    stride_br,
-    dtype: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Return acc + s bᵀ for ``rows`` of s and ``columns``, which are rows of b."""
+    stride_bn, stride_br,
+    dtype: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Return acc + s bᵀ for ``rows`` of s and ``columns``, which are rows of b.
+
+    For a result of ``dtype``.
+    """
     for r in tl.range(0, R, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
         mask_r = offs_r < R
@@ -129,36 +139,14 @@ def add_low_rank(
 
 
 @triton.jit
-def low_rank_tile(
-    s_ptr,
-    b_ptr,
-    seed_ptr,
-    offs_m,
-    offs_n,
-    first_n,
-    M,
-    N,
-    R,
-    stride_bn,
-    stride_br,
-    scale,
-    keep_from,
-    HAS_DROPOUT: tl.constexpr,
-    dtype: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Return the tile [BLOCK_M, BLOCK_N] of scale · dropout'(s bᵀ), for a result of ``dtype``."""
-    rows = wrapped(offs_m, M)
-    columns = wrapped(offs_n, N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    acc = add_low_rank(acc, s_ptr, b_ptr, rows, columns, R, stride_bn, stride_br, dtype, BLOCK_R)
-    acc *= tl.cast(scale, ACC)
-    if HAS_DROPOUT:
-        acc *= keep_tile(seed_ptr, offs_m, first_n, N, keep_from, BLOCK_N).to(ACC)
-    return acc
+def store_tile(y_desc, first_m, first_n, acc, dtype: tl.constexpr, HALVES: tl.constexpr):
+    """Write a tile by a descriptor as wide as it is, or half as wide."""
+    if HALVES == 1:
+        y_desc.store([first_m, first_n], acc.to(dtype))
+    else:
+        left, right = halves(acc)
+        y_desc.store([first_m, first_n], left.to(dtype))
+        y_desc.store([first_m, first_n + acc.shape[1] // 2], right.to(dtype))
 
 
 @triton.jit

@@ -4,20 +4,20 @@
 import itertools
 from types import SimpleNamespace
 
-import fastlora_kernels
 import pytest
 import torch
 from acceptance import KINDS, NAMES, Case, accept, oracle, plain, verify
+from bodies import bodies
 from torch._inductor.compile_fx import compile_fx
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora.flops import FORMULAS
-from fastlora.operator import blocks, library, op
+from fastlora.operator import blocks, op
 from fastlora.operator.operands import Operands, Projection
 
-BODIES = {"blocks": blocks, "library": library, "triton": fastlora_kernels}
+BODIES = bodies()
 each_body = pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 each_impl = pytest.mark.parametrize("impl", BODIES)
 
@@ -107,7 +107,7 @@ MODES = ("base", "low_rank", "both")
 @pytest.mark.parametrize("kind", KINDS)
 def test_acceptance_rule(group, kind):
     for mode in MODES:
-        verify_together(blocks, group, kind=kind, mode=mode)
+        verify_together(BODIES["blocks"], group, kind=kind, mode=mode)
 
 
 @pytest.mark.parametrize("name", ["library", "triton"])
@@ -125,7 +125,7 @@ def test_large_inputs_of_the_torch_implementation(group, kind, monkeypatch):
     monkeypatch.setattr(blocks, "FEW", 0)
     monkeypatch.setattr(blocks, "SHORT", 0)
     monkeypatch.setitem(blocks.ROWS, "cpu", 16)
-    verify_together(blocks, group, kind=kind)
+    verify_together(BODIES["blocks"], group, kind=kind)
 
 
 def nearly(found, wanted):
@@ -142,7 +142,7 @@ def test_only_what_is_asked_for(body, which):
     drawn = tensors(group, given)
     projections, x = operands(given, drawn), drawn[0]["x"]
     _, ss = body.forward_all(x, projections)
-    for used in itertools.product((True, False), repeat=3 if body is blocks else 1):
+    for used in itertools.product((True, False), repeat=3 if body is BODIES["blocks"] else 1):
         used = (*used, True, True)[:3]
         dys = [t["dy"] if flag else None for t, flag in zip(drawn, used, strict=True)]
         every = [(True, True)] * 3

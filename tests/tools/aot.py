@@ -130,8 +130,6 @@ def _compile(call: Call, target: GPUTarget):
         special = name not in unspecialized(call)
         signature[name] = described((i,), call.args[name], constexpr, special)
     options = {"num_warps": call.config.num_warps, "num_stages": call.config.num_stages}
-    if call.early:
-        options["launch_pdl"] = True
     source = ASTSource(call.kernel, signature, constexprs, attrs)
     return triton.compile(source, target=target, options=options)
 

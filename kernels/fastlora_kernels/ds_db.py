@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ds = c · dy b and db = c · dyᵀ s from one pass over dy: by row tiles, and by column tiles.
+
+Programs write partial sums in float32, and a second kernel adds them in a fixed order, so that
+results do not vary from run to run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora_kernels.configs import ON_THE_WAY_RANK, Config, cdiv
+from fastlora_kernels.launch import Launch, chip_of, config_for, planned
+from fastlora_kernels.sums import adding
+from fastlora_kernels.tiles import dot, sum_dtype, triton_dtype
+
+# Programs wanted for each processor, by splitting the rows.
+PROGRAMS = 2
+
+
+@triton.jit(do_not_specialize=["steps"])
+def ds_db_kernel(
+    dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr,
+    M, N, R, steps,
+    stride_dym, stride_dyn,
+    stride_bn, stride_br,
+    NEED_DS: tl.constexpr, NEED_DB: tl.constexpr, ON_THE_WAY: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # Programs that read the same elements are neighbours: rank tiles first, then tiles of a split.
+    tiles_r = tl.cdiv(R, BLOCK_R)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0) // tiles_r
+    split = tl.program_id(1)
+    offs_r = tl.program_id(0) % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    ranks = offs_r.to(tl.int64)
+    first_row = split * steps * BLOCK_M
+
+    if NEED_DB and (not NEED_DS or ON_THE_WAY or tile < tiles_n):
+        # dyᵀ s of a column tile, over the rows of the split.
+        offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        columns = offs_n.to(tl.int64)
+        mask_nr = mask_n[:, None] & mask_r[None, :]
+        if ON_THE_WAY:
+            b_ptrs = b_ptr + columns[:, None] * stride_bn + ranks[None, :] * stride_br
+            b = tl.load(b_ptrs, mask=mask_nr, other=0.0)
+        db = tl.zeros((BLOCK_N, BLOCK_R), dtype=ACC)
+        for m in range(first_row, min(first_row + steps * BLOCK_M, M), BLOCK_M):
+            offs_m = m + tl.arange(0, BLOCK_M)
+            mask_m = offs_m < M
+            rows = offs_m.to(tl.int64)
+            # Loaded the other way round: through tl.trans it would lose its cp.async pipeline.
+            dy_ptrs = dy_ptr + columns[:, None] * stride_dyn + rows[None, :] * stride_dym
+            dy = tl.load(dy_ptrs, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
+            mask_mr = mask_m[:, None] & mask_r[None, :]
+            s = tl.load(s_ptr + rows[:, None] * R + ranks[None, :], mask=mask_mr, other=0.0)
+            db = dot(dy, s, db)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_R]
+            if ON_THE_WAY:
+                ds = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
+                ds = dot(tl.trans(dy), b, ds)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_R]
+                row = tile.to(tl.int64) * M + rows
+                tl.store(ds_ptr + row[:, None] * R + ranks[None, :], ds, mask=mask_mr)
+        db_ptrs = db_ptr + split.to(tl.int64) * N * R
+        tl.store(db_ptrs + (columns[:, None] * R + ranks[None, :]), db, mask=mask_nr)
+    else:
+        # dy b of a row tile, over as many column tiles as the others have row tiles.
+        if NEED_DB:
+            tile -= tiles_n
+        chunk = tile // steps
+        offs_m = first_row + tile % steps * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        rows = offs_m.to(tl.int64)
+        mask_mr = mask_m[:, None] & mask_r[None, :]
+        ds = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
+        for n in range(chunk * steps * BLOCK_N, min((chunk + 1) * steps * BLOCK_N, N), BLOCK_N):
+            offs_n = n + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < N
+            columns = offs_n.to(tl.int64)
+            dy_ptrs = dy_ptr + rows[:, None] * stride_dym + columns[None, :] * stride_dyn
+            dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+            b_ptrs = b_ptr + columns[:, None] * stride_bn + ranks[None, :] * stride_br
+            b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
+            ds = dot(dy, b, ds)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_R]
+        row = chunk.to(tl.int64) * M + rows
+        tl.store(ds_ptr + row[:, None] * R + ranks[None, :], ds, mask=mask_mr)
+
+
+def split(
+    M: int, columns: int, config: Config, processors: int, tiles_r: int = 1
+) -> tuple[int, int]:
+    """Return into how many splits the rows go, and the row tiles of each.
+
+    Each column tile has ``tiles_r`` programs in every split.
+    """
+    tiles = tiles_r * cdiv(columns, config.block_n)
+    blocks = max(1, cdiv(M, config.block_m))
+    wanted = max(1, min(blocks, PROGRAMS * processors // max(1, tiles)))
+    steps = cdiv(blocks, wanted)
+    return cdiv(blocks, steps), steps
+
+
+@planned
+def ds_db(
+    dy: Tensor,
+    s: Tensor,
+    b: Tensor,
+    scaling: float = 1.0,
+    need_ds: bool = True,
+    need_db: bool = True,
+    config: Config | None = None,
+):
+    """Return ``ds = scaling · dy b`` [M, R] and ``db = scaling · dyᵀ s`` [N, R], in b's dtype.
+
+    ``dy`` [M, N] and ``b`` [N, R] of any strides, ``s`` [M, R] contiguous. One launch reads dy
+    for both, another adds float32 partial sums up. None where not needed.
+    """
+    if not (need_ds or need_db):
+        return lambda *_: (None, None)
+    (M, N), R = dy.shape, b.shape[1]
+    config = config or config_for("ds_db", (dy,), (dy,), R, b.dtype, False)
+    block_r = config.rank_tile(R)
+    tiles_r, tiles_n = cdiv(R, block_r), cdiv(N, config.block_n)
+    on_the_way = need_ds and need_db and R <= ON_THE_WAY_RANK
+    # Programs of their own for ds are as many again, each of as many tiles.
+    kinds = 2 if need_ds and need_db and not on_the_way else 1
+    splits, steps = split(M, N, config, chip_of(dy.device).processors, kinds * tiles_r)
+    chunks = tiles_n if on_the_way else cdiv(tiles_n, steps)
+    tiles = (tiles_n if need_db else 0) + (steps * chunks if need_ds and not on_the_way else 0)
+    acc = sum_dtype(dy.dtype)
+    launch = Launch(
+        *(ds_db_kernel, (tiles * tiles_r, splits), config),
+        *(M, N, R, steps),
+        *dy.stride(),
+        *b.stride(),
+        *(need_ds, need_db, on_the_way, triton_dtype(dy.dtype)),
+        *(config.block_m, config.block_n, block_r),
+    )
+    outs = [(M * R, chunks)] * need_ds + [(N * R, splits)] * need_db
+    add = adding(tuple(outs), (float(scaling),), acc)
+
+    def run(dy, s, b, *_):
+        ds_parts = dy.new_empty(chunks, M, R, dtype=acc) if need_ds else None
+        db_parts = dy.new_empty(splits, N, R, dtype=acc) if need_db else None
+        launch(dy, s, b, ds_parts, db_parts)
+        ds = b.new_empty(M, R) if need_ds else None
+        db = b.new_empty(N, R) if need_db else None
+        add(
+            tuple([t for t in (ds_parts, db_parts) if t is not None]),
+            tuple([t for t in (ds, db) if t is not None]),
+        )
+        return ds, db
+
+    return run

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adds partial sums up in a fixed order, those of several results in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora_kernels.configs import Config, cdiv
+from fastlora_kernels.launch import Launch
+from fastlora_kernels.locate import alike, locate, number_of, pointer_of
+from fastlora_kernels.tiles import triton_dtype
+
+BLOCK = 1024
+CONFIG = Config(block_m=16, block_n=16, num_warps=4, num_stages=2)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def sum_kernel(
+    part_ptrs, out_ptrs,
+    sizes, parts, scales,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i, block = locate(tl.program_id(0), sizes, BLOCK)
+    size = tl.cast(number_of(i, sizes, tl.int64), tl.int64)
+    part_ptr = pointer_of(i, part_ptrs)
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    acc = tl.zeros((BLOCK,), dtype=ACC)
+    for part in range(tl.cast(number_of(i, parts, tl.int32), tl.int32)):
+        acc += tl.load(part_ptr + part * size + offs, mask=mask, other=0.0)
+    acc *= tl.cast(number_of(i, scales, ACC), ACC)
+    out_ptr = pointer_of(i, out_ptrs)
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def adding(
+    outs: tuple[tuple[int, int], ...], scales: tuple[float, ...], dtype: torch.dtype
+) -> Callable:
+    """Return what writes ``scales[i]`` times the sum of parts i [parts, ...] to output i.
+
+    ``outs``: the elements of each output and the number of its parts, which are of ``dtype``. One
+    scale may be for all.
+    """
+    sizes, parts = zip(*outs, strict=True)
+    blocks = sum(cdiv(size, BLOCK) for size in sizes)
+    rest = sizes, parts, alike(scales), triton_dtype(dtype), BLOCK
+    return Launch(sum_kernel, (blocks,), CONFIG, *rest)

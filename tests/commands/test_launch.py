@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`accelerate launch -m fastlora finetune`: two processes come to what one comes to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_chat
+import torch
+from safetensors.torch import load_file
+from sharding import AVERAGES, WHY_NOT
+
+from fastlora.__main__ import main
+from fastlora.commands import trainer
+
+FSDP_ON_CPU = Path(__file__).parents[1] / "tools" / "fsdp_on_cpu.py"
+CONFIG = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": 2}
+CONFIG |= {"mixed_precision": "no", "use_cpu": True}
+DATA_PARALLEL = {**CONFIG, "distributed_type": "MULTI_GPU"}
+FSDP2 = {
+    **CONFIG,
+    "distributed_type": "FSDP",
+    "fsdp_config": {
+        "fsdp_version": 2,
+        "fsdp_cpu_ram_efficient_loading": True,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_reshard_after_forward": True,
+        "fsdp_state_dict_type": "FULL_STATE_DICT",
+    },
+}
+
+
+def words(tiny, output, **changes):
+    own = {"model": tiny.model, "data": tiny.data, "output": output, "steps": 12, "r": 4}
+    own |= {"save-every": 4, "dropout": 0, "ask": "what is one plus two"} | changes
+    return [w for w in tiny_chat.command("finetune", **own) if w not in ("--device", "cpu")]
+
+
+def launch(config, folder, program, arguments):
+    """Run it as its user does; two processes that wait for each other for ever are an error."""
+    (folder / "accelerate.yaml").write_text(json.dumps(config))  # JSON is YAML
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(folder / "accelerate.yaml"), *program, *arguments]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def agree(one, several):
+    expected, found = map(tiny_chat.numbers, (one, several))
+    for name in ("losses", "gradient_norms"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3), name
+    assert found["held_out_after"] == pytest.approx(expected["held_out_after"], rel=1e-4)
+    for name in ("answer_before", "answer_after", "tokens"):
+        assert found[name] == expected[name]
+    left, right = (load_file(f / "adapter/adapter_model.safetensors") for f in (one, several))
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(right[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    output = tmp_path_factory.mktemp("launch") / "whole"
+    assert main(words(tiny, output)) == 0
+    return output
+
+
+def test_two_processes_go_on_from_one(tiny, whole, tmp_path, monkeypatch):
+    own, output = trainer.Trainer.compute_loss, tmp_path / "out"
+
+    def compute_loss(self, *arguments, **options):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return own(self, *arguments, **options)
+
+    monkeypatch.setattr(trainer.Trainer, "compute_loss", compute_loss)
+    assert main(words(tiny, output)) == 130
+    printed = launch(DATA_PARALLEL, tmp_path, ["-m", "fastlora"], words(tiny, output))
+    assert "fp32 on 2 processes (data-parallel, cpu)" in printed
+    assert printed.count("resumed   after step 4 of 12") == 1
+    assert "loaded again, its outputs are identical" in printed
+    agree(whole, output)
+
+
+@pytest.mark.skipif(not AVERAGES, reason=WHY_NOT)
+def test_sharded_processes_come_to_what_one_comes_to(tiny, whole, tmp_path):
+    output = tmp_path / "out"
+    printed = launch(FSDP2, tmp_path, [str(FSDP_ON_CPU)], words(tiny, output))
+    assert "fp32 on 2 processes (FSDP2, cpu)" in printed
+    agree(whole, output)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "more", "problem"),
+    [
+        ("WORLD_SIZE", "2", ["--device", "cpu"], "--device cpu: several processes get theirs from"),
+        ("WORLD_SIZE", "3", [], "--batch-size must be a multiple of the 3 processes, got 4"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", [], "must be data-parallel, or FSDP2 on GPUs"),
+        ("ACCELERATE_USE_FSDP", "true", [], "must be data-parallel, or FSDP2 on GPUs"),
+    ],
+)
+def test_what_several_processes_cannot_do(
+    tiny, tmp_path, monkeypatch, capsys, name, value, more, problem
+):
+    monkeypatch.setenv(name, value)
+    assert main([*words(tiny, tmp_path / "out"), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and problem in error and not (tmp_path / "out").exists()
+
+
+def test_a_mistake_names_the_process(tiny, tmp_path, monkeypatch, capsys):
+    """It may be of its machine alone, such as a file that is not there."""
+    monkeypatch.setenv("RANK", "1")
+    assert main(words(tiny, tmp_path / "out", data="nowhere.jsonl")) == 2
+    error = "process 1: error: --data nowhere.jsonl: No such file or directory\n"
+    assert capsys.readouterr() == ("", error)
