@@ -160,6 +160,23 @@ def test_what_is_loaded_is_fused(tmp_path, fused):
         load_adapter(tiny.llama(), tmp_path)
 
 
+class Quantised(nn.Parameter):
+    """As torchao's are: more than its elements, so that no copy without memory can be made."""
+
+
+def test_a_quantised_base(tmp_path):
+    def make():
+        model = tiny.mlp()
+        model.head.weight = Quantised(model.head.weight.detach())
+        return model
+
+    save_adapter(wrapped(make, lora("2", "head")), tmp_path)
+    model = load_adapter(make(), tmp_path)
+    head = model.base_model.model.head
+    assert type(head.base_layer.weight) is Quantised and head.lora_A["default"].weight.is_cpu
+    close(model, wrapped(make, lora("2", "head")))
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float64])
 def test_dtypes(stored, base, tmp_path):

@@ -260,7 +260,7 @@ _COPIES = [
         "files",
         "tensor = tensor.full_tensor()",
         "tensor = tensor.to_local()",
-        "commands/test_launch.py::test_sharded_processes_go_on_from_one",
+        "commands/test_launch.py::test_sharded_processes_come_to_what_one_comes_to",
     ),
     (
         "a merged head is saved with its adapter in it",
