@@ -457,7 +457,10 @@ def test_a_failure_after_all_checks_changes_nothing(made, bias, tmp_path, monkey
     """In the last thing that is done: all is taken back, biases too."""
     save_adapter(good(bias=bias), tmp_path)
 
+    own = files.patch_peft
+
     def fail(model):
+        own(model)
         raise MemoryError("no more")
 
     monkeypatch.setattr(files, "patch_peft", fail)

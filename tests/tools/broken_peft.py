@@ -180,9 +180,9 @@ _COPIES = [
     ),
     (
         "a pattern may run for ever",
-        "patterns",
-        "text=True, timeout=seconds",
-        "text=True, timeout=3.0",
+        "files",
+        "check_patterns(values, names, _PATTERN_SECONDS)",
+        "check_patterns(values, names, 3.0)",
         f"{HOSTILE}test_a_pattern_that_never_ends",
     ),
     (
