@@ -148,7 +148,7 @@ _COPIES = [
         "checks",
         "            if path.is_file() and hash_of(data := _head(path)) == wanted:",
         "            if path.is_file() and (data := _head(path)):",
-        f"{FILES}test_killed_in_the_middle_there_is_a_whole_adapter",
+        "test_faults.py::test_killed_at_every_step_of_saving",
     ),
     (
         "weights that were replaced are read with the config from before",
@@ -239,7 +239,7 @@ _COPIES = [
         "files",
         "temporary = {path: temporary_of(path) for path in contents}",
         "temporary = {path: path for path in contents}",
-        f"{FILES}test_a_full_disk_leaves_the_old_adapter {FILES}test_where_it_cannot_be_written",
+        f"{FILES}test_where_it_cannot_be_written test_faults.py::test_a_disk_that_is_full",
     ),
     (
         "the first file gets its name before the second is written",
@@ -253,7 +253,7 @@ _COPIES = [
         "files",
         "        if temporary[next(iter(contents))].exists():",
         "        if True:",
-        f"{FILES}test_ctrl_c_as_the_weights_get_their_name",
+        f"{FILES}test_once_the_weights_have_their_name_it_is_the_new_adapter",
     ),
     (
         "a shard is saved for the whole",
