@@ -516,13 +516,13 @@ def _same(t):
 
 @pytest.mark.parametrize(("first", "then"), list(itertools.product(WAYS, WAYS))[:-1])
 def test_what_was_switched_in_between(first, then, together):
-    """What k returns is what it returns when it is called alone then, in kind too."""
+    """k and v return what they return when they are called alone then, in kind too."""
     plain, block = pair()
     with WAYS[first]():
         block.q(X)
     with WAYS[then]():
-        found, expected = block.k(X), plain.k(X)
-    assert [kind(found) for kind in KINDS] == [kind(expected) for kind in KINDS]
+        for found, expected in ((block.k(X), plain.k(X)), (block.v(X), plain.v(X))):
+            assert [kind(found) for kind in KINDS] == [kind(expected) for kind in KINDS]
     assert together == [3]
 
 

@@ -11,14 +11,14 @@ MUTANTS = [
         "fastlora/peft/linear.py",
         "        sibling_search.separate(model)\n",
         "",
-        "layers/test_siblings.py::test_unloaded_models_are_plain",
+        "layers/test_sibling_search.py::test_unloaded_models_are_plain",
     ),
     Mutant(
         "a report does not say why an MLP is not one operator",
         "fastlora/peft/patch.py",
         "report.lookalikes = sibling_search.lookalikes(siblings)",
         "report.lookalikes = []",
-        "layers/test_gated_mlp.py::test_the_report_says_why_not",
+        "layers/test_gated_modules.py::test_the_report_says_why_not",
     ),
     Mutant(
         "weights that are not finite are loaded",
