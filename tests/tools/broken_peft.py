@@ -15,7 +15,7 @@ _COPIES = [
         "linear",
         "    sibling_search.separate(model)\n",
         "",
-        f"{LAYERS}test_siblings.py::test_unloaded_models_are_plain {FUSED}test_a_mixed_model",
+        f"{LAYERS}test_sibling_search.py::test_unloaded_models_are_plain {FUSED}test_a_mixed_model",
     ),
     (
         "new layers of a mixed model are not fused",
