@@ -197,10 +197,10 @@ class Launch:
         if self.config.tma:
             run = functools.partial(_in_a_copy, run)
         with contextlib.ExitStack() as stack:
-            if first.device.index not in (None, torch.cuda.current_device()):
+            if first.is_cuda and first.device.index != torch.cuda.current_device():
                 # Triton launches on the current device, which need not be the tensors'.
                 stack.enter_context(torch.cuda.device(first.device))
-            if torch.cuda.is_current_stream_capturing():
+            if first.is_cuda and torch.cuda.is_current_stream_capturing():
                 stack.enter_context(_compiled_before())
             compiled = run(*tensors, *self.rest, **self.options)
             if KNOWN_TRITON and torch.version.hip is None and compiled is not None:
