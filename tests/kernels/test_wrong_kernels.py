@@ -233,7 +233,7 @@ MUTANTS = {
         "tl.cast(number_of(i, parts, tl.int32), tl.int32) - 1",
     ),
     "db in bfloat16 before the sum": (
-        NARROW,
+        [Joint(600, 20, (40,), (5,), "bf16-fp32", "both")],
         "ds_db.py",
         "ranks[None, :]), db, mask",
         "ranks[None, :]), db.to(tl.bfloat16).to(tl.float32), mask",
@@ -278,7 +278,7 @@ MUTANTS = {
         "mask = offs_n < N_tile",
     ),
     "by TMA: 16-bit sum": (
-        FOLD,
+        [(Joint(50, 296, (104,), (8,), "bf16", "base"), both("fold"))],
         "outputs.py",
         "acc = tl.dot(x, w, acc)",
         "acc = tl.dot(x, w, acc).to(tl.bfloat16).to(tl.float32)",
