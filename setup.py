@@ -12,14 +12,15 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fastlora/__init__.py").rea
 PARTS = ["operator", "layers", "peft", "commands"]
 
 PEFT = ["peft>=0.19,<0.22"]  # as fastlora.peft.TESTED
-FINETUNE = ["transformers>=4.56", "accelerate", "matplotlib", "tqdm"]
+FINETUNE = [*PEFT, "transformers>=4.56", "trl>=1.14", "accelerate", "datasets", "matplotlib"]
+FINETUNE += ["tqdm"]
 DEMO = ["gguf", "PyYAML"]
 BENCH = ["pytest-benchmark", *PEFT, "matplotlib"]
 # The model and texts of the examples are packages too, installed without what they depend on.
 EXAMPLES = [*PEFT, "transformers>=4.56"]
-STACKS = ["trl", "diffusers", "datasets"]  # what patched models are trained and tested with
+STACKS = ["diffusers"]  # what patched models are tested with, beside TRL
 TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis"]
-TEST += [*PEFT, *FINETUNE, *DEMO, *STACKS]
+TEST += [*FINETUNE, *DEMO, *STACKS]
 TEST += ["setuptools>=70.1"]  # which builds wheels by itself, as a test does
 
 setup(

@@ -176,9 +176,9 @@ class _LoRAFusion(torch.autograd.Function):
         ctx.save_for_backward(x_hat, mask, w, a, b, s)
         ctx.scaling, ctx.keep = scaling, 1 / (1 - p)
         if on_gpu(x):
-            from fastlora_kernels import product
+            from fastlora_kernels import steps
 
-            return product(x, w, s, b, bias)
+            return steps.outputs(x, [(w, a, b, bias, None, 1.0, 0.0)], [s])[0]
         return F.linear(x, w, bias).addmm_(s, b.t())
 
     @staticmethod
@@ -229,14 +229,14 @@ class OursTriton(Ours):
     impl = "triton"
 
 
-class OursPlain(Ours):
-    impl = "plain"
+class OursEager(Ours):
+    impl = "eager"
 
 
 WAYS = {
     "frozen": Frozen,
-    "fastlora torch": Ours,
-    "fastlora plain": OursPlain,
+    "fastlora blocks": Ours,
+    "fastlora eager": OursEager,
     "fastlora library": OursLibrary,
     "fastlora triton": OursTriton,
     "PEFT": Peft,
@@ -253,9 +253,8 @@ def cannot(way: str, problem: Problem) -> str | None:
         return "has no dropout"
     if way in ("loralib", "LoRAFusion schedule") and problem.adapter != problem.dtype:
         return "has adapters in the base's dtype only"
-    keeps_more = problem.p > 0 or problem.adapter != problem.dtype
-    few = plans.is_few(problem.M, problem.K, torch.device(problem.device), keeps_more)
-    if way == "fastlora plain" and not few:
+    few = plans.is_few(problem.M, problem.K, torch.device(problem.device))
+    if way == "fastlora eager" and not few:
         return "is for few tokens on a CPU"
     if way in ("fastlora library", "fastlora triton") and problem.device == "cpu":
         return "needs a GPU"

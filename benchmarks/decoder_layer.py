@@ -85,37 +85,35 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-def ours(problem: Problem, layer: nn.Module) -> nn.Module:
-    """Return ``layer`` with fused adapters, each layer by itself."""
-    return _injected(problem, layer, False)
-
-
-def siblings(problem: Problem, layer: nn.Module) -> nn.Module:
-    """Return ``layer`` with q, k and v as one operator, and its MLP as another."""
-    return _injected(problem, layer, GROUPS)
-
-
-def _injected(problem: Problem, layer: nn.Module, how: object) -> nn.Module:
-    config = fastlora.LoRAConfig(
-        r=R,
-        lora_alpha=SCALING * R,
-        lora_dropout=problem.p,
-        target_modules=NAMES,
-        init_lora_weights=False,
-    )
-    torch.manual_seed(1)
-    fastlora.inject(layer, config, adapter_dtype=problem.dtype, fuse_siblings=how)
-    return layer.train()
-
-
 def peft(problem: Problem, layer: nn.Module) -> nn.Module:
     """Return ``layer`` under PEFT."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=R, lora_alpha=SCALING * R, lora_dropout=problem.p, target_modules=list(NAMES)
+        r=R,
+        lora_alpha=SCALING * R,
+        lora_dropout=problem.p,
+        target_modules=list(NAMES),
+        init_lora_weights=False,
     )
+    torch.manual_seed(1)
     return get_peft_model(layer, config, autocast_adapter_dtype=False).train()
+
+
+def ours(problem: Problem, layer: nn.Module) -> nn.Module:
+    """Return ``layer`` under PEFT and our forward under it, each layer by itself."""
+    return _patched(problem, layer, False)
+
+
+def siblings(problem: Problem, layer: nn.Module) -> nn.Module:
+    """Return ``layer`` with q, k and v as one operator, and its MLP as another."""
+    return _patched(problem, layer, GROUPS)
+
+
+def _patched(problem: Problem, layer: nn.Module, how: object) -> nn.Module:
+    layer = peft(problem, layer)
+    fastlora.patch_peft(layer, fuse_siblings=how)
+    return layer
 
 
 def peft_compiled(problem: Problem, layer: nn.Module) -> nn.Module:
@@ -126,25 +124,24 @@ def peft_compiled(problem: Problem, layer: nn.Module) -> nn.Module:
 
 
 class HandFused(nn.Module):
-    """The layer by `hand_fused`, with the weights and adapters of `ours`."""
+    """The layer by `hand_fused`, with the weights and adapters of `peft`."""
 
     def __init__(self, problem: Problem, layer: nn.Module) -> None:
         super().__init__()
-        self.layer = ours(problem, layer)
+        self.layer = peft(problem, layer)
+        modules = self.layer.base_model.model.named_modules()
+        self.of = {name.rpartition(".")[2]: m for name, m in modules if hasattr(m, "base_layer")}
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        of = {n: _tensors(m) for n, m in (*_children(self.layer), *_children(self.layer.mlp))}
+        of = {name: _tensors(layer) for name, layer in self.of.items()}
         q, k, v = hand_fused.projections(x, [of[name] for name in "qkv"], SCALING)
         (o,) = hand_fused.projections(q, [of["o"]], SCALING)
         return hand_fused.mlp(o, [of[n] for n in ("gate", "up", "down")], SCALING), k, v
 
 
-def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(n, m) for n, m in module.named_children() if n in NAMES]
-
-
-def _tensors(layer: fastlora.LoRALinear) -> hand_fused.Projection:
-    return layer.weight, layer.bias, layer.lora_A["default"], layer.lora_B["default"]
+def _tensors(layer: nn.Module) -> hand_fused.Projection:
+    base, a, b = layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]
+    return base.weight, base.bias, a.weight, b.weight
 
 
 WAYS: dict[str, Callable[[Problem, nn.Module], nn.Module]] = {

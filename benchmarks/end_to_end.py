@@ -70,18 +70,6 @@ def make(name: str, device: torch.device) -> nn.Module:
         torch.set_default_dtype(torch.float32)
 
 
-def ours(model: nn.Module) -> nn.Module:
-    """Return ``model`` with fused adapters."""
-    fastlora.inject(model, fastlora.LoRAConfig(**LORA))
-    return model
-
-
-def siblings(model: nn.Module) -> nn.Module:
-    """Return ``model`` with fused adapters, q/k/v and each MLP as one operator."""
-    fastlora.inject(model, fastlora.LoRAConfig(**LORA), fuse_siblings=True)
-    return model
-
-
 def peft(model: nn.Module) -> nn.Module:
     """Return ``model`` with PEFT's adapters."""
     from peft import LoraConfig, get_peft_model
@@ -89,17 +77,23 @@ def peft(model: nn.Module) -> nn.Module:
     return get_peft_model(model, LoraConfig(**LORA))
 
 
-def patched(model: nn.Module) -> nn.Module:
+def ours(model: nn.Module) -> nn.Module:
     """Return ``model`` with PEFT's adapters and our forward under them."""
     model = peft(model)
     fastlora.patch_peft(model)
     return model
 
 
+def siblings(model: nn.Module) -> nn.Module:
+    """Return the same with q/k/v and each MLP as one operator."""
+    model = peft(model)
+    fastlora.patch_peft(model, fuse_siblings=True)
+    return model
+
+
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fastlora": ours,
     "fastlora, siblings": siblings,
-    "PEFT, patched": patched,
     "PEFT": peft,
 }
 

@@ -3,7 +3,7 @@
 
 The graph is split at s. One pass over dy adds tiles of ds and db to float32 sums by atomics; dx
 is one product to which the low-rank term is added under the mask that forward stored. The forward
-product, with s at hand, is the same as ours: `fastlora_kernels.product`.
+product, with s at hand, is the same as ours: `fastlora_kernels.steps.outputs`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from fastlora_kernels.configs import Config, cdiv
-from fastlora_kernels.launch import launch
 from torch import Tensor
 
 DY = Config(64, 128, num_warps=8, num_stages=2)
@@ -108,7 +107,7 @@ def ds_db(dy: Tensor, s: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Ten
     ds, db = (t.new_zeros(t.shape, dtype=torch.float32) for t in (s, b))
     tiles = DY.block_m, DY.block_n, max(16, triton.next_power_of_2(R))
     grid = cdiv(M, DY.block_m), cdiv(N, DY.block_n)
-    launch(dy_kernel, grid, DY, dy, s, b, ds, db, M, N, R, scaling, *tiles)
+    dy_kernel[grid](dy, s, b, ds, db, M, N, R, scaling, *tiles, **_options(DY))
     return ds.to(dy.dtype), db.to(dy.dtype)
 
 
@@ -121,5 +120,10 @@ def dx(
     tiles = DX.block_m, DX.block_n, DX.block_k, max(16, triton.next_power_of_2(R)), DX.group_m
     grid = (cdiv(M, DX.block_m) * cdiv(K, DX.block_n),)
     operands = dy, w, ds, a, keep, out
-    launch(dx_kernel, grid, DX, *operands, M, N, K, R, keep_scale, keep is not None, *tiles)
+    rest = M, N, K, R, keep_scale, keep is not None, *tiles
+    dx_kernel[grid](*operands, *rest, **_options(DX))
     return out
+
+
+def _options(config: Config) -> dict[str, int]:
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages}

@@ -180,7 +180,7 @@ def machine_of(device: torch.device):
     """Return the model of ``device``, or None where there is none."""
     if device.type != "cuda" or plans.triton_missing() is not None:
         return None
-    from fastlora_kernels.machine import Machine
+    from machine import Machine
 
     return Machine.of(device)
 

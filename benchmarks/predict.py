@@ -8,55 +8,43 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from baselines import Problem
 from problems import problems
 
 from fastlora.operator import plans
 
-OPS = ("forward", "backward")
 IMPLEMENTATIONS = ("blocks", "library", "triton")
 
 
-def predicted(problem: Problem, way: str, machine) -> dict[str, float] | None:
-    """Return seconds by phase; None for a way, or on a machine, that is not modelled."""
-    from fastlora_kernels.prediction import best_configs, frozen, predict
+def predicted(problem: Problem, way: str, machine, best: bool = False) -> dict | None:
+    """Return seconds by phase; None for a way, or on a machine, that is not modelled.
 
-    posed, impl = _posed(problem), way.removeprefix("fastlora ")
+    Of the configs that the launchers run with here, or of those that are predicted ``best``.
+    """
+    impl = way.removeprefix("fastlora ")
     if machine is None or impl not in ("frozen", *IMPLEMENTATIONS):
         return None
-    if impl == "frozen":
-        found = {op: frozen(op, posed, machine).seconds for op in OPS}
-    else:
-        found = {}
-        for op in OPS:
-            configs = best_configs(op, posed, machine.chip, machine, {})
-            found[op] = predict(op, impl, posed, machine, configs).seconds
+    from prediction import OPS, predict
+
+    posed, found = _posed(problem), {}
+    for op in OPS:
+        configs = _best(op, posed, machine) if best else _own(op, impl, posed, problem.device)
+        found[op] = predict(op, impl, posed, machine, configs).seconds
     return {**found, "both": sum(found.values())}
 
 
-def fastest(problem: Problem, machine) -> tuple[float, str]:
-    """Return forward and backward by the best products of "triton", in seconds, and which.
+def _best(op: str, posed: plans.Problem, machine) -> dict:
+    from prediction import best_configs
 
-    Those that start early are among them, which `best_configs` leaves to measurements.
-    """
-    from fastlora_kernels.configs import candidates, kind_of
-    from fastlora_kernels.prediction import best_configs, predict
+    return best_configs(op, posed, machine)
 
-    posed, total, how = _posed(problem), 0.0, []
-    for op, name in zip(OPS, ("product", "dx"), strict=True):
-        rest = kind_of(posed.dtype, posed.adapter), posed.R, posed.dropout, machine.chip
-        configs = best_configs(op, posed, machine.chip, machine, {})
-        seconds, config = min(
-            (
-                (predict(op, "triton", posed, machine, {**configs, name: c}).seconds, c)
-                for c in candidates(name, *rest)
-            ),
-            key=lambda found: found[0],
-        )
-        total += seconds
-        early = " early" * config.early
-        how.append(f"{config.low_rank}{early} {config.block_m} x {config.block_n}")
-    return total, "; ".join(how)
+
+def _own(op: str, impl: str, posed: plans.Problem, device: str) -> dict:
+    """Return what was measured on this machine, if anything was."""
+    if impl in ("frozen", "blocks") or not torch.cuda.is_available():
+        return {}
+    return dict(plans.choose(op, impl, posed, torch.device(device)).configs)
 
 
 def _posed(problem: Problem) -> plans.Problem:
@@ -65,18 +53,22 @@ def _posed(problem: Problem) -> plans.Problem:
 
 
 def main() -> None:
-    from fastlora_kernels.machine import H100
+    from machine import H100
 
-    print("| problem, forward + backward | frozen, µs | torch | library | triton | tuned | as |")
+    print("| problem, forward + backward | frozen, µs | blocks | library | triton | best | as |")
     print("|---|--:|--:|--:|--:|--:|---|")
     for problem in problems("cuda"):
         alone = predicted(problem, "frozen", H100)["both"]
-        cells = [f"{alone * 1e6:.0f}"]
-        for impl in IMPLEMENTATIONS:
-            cells.append(f"{predicted(problem, f'fastlora {impl}', H100)['both'] / alone:.2f}")
-        tuned, how = fastest(problem, H100)
+        found = [predicted(problem, f"fastlora {impl}", H100) for impl in IMPLEMENTATIONS]
+        found.append(predicted(problem, "fastlora triton", H100, best=True))
+        ratios = " | ".join(f"{seconds['both'] / alone:.2f}" for seconds in found)
+        wide = [_best(op, _posed(problem), H100)[name] for op, name in WIDE.items()]
+        how = "; ".join(f"{c.low_rank} {c.block_m} x {c.block_n}" for c in wide)
         name = str(replace(problem, name=problem.name.replace("Llama-3-", "")))
-        print(f"| {name} | " + " | ".join([*cells, f"{tuned / alone:.2f}", how]) + " |")
+        print(f"| {name} | {alone * 1e6:.0f} | {ratios} | {how} |")
+
+
+WIDE = {"forward": "outputs", "backward": "input_grad"}
 
 
 if __name__ == "__main__":

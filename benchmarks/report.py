@@ -22,8 +22,8 @@ DECODER_COLUMNS = ("kept", "peak", "launches")
 MODEL_COLUMNS = ("tokens", "s a step", "by PEFT's", "tokens/s", "peak MiB", "GFLOP a token")
 MOST_OF_ERROR = 120  # characters in a table; the JSON file has the whole line
 COLOURS = {
-    "fastlora torch": "#2a78b8",
-    "fastlora plain": "#12c2e9",
+    "fastlora blocks": "#2a78b8",
+    "fastlora eager": "#12c2e9",
     "fastlora library": "#59a5d8",
     "fastlora triton": "#1b3f66",
     "PEFT": "#d1495b",

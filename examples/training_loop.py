@@ -31,12 +31,14 @@ def new_model():
 
 
 def add_adapters(model):
-    """Freeze the model and put adapters into its linear layers, which keep their weights."""
-    model.requires_grad_(False)
-    for name, layer in model.named_children():
-        if isinstance(layer, nn.Linear):
-            lora = fastlora.LoRALinear.from_linear(layer, r=16, lora_alpha=32, lora_dropout=0.05)
-            setattr(model, name, lora)
+    """Put adapters into the linear layers, which keep their weights; freeze everything else."""
+    return fastlora.replace_linears(
+        model,
+        lambda name, module: isinstance(module, nn.Linear),
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0.05,
+    )
 
 
 def windows(text):
@@ -76,22 +78,23 @@ train(model, english, options.base_steps)
 test(model, "base")
 base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-add_adapters(model)
+print(add_adapters(model))
 test(model, "with new adapters")
 train(model, python, options.steps)
 test(model, "with trained adapters")
 
-fastlora.merge(model)  # each layer is a single product now
+layers = [module for module in model.modules() if isinstance(module, fastlora.LoRALinear)]
+for layer in layers:
+    layer.merge()  # a single product now
 test(model, "merged")
-fastlora.unmerge(model)
+for layer in layers:
+    layer.unmerge()
 test(model, "unmerged")
-with fastlora.disable_adapters(model):
-    test(model, "without adapters")
 same = all(torch.equal(model.state_dict()[name], tensor) for name, tensor in base.items())
 print(f"the base's weights are the same bits as before: {same}")
 
 OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-torch.save({key: value for key, value in model.state_dict().items() if "lora_" in key}, OUTPUT)
+torch.save(fastlora.lora_state_dict(model), OUTPUT)
 print(f"saved in {OUTPUT}: {OUTPUT.stat().st_size / 1e3:.0f} kB")
 model = new_model()
 model.load_state_dict(base)

@@ -88,9 +88,8 @@ def explain(
 
 
 def _chosen(op: str, problem: Problem, device: torch.device) -> Plan:
-    keeps_more = problem.dropout or problem.adapter != problem.dtype or bool(problem.others)
-    if plans.is_few(problem.M, problem.K, device, keeps_more):
-        return Plan("eager", "few tokens", {}, {})
+    if plans.is_few(problem.M, problem.K, device):
+        return Plan("eager", "few tokens", {}, {}, {})
     return plans.choose(op, "auto", problem, device)
 
 
@@ -126,8 +125,8 @@ def _running(module: nn.Module) -> Layer | None:
     if isinstance(module, FrozenLinear):
         return module.weight, []
     if isinstance(module, LoRALinear):
-        off = module.merged or module.disable_adapters
-        return None if off else (module._oriented(module.weight), module.adapters())
+        found = module.sibling_operands()
+        return None if found is None else (found[0], found[2])
     if (peft_layer := sys.modules.get("fastlora.peft.linear")) and isinstance(
         module, peft_layer.FusedLinear
     ):
@@ -178,23 +177,10 @@ def _is_shape(what: object) -> bool:
 
 
 def _times(plan: Plan) -> str:
-    times = plan.seconds or plan.predicted
-    if not times:
-        return ""
-    fastest_first = sorted(times.items(), key=lambda item: item[1])
-    each = (
-        f"{impl} {seconds * 1e3:.3g} ms{_beside(plan, impl)}" for impl, seconds in fastest_first
-    )
-    return (": " if plan.seconds else "; predicted: ") + ", ".join(each)
-
-
-def _beside(plan: Plan, impl: str) -> str:
-    """Return what stands beside a measurement: the time with the host, the prediction."""
-    if not plan.seconds:
-        return ""
-    beside = [
-        f"{what} {times[impl] * 1e3:.3g}"
-        for what, times in (("with the host", plan.with_host), ("predicted", plan.predicted))
-        if impl in times
+    """Return what was measured, the fastest first, and the time with the host beside it."""
+    each = [
+        f"{impl} {seconds * 1e3:.3g} ms"
+        + (f" (with the host {plan.with_host[impl] * 1e3:.3g})" if impl in plan.with_host else "")
+        for impl, seconds in sorted(plan.seconds.items(), key=lambda item: item[1])
     ]
-    return f" ({', '.join(beside)})" if beside else ""
+    return ": " + ", ".join(each) if each else ""

@@ -7,13 +7,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.operator import plans
-from fastlora.operator.dropout import keep_mask, new_seed
-from fastlora.operator.op import exact, run
+from fastlora.operator.dropout import new_seed
+from fastlora.operator.op import PLAIN, run, wrapped
 from fastlora.operator.operands import Operands, Projection, with_scaling
+from fastlora.operator.steps import exact
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -53,10 +53,13 @@ def lora_linear(
     """
     if lora_A is None:  # a projection may have no adapter, this function is about one
         raise TypeError("lora_A must be a Tensor, got NoneType")
-    given = Projection(weight, lora_A, lora_B, bias, scaling, dropout_p)
-    if not _plainly_right(x, *given):
-        x, given = _checked(x, *given)
-    return run_checked(x, [given], training, impl)[0]
+    plain = _plain(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    if not plain:
+        x, given = _checked(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+        weight, lora_A, lora_B, bias, scaling, dropout_p = given
+    seed = new_seed(x.device) if training and dropout_p else None
+    one = [Operands(weight, lora_A, lora_B, bias, seed, scaling, dropout_p)]
+    return _outputs(x, one, impl, plain)[0]
 
 
 def lora_linears(
@@ -86,7 +89,7 @@ def checked(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, list[
     """Return x and projections as `run_checked` takes them, or raise as `lora_linears` does."""
     found = []
     for i, projection in enumerate(projections):
-        if not _plainly_right(x, *projection):
+        if not _plain(x, *projection):
             try:
                 x, projection = _checked(x, *projection)
             except (TypeError, ValueError) as error:
@@ -99,12 +102,19 @@ def run_checked(
     x: Tensor, projections: Sequence[Projection], training: bool, impl: str = "auto"
 ) -> Sequence[Tensor]:
     """Do what `lora_linears` does once everything is checked."""
+    return _outputs(x, _seeded(x, projections, training), impl)
+
+
+def _outputs(
+    x: Tensor, operands: list[Operands], impl: str, plain: bool = False
+) -> Sequence[Tensor]:
+    """Return y [..., N] of each projection of x [..., K]; ``plain`` as `run` has it."""
     if impl != "auto" or plans.FORCED != "auto":
         impl = plans.named(impl, x)
     shape = x.shape
-    x, operands = drawn(x, projections, training)
-    ys = [_reference(x, *o) for o in operands] if impl == "reference" else run(x, operands, impl)
-    return ys if len(shape) == 2 else [shaped(y, shape) for y in ys]
+    if len(shape) != 2:
+        return [shaped(y, shape) for y in _outputs(_flat(x), operands, impl, plain)]
+    return run(x, operands, impl, plain) if impl != "reference" else _references(x, operands)
 
 
 def shaped(y: Tensor, shape: torch.Size) -> Tensor:
@@ -119,82 +129,92 @@ def drawn(
     x: Tensor, projections: Sequence[Projection], training: bool
 ) -> tuple[Tensor, list[Operands]]:
     """Return x as [M, K] and each projection with a seed where it drops."""
-    operands = [
+    return _flat(x), _seeded(x, projections, training)
+
+
+def _seeded(x: Tensor, projections: Sequence[Projection], training: bool) -> list[Operands]:
+    return [
         Operands(
             w, a, b, bias, new_seed(x.device) if training and p and a is not None else None, c, p
         )
         for w, a, b, bias, c, p in projections
     ]
+
+
+def _flat(x: Tensor) -> Tensor:
     shape = x.shape
-    if len(shape) != 2:
-        x = x.reshape(math.prod(shape[:-1]), shape[-1])
-    return x, operands
+    return x if len(shape) == 2 else x.reshape(math.prod(shape[:-1]), shape[-1])
 
 
-def _plainly_right(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> bool:
+def _plain(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> bool:
     """Return whether the arguments are as in most calls: nothing to cast and nothing wrong.
 
-    It takes a third of the time of `_check`, which can say what is wrong.
+    Nor is there a subclass, or what `op.unobserved` would see otherwise. It takes a third of the
+    time of `_check`, which can say what is wrong.
     """
     if not (
-        isinstance(x, Tensor)
-        and isinstance(weight, Tensor)
+        not torch.compiler.is_compiling()
+        and type(x) in PLAIN
+        and type(weight) in PLAIN
         and type(scaling) is type(dropout_p) is float
         and -LARGEST <= scaling <= LARGEST
         and 0.0 <= dropout_p <= 1.0
     ):
         return False
-    shape, w, dtype, device = x.shape, weight.shape, x.dtype, x.device
-    if bias is not None and not (
-        isinstance(bias, Tensor)
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if not (
+        shape
+        and dtype in DTYPES
+        and x.layout is torch.strided
+        and not (x.is_neg() or x.is_meta or wrapped(x) or torch._C._is_any_autocast_enabled())
+    ):
+        return False
+    w = weight.shape
+    if not (
+        len(w) == 2
+        and shape[-1] == w[1]
+        and weight.dtype == dtype
+        and weight.device == device
+        and weight.layout is torch.strided
+        and not (weight.is_neg() or wrapped(weight))
+    ):
+        return False
+    if lora_A is not lora_B:  # both None, or one tensor twice, which is rare
+        if not (type(lora_A) in PLAIN and type(lora_B) in PLAIN):
+            return False
+        a, adapter = lora_A.shape, lora_A.dtype
+        if not (
+            len(a) == 2
+            and a[1] == w[1]
+            and (adapter == dtype or (adapter == torch.float32 and dtype.itemsize == 2))
+            and lora_A.device == device
+            and lora_A.layout is torch.strided
+            and not (lora_A.is_neg() or wrapped(lora_A))
+            and lora_B.shape == (w[0], a[0])
+            and a[0] >= 1
+            and lora_B.dtype == adapter
+            and lora_B.device == device
+            and lora_B.layout is torch.strided
+            and not (lora_B.is_neg() or wrapped(lora_B))
+        ):
+            return False
+    elif lora_A is not None:
+        return False
+    return bias is None or (
+        type(bias) in PLAIN
         and bias.shape == w[:1]
         and bias.dtype == dtype
         and bias.device == device
-    ):
-        return False
-    return (
-        (lora_A is lora_B is None or _fitting(lora_A, lora_B, w, dtype, device))
-        and len(w) == 2
-        and len(shape) > 0
-        and shape[-1] == w[1]
-        and dtype in DTYPES
-        and weight.dtype == dtype
-        and weight.device == device
-        and x.layout is weight.layout is torch.strided
-        and not x.is_meta
-        and not torch._C._is_any_autocast_enabled()
+        and bias.layout is torch.strided
+        and not (bias.is_neg() or wrapped(bias))
     )
 
 
-def _fitting(lora_A, lora_B, w, dtype, device) -> bool:
-    """Return whether the factors are right for a weight of shape ``w``."""
-    if not (isinstance(lora_A, Tensor) and isinstance(lora_B, Tensor)):
-        return False
-    a, b = lora_A.shape, lora_B.shape
-    return (
-        len(w) == len(a) == len(b) == 2
-        and a[1] == w[1]
-        and b[0] == w[0]
-        and b[1] == a[0] >= 1
-        and lora_A.dtype == lora_B.dtype
-        and (lora_A.dtype == dtype or (lora_A.dtype == torch.float32 and dtype.itemsize == 2))
-        and lora_A.device == lora_B.device == device
-        and lora_A.layout is lora_B.layout is torch.strided
-    )
-
-
-def _reference(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p):
+def _references(x: Tensor, operands: Sequence[Operands]) -> list[Tensor]:
     from fastlora.operator import reference
 
-    if lora_A is None:
-        return F.linear(x, weight, bias)
-    mask = None
-    if seed is not None:
-        mask = keep_mask(seed, range(x.shape[0]), x.shape[1], dropout_p)
     with exact(x.device):
-        return reference.lora_linear(
-            x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p, mask=mask
-        )
+        return [reference.output(x, *one) for one in operands]
 
 
 def _checked(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> tuple[Tensor, Projection]:

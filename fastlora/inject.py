@@ -15,13 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastlora import targets
 from fastlora.config import LoRAConfig
+from fastlora.injected import DEFAULT_ADAPTER
+from fastlora.injected import InjectedLinear as LoRALinear
 from fastlora.layers import sibling_search
 from fastlora.layers.hyperparameters import (
     check_adapter_dtype,
     check_adapter_name,
     default_adapter_dtype,
 )
-from fastlora.layers.lora import DEFAULT_ADAPTER, LoRALinear, is_conv1d, unsupported
+from fastlora.layers.lora import is_conv1d, unsupported
 from fastlora.model import (
     Record,
     adapter_names,
@@ -81,7 +83,9 @@ class InjectReport:
         for row in rows:
             lines.append("  " + "  ".join(map(str.ljust, row, widths)).rstrip())
         lines += [f"  trained in full: {name} ({count:,})" for name, count in self.trained]
-        lines += [f"  {line}" for line in sibling_search.listed(self.siblings, self.gated_mlps)]
+        together = Counter(f"siblings: {', '.join(names)}" for _, names in self.siblings)
+        together.update(f"gated MLP: {', '.join(names)}" for _, names in self.gated_mlps)
+        lines += [f"  {line} x{n}" if n > 1 else f"  {line}" for line, n in together.items()]
         reasons = defaultdict(Counter)
         for name, why in self.skipped:
             reasons[why][_last(name)] += 1
@@ -119,7 +123,7 @@ def inject(
         adapted += [module for module in model.modules() if isinstance(module, LoRALinear)]
         trained = [*made.trained.values()]
         trained += [m for m in model.modules() if isinstance(m, TrainableModule)]
-        siblings = sibling_search.find(model, fuse_siblings, adapted, excluded=trained)
+        siblings = sibling_search.find(model, fuse_siblings, adapted)
     apply(model, made, adapter)
     report = made.report(model, adapter)
     report.siblings, report.gated_mlps = sibling_search.make(siblings)

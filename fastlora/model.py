@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastlora.config import LoRAConfig
-from fastlora.layers.lora import LoRALinear
+from fastlora.injected import InjectedLinear as LoRALinear
+from fastlora.layers.classes import unwrapped
 from fastlora.trainable import TrainableModule
 
 # What torch.compile, checkpoint_wrapper and FSDP put between a module and its name.
@@ -188,19 +188,6 @@ def tensors_of(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 
 
 # The model's modules.
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model that DistributedDataParallel or torch.compile holds."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod
-        else:
-            return model
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:

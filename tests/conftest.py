@@ -75,7 +75,7 @@ def few_are_none(monkeypatch):
     """Small tensors stand for large ones here, and take the way of those; `few` is for few."""
     from fastlora.operator import blocks, plans
 
-    limits = (plans, "FEW"), (plans, "STILL_FEW"), (blocks, "LEAST_ELEMENTS")
+    limits = (plans, "FEW"), (blocks, "LEAST_ELEMENTS")
     own = {limit: getattr(*limit) for limit in limits}
     for limit in limits:
         monkeypatch.setattr(*limit, 0)

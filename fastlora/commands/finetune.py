@@ -1,388 +1,157 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tune a causal language model with LoRA: load, train, resume, save, check, plot."""
+"""``python -m fastlora finetune``: LoRA on a causal language model, by PEFT and TRL's trainer."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
-import time
-from dataclasses import dataclass
+import os
+import shutil
+from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastlora
-from fastlora.commands import checkpoint
-from fastlora.commands import finetune_data as data
-from fastlora.commands.finetune_data import UserError
-from fastlora.commands.finetune_model import (
-    first_line,
-    generate,
-    gguf_file,
-    load_model,
-    require,
-    response_loss,
-)
-from fastlora.commands.processes import Processes, rank
-from fastlora.files import replace_file
-from fastlora.model import unwrapped
+from fastlora.commands import data, models, shared
+from fastlora.commands.shared import UserError, check, first_line, option, rank, say
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HELD_OUT_AT_MOST = 256
 WARMUP = 0.05  # of all steps
-CLIP_NORM = 1.0
+PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets", "tqdm", "matplotlib")
+_LINES = 'JSONL: "prompt" and "response", "messages", or "text" on each line'
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is made of. Everything but the last three decides its numbers."""
+    """What a run is made of. Everything but output, save_every and restart decides its numbers."""
 
-    model: str
-    data: str
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.05
-    target_modules: str | tuple[str, ...] = "all-linear"
-    steps: int = 200
-    batch_size: int = 8
-    seq_len: int = 512
-    lr: float = 5e-4
-    seed: int = 0
-    held_out: float = 0.1
-    ask: str | None = None
-    dtype: str = "bf16"
-    device: str | None = None
-    output: str = "out/finetune"
-    save_every: int = 50
-    restart: bool = False
+    model: str = option(MISSING, "Hugging Face folder or id, or a folder with one .gguf")
+    data: str = option(MISSING, _LINES)
+    output: str = option("out/finetune", "folder for the adapter, curve and metrics")
+    ask: str | None = option(None, "a question to answer before and after")
+    r: int = option(16, "rank")
+    target_modules: str | tuple[str, ...] = option(
+        ("all-linear",), "layer names, one regular expression, or all-linear", metavar="NAME"
+    )
+    alpha: float = option(32.0, "scaling is alpha / r")
+    dropout: float = option(0.05, "on the adapters' input")
+    steps: int = option(200, "optimizer steps")
+    batch_size: int = option(8, "examples a step")
+    seq_len: int = option(512, "tokens kept of each example")
+    lr: float = option(5e-4, "peak learning rate")
+    seed: int = option(0, "decides order, split, start and dropout")
+    held_out: float = option(0.1, "fraction never trained on")
+    dtype: str = option("bf16", "of the frozen model", choices=("bf16", "fp32"))
+    device: str | None = option(None, "default: cuda if there is one, else cpu")
+    save_every: int = option(50, "steps between checkpoints")
+    restart: bool = option(False, "begin again, whatever --output holds")
 
     def __post_init__(self) -> None:
         for name in ("r", "steps", "batch_size", "save_every"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        self._check("seq_len", self.seq_len >= 2, "at least 2")
-        self._check("lr", 0 < self.lr < math.inf, "above 0")
-        self._check("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
-        self._check("held_out", 0 < self.held_out < 1, "between 0 and 1")
-        self._check("dtype", self.dtype in DTYPES, " or ".join(DTYPES))
+            check(self, name, getattr(self, name) >= 1, "at least 1")
+        check(self, "seq_len", self.seq_len >= 2, "at least 2")
+        check(self, "lr", 0 < self.lr < math.inf, "above 0")
+        check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        check(self, "held_out", 0 < self.held_out < 1, "between 0 and 1")
 
-    def _check(self, name: str, right: bool, expected: str) -> None:
-        if not right:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} must be {expected}, got {getattr(self, name)}")
-
-    def fingerprint(self, device: torch.device) -> dict:
-        """Return what a checkpoint must agree with: what decides the numbers, and a hash."""
-        values = dataclasses.asdict(self)
+    def fingerprint(self, device: torch.device) -> dict[str, Any]:
+        """Return what a run that goes on must agree with: what decides the numbers, and a hash."""
+        more = {"device": device.type, "sharded": _sharded()}  # checkpoints differ, too
+        values = json.loads(json.dumps(dataclasses.asdict(self) | more))
         for name in ("output", "save_every", "restart"):
             del values[name]
-        if isinstance(self.target_modules, tuple):
-            values["target_modules"] = list(self.target_modules)
-        values["device"] = device.type
         values["data sha256"] = hashlib.sha256(Path(self.data).read_bytes()).hexdigest()
         return values
 
 
-def run(settings: Settings) -> dict:
+def run(settings: Settings) -> dict[str, Any]:
     """Train, or go on with a run that was cut short, and return what metrics.json holds.
 
     Writes under ``settings.output``: adapter/ (PEFT's format), loss_curve.png and metrics.json;
-    checkpoint.pt only until these are there. Raises UserError for what the user can put right.
+    run.json and checkpoints/ (Trainer's) only until these are there. Raises UserError for what the
+    user can put right.
     """
     examples = data.read_examples(settings.data)
-    require("transformers", "tqdm", "matplotlib", "accelerate")
-    processes = Processes(settings.device)
-    if settings.batch_size % processes.count:
-        raise UserError(
-            f"--batch-size {settings.batch_size} must be a multiple of the {processes.count} "
-            "processes that share it"
-        )
-    fingerprint = settings.fingerprint(processes.device)
-    output = Path(settings.output)
-    saved_file, metrics_file = output / "checkpoint.pt", output / "metrics.json"
-    state: dict = {}  # its tensors stay in the first process
-    metrics, progress = processes.from_first(lambda: _left_by_before(settings, fingerprint, state))
+    shared.require(*PACKAGES)
+    config = _config(settings)
+    output, fingerprint = Path(settings.output), settings.fingerprint(config.device)
+    with config.main_process_first(local=False):
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {output} cannot be made: {error.strerror}") from error
+        if settings.restart and rank() == 0:
+            _forget(output)
+            (output / "metrics.json").unlink(missing_ok=True)
+        metrics = _read(output / "metrics.json", fingerprint)
+        begun = _read(output / "run.json", fingerprint)
     if metrics is not None:
         say("finished", f"{output} holds this run already; --restart trains again")
         say("held out", f"{metrics['held_out_before']:.3f} -> {metrics['held_out_after']:.3f}")
         return metrics
     try:
-        metrics = _Run(settings, examples, fingerprint, processes).all(progress, state)
+        metrics = _Run(settings, config, examples, begun or {"settings": fingerprint}).all()
     except KeyboardInterrupt:
-        print()
-        kept = f"at {saved_file}" if saved_file.exists() else "not written yet"
+        kept = _last_checkpoint(output) or "not written yet"
         say("stopped", f"checkpoint {kept}; the same command goes on from there")
         raise
-    if processes.first:
-        text = json.dumps(metrics, indent=1, ensure_ascii=False)
-        replace_file(metrics_file, lambda file: file.write(text.encode()))
-        saved_file.unlink(missing_ok=True)
-        say("wrote", ", ".join(str(output / n) for n in ("loss_curve.png", "metrics.json")))
-    return processes.from_first(lambda: metrics)
-
-
-def _left_by_before(
-    settings: Settings, fingerprint: dict, state: dict
-) -> tuple[dict | None, dict | None]:
-    """Return the metrics of a run that finished, and the progress of one that did not.
-
-    What else the checkpoint of the latter holds goes into ``state``.
-    """
-    output = Path(settings.output)
-    _make_folder(output)
-    metrics_file, saved_file = output / "metrics.json", output / "checkpoint.pt"
-    if settings.restart:
-        metrics_file.unlink(missing_ok=True)
-        saved_file.unlink(missing_ok=True)
-    if metrics_file.exists():
-        try:
-            metrics = json.loads(metrics_file.read_text(encoding="utf-8"))
-            saved = metrics["settings"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{metrics_file} is damaged; --restart begins again") from error
-        _refuse_other_settings(saved, fingerprint, metrics_file)
-        return metrics, None
-    if not saved_file.exists():
-        return None, None
-    state |= _load_state(saved_file, fingerprint)
-    return None, state.pop("progress")
-
-
-class _Run:
-    """One run's model, data and progress."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        examples: list[data.Example],
-        fingerprint: dict,
-        processes: Processes,
-    ) -> None:
-        self.settings, self.fingerprint, self.processes = settings, fingerprint, processes
-        name = f"{settings.model}, {settings.dtype} on {processes}"
-        say("model", f"{name}; loading may take half a minute")
-        model, self.tokenizer = load_model(settings.model, DTYPES[settings.dtype])
-        torch.manual_seed(settings.seed)
-        say("inject", first_line(self._inject(model)))
-        self.training, self.held_out = self._encode(examples)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0)
-        self.model, self.optimizer = processes.prepare(model, optimizer)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-
-    def all(self, progress: dict | None, state: dict) -> dict:
-        """Train on from ``progress``, or from the start, and return what metrics.json holds."""
-        progress = self._start(progress, state)
-        self._train(progress)
-        after = self._measure("after")
-        output = Path(self.settings.output)
-        say("saved", f"{output / 'adapter'} (PEFT format){self._save_and_check()}")
-        if self.processes.first:
-            self._draw(output / "loss_curve.png", progress, after)
-        rate = progress["tokens"] / progress["seconds"]
-        say("speed", f"{rate:.0f} tokens/s, {progress['seconds'] / 60:.1f} minutes of training")
-        return {
-            "settings": self.fingerprint,
-            "held_out_before": progress["before"]["loss"],
-            "held_out_after": after["loss"],
-            "answer_before": progress["before"]["answer"],
-            "answer_after": after["answer"],
-            "trainable": sum(p.numel() for p in self.parameters),
-            "tokens": progress["tokens"],
-            "seconds": round(progress["seconds"], 2),
-            "processes": self.processes.count,
-            "versions": {"fastlora": fastlora.__version__, "torch": torch.__version__},
-            "losses": progress["losses"],
-            "gradient_norms": progress["gradient_norms"],
-        }
-
-    def _inject(self, model: nn.Module):
-        s = self.settings
-        try:
-            config = fastlora.LoRAConfig(
-                r=s.r,
-                lora_alpha=s.alpha,
-                lora_dropout=s.dropout,
-                target_modules=s.target_modules,
-                task_type="CAUSAL_LM",
-                base_model_name_or_path=s.model,
-            )
-            return fastlora.inject(model, config)
-        except (TypeError, ValueError) as error:
-            raise UserError(first_line(error)) from error
-
-    def _encode(self, examples: list[data.Example]) -> tuple[list[data.Encoded], ...]:
-        s = self.settings
-        sides = []
-        for side in data.split(examples, s.held_out, s.seed, HELD_OUT_AT_MOST):
-            encoded = [data.encode(self.tokenizer, example, s.seq_len) for example in side]
-            sides.append([e for e in encoded if e is not None])
-        training, held_out = sides
-        if not training or not held_out:
-            raise UserError(f"--seq-len {s.seq_len} leaves no token of any response; raise it")
-        left_out = len(examples) - len(training) - len(held_out)
-        note = f"; {left_out} left out (prompt longer than --seq-len)" if left_out else ""
-        say("data", f"{len(training)} examples to train on, {len(held_out)} held out{note}")
-        return training, held_out
-
-    def _start(self, progress: dict | None, state: dict) -> dict:
-        """Return the progress so far: the checkpoint's, or that of a run that begins."""
-        if progress is None:
-            before = self._measure("before")
-            empty = {"losses": [], "gradient_norms": [], "tokens": 0, "seconds": 0.0}
-            return {"step": 0, "before": before, **empty}
-        try:
-            self.processes.restore(self.model, self.optimizer, state)
-        except ValueError as error:
-            raise UserError(f"{first_line(error)}; --restart begins again") from error
-        say("resumed", f"after step {progress['step']} of {self.settings.steps}")
-        return progress
-
-    def _train(self, progress: dict) -> None:
-        from tqdm import tqdm
-
-        s = self.settings
-        self.model.train()
-        start = progress["step"]
-        shown = {"desc": "training", "unit": "step", "disable": not self.processes.first}
-        with tqdm(total=s.steps, initial=start, **shown) as bar:
-            for step in range(start, s.steps):
-                began = time.perf_counter()
-                loss, norm, tokens = self._step(step)
-                progress["seconds"] += time.perf_counter() - began
-                progress["losses"].append(loss)
-                progress["gradient_norms"].append(norm)
-                progress["tokens"] += tokens
-                progress["step"] = step + 1
-                rate = progress["tokens"] / progress["seconds"]
-                bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} tokens/s", refresh=False)
-                bar.update()
-                if progress["step"] % s.save_every == 0 or progress["step"] == s.steps:
-                    state = self.processes.state(self.model, self.optimizer)
-                    own = {**progress, "settings": self.fingerprint}
-                    if self.processes.first:
-                        checkpoint.save(
-                            Path(s.output) / "checkpoint.pt", {**state, "progress": own}
-                        )
-
-    def _step(self, step: int) -> tuple[float, float, int]:
-        """Return the loss, the norm of its gradient before clipping, and the tokens read."""
-        s = self.settings
-        indices = data.batch_indices(len(self.training), s.batch_size, s.seed, step)
-        # What is dropped depends on the step alone, so that a run that goes on has the same.
-        torch.manual_seed(data.step_seed(s.seed, step, self.processes.index))
-        batch = self._batch([self.training[i] for i in self.processes.share(indices)])
-        loss, count = response_loss(self.model, batch)
-        count, tokens = self.processes.total(count, batch["attention_mask"].sum())
-        for group in self.optimizer.param_groups:
-            group["lr"] = s.lr * schedule(step, s.steps)
-        norm = self.processes.step(loss / count, self.parameters, self.optimizer, CLIP_NORM)
-        (loss,) = self.processes.total(loss.detach())
-        self._check_finite(loss.item(), f"step {step + 1}")
-        return loss.item() / count.item(), norm, int(tokens)
-
-    def _check_finite(self, loss: float, where: str) -> None:
-        if not math.isfinite(loss):
-            lr = f"--lr {self.settings.lr:g}"
-            raise UserError(
-                f"the loss is {loss} at {where}: {lr} is too high; --restart with a lower one"
-            )
-
-    def _batch(self, examples: list[data.Encoded]) -> dict[str, Tensor]:
-        batch = data.collate(examples, self.tokenizer.pad_token_id)
-        return {name: tensor.to(self.processes.device) for name, tensor in batch.items()}
-
-    def _held_out_batches(self) -> list[dict[str, Tensor]]:
-        size, ordered = self.settings.batch_size, sorted(self.held_out, key=lambda e: len(e.ids))
-        return [self._batch(ordered[i : i + size]) for i in range(0, len(ordered), size)]
-
-    @torch.no_grad()
-    def _measure(self, when: str) -> dict:
-        self.model.eval()
-        total = count = 0
-        for batch in self._held_out_batches():
-            loss, tokens = response_loss(self.model, batch)
-            total, count = total + loss.item(), count + tokens.item()
-        self._check_finite(total, f"the end, {when} training")
-        say(when, f"held-out loss {total / count:.3f}")
-        question = self.settings.ask
-        bare = unwrapped(self.model)
-        answer = None if question is None else generate(bare, self.tokenizer, question)
-        if answer is not None:
-            say("question", question)
-            say("answer", answer)
-        return {"loss": total / count, "answer": answer}
-
-    @torch.no_grad()
-    def _save_and_check(self) -> str:
-        """Save the adapter, load it into the bare model, and return how the outputs compare."""
-        folder, batch = Path(self.settings.output) / "adapter", self._held_out_batches()[0]
-        model = unwrapped(self.model)
-        if self.processes.sharded:
-            fastlora.save_adapter(model, folder)
-            return ", from all processes' shards"
-        if not self.processes.first:
-            return ""
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        trained = model(**inputs).logits
-        fastlora.save_adapter(model, folder)
-        fastlora.delete_adapter(model, "default")
-        fastlora.load_adapter(model, folder, any_rank=True)  # written above
-        loaded = model(**inputs).logits
-        if torch.equal(trained, loaded):
-            return "; loaded again, its outputs are identical"
-        largest = (trained - loaded).abs().max().item()
-        return f"; loaded again, its outputs differ by at most {largest:.2g}"
-
-    def _draw(self, path: Path, progress: dict, after: dict) -> None:
-        from fastlora.commands import loss_curve
-
-        s = self.settings
-        gguf = gguf_file(s.model)
-        loss_curve.draw(
-            path,
-            progress["losses"],
-            progress["before"]["loss"],
-            after["loss"],
-            title=f"{gguf.stem if gguf else Path(s.model).name}: LoRA fine-tuning",
-            subtitle=f"r = {s.r}, dropout {s.dropout:g}, lr {s.lr:g}, "
-            f"{s.batch_size} examples a step, {s.dtype}",
-        )
-
-
-def say(what: str, text: object) -> None:
     if rank() == 0:
-        print(f"{what:<9} {text}", flush=True)
+        shared.write_json(output / "metrics.json", metrics)
+        _forget(output)
+        say("wrote", ", ".join(str(output / n) for n in ("loss_curve.png", "metrics.json")))
+    return metrics
 
 
-def schedule(step: int, steps: int) -> float:
-    """Return the factor on the learning rate: a linear warm-up, then half a cosine towards 0."""
-    warmup = max(1, round(WARMUP * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def _config(s: Settings) -> Any:
+    """Return TRL's configuration of a run, in one of its processes."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1 and s.device is not None:
+        raise UserError(f"--device {s.device}: several processes get theirs from accelerate")
+    check(s, "batch_size", s.batch_size % count == 0, f"a multiple of the {count} processes")
+    # Left alone, Accelerate takes processes without a GPU for so many runs of one.
+    cpu = shared.torch_device(s.device).type == "cpu"
+    if shared.torch_device(s.device).index:
+        raise UserError(f"--device {s.device}: choose by CUDA_VISIBLE_DEVICES, as Trainer does")
+    asked = os.environ.get
+    wrong = _sharded() and (cpu or asked("FSDP_VERSION") != "2")
+    if wrong or asked("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError("accelerate's configuration must be data-parallel, or FSDP2 on GPUs")
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # --dtype says it
+    from trl import SFTConfig
+
+    shares = {"per_device_train_batch_size": s.batch_size // count}
+    steps = {"max_steps": s.steps, "learning_rate": s.lr, "seed": s.seed, "optim": "adamw_torch"}
+    schedule = {"lr_scheduler_type": "cosine", "warmup_steps": round(WARMUP * s.steps)}
+    saved = {"output_dir": f"{s.output}/checkpoints", "save_steps": s.save_every}
+    shown = {"logging_steps": 1, "logging_nan_inf_filter": False, "disable_tqdm": False}
+    ours = {"dataset_kwargs": {"skip_prepare_dataset": True}, "save_total_limit": 1}
+    none = {"bf16": False, "gradient_checkpointing": False, "ddp_find_unused_parameters": False}
+    where = {"use_cpu": cpu, "dataloader_pin_memory": not cpu, "report_to": "none"}
+    config = SFTConfig(**shares, **steps, **schedule, **saved, **shown, **ours, **none, **where)
+    config._n_gpu = min(config.n_gpu, 1)  # one process uses one, however many it sees
+    return config
 
 
-def _make_folder(path: Path) -> None:
+def _sharded() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def _read(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a run with these settings left in a file; refuse that of another."""
+    if not path.exists():
+        return None
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be made: {error.strerror}") from error
-
-
-def _load_state(path: Path, fingerprint: dict) -> dict:
-    try:
-        state = checkpoint.load(path)
-        saved = state["progress"].pop("settings")
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{first_line(error)}; --restart begins again") from error
-    _refuse_other_settings(saved, fingerprint, path)
-    return state
-
-
-def _refuse_other_settings(saved: dict, asked: dict, path: Path) -> None:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        saved = dict(found["settings"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged; --restart begins again") from error
     names = [name for name in asked if saved.get(name) != asked[name]]
     if names:
         changes = ", ".join(f"{n}: {saved.get(n)} there, {asked[n]} asked for" for n in names)
@@ -390,3 +159,161 @@ def _refuse_other_settings(saved: dict, asked: dict, path: Path) -> None:
             f"{path} comes from other settings ({changes}); "
             "use them, another --output, or --restart to begin again"
         )
+    return found
+
+
+def _forget(output: Path) -> None:
+    """Delete what a run that is not done goes on from."""
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    (output / "run.json").unlink(missing_ok=True)
+
+
+def _last_checkpoint(output: Path) -> Path | None:
+    """Return the last checkpoint that is whole: Trainer writes its state at the end."""
+    whole = []
+    for path in output.glob("checkpoints/checkpoint-*/trainer_state.json"):
+        with contextlib.suppress(ValueError):
+            whole.append((json.loads(path.read_text())["global_step"], path.parent))
+    return max(whole)[1] if whole else None
+
+
+class _Run:
+    """One run's model, data and trainer."""
+
+    def __init__(self, s: Settings, config: Any, examples: list, begun: dict[str, Any]) -> None:
+        from datasets import Dataset
+        from transformers import set_seed
+        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+        from fastlora.commands.trainer import Progress, ProgressCallback, Trainer
+
+        self.settings, self.output, self.begun = s, Path(s.output), begun
+        where, count = config.device.type, config.world_size
+        if count > 1:
+            how = "FSDP2" if _sharded() else "data-parallel"
+            where = f"{count} processes ({how}, {where})"
+        say("model", f"{s.model}, {s.dtype} on {where}; loading may take half a minute")
+        model, self.tokenizer = models.load_model(s.model, shared.DTYPES[s.dtype])
+        torch.manual_seed(s.seed)
+        lora = {"r": s.r, "lora_alpha": s.alpha, "lora_dropout": s.dropout}
+        model = models.adapted(model, s.target_modules, task_type="CAUSAL_LM", **lora)
+        say("adapter", first_line(fastlora.patch_peft(model)))
+        training, self.held_out = self._encode(examples)
+        order = data.order(len(training), s.steps * s.batch_size, s.seed)
+        read = list(itertools.accumulate(len(training[i]["input_ids"]) for i in order))
+        self.progress = Progress(read[s.batch_size - 1 :: s.batch_size], self._begin)
+        self.trainer = Trainer(
+            model,
+            config,
+            DataCollatorForLanguageModeling(self.tokenizer.pad_token_id),
+            Dataset.from_list(training).select(order),
+            processing_class=self.tokenizer,
+        )
+        self.trainer.remove_callback(ProgressCallback)
+        self.trainer.add_callback(self.progress)
+        set_seed(s.seed + rank())  # each process drops others
+
+    def all(self) -> dict[str, Any]:
+        """Train, from the last checkpoint on, and return what metrics.json holds."""
+        self._train()
+        trainer, tokens, after = self.trainer, self.progress.tokens[-1], self._measure("after")
+        trainable, _ = trainer.model.get_nb_trainable_parameters()
+        say("saved", f"{self.output / 'adapter'} (PEFT format){self._save_and_check()}")
+        steps = [row for row in trainer.state.log_history if "loss" in row]
+        losses, seconds = [row["loss"] for row in steps], steps[-1]["seconds"]
+        self._draw(losses, after["loss"])
+        say("speed", f"{tokens / seconds:.0f} tokens/s, {seconds / 60:.1f} minutes of training")
+        return {
+            "settings": self.begun["settings"],
+            "held_out_before": self.begun["loss"],
+            "held_out_after": after["loss"],
+            "answer_before": self.begun["answer"],
+            "answer_after": after["answer"],
+            "trainable": trainable,
+            "tokens": tokens,
+            "seconds": round(seconds, 2),
+            "processes": trainer.args.world_size,
+            "versions": {"fastlora": fastlora.__version__, "torch": torch.__version__},
+            "losses": losses,
+            "gradient_norms": [row["grad_norm"] for row in steps],
+        }
+
+    def _train(self) -> None:
+        checkpoint = _last_checkpoint(self.output) if "loss" in self.begun else None
+        if checkpoint is not None:
+            step = checkpoint.name.rpartition("-")[2]
+            say("resumed", f"after step {step} of {self.settings.steps}")
+        try:
+            self.trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        except Exception as error:  # whatever reading a damaged file may raise
+            if checkpoint is None or self.progress.loaded:
+                raise
+            text = f"{checkpoint} is damaged: {type(error).__name__}: {first_line(error)}"
+            raise UserError(f"{text}; --restart begins again") from error
+        finally:
+            if self.progress.training_bar is not None:
+                self.progress.training_bar.close()
+
+    def _encode(self, examples: list[data.Example]) -> list[list[data.Encoded]]:
+        s, sides = self.settings, []
+        for side in data.split(examples, s.held_out, s.seed, HELD_OUT_AT_MOST):
+            encoded = [data.encode(self.tokenizer, example, s.seq_len) for example in side]
+            sides.append([e for e in encoded if e is not None])
+        if not all(sides):
+            raise UserError(f"--seq-len {s.seq_len} leaves no token of any response; raise it")
+        left_out = len(examples) - sum(map(len, sides))
+        note = f"; {left_out} left out (prompt longer than --seq-len)" if left_out else ""
+        say("data", f"{len(sides[0])} examples to train on, {len(sides[1])} held out{note}")
+        return sides
+
+    def _begin(self) -> None:
+        """Note what the model is before the first step."""
+        self.begun |= self._measure("before")
+        if rank() == 0:
+            shared.write_json(self.output / "run.json", self.begun)
+
+    def _held_out_batches(self) -> list[dict[str, Tensor]]:
+        size, device = self.settings.batch_size, self.trainer.args.device
+        ordered = sorted(self.held_out, key=lambda row: len(row["input_ids"]))
+        chunks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        batches = map(self.trainer.data_collator, chunks)
+        return [{name: t.to(device) for name, t in batch.items()} for batch in batches]
+
+    @torch.no_grad()
+    def _measure(self, when: str) -> dict[str, Any]:
+        s, model = self.settings, self.trainer.model.eval()
+        found = [models.response_loss(model, batch) for batch in self._held_out_batches()]
+        loss, count = (sum(each.item() for each in column) for column in zip(*found, strict=True))
+        shared.check_finite(loss, f"the end, {when} training", s.lr)
+        say(when, f"held-out loss {loss / count:.3f}")
+        text = None if s.ask is None else models.answer(model, self.tokenizer, s.ask)
+        if s.ask is not None:
+            say("question", s.ask)
+            say("answer", text)
+        return {"loss": loss / count, "answer": text}
+
+    @torch.no_grad()
+    def _save_and_check(self) -> str:
+        """Save the adapter, load it beside the trained one; return how the outputs compare."""
+        folder, model = self.output / "adapter", self.trainer.model
+        if _sharded() or rank() == 0:
+            fastlora.save_adapter(model, folder)
+        if _sharded() or rank():
+            return ", from all processes' shards"
+        batch = self._held_out_batches()[0]
+        del batch["labels"]
+        trained = model(**batch).logits
+        model.load_adapter(str(folder), "saved", torch_device=str(model.device))
+        model.set_adapter("saved")
+        difference = (trained - model(**batch).logits).abs().max().item()
+        same = f"differ by at most {difference:.2g}" if difference else "are identical"
+        return f"; loaded again, its outputs {same}"
+
+    def _draw(self, losses: list[float], after: float) -> None:
+        from fastlora.commands import pictures
+
+        s, path = self.settings, self.output / "loss_curve.png"
+        how = f"r = {s.r}, dropout {s.dropout:g}, lr {s.lr:g}, {s.batch_size} examples a step"
+        title = f"{models.title(s.model)}: LoRA fine-tuning"
+        if rank() == 0:
+            pictures.loss_curve(path, losses, (self.begun["loss"], after), title, how)

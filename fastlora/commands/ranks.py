@@ -9,117 +9,249 @@ larger rank would also take larger steps, and the search would compare learning 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
-from fastlora.commands import finetune
-from fastlora.commands.finetune import Settings, say
-from fastlora.commands.finetune_data import UserError
-from fastlora.commands.finetune_model import gguf_file
-from fastlora.commands.processes import rank
-from fastlora.commands.rank_search import Step, Trial, reason, search, table, taken
-from fastlora.commands.target_sets import Targets, listed, target_sets
-from fastlora.files import replace_file
+from torch import nn
+
+from fastlora.commands import finetune, models
+from fastlora.commands.models import Targets
+from fastlora.commands.shared import UserError, check, option, rank, say, write_json
+
+# Where a search starts: query and value as in arXiv:2106.09685, or the one layer that makes them.
+STARTS = (
+    ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT, GPT-J
+    ("qkv_proj",),  # Phi-3, CodeGen
+    ("query_key_value",),  # GPT-NeoX, Falcon, Bloom
+    ("Wqkv",),  # MPT
+    ("c_attn",),  # GPT-2
+)
+# What else attention projects with. GPT-2 calls a layer of its MLP c_proj, too.
+OTHERS = ("k_proj", "o_proj", "out_proj", "dense", "attn.c_proj")
+_GAIN = "of held-out loss that twice the rank, or more layers, must take off; 0.01 is 1%%"
+_SEEDS = "each trial is trained once for each; with several, what a seed changes is no gain"
+_START = "layers to start with; without it the query and value projections of attention"
 
 
-def run(
-    settings: Settings, start: Targets | None, max_r: int, gain: float, seeds: Sequence[int]
-) -> dict:
+@dataclass(frozen=True)
+class Settings(finetune.Settings):
+    """What a search is made of: what all its trials have, and no option for what they don't."""
+
+    output: str = option("out/ranks", "folder for the trials, the table and the picture")
+    r: int = 1
+    target_modules: str | tuple[str, ...] = option((), _START, metavar="NAME")
+    seed: int = 0
+    ask: str | None = None
+    max_r: int = option(64, "ranks are 1, 2, 4, ... up to this one")
+    gain: float = option(0.01, _GAIN, metavar="FRACTION")
+    seeds: tuple[int, ...] = option((0,), _SEEDS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "max_r", self.max_r >= 2, "at least 2, to compare two ranks")
+        check(self, "gain", 0 < self.gain < 1, "above 0 and below 1 (0.01 is 1%)")
+        check(self, "seeds", len(set(self.seeds)) == len(self.seeds), "different ones")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A rank on some targets, what its training came to, and whether it is worth it.
+
+    ``losses``: held out, in nats per token, one for each seed; ``before``: their mean without any
+    training; ``trainable``: parameters; ``seconds``: of training, all seeds together; ``over``: the
+    trial that was taken until then, None for the first.
+    """
+
+    r: int
+    targets: Targets
+    losses: tuple[float, ...]
+    before: float
+    trainable: int
+    seconds: float
+    over: Trial | None = None
+    worth: bool = True
+
+    @property
+    def loss(self) -> float:
+        return fmean(self.losses)
+
+    @property
+    def gains(self) -> list[float]:
+        """By which part each loss is lower, seed by seed: a seed decides what is held out, too."""
+        over = self.over or self
+        return [1 - new / old for new, old in zip(self.losses, over.losses, strict=True)]
+
+    def against(self, over: Trial, wanted: float) -> Trial:
+        """Return it compared: it must gain ``wanted``, and more than seeds differ by."""
+        gains = dataclasses.replace(self, over=over).gains
+        worth = fmean(gains) >= wanted and fmean(gains) > noise(gains)
+        return dataclasses.replace(self, over=over, worth=worth)
+
+
+def noise(gains: Sequence[float]) -> float:
+    return stdev(gains) if len(gains) > 1 else 0.0
+
+
+def search(
+    train: Callable[[int, Targets], Trial], max_r: int, sets: Sequence[Targets], wanted: float
+) -> list[Trial]:
+    """Return every trial of the search; the last that was worth it is the one to take.
+
+    Ranks 1, 2, 4, ... up to ``max_r`` on the first of ``sets`` until a doubling is not worth it;
+    then, at the rank taken, each of the wider sets.
+    """
+    trials = [train(1, sets[0])]
+    while trials[-1].worth and 2 * trials[-1].r <= max_r:
+        trials.append(train(2 * trials[-1].r, sets[0]).against(trials[-1], wanted))
+    for targets in sets[1:]:
+        best = taken(trials)
+        trials.append(train(best.r, targets).against(best, wanted))
+    return trials
+
+
+def taken(trials: list[Trial]) -> Trial:
+    return [trial for trial in trials if trial.worth][-1]
+
+
+def reason(trials: list[Trial], wanted: float, max_r: int) -> str:
+    """Return what to take and why, in one sentence."""
+    best, clauses = taken(trials), []
+    for t, after in zip(trials[1:], [*trials[2:], None], strict=True):
+        doubled = t.targets == t.over.targets
+        gain = fmean(t.gains)
+        if doubled and after is not None and after.targets == t.targets:
+            continue  # of the doublings the last one decided
+        name = f"r = {t.r}" if doubled else listed(t.targets)
+        clauses.append(f"{name} gains {gain:.2%} over {listed(t.over.targets, t.over.r)}")
+        if not t.worth:
+            within = f"no more than seeds differ by ({noise(t.gains):.2%})"
+            clauses[-1] += f", {within if gain >= wanted else f'under the {wanted:.2%} asked for'}"
+        elif doubled:
+            clauses[-1] += f", and --max-r {max_r} ends there"
+    if best.loss >= best.before:
+        clauses.append(f"but untrained the model is no worse ({best.before:.3f}): lower --lr")
+    return f"take {listed(best.targets, best.r)}: {'; '.join(clauses)}"
+
+
+def table(trials: list[Trial]) -> str:
+    """Return a line for the untrained model and for each trial, under headings."""
+    rows = [("r", "targets", "trainable", "held-out loss", "gain", "seconds", "")]
+    rows.append(("", "untrained", "0", f"{trials[0].before:.3f}", "", "", ""))
+    for t in trials:
+        spread = f" ± {noise(t.gains):.2%}" if len(t.losses) > 1 else ""
+        gain = f"{fmean(t.gains):.2%}{spread}" if t.over else ""
+        numbers = (f"{t.trainable:,}", f"{t.loss:.3f}", gain, f"{t.seconds:.0f}")
+        rows.append((str(t.r), listed(t.targets), *numbers, "taken" * (t is taken(trials))))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [zip(row, "><>>>><", widths, strict=True) for row in rows]
+    return "\n".join("  ".join(f"{c:{side}{w}}" for c, side, w in row).rstrip() for row in cells)
+
+
+def listed(targets: Targets, r: int | None = None) -> str:
+    names = targets if isinstance(targets, str) else ", ".join(targets)
+    return names if r is None else f"r = {r} on {names}"
+
+
+def run(s: Settings) -> dict:
     """Search, print the table and the choice, and return what ranks.json holds.
 
-    Each trial is a run of `finetune` with ``settings``, but for rank, targets and seed, in its own
-    folder of ``settings.output``: what was finished before is not trained again. ranks.json and
-    ranks.png are written beside them. ``start``: the first targets, None for those that
-    `target_sets` finds. Raises UserError for what the user can put right.
+    Each trial is a run of `finetune`, in its own folder of ``s.output``: what was finished before
+    is not trained again. ranks.json and ranks.png are written beside them. Raises UserError for
+    what the user can put right.
     """
-    if max_r < 2:
-        raise UserError(f"--max-r must be at least 2, to compare two ranks, got {max_r}")
-    if not 0 < gain < 1:
-        raise UserError(f"--gain must be above 0 and below 1 (0.01 is 1%), got {gain:g}")
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds must differ, got {' '.join(map(str, seeds))}")
-    sets = target_sets(settings.model, start)
-    say("search", f"r = 1, 2, 4, ... at most {max_r}, on {listed(sets[0])}")
+    sets = target_sets(s.model, s.target_modules)
+    say("search", f"r = 1, 2, 4, ... at most {s.max_r}, on {listed(sets[0])}")
     wider = "; ".join(f"on {listed(targets)}" for targets in sets[1:])
     say("then", f"the rank taken, {wider}" if wider else "nothing: no set known here is wider")
-
-    def train(r: int, targets: Targets) -> Trial:
-        return _train(dataclasses.replace(settings, r=r, target_modules=targets), seeds)
-
-    steps = search(train, max_r, sets, gain)
+    trials = search(lambda r, targets: _train(s, r, targets), s.max_r, sets, s.gain)
+    best = taken(trials)
     found = {
-        "take": {"r": taken(steps).trial.r, "target_modules": taken(steps).trial.targets},
-        "why": reason(steps, gain, max_r),
-        "max_r": max_r,
-        "gain_asked": gain,
-        "seeds": list(seeds),
-        "settings": _same_in_all(settings),
-        "trials": [_row(step) for step in steps],
+        "take": {"r": best.r, "target_modules": best.targets},
+        "why": reason(trials, s.gain, s.max_r),
+        "settings": dataclasses.asdict(s),
+        "trials": [vars(t) | {"gains": t.gains, "over": t.over and t.over.r} for t in trials],
     }
     if rank() == 0:
-        _show(found, steps, settings)
+        _show(found, trials, s)
     return found
 
 
-def _train(settings: Settings, seeds: Sequence[int]) -> Trial:
+def target_sets(name: str, start: Targets) -> list[Targets]:
+    """Return ``start`` and what is wider, by the names in the model's config: no weight is loaded.
+
+    Wider are every attention projection and "all-linear"; one that does not hold all modules of
+    the set before it, and more, is left out. Without ``start`` it is the first of `STARTS` that the
+    model has. Raises UserError.
+    """
+    model = models.empty_model(name)
+    linear = [n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
+
+    def has(part: str) -> bool:
+        return any(f".{module}".endswith(f".{part}") for module in linear)
+
+    known = next((names for names in STARTS if all(map(has, names))), ())
+    if not start and not known:
+        last = ", ".join(sorted({module.rpartition(".")[2] for module in linear}))
+        raise UserError(f"--target-modules must say where to start: this model has {last}")
+    sets = [start or known]
+    adapted = _modules(model, sets[0])
+    attention = [known + tuple(filter(has, OTHERS))] if known else []
+    for targets in (*attention, "all-linear"):
+        with contextlib.suppress(UserError):  # PEFT refuses all linear layers of a Mamba
+            if (more := _modules(model, targets)) > adapted:
+                sets, adapted = [*sets, targets], more
+    return sets
+
+
+def _modules(model: nn.Module, targets: Targets) -> set[str]:
+    tuner = models.adapted(model, targets).base_model
+    names = set(tuner.targeted_module_names)
+    tuner.unload()
+    return names
+
+
+def _train(s: Settings, r: int, targets: Targets) -> Trial:
     """Run `finetune` once for each seed, or read what it left when it was run before."""
+    same = {f.name: getattr(s, f.name) for f in dataclasses.fields(finetune.Settings)}
     runs = []
-    for seed in seeds:
-        one = dataclasses.replace(settings, seed=seed, output=str(_folder(settings, seed)))
-        say("trial", f"r = {one.r} on {listed(one.target_modules)}, seed {seed}")
-        runs.append(finetune.run(one))
+    for seed in s.seeds:
+        folder = f"r{r}-{re.sub('[^a-zA-Z0-9_.-]+', ',', listed(targets))[:60]}-seed{seed}"
+        own = {"r": r, "target_modules": targets, "seed": seed, "output": f"{s.output}/{folder}"}
+        say("trial", f"{listed(targets, r)}, seed {seed}")
+        runs.append(finetune.run(finetune.Settings(**same | own)))
         gc.collect()  # a model is a cycle of references, and the next one needs its memory
-    return Trial(
-        settings.r,
-        settings.target_modules,
-        tuple(run["held_out_after"] for run in runs),
-        fmean(run["held_out_before"] for run in runs),
-        runs[0]["trainable"],
-        round(sum(run["seconds"] for run in runs), 2),
-    )
+    losses = tuple(run["held_out_after"] for run in runs)
+    before = fmean(run["held_out_before"] for run in runs)
+    seconds = round(sum(run["seconds"] for run in runs), 2)
+    return Trial(r, targets, losses, before, runs[0]["trainable"], seconds)
 
 
-def _folder(settings: Settings, seed: int) -> Path:
-    targets = re.sub(r"[^\w.-]+", ",", listed(settings.target_modules))[:60]
-    return Path(settings.output) / f"r{settings.r}-{targets}-seed{seed}"
-
-
-def _same_in_all(settings: Settings) -> dict:
-    own = ("r", "target_modules", "seed", "ask", "output", "save_every", "restart")
-    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in own}
-
-
-def _row(step: Step) -> dict:
-    own = {"gain": step.gain, "noise": step.noise, "worth": step.worth}
-    return dataclasses.asdict(step.trial) | own
-
-
-def _show(found: dict, steps: list[Step], settings: Settings) -> None:
+def _show(found: dict, trials: list[Trial], s: Settings) -> None:
     """Write ranks.json and ranks.png, and print the table and the choice."""
-    from fastlora.commands import rank_curve
+    from fastlora.commands import pictures
 
-    s, gguf, seeds = settings, gguf_file(settings.model), found["seeds"]
-    picture, numbers = (Path(s.output) / name for name in ("ranks.png", "ranks.json"))
-    text = json.dumps(found, indent=1, ensure_ascii=False)
-    replace_file(numbers, lambda file: file.write(text.encode()))
-    rank_curve.draw(
+    picture, numbers = Path(s.output, "ranks.png"), Path(s.output, "ranks.json")
+    write_json(numbers, found)
+    seeds = ", ".join(map(str, s.seeds))
+    pictures.rank_curve(
         picture,
-        [step.trial for step in steps],
-        taken(steps).trial,
-        title=f"{gguf.stem if gguf else Path(s.model).name}: held-out loss by rank",
-        subtitle=f"{s.steps} steps, lr {s.lr:g}, {s.batch_size} examples a step, alpha {s.alpha:g} "
-        f"at every rank, {f'mean of {len(seeds)} seeds' if len(seeds) > 1 else f'seed {seeds[0]}'}",
+        trials,
+        taken(trials),
+        f"{models.title(s.model)}: held-out loss by rank",
+        f"{s.steps} steps, lr {s.lr:g}, {s.batch_size} examples a step, alpha {s.alpha:g} at every "
+        f"rank, mean of seeds {seeds}",
     )
-    print(f"\n{table(steps)}\n")
+    print(f"\n{table(trials)}\n")
     say("gain", "how much lower the loss is than that of the last trial above that was worth it")
-    if len(seeds) == 1:
-        say("noise", "one seed: how far another moves a gain is unknown; --seeds 0 1 2 measures it")
+    if len(s.seeds) > 1:
+        say("noise", f"± is the standard deviation over seeds {seeds}; a gain within it is none")
     else:
-        say("noise", f"± is a standard deviation over {len(seeds)} seeds; a gain within it is none")
+        say("noise", "one seed: how far another moves a gain is unknown; --seeds 0 1 2 measures it")
     say("wrote", f"{picture}, {numbers}")
     print(found["why"])

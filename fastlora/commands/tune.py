@@ -6,32 +6,49 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+from dataclasses import dataclass
 
 import torch
 
-from fastlora.commands.finetune_data import UserError
-from fastlora.commands.finetune_model import empty_model, first_line, require, torch_device
-from fastlora.layers import sibling_search
+import fastlora
+from fastlora.commands.models import Targets, adapted, empty_model
+from fastlora.commands.shared import DTYPES, UserError, check, option, require, torch_device
 from fastlora.operator import measured, plans
 from fastlora.operator.measured import OPS
 from fastlora.operator.plans import Problem
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SHAPE = re.compile(r"([1-9]\d*)[xX×]([1-9]\d*)")
 
+# N, K and whether it has an adapter, of a layer or of several that read the same x.
+Weights = tuple[tuple[int, int, bool], ...]
 
-def run(
-    model: str | None,
-    shapes: list[str] | None,
-    target_modules: str | tuple[str, ...],
-    tokens: list[int],
-    r: list[int],
-    dropout: str,
-    dtype: str,
-    adapter_dtype: str,
-    seconds: float,
-    device: str | None,
-) -> None:
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured."""
+
+    model: str | None = option(None, "Hugging Face folder or id, or a folder with one .gguf")
+    shapes: tuple[str, ...] = option((), "outputs x inputs: 14336x4096", metavar="NxK")
+    target_modules: str | tuple[str, ...] = option(("all-linear",), "of --model", metavar="NAME")
+    tokens: tuple[int, ...] = option((512, 8192), "tokens in a batch")
+    r: tuple[int, ...] = option((16,), "ranks")
+    dropout: str = option("both", "training draws it", choices=("both", "on", "off"))
+    dtype: str = option("bf16", "of the frozen weights", choices=DTYPES)
+    adapter_dtype: str = option("fp32", "fp32 as in PEFT", choices=DTYPES)
+    seconds: float = option(1.0, "for each problem, beside its kernels")
+    device: str | None = option(None, "default: cuda if there is one, else cpu")
+
+    def __post_init__(self) -> None:
+        if bool(self.model) == bool(self.shapes):
+            raise UserError("give either --model or --shapes")
+        for name, values in (("tokens", self.tokens), ("r", self.r), ("seconds", [self.seconds])):
+            if min(values) <= 0:
+                raise UserError(f"--{name} must be positive, got {min(values)}")
+        right = self.adapter_dtype in (self.dtype, "fp32")
+        check(self, "adapter_dtype", right, f"{self.dtype} or fp32")
+
+
+def run(s: Settings) -> None:
     """Measure, print what was chosen and what that gains, and keep it for every later process.
 
     Raises UserError for what the user can put right.
@@ -41,30 +58,25 @@ def run(
 
     from fastlora.operator import tuning
 
-    for name, values in (("tokens", tokens), ("r", r), ("seconds", [seconds])):
-        if min(values) <= 0:
-            raise UserError(f"--{name} must be positive, got {min(values)}")
     if plans.FORCED != "auto":
         raise UserError(f"FASTLORA_IMPL={plans.FORCED} leaves nothing to choose: unset it to tune")
-    where = plans.indexed(torch_device(device))
-    base, adapter = DTYPES[dtype], DTYPES[adapter_dtype]
-    if adapter not in (base, torch.float32):
-        raise UserError(f"--adapter-dtype must be {dtype} or fp32, got {adapter_dtype}")
-    weights = _of_model(model, target_modules) if model else _of_list(shapes or [])
+    where = plans.indexed(torch_device(s.device))
+    base, adapter = DTYPES[s.dtype], DTYPES[s.adapter_dtype]
+    weights = _of_model(s.model, s.target_modules) if s.model else [_of(x) for x in s.shapes]
     if len(plans.usable_implementations(base, where)) == 1:
         why = plans.triton_unusable(where) or "there is no other"
         print(f"nothing to choose on {where}: only 'blocks' runs there. {why}")
         return
-    drops = {"both": (False, True), "on": (True,), "off": (False,)}[dropout]
+    drops = {"both": (False, True), "on": (True,), "off": (False,)}[s.dropout]
     problems = []
-    for m, group, rank, drop in itertools.product(tokens, weights, r, drops):
+    for m, group, rank, drop in itertools.product(s.tokens, weights, s.r, drops):
         sizes, (_, k, _) = [(n, rank * adapted) for n, _, adapted in group], group[0]
         problems.append(Problem.together(m, k, sizes, base, adapter, drop).bucketed())
     problems = list(dict.fromkeys(problems))
     print(f"measuring on {measured.device_name(where)}")
     rows, file = [], None
     with tqdm(total=len(problems), unit="problem") as progress:
-        for problem, found, kept in tuning.tune(problems, where, progress.write, seconds):
+        for problem, found, kept in tuning.tune(problems, where, progress.write, s.seconds):
             progress.update()
             file = kept or file
             if found is not None:
@@ -95,38 +107,29 @@ def _row(problem: Problem, op: str, device: torch.device) -> tuple[str, float, f
     return line, seconds, before
 
 
-# N, K and whether it has an adapter, of a layer or of several that read the same x.
-Weights = tuple[tuple[int, int, bool], ...]
+def _of(shape: str) -> Weights:
+    if (match := _SHAPE.fullmatch(shape)) is None:
+        raise UserError(f"--shapes takes NxK, such as 14336x4096, got {shape!r}")
+    return ((int(match[1]), int(match[2]), True),)
 
 
-def _of_list(shapes: list[str]) -> list[Weights]:
-    found = [_SHAPE.fullmatch(shape) for shape in shapes]
-    for shape, match in zip(shapes, found, strict=True):
-        if match is None:
-            raise UserError(f"--shapes takes NxK, such as 14336x4096, got {shape!r}")
-    return [((int(match[1]), int(match[2]), True),) for match in found if match]
-
-
-def _of_model(name: str, target_modules: str | tuple[str, ...]) -> list[Weights]:
+def _of_model(name: str, targets: Targets) -> list[Weights]:
     """Return the different weights that LoRA would be put on, and siblings together.
 
     No weight is loaded, and nothing computed. Siblings are found where the model brings an input
     along.
     """
-    from fastlora import LoRAConfig, inject
-    from fastlora.layers.lora import LoRALinear
-
-    model, config = empty_model(name), LoRAConfig(target_modules=target_modules)
-    try:
-        inject(model, config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--target-modules: {first_line(error)}") from error
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    found = [((layer.out_features, layer.in_features, True),) for layer in layers]
+    model = adapted(empty_model(name), targets)
+    report = fastlora.patch_peft(model)
     with contextlib.suppress(ValueError):
-        for group in sibling_search.find(model, True, layers):
-            members = [group.parent._modules[name] for name in group.names]
-            rows = tuple((m.out_features, m.in_features, m in layers) for m in members)
-            if any(adapted for *_, adapted in rows):
-                found.append(rows)
+        report = fastlora.patch_peft(model, fuse_siblings=True)
+    adapters = {name.removeprefix("base_model.model.") for name in report.fused}
+    base = model.get_base_model()
+    groups = [(name,) for name in sorted(adapters)]
+    for path, names in (*report.siblings, *report.gated_mlps):
+        groups.append(tuple(f"{path}.{name}".removeprefix("base_model.model.") for name in names))
+    found = []
+    for group in groups:
+        layers = [(name, base.get_submodule(name)) for name in group]
+        found.append(tuple((m.out_features, m.in_features, n in adapters) for n, m in layers))
     return list(dict.fromkeys(found))

@@ -1,7 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes that instances are given at run time, and how to take them back."""
+"""What is put around modules and their classes at run time, and what is inside."""
 
 from __future__ import annotations
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model that DistributedDataParallel or torch.compile holds."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
 
 
 def rebased(kind: type, old: type, new: type) -> type:

@@ -1,45 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`LoRALinear`: a drop-in for ``nn.Linear`` with named low-rank adapters on a frozen weight."""
+"""`LoRALinear`: a drop-in for ``nn.Linear`` with a low-rank adapter on a frozen weight."""
 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Sequence
+import weakref
+from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.functional import DTYPES
-from fastlora.layers.active import Adapter, lora_sum
-from fastlora.layers.hyperparameters import (
-    check_adapter_dtype,
-    check_adapter_name,
-    check_hyperparameters,
-    default_adapter_dtype,
-    initial_factors,
-    scaling_of,
-)
-from fastlora.layers.siblings import FrozenLinear, Group, Operands, handed
+from fastlora.functional import DTYPES, LARGEST, lora_linear
+from fastlora.layers.active import Adapter
+from fastlora.layers.siblings import FrozenLinear, Group, Layer, handed
 
-DEFAULT_ADAPTER = "default"
+INIT_METHODS = (True, False, "gaussian")
+
+# What is merged, so that two layers of one weight do not merge into each other.
+_merged: weakref.WeakSet[LoRALinear] = weakref.WeakSet()
 
 
 class LoRALinear(nn.Linear):
-    """``y = x Wᵀ + bias + Σ scaling · dropout(x) Aᵀ Bᵀ`` over the active adapters.
+    """``y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`` (LoRA, Hu et al., arXiv:2106.09685).
 
-    State-dict keys: ``weight`` [out, in], ``bias`` [out], ``lora_A.<adapter>`` [r, in],
-    ``lora_B.<adapter>`` [out, r]. A state dict without any adapter key, such as that of the
-    plain layer, loads and leaves the adapters as they are.
+    Parameters: ``weight`` [out, in] and ``bias`` [out], frozen; ``lora_A`` [r, in] and ``lora_B``
+    [out, r]. Dropout is the child ``lora_dropout``, an ``nn.Dropout``, whose ``p`` and mode are
+    read at each call. A state dict without an adapter, such as that of the plain layer, loads and
+    leaves the adapter as it is.
 
-    ``weight`` and ``bias`` are frozen. ``scaling`` is ``lora_alpha / r``, or
-    ``lora_alpha / sqrt(r)`` with ``use_rslora`` (Kalajdzievski, arXiv:2312.03732).
-    ``init_lora_weights``: True draws A Kaiming-uniform, "gaussian" with deviation 1 / r, both
-    with B zero; "orthogonal" draws A and B with orthogonal row spaces (even r; B A is zero);
-    False draws both, so that the layer differs from its base from the start.
-    ``dtype`` is the base's; ``adapter_dtype`` defaults to float32 under a bfloat16 or float16
-    base, as in PEFT, and to the base's dtype otherwise.
+    ``scaling`` is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``
+    (Kalajdzievski, arXiv:2312.03732). ``init_lora_weights``: True draws A Kaiming-uniform,
+    "gaussian" with deviation 1 / r, both with B zero; False draws both, so that the layer differs
+    from its base from the start. ``dtype`` is the base's; ``adapter_dtype`` defaults to float32
+    under a bfloat16 or float16 base, as in PEFT, and to the base's dtype otherwise.
+    Raises TypeError or ValueError naming the argument that no adapter can have.
     """
 
     # True when ``weight`` is stored [in, out], as in transformers' Conv1D.
@@ -61,17 +59,7 @@ class LoRALinear(nn.Linear):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._init_adapters()
-        self.add_adapter(
-            DEFAULT_ADAPTER,
-            r=r,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            use_rslora=use_rslora,
-            init_lora_weights=init_lora_weights,
-            adapter_dtype=adapter_dtype,
-        )
-        self.set_adapter(DEFAULT_ADAPTER)
+        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
 
     @classmethod
     def from_linear(
@@ -98,181 +86,62 @@ class LoRALinear(nn.Linear):
         if why is not None:
             raise TypeError(f"linear {why}")
         _check_shared(linear, bias, device, dtype)
-        layer = cls._around(linear)
-        layer.add_adapter(
-            DEFAULT_ADAPTER,
-            r=r,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            use_rslora=use_rslora,
-            init_lora_weights=init_lora_weights,
-            adapter_dtype=adapter_dtype,
-        )
-        layer.set_adapter(DEFAULT_ADAPTER)
-        return layer
-
-    @classmethod
-    def _around(cls, linear: nn.Module) -> LoRALinear:
-        """Return a layer without adapters that shares everything with ``linear``."""
         layer = cls.__new__(cls)
         for key, value in vars(linear).items():
             layer.__dict__[key] = copy.copy(value) if isinstance(value, (dict, set)) else value
         if is_conv1d(linear):
             layer.fan_in_fan_out = True
             layer.in_features, layer.out_features = linear.weight.shape
-        layer._init_adapters()
+        layer._add_adapter(
+            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+        )
         return layer
 
-    def _init_adapters(self) -> None:
+    def _add_adapter(
+        self,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
+        init_lora_weights: bool | str,
+        adapter_dtype: torch.dtype | None,
+    ) -> None:
+        _check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights)
+        base, device = self.weight.dtype, self.weight.device
+        dtype = adapter_dtype or default_adapter_dtype(base)
+        if dtype not in (base, default_adapter_dtype(base)):
+            raise TypeError(
+                f"adapter_dtype must be the base's {base} or, under a 16-bit base, torch.float32; "
+                f"got {dtype}"
+            )
+        self.r, self.lora_alpha, self.init_lora_weights = r, lora_alpha, init_lora_weights
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.lora_dropout = nn.Dropout(lora_dropout).train(self.training)
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
+        self._draw_adapter()
+        # While merged: the weight as it was. Saved, as it tells that the other one is merged.
+        self.register_buffer("base_weight", None)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.lora_A = nn.ParameterDict()
-        self.lora_B = nn.ParameterDict()
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
-        self.lora_dropout: dict[str, float] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.init_lora_weights: dict[str, bool | str] = {}
-        self.active_adapters: tuple[str, ...] = ()
-        self.merged_adapters: tuple[str, ...] = ()
-        self.disable_adapters = False
-        # While merged: the weight as it was, moved and cast with the module, not saved.
-        self.register_buffer("_base_weight", None, persistent=False)
 
-    # Adapters
+    def _draw_adapter(self) -> None:
+        if self.init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if self.init_lora_weights is False:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.lora_B)
 
-    def add_adapter(
-        self,
-        name: str,
-        *,
-        r: int = 8,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> None:
-        """Add an adapter, not yet active; arguments as for the class.
-
-        Raises ValueError or TypeError before anything is changed.
-        """
-        check_adapter_name(name)
-        if name in self.r:
-            raise ValueError(f"adapter {name!r} exists already; delete_adapter({name!r}) first")
-        check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights)
-        dtype = adapter_dtype or default_adapter_dtype(self.weight.dtype)
-        check_adapter_dtype(dtype, self.weight.dtype)
-        a, b = initial_factors(
-            init_lora_weights, r, self.in_features, self.out_features, self.weight.device, dtype
-        )
-        self.lora_A[name] = nn.Parameter(a)
-        self.lora_B[name] = nn.Parameter(b)
-        self.r[name] = r
-        self.lora_alpha[name] = lora_alpha
-        self.scaling[name] = scaling_of(r, lora_alpha, use_rslora)
-        self.lora_dropout[name] = lora_dropout
-        self.use_rslora[name] = use_rslora
-        self.init_lora_weights[name] = init_lora_weights
-
-    def set_adapter(self, names: str | Sequence[str]) -> None:
-        """Make exactly ``names`` active: one adapter, several (their outputs add up) or ``[]``.
-
-        Active adapters train, the others are frozen. A merged layer is unmerged first.
-        Raises ValueError for a name that does not exist, and changes nothing then.
-        """
-        names = self._known(names)
-        if self.merged_adapters:
-            warnings.warn("set_adapter() on a merged layer: it is unmerged first", stacklevel=2)
-            self.unmerge()
-        self.active_adapters = names
-        for name in self.r:
-            self.lora_A[name].requires_grad_(name in names)
-            self.lora_B[name].requires_grad_(name in names)
-
-    def delete_adapter(self, name: str) -> None:
-        """Remove an adapter; one that is merged is unmerged first. ValueError if unknown."""
-        (name,) = self._known(name)
-        if name in self.merged_adapters:
-            warnings.warn(f"adapter {name!r} is merged: it is unmerged first", stacklevel=2)
-            self.unmerge()
-        self.active_adapters = tuple(n for n in self.active_adapters if n != name)
-        for store in self._stores():
-            del store[name]
-
-    def _stores(self):
-        return (
-            self.lora_A,
-            self.lora_B,
-            self.r,
-            self.lora_alpha,
-            self.scaling,
-            self.lora_dropout,
-            self.use_rslora,
-            self.init_lora_weights,
-        )
-
-    def _known(self, names: str | Sequence[str]) -> tuple[str, ...]:
-        names = (names,) if isinstance(names, str) else tuple(names)
-        for name in names:
-            if name not in self.r:
-                known = ", ".join(map(repr, self.r)) or "none"
-                raise ValueError(f"no adapter named {name!r}; adapters of this layer: {known}")
-        if len(set(names)) != len(names):
-            raise ValueError(f"adapter names must differ, got {list(names)}")
-        return names
-
-    # Merging
-
-    @property
-    def merged(self) -> bool:
-        return bool(self.merged_adapters)
-
-    @torch.no_grad()
-    def delta_weight(self, name: str) -> Tensor:
-        """Return ``scaling · B A`` of one adapter in float32 (float64 if it is), weight's shape."""
-        (name,) = self._known(name)
-        a, b = self.lora_A[name], self.lora_B[name]
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        delta = (b.to(dtype) @ a.to(dtype)).mul_(self.scaling[name])
-        return delta.t() if self.fan_in_fan_out else delta
-
-    @torch.no_grad()
-    def merge(self, safe: bool = False) -> None:
-        """Add the active adapters to the weight, so that forward costs the base product alone.
-
-        The original weight is kept aside, as `unmerge` gives it back bit for bit: a merged
-        layer holds two weights. With ``safe``, raise ValueError and change nothing when the
-        merged weight would hold a NaN or an infinity. No active adapter: nothing happens.
-        """
-        if self.merged_adapters:
-            raise RuntimeError(
-                f"already merged: {', '.join(self.merged_adapters)}; unmerge() first"
-            )
-        if not self.active_adapters:
-            return
-        merged = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
-        for name in self.active_adapters:
-            merged += self.delta_weight(name)
-        merged = merged.to(self.weight.dtype)
-        if safe and not torch.isfinite(merged).all():
-            names = ", ".join(self.active_adapters)
-            raise ValueError(f"merging {names} would put NaN or infinity into the weight")
-        self._buffers["_base_weight"] = self.weight  # as an attribute it would be a parameter
-        self._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
-        self.merged_adapters = self.active_adapters
-
-    def unmerge(self) -> None:
-        """Give the weight back as it was before `merge`; a layer that is not merged stays."""
-        if not self.merged_adapters:
-            return
-        base = self._base_weight
-        if not isinstance(base, nn.Parameter):  # the module was moved or cast while merged
-            base = nn.Parameter(base, requires_grad=False)
-        self._parameters["weight"] = base
-        self._buffers["_base_weight"] = None
-        self.merged_adapters = ()
+    def reset_parameters(self) -> None:
+        """Draw the weight, the bias and the adapter again, as at the start; nothing is merged."""
+        super().reset_parameters()
+        if "lora_A" in self._parameters:  # not while nn.Linear is made
+            self.base_weight = None
+            self._draw_adapter()
 
     # Forward
 
@@ -281,85 +150,125 @@ class LoRALinear(nn.Linear):
         y = handed(self, input)
         if y is not None:
             return y
-        if self.disable_adapters or self.merged_adapters or not self.active_adapters:
-            return F.linear(input, self._oriented(self._forward_weight()), self.bias)
-        return lora_sum(input, self._oriented(self.weight), self.bias, self.adapters())
+        if self.merged:
+            return F.linear(input, self._oriented(), self.bias)
+        ((a, b, scaling, p),) = self.adapters()
+        return lora_linear(
+            input, self._oriented(), a, b, self.bias, scaling=scaling, dropout_p=p, training=p > 0.0
+        )
 
     def adapters(self) -> list[Adapter]:
-        """Return the active adapters as `lora_sum` takes them."""
-        return [
-            (
-                self.lora_A[name],
-                self.lora_B[name],
-                self.scaling[name],
-                self.lora_dropout[name] if self.training else 0.0,
-            )
-            for name in self.active_adapters
-        ]
+        """Return the adapter as the operator takes it, in a list; an empty one while merged."""
+        if self.merged:
+            return []
+        dropout = self.lora_dropout
+        if not isinstance(dropout, (nn.Dropout, nn.Identity)):
+            raise TypeError(f"lora_dropout must be an nn.Dropout, got {type(dropout).__name__}")
+        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        return [(self.lora_A, self.lora_B, self.scaling, p)]
 
-    def sibling_operands(self, x: Tensor) -> Operands | None:
+    def sibling_operands(self, x: Tensor | None = None) -> Layer | None:
         """Return what `siblings` computes with, None while the weight alone is used."""
-        if self.disable_adapters or self.merged_adapters:
-            return None
-        return Operands(self.weight, self.fan_in_fan_out, self.bias, self.adapters())
+        adapters = self.adapters()
+        return (self._oriented(), self.bias, adapters) if adapters else None
 
-    def _forward_weight(self) -> Tensor:
-        if self.disable_adapters and self.merged_adapters:
-            return self._base_weight
-        return self.weight
+    def _oriented(self) -> Tensor:
+        return self.weight.t() if self.fan_in_fan_out else self.weight
 
-    def _oriented(self, weight: Tensor) -> Tensor:
-        return weight.t() if self.fan_in_fan_out else weight
+    # Merging
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weight holds the adapter."""
+        return self._buffers.get("base_weight") is not None
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """Return ``scaling · B A`` in float32 (float64 if they are), of the weight's shape."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        delta = (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).mul_(self.scaling)
+        return delta.t() if self.fan_in_fan_out else delta
+
+    @torch.no_grad()
+    def merge(self, safe: bool = False) -> None:
+        """Add the adapter to the weight, so that forward costs the base product alone.
+
+        It is written into the weight's own memory: whatever shares the weight, such as a tied
+        embedding, has the merged one from then on. A copy of the weight as it was is kept beside,
+        from which `unmerge` restores every bit. It is saved too, as ``base_weight``, and a state
+        dict loads as merged or not as it was saved. What takes known keys alone, such as
+        torch.distributed.checkpoint, would leave it out: unmerge() before that saves.
+        Raises RuntimeError where the weight is no plain tensor of this layer's own, or merged
+        already, and with ``safe`` ValueError where it would hold a NaN or an infinity.
+        """
+        if self.merged:
+            raise RuntimeError("already merged: unmerge() first")
+        weight = self._weight_to_write("merge")
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        merged = merged.add_(self.delta_weight()).to(weight.dtype)
+        if safe and not torch.isfinite(merged).all():
+            raise ValueError("merging would put NaN or infinity into the weight")
+        self.base_weight = weight.detach().clone(memory_format=torch.preserve_format)
+        _merged.add(self)
+        weight.copy_(merged)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Write the weight back as it was before `merge`; a layer that is not merged stays."""
+        if self.merged:
+            self._weight_to_write("unmerge").copy_(self.base_weight)
+            self.base_weight = None
+
+    def _weight_to_write(self, what: str) -> Tensor:
+        weight = self._parameters.get("weight")
+        if weight is None:
+            why = "is computed: it is parametrized, pruned or weight-normalised"
+        elif weight.is_meta or self.lora_A.is_meta:
+            why = "is on the meta device: not made yet, or there for a forward alone (offloading)"
+        elif type(weight.data) is not Tensor:
+            why = f"is a {type(weight.data).__name__}, not a plain tensor"
+        elif any(self._is_shared_with(other) for other in list(_merged)):
+            why = "is shared with another layer that is merged: unmerge that one first"
+        else:
+            return weight
+        raise RuntimeError(f"cannot {what}: the weight {why}")
+
+    def _is_shared_with(self, other: LoRALinear) -> bool:
+        same = other._parameters.get("weight") is self._parameters["weight"]
+        return same and other.merged and other is not self
 
     # State
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the weight, the bias and every adapter again, as at the start."""
-        super().reset_parameters()
-        for name, method in vars(self).get("init_lora_weights", {}).items():
-            a, b = self.lora_A[name], self.lora_B[name]
-            shape = (self.r[name], self.in_features, self.out_features)
-            new_a, new_b = initial_factors(method, *shape, a.device, a.dtype)
-            a.copy_(new_a)
-            b.copy_(new_b)
-
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        if self.merged_adapters:
-            warnings.warn(f"{prefix or 'the layer '}is merged: unmerged for loading", stacklevel=2)
+        """Become what the state says: merged with both weights, or unmerged."""
+        weight, base = (state_dict.get(f"{prefix}{name}") for name in ("weight", "base_weight"))
+        saved_merged = weight is not None and base is not None and base.shape == self.weight.shape
+        if self.merged and any(f"{prefix}{name}" in state_dict for name in self._parameters):
+            if not saved_merged:
+                what = prefix or "the layer "
+                warnings.warn(f"{what}is merged: unmerged for loading", stacklevel=2)
             self.unmerge()
-        own = {
-            f"{prefix}{store}.{name}": tensor
-            for store in ("lora_A", "lora_B")
-            for name, tensor in getattr(self, store).items()
-        }
-        if own.keys().isdisjoint(state_dict):  # a base checkpoint: the adapters stay
-            state_dict.update(own)
+        if saved_merged:
+            self.base_weight = torch.empty_like(self.weight, requires_grad=False)
+            _merged.add(self)
+        own = {f"{prefix}{name}": self._parameters.get(name) for name in ("lora_A", "lora_B")}
+        if own.keys().isdisjoint(state_dict):  # a base checkpoint: the adapter stays
+            state_dict.update((key, value) for key, value in own.items() if value is not None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.merged:
+            _merged.add(self)
+
     def extra_repr(self) -> str:
-        adapters = ", ".join(f"{n}: r={r}, scaling={self.scaling[n]:g}" for n, r in self.r.items())
-        return f"{super().extra_repr()}, adapters=[{adapters}], active={list(self.active_adapters)}"
+        merged = ", merged" if self.merged else ""
+        return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}{merged}"
 
 
-def _check_shared(
-    linear: nn.Module,
-    bias: bool | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> None:
-    own = linear.weight.device
-    if bias is not None and bias != (linear.bias is not None):
-        has = "has no bias" if linear.bias is None else "has a bias"
-        raise ValueError(f"bias={bias}, but the linear layer, whose bias is shared, {has}")
-    if device is not None:
-        wanted = torch.device(device)
-        if wanted.type != own.type or wanted.index not in (None, own.index):
-            raise ValueError(f"device={device}, but the weight, which is shared, is on {own}")
-    if dtype is not None and dtype != linear.weight.dtype:
-        raise ValueError(
-            f"dtype={dtype}, but the weight, which is shared, is {linear.weight.dtype}"
-        )
+def default_adapter_dtype(base: torch.dtype) -> torch.dtype:
+    """Return float32 for a 16-bit base, as PEFT does, and the base's own dtype otherwise."""
+    return torch.float32 if base in (torch.bfloat16, torch.float16) else base
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -384,9 +293,51 @@ def unsupported(module: nn.Module) -> str | None:
             return "belongs to nn.MultiheadAttention, which reads its weight and never calls it"
     if "forward" in vars(module):  # it would be copied, and run in place of LoRALinear's
         return "has a forward set on the object itself, as accelerate's hooks do"
+    if module._compiled_call_impl is not None:
+        return "is compiled by itself: replace first, then compile"
     weight = module._parameters.get("weight")
-    if weight is None:
-        return "computes its weight: it is parametrized or weight-normalised"
-    if weight.dtype not in DTYPES or type(weight.data) is not torch.Tensor:
+    if weight is None or "bias" not in module._parameters:
+        return "computes its weight or bias (parametrized, pruned, weight-normalised)"
+    if weight.dtype not in DTYPES or type(weight.data) is not Tensor:
         return f"has a weight of {type(weight.data).__name__} {weight.dtype}, not a dense float"
     return None
+
+
+def _check_shared(
+    linear: nn.Module,
+    bias: bool | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:
+    own = linear.weight.device
+    if bias is not None and bias != (linear.bias is not None):
+        has = "has no bias" if linear.bias is None else "has a bias"
+        raise ValueError(f"bias={bias}, but the linear layer, whose bias is shared, {has}")
+    if device is not None:
+        wanted = torch.device(device)
+        if wanted.type != own.type or wanted.index not in (None, own.index):
+            raise ValueError(f"device={device}, but the weight, which is shared, is on {own}")
+    if dtype is not None and dtype != linear.weight.dtype:
+        raise ValueError(
+            f"dtype={dtype}, but the weight, which is shared, is {linear.weight.dtype}"
+        )
+
+
+def _check_hyperparameters(
+    r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str
+) -> None:
+    if not isinstance(r, int) or isinstance(r, bool):
+        raise TypeError(f"r must be an int, got {type(r).__name__}")
+    if r < 1:
+        raise ValueError(f"r must be at least 1, got {r}")
+    for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not abs(lora_alpha) <= LARGEST:
+        raise ValueError(f"lora_alpha must be finite, got {lora_alpha!s:.40}")
+    if not 0.0 <= lora_dropout <= 1.0:
+        raise ValueError(f"lora_dropout must be between 0 and 1, got {lora_dropout}")
+    if type(init_lora_weights) not in (bool, str) or init_lora_weights not in INIT_METHODS:
+        raise ValueError(
+            f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}"
+        )

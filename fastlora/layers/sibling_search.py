@@ -3,25 +3,22 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastlora.layers import gated_modules
+from fastlora.layers import gated
 from fastlora.layers.classes import rebased
-from fastlora.layers.gated_modules import Form, form_of
+from fastlora.layers.examples import examples_for
+from fastlora.layers.report import Names
 from fastlora.layers.siblings import FrozenLinear, Group, Groups
 
-# True: an input that the model brings along (transformers); or one; or names of children.
+# True: an input by what the model says of itself (transformers); or one; or names of children.
 How = bool | Tensor | Mapping[str, Any] | Sequence[Sequence[str]]
-
-
-# The path of a module and its children's names, as in a report.
-Names = tuple[str, tuple[str, ...]]
 
 
 class Found(NamedTuple):
@@ -30,7 +27,7 @@ class Found(NamedTuple):
     parent: nn.Module
     path: str
     names: tuple[str, ...]
-    form: Form | None = None  # of the parent, where it is a gated MLP
+    form: gated.Form | None = None  # of the parent, where it is a gated MLP
     why_not: str = ""  # it is none, where it looks like one
 
     def layers(self) -> list[nn.Module]:
@@ -38,19 +35,17 @@ class Found(NamedTuple):
         return [self.parent._modules[name] for name in names]
 
 
-def find(
-    model: nn.Module,
-    how: How,
-    adapted: Collection[nn.Module],
-    excluded: Collection[nn.Module] = (),
-) -> list[Found]:
+# What can be a sibling, by id: its first parent, the parent's path and its own name.
+Children = dict[int, tuple[nn.Module, str, str]]
+
+
+def find(model: nn.Module, how: How, adapted: Collection[nn.Module]) -> list[Found]:
     """Return the groups of siblings of ``model`` that hold at least one of ``adapted``.
 
     Siblings are children of one module that are called with one and the same tensor, every time:
-    ``adapted`` layers, and plain ``nn.Linear`` ones beside them that are not ``excluded``.
-    ``how`` says how to find out:
+    ``adapted`` layers, and plain ``nn.Linear`` ones beside them. ``how`` says how to find out:
 
-    - True: one forward on the small input that models of transformers bring along;
+    - True: one forward on a small input that is made by what models of transformers say of theirs;
     - an example input, a tensor or keyword arguments: one forward on that, without gradients, in
       evaluation mode;
     - sequences of children's names in the order of their calls, such as ``[("q", "k", "v")]``: no
@@ -59,11 +54,14 @@ def find(
     Raises ValueError where there is no such input, where the forward fails or where names select
     nothing, and TypeError for anything else. The model stays as it is.
     """
-    layers = {id(layer) for layer in adapted}
-    left_out = {id(inner) for module in excluded for inner in module.modules()}
-    children = _children(model, layers, left_out)
-    if isinstance(how, (Tensor, Mapping)) or how is True:
-        groups = _traced(model, _example(model, how), children)
+    ids = {id(layer) for layer in adapted}
+    children = _children(model, ids)
+    if how is True:
+        # The model in PEFT's wrapper says what it takes.
+        speaks = next((m for m in model.modules() if hasattr(type(m), "dummy_inputs")), model)
+        groups = _traced(speaks, examples_for(speaks), children)
+    elif isinstance(how, (Tensor, Mapping)):
+        groups = _traced(model, [how], children)
     elif _are_names(how):
         groups = _named(model, how, children)
     else:
@@ -71,11 +69,13 @@ def find(
             "fuse_siblings must be True, an example input (a tensor or a mapping of keyword "
             f"arguments) or sequences of names, such as [('q', 'k', 'v')], got {how!r:.100}"
         )
-    groups = [
-        Found(*found[:3], *form_of(found.parent, found.names, lambda m: id(m) in children))
-        for found in groups
-    ]
-    return [found for found in groups if any(id(layer) in layers for layer in found.layers())]
+    found = []
+    for group in groups:
+        parent, path, _ = children[group[0]]
+        names = tuple(children[child][2] for child in group)
+        form = gated.form_of(parent, names, lambda module: id(module) in children)
+        found.append(Found(parent, path, names, *form))
+    return [each for each in found if not ids.isdisjoint(map(id, each.layers()))]
 
 
 def make(groups: Sequence[Found]) -> tuple[list[Names], list[Names]]:
@@ -86,22 +86,18 @@ def make(groups: Sequence[Found]) -> tuple[list[Names], list[Names]]:
     by_parent = defaultdict(list)
     for found in groups:
         by_parent[found.parent].append(found.names)
-    for parent, several in by_parent.items():
-        for child in parent._modules.values():  # of groups made before
-            if child is not None:
-                vars(child).pop("_siblings", None)
-        made = []
-        for names in several:
-            made.append(Group(names))
-            for name in names:
-                child = parent._modules[name]
-                if type(child) is nn.Linear:
-                    child.__class__ = FrozenLinear
-                child._siblings = made[-1]
-        parent._sibling_groups = Groups(parent, made)
-    for found in groups:
+        for layer in found.layers():
+            if type(layer) is nn.Linear:
+                layer.__class__ = FrozenLinear
         if found.form is not None:
-            gated_modules.fuse(found.parent, found.form)
+            gated.fuse(found.parent, found.form)
+    for parent, several in by_parent.items():
+        for child in filter(None, parent._modules.values()):  # of groups made before
+            vars(child).pop("_siblings", None)
+        parent._sibling_groups = Groups(parent, [Group(names) for names in several])
+        for group in parent._sibling_groups.groups:
+            for name in group.names:
+                parent._modules[name]._siblings = group
     mlps = [(found.path, found.form.names) for found in groups if found.form is not None]
     return [(found.path, found.names) for found in groups if found.form is None], mlps
 
@@ -109,13 +105,13 @@ def make(groups: Sequence[Found]) -> tuple[list[Names], list[Names]]:
 def lookalikes(groups: Sequence[Found]) -> list[tuple[str, str]]:
     """Return the class of each module that looks like a gated MLP, and why it is none."""
     found = [(each.parent, each.why_not) for each in groups if each.why_not]
-    return list(dict.fromkeys((gated_modules.unfused(m).__name__, why) for m, why in found))
+    return list(dict.fromkeys((gated.unfused(module).__name__, why) for module, why in found))
 
 
 def separate(model: nn.Module) -> None:
     """Take every group in ``model`` apart: each layer computes alone, as before `make`."""
     modules = list(model.modules())
-    kinds = [rebased(gated_modules.unfused(module), FrozenLinear, nn.Linear) for module in modules]
+    kinds = [rebased(gated.unfused(module), FrozenLinear, nn.Linear) for module in modules]
     for module, kind in zip(modules, kinds, strict=True):
         for name in ("_siblings", "_sibling_groups", "_gated_form"):
             vars(module).pop(name, None)
@@ -123,49 +119,24 @@ def separate(model: nn.Module) -> None:
             module.__class__ = kind
 
 
-def listed(groups: Sequence[Names], mlps: Sequence[Names]) -> list[str]:
-    """Return a line of a report for each different group and MLP, with how often it comes."""
-    lines = Counter(f"siblings: {', '.join(names)}" for _, names in groups)
-    lines.update(f"gated MLP: {', '.join(names)}" for _, names in mlps)
-    return [f"{line} x{n}" if n > 1 else line for line, n in lines.items()]
-
-
-def _children(
-    model: nn.Module, adapted: set[int], left_out: set[int]
-) -> dict[int, tuple[nn.Module, str, str]]:
-    """Return what can be a sibling, by id: its first parent, the parent's path and its name."""
-    found: dict[int, tuple[nn.Module, str, str]] = {}
-    inside = set(left_out)  # PEFT keeps linear layers in its own
+def _children(model: nn.Module, adapted: set[int]) -> Children:
+    found: Children = {}
+    inside = set()  # of adapted layers: PEFT keeps linear ones in its own
     for path, parent in model.named_modules():
         if id(parent) in adapted:
-            inside.update(id(module) for module in parent.modules())
-        if id(parent) in inside:
-            continue
-        for name, child in parent._modules.items():
-            if id(child) in left_out:
-                continue
-            if id(child) in adapted or type(child) in (nn.Linear, FrozenLinear):
-                found.setdefault(id(child), (parent, path, name))
+            inside.update(map(id, parent.modules()))
+        elif id(parent) not in inside:
+            for name, child in parent._modules.items():
+                if id(child) in adapted or type(child) in (nn.Linear, FrozenLinear):
+                    found.setdefault(id(child), (parent, path, name))
     return found
 
 
-def _example(model: nn.Module, how: How) -> Mapping[str, Any] | Tensor:
-    if how is not True:
-        return how
-    example = getattr(model, "dummy_inputs", None)
-    if not isinstance(example, Mapping) or not example:
-        raise ValueError(
-            f"fuse_siblings=True: {type(model).__name__} brings no input along to find siblings "
-            "with; give one, such as fuse_siblings={'x': torch.zeros(1, 16)}, or the children's "
-            "names: fuse_siblings=[('q', 'k', 'v')]"
-        )
-    return example
-
-
 def _traced(
-    model: nn.Module, example: Mapping[str, Any] | Tensor, children: dict[int, tuple]
-) -> list[Found]:
-    seen: dict[tuple, list[int]] = defaultdict(list)  # by parent and input: children as called
+    model: nn.Module, examples: Sequence[Mapping[str, Any] | Tensor], children: Children
+) -> list[tuple[int, ...]]:
+    """Return the ids of children that were called together, in the first forward that works."""
+    seen: dict[tuple, list[int]] = {}  # by parent and input: children as called
     alive = []  # an id is a tensor's own only while it lives
 
     def called(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -173,21 +144,27 @@ def _traced(
         if isinstance(x, Tensor):
             alive.append(x)
             version = None if x.is_inference() else x._version
-            together = seen[id(children[id(module)][0]), id(x), version]
+            together = seen.setdefault((id(children[id(module)][0]), id(x), version), [])
             if id(module) not in together:
                 together.append(id(module))
 
-    modules = {id(m): m for m in model.modules() if id(m) in children}
-    hooks = [m.register_forward_pre_hook(called, with_kwargs=True) for m in modules.values()]
+    hooks = [
+        module.register_forward_pre_hook(called, with_kwargs=True)
+        for module in model.modules()
+        if id(module) in children
+    ]
+    errors = []
     try:
-        where = next((p.device for p in model.parameters()), torch.device("cpu"))
-        with _evaluating(model, where):
-            _call(model, example, where)
-    except Exception as error:
-        raise ValueError(
-            f"fuse_siblings: {type(model).__name__} raised {type(error).__name__} on the example "
-            f"input ({error!s:.200}); give another, or names: fuse_siblings=[('q', 'k', 'v')]"
-        ) from error
+        for example in examples:
+            seen.clear()
+            try:
+                with _evaluating(model) as where:
+                    _call(model, example, where)
+                break
+            except Exception as error:
+                errors.append(error)
+        else:
+            raise ValueError(_none_works(model, errors, children)) from (errors or [None])[-1]
     finally:
         for hook in hooks:
             hook.remove()
@@ -196,11 +173,20 @@ def _traced(
         for child in together:
             always[child].add(tuple(together))
     groups = dict.fromkeys(map(tuple, seen.values()))
-    return [
-        _found(group, children)
-        for group in groups
-        if len(group) > 1 and all(always[child] == {group} for child in group)
-    ]
+    return [g for g in groups if len(g) > 1 and all(always[child] == {g} for child in g)]
+
+
+def _none_works(model: nn.Module, errors: list[Exception], children: Children) -> str:
+    name, known = type(model).__name__, defaultdict(list)
+    what = f"{name} says of no input that siblings could be found with"
+    if errors:
+        kind, said = type(errors[-1]).__name__, f"{errors[-1]!s:.200}"
+        what = f"{name} raised {kind} on the example input ({said})"
+    for parent, _, child in children.values():
+        known[parent, parent._modules[child].in_features].append(child)
+    names = next((tuple(names[:3]) for names in known.values() if len(names) > 1), None)
+    by_name = f", or the children's names, such as fuse_siblings={[names]}" if names else ""
+    return f"fuse_siblings: {what}; give another, a tensor or a mapping of arguments{by_name}"
 
 
 def _call(model: nn.Module, example: Mapping[str, Any] | Tensor, where: torch.device) -> None:
@@ -211,32 +197,34 @@ def _call(model: nn.Module, example: Mapping[str, Any] | Tensor, where: torch.de
 
 
 @contextmanager
-def _evaluating(model: nn.Module, where: torch.device):
+def _evaluating(model: nn.Module) -> Iterator[torch.device]:
     """Run ``model`` in evaluation mode, without gradients and without using up random numbers."""
     modes = [(module, module.training) for module in model.modules()]
+    where = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         model.eval()
         devices = [where] if where.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            yield
+            yield where
     finally:
         for module, training in modes:
             module.training = training
 
 
 def _are_names(how: Any) -> bool:
+    def is_sequence(value: Any) -> bool:
+        return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+
     return (
-        isinstance(how, Sequence)
-        and not isinstance(how, str)
-        and len(how) > 0
-        and all(isinstance(names, Sequence) and not isinstance(names, str) for names in how)
+        is_sequence(how)
+        and all(map(is_sequence, how))
         and all(isinstance(name, str) for names in how for name in names)
     )
 
 
 def _named(
-    model: nn.Module, how: Sequence[Sequence[str]], children: dict[int, tuple]
-) -> list[Found]:
+    model: nn.Module, how: Sequence[Sequence[str]], children: Children
+) -> list[tuple[int, ...]]:
     flat = [name for names in how for name in names]
     if len(set(flat)) < len(flat) or any(len(names) < 2 for names in how):
         raise ValueError(
@@ -250,13 +238,8 @@ def _named(
             group = tuple(id(module._modules.get(name)) for name in names)
             there = all(child in children and children[child][0] is module for child in group)
             if there and len(set(group)) == len(group):
-                of_these.append(_found(group, children))
+                of_these.append(group)
         if not of_these:
             raise ValueError(f"fuse_siblings: no module has linear layers named {tuple(names)}")
         groups += of_these
     return groups
-
-
-def _found(group: tuple[int, ...], children: dict[int, tuple]) -> Found:
-    parent, path, _ = children[group[0]]
-    return Found(parent, path, tuple(children[child][2] for child in group))

@@ -21,19 +21,14 @@ from torch.nn.modules.module import _has_any_global_hook as module_hooks
 
 from fastlora import functional
 from fastlora.layers.active import Adapter, stacked
+from fastlora.operator import plans
 from fastlora.operator.operands import Projection
 
-_MISSES = 3  # of a group, before a warning says so
+# What `sibling_operands` of a layer returns: weight [N, K], bias [N] and the active adapters.
+Layer = tuple[Tensor, "Tensor | None", Sequence[Adapter]]
+
+_MISSES = 3  # of a group, more than an eighth of its forwards, before it is given up
 _PLAIN = (Tensor, nn.Parameter)
-
-
-class Operands(NamedTuple):
-    """What a layer computes with as it stands: compared by identity, not by value."""
-
-    weight: Tensor
-    transposed: bool
-    bias: Tensor | None
-    adapters: Sequence[Adapter]
 
 
 class Group:
@@ -46,7 +41,7 @@ class Group:
     def __init__(self, names: Iterable[str]) -> None:
         self.names = tuple(names)
         self.parent: weakref.ref | None = None
-        self.misses = 0
+        self.misses, self.said = 0, False
 
     def __reduce__(self) -> tuple:
         return Group, (self.names,)
@@ -79,10 +74,10 @@ class FrozenLinear(nn.Linear):
 
     _siblings: Group | None = None
 
-    def sibling_operands(self, x: Tensor) -> Operands | None:
+    def sibling_operands(self, x: Tensor) -> Layer | None:
         if type(self.weight) not in _PLAIN or type(self.bias) not in (*_PLAIN, type(None)):
             return None  # a quantised weight, say
-        return Operands(self.weight, False, self.bias, ())
+        return self.weight, self.bias, ()
 
     def forward(self, input: Tensor) -> Tensor:
         y = handed(self, input)
@@ -90,12 +85,15 @@ class FrozenLinear(nn.Linear):
 
 
 class _Held(NamedTuple):
-    """The outputs of a group that its siblings have not fetched yet, and what they hold for."""
+    """The outputs of a group that its siblings have not fetched yet, and what they hold for.
+
+    By the sibling's id: the sibling, what it computed with, that at the time, and the output.
+    """
 
     group: Group
     x: Tensor
     circumstances: tuple
-    seats: dict[int, tuple[nn.Module, Operands, tuple[tuple, ...], Tensor]]
+    seats: dict[int, tuple[nn.Module, Layer, list, Tensor]]
 
 
 # One group's outputs for each thread: whatever an exception or a skipped sibling left behind goes
@@ -110,6 +108,8 @@ def handed(member: nn.Module, x: Tensor) -> Tensor | None:
         return None
     if torch._C._are_functorch_transforms_active():  # what it computes is of use in there alone
         return None
+    if plans.is_few(x.numel(), 1, x.device):  # nothing that would pay for the way
+        return None
     held: _Held | None = getattr(_slot, "held", None)
     if held is not None and held.group is group and held.x is x and id(member) in held.seats:
         return _fetch(held, member, x)
@@ -117,21 +117,41 @@ def handed(member: nn.Module, x: Tensor) -> Tensor | None:
     if members is None or members[0] is not member:
         return None
     _drop()  # also what this group has computed for x before: this is another forward
-    if module_hooks() or any(map(may_differ, members)):
+    if member._siblings is not group or module_hooks() or any(map(may_differ, members)):
         return None
     return _compute(group, members, x)
 
 
+def _compute(group: Group, members: list[nn.Module], x: Tensor) -> Tensor | None:
+    layers = [member.sibling_operands(x) for member in members]
+    projections = [layer and projection_of(layer) for layer in layers]
+    if not all(projections):
+        return None
+    try:
+        states = list(map(_state, layers))
+        ready = functional.checked(x, projections)
+    except (RuntimeError, TypeError, ValueError):
+        # Parameters made in inference mode have no version; and what is wrong, or taken after all,
+        # each layer says by itself.
+        return None
+    first, *ys = functional.run_checked(*ready, training=True)
+    seats = zip(members[1:], layers[1:], states[1:], ys, strict=True)
+    _slot.held = _Held(group, x, _circumstances(x), {id(seat[0]): seat for seat in seats})
+    return first
+
+
 def _fetch(held: _Held, member: nn.Module, x: Tensor) -> Tensor | None:
-    _, operands, versions, y = held.seats.pop(id(member))
+    _, _, state, y = held.seats.pop(id(member))
     if not held.seats:
         _slot.held = None
     now = member.sibling_operands(x)
-    if held.circumstances == _circumstances(x) and now is not None and _same(operands, now):
+    if now is not None and held.circumstances == _circumstances(x):
         with contextlib.suppress(RuntimeError):
-            if versions == _versions(now) and not _is_freed(y):
+            if state == _state(now) and not _is_freed(y):
+                if not held.seats:
+                    held.group.misses = max(0, held.group.misses - 1)
                 return y
-    _miss(held.group, [member])
+    _miss(held, [member])
     return None
 
 
@@ -146,48 +166,39 @@ def _is_freed(y: Tensor) -> bool:
     return False
 
 
-def _compute(group: Group, members: list[nn.Module], x: Tensor) -> Tensor | None:
-    operands = [member.sibling_operands(x) for member in members]
-    if any(each is None for each in operands):
-        return None
-    projections = list(map(projection_of, operands))
-    if any(each is None for each in projections):
-        return None
-    try:
-        versions = list(map(_versions, operands))
-    except RuntimeError:  # parameters made in inference mode have none
-        return None
-    try:
-        ready = functional.checked(x, projections)
-    except (TypeError, ValueError):  # alone each says what is wrong with it, or takes it
-        return None
-    first, *ys = functional.run_checked(*ready, training=True)
-    rest = zip(members[1:], operands[1:], versions[1:], ys, strict=True)
-    seats = {id(seat[0]): seat for seat in rest}
-    _slot.held = _Held(group, x, _circumstances(x), seats)
-    return first
-
-
 def _drop() -> None:
-    """Forget what nobody has fetched, and say so when it keeps happening to a group."""
+    """Forget what nobody has fetched."""
     held: _Held | None = getattr(_slot, "held", None)
     _slot.held = None
     if held is not None:
-        _miss(held.group, [seat[0] for seat in held.seats.values()])
+        _miss(held, [seat[0] for seat in held.seats.values()])
 
 
-def _miss(group: Group, unused: list[nn.Module]) -> None:
-    """Count what was computed for nothing; say so when it keeps happening to a group."""
-    group.misses += 1
-    if group.misses == _MISSES:
-        members = group.members() or []
-        left = [n for n, m in zip(group.names, members, strict=False) if m in unused]
+def _miss(held: _Held, unused: list[nn.Module]) -> None:
+    """Count what was computed for nothing; when it keeps happening say so, and part the group.
+
+    Not while its forward may be run again for backward, which has to go as it went: under hooks
+    for saved tensors, or without gradients, as checkpoints are.
+    """
+    group = held.group
+    group.misses += 8
+    members = group.members()
+    if group.misses < 8 * _MISSES or members is None:
+        return
+    if not group.said:
+        group.said = True
+        left = [name for name, m in zip(group.names, members, strict=True) if m in unused]
+        rest = tuple(name for name in group.names if name not in left)
+        rest = f"; fuse_siblings={[rest]} leaves them out" if len(rest) > 1 else ""
         warnings.warn(
-            f"{', '.join(left or group.names[1:])}: computed beside {group.names[0]!r} and not "
-            f"called with its input, {_MISSES} times; that is lost time: name the siblings that "
-            "always are, fuse_siblings=[('q_proj', 'k_proj'), ...]",
+            f"{', '.join(left)}: computed beside {group.names[0]!r} and not called with its input, "
+            f"{_MISSES} times; that is lost time: {', '.join(group.names)} run alone from now on, "
+            f"with checkpoints once there are none{rest}",
             stacklevel=2,
         )
+    if held.circumstances[:2] == (True, None):
+        for member in members:
+            vars(member).pop("_siblings", None)
 
 
 def is_plain(x: Any) -> bool:
@@ -203,7 +214,7 @@ def _circumstances(x: Tensor) -> tuple:
     # Checkpointing without reentry is such a hook: outside and inside are two forwards.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     modes = torch.is_inference_mode_enabled(), torch._C._len_torch_dispatch_stack()
-    return x._version, x.requires_grad, torch.is_grad_enabled(), dtype, hooks, _stream(x), *modes
+    return torch.is_grad_enabled(), hooks, x._version, x.requires_grad, dtype, _stream(x), *modes
 
 
 def _stream(x: Tensor) -> torch.cuda.Stream | None:
@@ -211,11 +222,9 @@ def _stream(x: Tensor) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(x.device) if x.is_cuda else None
 
 
-def projection_of(operands: Operands) -> Projection | None:
+def projection_of(layer: Layer) -> Projection | None:
     """Return the projection that a layer is, None if several of its adapters draw dropout."""
-    weight, transposed, bias, adapters = operands
-    if transposed:
-        weight = weight.t()
+    weight, bias, adapters = layer
     if not adapters:
         return Projection(weight, None, None, bias)
     if len(adapters) > 1:
@@ -226,26 +235,17 @@ def projection_of(operands: Operands) -> Projection | None:
     return Projection(weight, a, b, bias, scaling, p)
 
 
-def _versions(operands: Operands) -> tuple[tuple, ...]:
-    """Return how often each tensor has been written to, whether it trains and where it lies."""
-    weight, _, bias, adapters = operands
-    factors = [t for a, b, scaling, _ in adapters for t in (a, b, scaling)]
-    return tuple(
-        (t._version, t.requires_grad, t.data_ptr())
-        for t in (weight, bias, *factors)
+def _state(layer: Layer) -> list:
+    """Return what tells a layer's output from another: numbers, and of each tensor which it is,
+    how often it was written to, whether it trains and where it lies.
+    """
+    weight, bias, adapters = layer
+    return [
+        (id(t if t._base is None else t._base), t._version, t.requires_grad, t.data_ptr())
         if isinstance(t, Tensor)
-    )
-
-
-def _same(then: Operands, now: Operands) -> bool:
-    if then.weight is not now.weight or then.bias is not now.bias:
-        return False
-    return len(then.adapters) == len(now.adapters) and all(
-        a is a_now and b is b_now and (scaling is scaling_now or scaling == scaling_now) and p == q
-        for (a, b, scaling, p), (a_now, b_now, scaling_now, q) in zip(
-            then.adapters, now.adapters, strict=True
-        )
-    )
+        else t
+        for t in (weight, bias, *(part for adapter in adapters for part in adapter))
+    ]
 
 
 def may_differ(member: nn.Module) -> bool:

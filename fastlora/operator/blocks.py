@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``torch`` implementation: library products only, for CPUs and for what Triton cannot do.
+"""The ``blocks`` implementation: library products only, for CPUs and for what Triton cannot do.
 
 In forward the low-rank product is written first and the base product adds itself to it; in
 backward it is the other way round (`kernels/CPU.md`). Projections of one x share what they can:
@@ -32,68 +32,35 @@ FEW = 200_000
 SHORT, FEW_COLUMNS = 1024, 128
 
 
-def forward(
-    x: Tensor,
-    w: Tensor,
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """Return y [M, N] in the dtype of x and s = dropout(x) aᵀ [M, R] in the adapters' dtype."""
-    (y,), (s,) = forward_all(x, (Operands(w, a, b, bias, seed, scaling, dropout_p),))
-    return y, s
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    a: Tensor,
-    b: Tensor,
-    s: Tensor,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return dx [M, K], da [R, K] and db [N, R], each None unless its flag in ``needs`` is set."""
-    need_x, *needs = needs
-    one = (Operands(w, a, b, None, seed, scaling, dropout_p),)
-    dx, (da,), (db,) = backward_all((dy,), x, one, (s,), need_x, (needs,))
-    return dx, da, db
-
-
-def forward_all(
+def shrink(
     x: Tensor, projections: Sequence[Operands]
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return y [M, N] and s = dropout(x) aᵀ [M, R] of each projection, s None without an a."""
+) -> tuple[list[Tensor | None], list[Tensor | None] | None]:
+    """Return s = dropout(x) aᵀ [M, R] of each projection, in the adapters' dtype."""
+    if len(projections) == 1:
+        (_, a, _, _, seed, _, p) = projections[0]
+        return [None if a is None else _shrink(x, a, seed, p)], None
     ss: list[Tensor | None] = [None] * len(projections)
     for same in _stacks(projections):
-        a = _stack([projections[i].a for i in same])
-        s = _shrink(x, a, projections[same[0]].seed, projections[same[0]].p)
-        for i, part in zip(
-            same, _parts(s, [projections[i].a.shape[0] for i in same], 1), strict=True
-        ):
+        few = [projections[i] for i in same]
+        s = _shrink(x, _stack([p.a for p in few]), few[0].seed, few[0].p)
+        for i, part in zip(same, _parts(s, few, 1), strict=True):
             ss[i] = part
-    return outputs(x, projections, ss), ss
+    return ss, None
 
 
 def outputs(
     x: Tensor,
     projections: Sequence[Operands],
     ss: Sequence[Tensor | None],
-    expanded: Sequence[Tensor | None] = (),
+    scaled: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
     """Return y [M, N] of each projection from its s: the frozen product added to the low-rank.
 
-    ``expanded`` may hold low-rank products, bias included, that are there already and become y.
+    ``scaled`` may hold low-rank products, bias included, that are there already and become y.
     """
     ys = []
-    for i, ((w, _, b, bias, _, scaling, _), s) in enumerate(zip(projections, ss, strict=True)):
-        y = expanded[i] if expanded else None
+    for i, (w, _, b, bias, _, scaling, _) in enumerate(projections):
+        s, y = ss[i], scaled[i] if scaled else None
         if s is None:
             ys.append(F.linear(x, w, bias))
             continue
@@ -103,49 +70,74 @@ def outputs(
     return ys
 
 
-def backward_all(
+def ds_db(
     dys: Sequence[Tensor | None],
-    x: Tensor,
     projections: Sequence[Operands],
     ss: Sequence[Tensor | None],
-    need_x: bool,
-    needs: Sequence[tuple[bool, bool]],
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """Return dx [M, K] of all projections together, and da [R, K] and db [N, R] of each.
-
-    ``needs`` says of each projection whether da and db are asked for; what is not asked for, or
-    has no dy, is None.
-    """
-    dx = None
-    dss, dbs, das = ([None] * len(projections) for _ in range(3))
-    for i, (dy, (w, a, b, _, _, scaling, _), s, (need_a, need_b)) in enumerate(
-        zip(dys, projections, ss, needs, strict=True)
+    need_ds: Sequence[bool],
+    need_db: Sequence[bool],
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Return ds = scaling · dy b [M, R] and db = scaling · dyᵀ s [N, R] of each projection."""
+    dss, dbs = [], []
+    for dy, (_, _, b, _, _, scaling, _), s, *needed in zip(
+        dys, projections, ss, need_ds, need_db, strict=True
     ):
-        if dy is None:
-            continue
-        if need_x:
+        ds, db = (None, None) if dy is None or b is None else _ds_db(dy, b, s, scaling, *needed)
+        dss.append(ds)
+        dbs.append(db)
+    return dss, dbs
+
+
+def input_grad(
+    dys: Sequence[Tensor | None],
+    projections: Sequence[Operands],
+    dss: Sequence[Tensor | None],
+) -> Tensor | None:
+    """Return dx = Σ (dy w + dropout'(ds a)) [M, K], None without a dy."""
+    return input_grad_and_da(dys, None, projections, dss, [False] * len(projections))[0]
+
+
+def da(
+    x: Tensor,
+    projections: Sequence[Operands],
+    dss: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Return da = dsᵀ dropout(x) [R, K] of each projection."""
+    return input_grad_and_da([None] * len(projections), x, projections, dss, needs)[1]
+
+
+def input_grad_and_da(
+    dys: Sequence[Tensor | None],
+    x: Tensor | None,
+    projections: Sequence[Operands],
+    dss: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return what the two steps do: a mask that both need is drawn once, block after block."""
+    dx, das = None, [None] * len(projections)
+    for dy, (w, *_) in zip(dys, projections, strict=True):
+        if dy is not None:
             dx = dy @ w if dx is None else dx.addmm_(dy, w)
-        if a is not None:
-            dss[i], dbs[i] = _ds_db(dy, b, s, scaling, need_x or need_a, need_b)
+    if len(projections) == 1:
+        _, a, _, _, seed, _, p = projections[0]
+        return dx, [None if dss[0] is None else _add_low_rank(dx, x, dss[0], a, seed, p, needs[0])]
     for same in _stacks(projections):
         same = [i for i in same if dss[i] is not None]
-        if not same:
+        need_a = any(needs[i] for i in same)
+        if not same or (dx is None and not need_a):
             continue
-        (_, _, _, _, seed, _, p), need_a = projections[same[0]], any(needs[i][0] for i in same)
-        a, ds = _stack([projections[i].a for i in same]), _stack([dss[i] for i in same], 1)
-        da = _add_low_rank(dx, x, ds, a, seed, p, need_a)
+        few = [projections[i] for i in same]
+        ds, a = _stack([dss[i] for i in same], 1), _stack([p.a for p in few])
+        found = _add_low_rank(dx, x, ds, a, few[0].seed, few[0].p, need_a)
         if need_a:
-            for i, part in zip(
-                same, _parts(da, [projections[i].a.shape[0] for i in same], 0), strict=True
-            ):
-                das[i] = part if needs[i][0] else None
-    return dx, das, dbs
+            for i, part in zip(same, _parts(found, few, 0), strict=True):
+                das[i] = part if needs[i] else None
+    return dx, das
 
 
 def _stacks(projections: Sequence[Operands]) -> list[list[int]]:
     """Return which adapters read x together, stacked along the rank: those that drop nothing."""
-    if len(projections) == 1:
-        return [[0]] if projections[0].a is not None else []
     apart, together = [], {}
     for i, (_, a, _, _, seed, _, _) in enumerate(projections):
         if seed is not None:
@@ -159,13 +151,17 @@ def _stack(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _parts(whole: Tensor, sizes: list[int], dim: int) -> Sequence[Tensor]:
-    """Return the parts of a stack, each in memory of its own."""
-    return (whole,) if len(sizes) == 1 else torch.split_with_sizes_copy(whole, sizes, dim)
+def _parts(whole: Tensor, few: list[Operands], dim: int) -> Sequence[Tensor]:
+    """Return the part of each adapter in a stack of theirs, in memory of its own."""
+    if len(few) == 1:
+        return (whole,)
+    return torch.split_with_sizes_copy(whole, [p.a.shape[0] for p in few], dim)
 
 
 def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """Return dropout(x) aᵀ [M, R] in the dtype of a."""
+    if seed is None and x.dtype == a.dtype:
+        return x @ a.t()
     if seed is None and _at_once(x, a.dtype):
         return x.to(a.dtype) @ a.t()
     s = x.new_empty(x.shape[0], a.shape[0], dtype=a.dtype)
@@ -176,7 +172,7 @@ def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
 
 def _add_low_rank(
     dx: Tensor | None,
-    x: Tensor,
+    x: Tensor | None,
     ds: Tensor,
     a: Tensor,
     seed: Tensor | None,
@@ -184,29 +180,36 @@ def _add_low_rank(
     need_a: bool,
 ) -> Tensor | None:
     """Add dropout'(ds a) to ``dx`` where there is one; return da [R, K] if it is asked for."""
-    if seed is None and dx is not None:
-        _add_product(dx, ds, a)
-    if seed is None and _at_once(x, a.dtype):
-        return _turned(ds, x) @ x.to(a.dtype) if need_a else None
-    da = torch.zeros(a.shape, dtype=_sum_dtype(a), device=a.device) if need_a else None
-    if need_a or seed is not None:
-        left, right = (ds, a) if dx is None else _in_dtype(ds, a, x)
-        for rows, x_hat, ones in _blocks(x, a.dtype, seed, p):
-            if need_a:
-                da += (_turned(_part(ds, rows), x_hat) @ x_hat).to(da.dtype)
-            if dx is not None and ones is not None:
-                part = (_part(left, rows) @ right).to(x.dtype)
-                _part(dx, rows).addcmul_(part, ones, value=kept_scale(p))
-    if seed is not None and need_a:
-        da.mul_(kept_scale(p))
-    return da.to(a.dtype) if need_a else None
+    if seed is None:
+        if dx is not None:
+            _add_product(dx, ds, a)
+        if not need_a:
+            return None
+        if x.dtype == a.dtype:
+            return _turned(ds, x) @ x
+        if _at_once(x, a.dtype):
+            return _turned(ds, x) @ x.to(a.dtype)
+    left, right = (ds, a) if dx is None else _in_dtype(ds, a, dx)
+    total, wide = None, torch.promote_types(a.dtype, torch.float32)
+    for rows, x_hat, ones in _blocks(x if need_a else dx, a.dtype, seed, p, need_a):
+        if need_a:
+            part = _turned(_part(ds, rows), x_hat) @ x_hat
+            total = part.to(wide) if total is None else total.add_(part)
+        if dx is not None and ones is not None:
+            part = (_part(left, rows) @ right).to(dx.dtype)
+            _part(dx, rows).addcmul_(part, ones, value=kept_scale(p))
+    if not need_a:
+        return None
+    if total is None:  # no rows
+        return torch.zeros_like(a)
+    return (total if seed is None else total.mul_(kept_scale(p))).to(a.dtype)
 
 
 def _ds_db(
     dy: Tensor, b: Tensor, s: Tensor, scaling: float, need_ds: bool, need_db: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    if _at_once(dy, b.dtype):
-        dy = dy.to(b.dtype)
+    if dy.dtype == b.dtype or _at_once(dy, b.dtype):
+        dy = dy if dy.dtype == b.dtype else dy.to(b.dtype)
         ds = _scaled_product(dy, b, scaling) if need_ds else None
         if not need_db:
             return ds, None
@@ -227,7 +230,8 @@ def _ds_db(
 
 def _scaled_product(left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """Return ``alpha · left @ right``, scaled before it is rounded: float16 might overflow."""
-    return expand(left, right, alpha, left.new_empty(left.shape[0], right.shape[1]))
+    out = left.new_empty(left.shape[0], right.shape[1])
+    return out.addmm_(left, right, beta=0, alpha=alpha)
 
 
 def _turned(narrow: Tensor, wide: Tensor) -> Tensor:
@@ -241,7 +245,8 @@ def expand(
     left: Tensor, right: Tensor, alpha: float, out: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """Write ``alpha · left @ right + bias`` to ``out``, whose elements need not be set."""
-    left, right = _in_dtype(left, right, out)
+    if left.dtype != out.dtype:
+        left, right = _in_dtype(left, right, out)
     if left.dtype == out.dtype:
         if bias is not None:
             return torch.addmm(bias, left, right, alpha=alpha, out=out)
@@ -254,7 +259,8 @@ def expand(
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``left @ right`` to ``out`` in place, rounding the sum once."""
-    left, right = _in_dtype(left, right, out)
+    if left.dtype != out.dtype:
+        left, right = _in_dtype(left, right, out)
     if left.dtype == out.dtype:
         out.addmm_(left, right)
         return
@@ -289,27 +295,31 @@ def _terms(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(
-    x: Tensor, dtype: torch.dtype, seed: Tensor | None = None, p: float = 0.0
-) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    x: Tensor, dtype: torch.dtype, seed: Tensor | None = None, p: float = 0.0, read: bool = True
+) -> Iterator[tuple[slice, Tensor | None, Tensor | None]]:
     """Yield the rows of each block, x there in ``dtype`` with dropout, and the mask in x's dtype.
 
     Both tensors are overwritten by the next block. The mask is ones and zeros (`KeptOnes`): what
-    is not a number stays so when it is dropped, and kept elements are not scaled.
+    is not a number stays so when it is dropped, and kept elements are not scaled. Without
+    ``read`` the mask alone, for what has the shape of ``x``.
     """
     size = min(_block_rows(x), x.shape[0])
-    mask = dropped = wide = ones = None
+    mask = dropped = wide = ones = block = None
     if seed is not None:
         mask = KeptOnes(seed, size, x.shape[1], p, x.dtype)
-        dropped = x.new_empty(size, x.shape[1])
-    if dtype != x.dtype:
+        dropped = x.new_empty(size, x.shape[1]) if read else None
+    if dtype != x.dtype and read:
         wide = x.new_empty(size, x.shape[1], dtype=dtype)
     for rows in _rows(x):
-        block, here = _part(x, rows), slice(0, rows.stop - rows.start)
+        here = slice(0, rows.stop - rows.start)
         if mask is not None:
             ones = mask.draw(here.stop)
-            block = torch.mul(block, ones, out=_part(dropped, here))
-        if wide is not None:
-            block = _part(wide, here).copy_(block)
+        if read:
+            block = _part(x, rows)
+            if mask is not None:
+                block = torch.mul(block, ones, out=_part(dropped, here))
+            if wide is not None:
+                block = _part(wide, here).copy_(block)
         yield rows, block, ones
 
 
@@ -330,7 +340,3 @@ def _part(t: Tensor, rows: slice) -> Tensor:
 def _rows(t: Tensor) -> Iterator[slice]:
     for start in range(0, t.shape[0], _block_rows(t)):
         yield slice(start, min(start + _block_rows(t), t.shape[0]))
-
-
-def _sum_dtype(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)

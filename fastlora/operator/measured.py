@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was measured on this machine, kept between processes: a JSON file for each device.
+"""Problems, and what was measured of them on this machine: a JSON file, kept between processes.
 
-The files lie in ``$FASTLORA_CACHE``, else in ``fastlora`` in the user's cache folder. One counts
-only for the versions it was measured with. Whatever is wrong with it costs a warning and the
-measurements, never the run.
+The files lie in ``$FASTLORA_CACHE``, else in ``fastlora`` in the user's cache folder. The name of
+one holds all that a measurement depends on: the device, and the versions of what ran on it.
+Whatever is wrong with it costs a warning and the measurements, never the run.
 """
 
 from __future__ import annotations
@@ -16,35 +16,95 @@ import os
 import platform
 import re
 import stat
+import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-import fastlora
 from fastlora.files import locked, replace_file
-from fastlora.operator.plans import Problem, forget
+from fastlora.operator.operands import Operands
 
-FORMAT = 1
 MAX_BYTES = 16 << 20
 OPS = ("forward", "backward")
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
-_SIZES = ("M", "N", "K", "R")
-_NUMBERS = {"block_m", "block_n", "block_k", "block_r", "group_m", "num_warps", "num_stages"}
-_FLAGS = {"tma", "specialized", "early"}
+
+
+class Problem(NamedTuple):
+    """What a plan is chosen for: M tokens, N outputs, K inputs, rank R, dtypes, dropout.
+
+    ``others``: N and R of further projections of the same x, R 0 without an adapter. A bias costs
+    every implementation the same and is no part of it.
+    """
+
+    M: int
+    N: int
+    K: int
+    R: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    adapter: torch.dtype = torch.bfloat16
+    dropout: bool = False
+    others: tuple[tuple[int, int], ...] = ()
+
+    @staticmethod
+    def of(x: Tensor, projections: Sequence[Operands]) -> Problem | None:
+        """Return the problem that projections of x [M, K] pose; None if none has an adapter."""
+        adapted = [p for p in projections if p.a is not None]
+        if not adapted:
+            return None
+        sizes = [(p.w.shape[0], 0 if p.a is None else p.a.shape[0]) for p in projections]
+        dropout = any(p.seed is not None for p in adapted)
+        return Problem.together(*x.shape, sizes, x.dtype, adapted[0].a.dtype, dropout)
+
+    @staticmethod
+    def together(
+        M: int,
+        K: int,
+        sizes: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        adapter: torch.dtype,
+        dropout: bool,
+    ) -> Problem:
+        """Return the problem of projections of N and R each, in whatever order they come."""
+        (n, r), *others = sorted(sizes, key=lambda size: (size[1] == 0, -size[0], -size[1]))
+        return Problem(M, n, K, r, dtype, adapter, dropout, tuple(others))
+
+    def bucketed(self) -> Problem:
+        """Return the problem with M and R rounded up to powers of two, R to 16 at least."""
+        others = tuple((n, _bucket(r)) for n, r in self.others)
+        return self._replace(M=_power(self.M), R=_bucket(self.R), others=others)
+
+    def __str__(self) -> str:
+        if self.others:
+            sizes = ", ".join(f"{n} (r = {r})" if r else f"{n} (frozen)" for n, r in self.others)
+            return f"{self._replace(others=())}, and of the same x: {sizes}"
+        names = [str(d).removeprefix("torch.") for d in (self.dtype, self.adapter)]
+        adapters = f", {names[1]} adapters" if names[0] != names[1] else ""
+        dropout = ", dropout" * self.dropout
+        return f"{self.M} x {self.N} x {self.K}, r = {self.R}, {names[0]}{adapters}{dropout}"
+
+
+def _power(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _bucket(r: int) -> int:
+    return max(16, _power(r)) if r else 0
 
 
 @dataclass(frozen=True)
 class Timing:
     """One direction of a problem: median seconds by implementation, the kernels' best configs.
 
-    ``configs`` maps a launcher ("shrink", "product", "ds_db", "da", "dx") to a Config's fields.
+    ``configs`` maps a step of the kernels ("shrink", "outputs", …) to a Config's fields.
     ``with_host``: the seconds from an idle GPU on, for few tokens, where the host takes longer.
     """
 
-    seconds: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)
     configs: dict[str, dict[str, int | bool | str]] = field(default_factory=dict)
     with_host: dict[str, float] = field(default_factory=dict)
 
@@ -55,25 +115,23 @@ _loaded: dict[str, Measurements] = {}
 
 def find(problem: Problem, device: torch.device) -> dict[str, Timing] | None:
     """Return the timings of both directions for the problem's bucket, or None."""
-    return _known(device).get(problem.bucketed())
+    return known(device).get(problem.bucketed())
 
 
 def add(found: Measurements, device: torch.device) -> Path | None:
-    """Use ``found`` from now on and keep it; None, after a warning, where it cannot be kept.
+    """Use ``found`` in plans made from now on, and keep it; None, with a warning, where it can't.
 
     What other processes have kept meanwhile stays, unless it is of the same problem.
     """
     found = {problem.bucketed(): timings for problem, timings in found.items()}
-    _known(device).update(found)
-    forget()
+    known(device).update(found)
     path = None
     try:
         path = path_of(device)
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.parent):
-            kept = {**(_read(path, device) or {}), **found}
-            text = json.dumps(_to_json(kept, device), indent=1).encode()
-            replace_file(path, lambda file: file.write(text))
+            text = json.dumps([_row(*item) for item in {**_read(path, None), **found}.items()])
+            replace_file(path, lambda file: file.write(text.encode()))
     except OSError as error:
         warnings.warn(
             f"what was measured cannot be kept in {path or 'a file'} ({error.strerror or error}) "
@@ -85,16 +143,18 @@ def add(found: Measurements, device: torch.device) -> Path | None:
 
 
 def path_of(device: torch.device) -> Path:
-    """Return the file of ``device``'s measurements; devices of one model share it.
+    """Return the file of what was measured on devices of this model with these versions.
 
     Raises OSError where there is no folder for it.
     """
     folder = os.environ.get("FASTLORA_CACHE")
     if not folder:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fastlora")
-    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    parts = [device.type, device_name(device)]
+    parts += [f"{name} {version}" for name, version in versions(device.type).items()]
+    name = re.sub(r"[^a-z0-9.]+", "-", " ".join(parts).lower()).strip("-")
     try:
-        return Path(folder).expanduser() / f"{device.type}-{name}.json"
+        return Path(folder).expanduser() / f"{name}.json"
     except RuntimeError as error:  # a user without a home
         raise OSError(f"{error}") from error
 
@@ -114,12 +174,9 @@ def device_name(device: torch.device) -> str:
 @functools.cache
 def versions(device_type: str) -> dict[str, str]:
     """Return what a measurement depends on beside the device: packages and the GPU's driver."""
-    return {
-        "fastlora": fastlora.__version__,
-        "torch": torch.__version__,
-        "triton": version_of("triton"),
-        "driver": driver() if device_type == "cuda" else "none",
-    }
+    own = sys.modules[__name__.partition(".")[0]].__version__
+    found = {"fastlora": own, "torch": torch.__version__, "triton": version_of("triton")}
+    return {**found, "driver": driver()} if device_type == "cuda" else found
 
 
 def driver() -> str:
@@ -142,17 +199,13 @@ def version_of(name: str) -> str:
         return "not installed"
 
 
-def count(device: torch.device) -> int:
-    """Return for how many problems there are measurements."""
-    return len(_known(device))
-
-
-def _known(device: torch.device) -> Measurements:
+def known(device: torch.device) -> Measurements:
+    """Return all that was measured on ``device``."""
     name = device_name(device)
     if name not in _loaded:
-        found = {}
+        found: Measurements = {}
         try:
-            found = _read(path_of(device), device) or {}
+            found = _read(path_of(device), warnings.warn)
         except OSError as error:
             warnings.warn(
                 f"nothing that was measured before is used: {error}; FASTLORA_CACHE names a folder",
@@ -162,8 +215,8 @@ def _known(device: torch.device) -> Measurements:
     return _loaded[name]
 
 
-def _read(path: Path, device: torch.device) -> Measurements | None:
-    """Return what ``path`` holds for these versions; None, with a warning, if it is not usable."""
+def _read(path: Path, warn: Any) -> Measurements:
+    """Return what ``path`` holds; nothing, and a word to ``warn``, where it is not usable."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for a writer
             raise OSError("not a file")
@@ -171,77 +224,44 @@ def _read(path: Path, device: torch.device) -> Measurements | None:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
-        content = json.loads(data)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"not of format {FORMAT}")
-        if content.get("versions") != versions(device.type):
-            warnings.warn(
-                f"{path} was measured with {content.get('versions')!r:.300}, here is "
-                f"{versions(device.type)}: not used; python -m fastlora tune measures again",
-                stacklevel=2,
-            )
-            return None
-        return dict(map(_record, content["problems"]))
+        return dict(map(_record, json.loads(data)))
     except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        warnings.warn(f"{path} cannot be read: {error.strerror or error}", stacklevel=2)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        aside = path.with_suffix(".corrupt")
-        with contextlib.suppress(OSError):  # a folder that cannot be written: it stays there
-            os.replace(path, aside)
-        warnings.warn(
-            f"{path} holds no measurements ({type(error).__name__}: {error!s:.200}); it is set "
-            f"aside as {aside.name}",
-            stacklevel=2,
-        )
-    return None
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if warn is not None:
+            reason = getattr(error, "strerror", None) or f"{error!s:.200}"
+            said = f"{type(error).__name__}: {reason!r}"
+            warn(f"{path} is not used, nor kept when the next is measured: {said}", stacklevel=4)
+        return {}
 
 
-def _to_json(known: Measurements, device: torch.device) -> dict[str, Any]:
-    problems = []
-    for problem, timings in known.items():
-        names = {f: str(getattr(problem, f)).removeprefix("torch.") for f in ("dtype", "adapter")}
-        problems.append(
-            {**problem._asdict(), **names, **{op: vars(timings[op]) for op in OPS}},
-        )
-    return {"format": FORMAT, "versions": versions(device.type), "problems": problems}
+def _row(problem: Problem, timings: dict[str, Timing]) -> dict[str, Any]:
+    names = {f: str(getattr(problem, f)).removeprefix("torch.") for f in ("dtype", "adapter")}
+    return {**problem._asdict(), **names, **{op: vars(timings[op]) for op in OPS}}
 
 
-def _record(row: Any) -> tuple[Problem, dict[str, Timing]]:
+def _record(row: dict[str, Any]) -> tuple[Problem, dict[str, Timing]]:
     """Return one problem of a file and its timings; raises where anything is not as written."""
-    if not isinstance(row, dict) or row.keys() | {"others"} != {*Problem._fields, *OPS}:
-        raise ValueError("a problem has other fields")
-    sizes = [_integer(row[name], 1 << 40) for name in _SIZES]
-    dtypes = DTYPES[row["dtype"]], DTYPES[row["adapter"]]
-    if not isinstance(row["dropout"], bool):
+    timings = {op: _timing(row.pop(op)) for op in OPS}
+    row |= {name: DTYPES[row[name]] for name in ("dtype", "adapter")}
+    row["others"] = tuple((n, r) for n, r in row["others"])
+    problem = Problem(**row)
+    sizes = [*problem[:4], *(size for pair in problem.others for size in pair)]
+    if not all(type(size) is int and size >= 0 for size in sizes) or min(problem[:4]) < 1:
+        raise ValueError(f"{sizes!r:.100} are no sizes")
+    if type(problem.dropout) is not bool:
         raise ValueError("dropout must be true or false")
-    others = row.get("others", [])  # files of earlier versions have none
-    others = tuple((_integer(n, 1 << 40), _integer(r, 1 << 40, least=0)) for n, r in others)
-    problem = Problem(*sizes, *dtypes, row["dropout"], others)
-    return problem, {op: _timing(row[op]) for op in OPS}
+    return problem, timings
 
 
-def _timing(value: Any) -> Timing:
-    seconds, configs = value["seconds"], value["configs"]
-    with_host = value.get("with_host", {})  # files of earlier versions have none
-    for name, time in (*seconds.items(), *with_host.items()):
+def _timing(fields: dict[str, Any]) -> Timing:
+    timing = Timing(**fields)
+    for name, time in (*timing.seconds.items(), *timing.with_host.items()):
         if name not in ("triton", "library", "blocks"):
             raise ValueError(f"no implementation is called {name!r:.50}")
         if type(time) is not float or not math.isfinite(time) or time <= 0:
             raise ValueError(f"{time!r:.50} is no time")
-    for config in configs.values():
-        if config.keys() != _NUMBERS | _FLAGS | {"low_rank"}:
-            raise ValueError("a config has other fields")
-        for name, value in config.items():
-            if name in _NUMBERS:
-                _integer(value, 1024)
-            elif type(value) is not (bool if name in _FLAGS else str):
-                raise ValueError(f"{value!r:.50} is no {name}")
-    return Timing(dict(seconds), dict(configs), dict(with_host))
-
-
-def _integer(value: Any, most: int, least: int = 1) -> int:
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{value!r:.50} is not an integer from {least} to {most}")
-    return value
+    for config in timing.configs.values():
+        if not all(type(value) in (int, bool, str) for value in config.values()):
+            raise ValueError(f"{config!r:.100} is no config")
+    return timing

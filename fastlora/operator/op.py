@@ -15,16 +15,18 @@ through it and back costs as much Python time as ten small products.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastlora.operator import eager, plans
-from fastlora.operator.dropout import keep_mask, kept_scale
+from fastlora.operator import eager, plans, steps
 from fastlora.operator.operands import Operands, with_scaling
+from fastlora.operator.steps import exact
+
+if plans.TUNE:
+    from fastlora.operator import tuning  # noqa: F401 - measures what plans meet first
 
 SCHEMAS = (
     "lora_linears(Tensor x, Tensor[] weight, Tensor[] lora_A, Tensor[] lora_B, Tensor[] bias, "
@@ -35,37 +37,42 @@ SCHEMAS = (
 )
 
 
-def exact(device: torch.device) -> contextlib.AbstractContextManager:
-    """Keep autocast from rounding float32 adapters once more inside an implementation."""
-    if not torch._C._is_any_autocast_enabled() or device.type == "meta":
-        return _NOTHING
-    return torch.autocast(device.type, enabled=False)
-
-
-_NOTHING = contextlib.nullcontext()
-
-
 def forward(
     x: Tensor, projections: Sequence[Operands], impl: str
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Return y and s of each projection of x [M, K], s None without an adapter."""
-    body = plans.function("forward", impl, x, projections)
-    with exact(x.device):
-        return body(x, projections)
+    return _forward(x, projections, plans.find(impl, x, projections))
 
 
-def _backward(
-    dys: Sequence[Tensor | None],
-    x: Tensor,
-    projections: Sequence[Operands],
-    ss: Sequence[Tensor | None],
-    impl: str,
-    need_x: bool,
-    needs: Sequence[tuple[bool, bool]],
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    body = plans.function("backward", impl, x, projections, dys)
+def _forward(x: Tensor, projections: Sequence[Operands], plan: plans.Pair):
+    impl, configs = plan.forward
+    if configs is not None and not plans.aligned(x, *_read(projections)):
+        configs = None
+    if not _autocast():
+        return steps.forward(impl, x, projections, configs)
     with exact(x.device):
-        return body(dys, x, projections, ss, need_x, needs)
+        return steps.forward(impl, x, projections, configs)
+
+
+def _backward(dys, x, projections, ss, plan: plans.Pair, need_x, needs):
+    impl, configs = plan.backward
+    if configs is not None and not plans.aligned(x, *dys, *_read(projections)):
+        configs = None
+    if not _autocast():
+        return steps.backward(impl, dys, x, projections, ss, need_x, needs, configs)
+    with exact(x.device):
+        return steps.backward(impl, dys, x, projections, ss, need_x, needs, configs)
+
+
+_autocast = torch._C._is_any_autocast_enabled
+
+
+def _read(projections: Sequence[Operands]) -> list[Tensor | None]:
+    """Return what is read beside x and dy."""
+    found: list[Tensor | None] = []
+    for w, a, b, _, _, _, _ in projections:
+        found += w, a, b
+    return found
 
 
 # The operators, which hold lists of tensors.
@@ -131,7 +138,8 @@ def _backward_op(
     dys = _or_none(dy, [d.dim() == 2 for d in dy])
     ss = _or_none(s, [p.a is not None for p in projections])
     needs = list(zip(need_A, need_B, strict=True))
-    dx, da, db = _backward(dys, x, projections, ss, impl, need_x, needs)
+    plan = plans.find(impl, x, projections)
+    dx, da, db = _backward(dys, x, projections, ss, plan, need_x, needs)
     return x.new_empty(0) if dx is None else dx, _or_empty(x, da), _or_empty(x, db)
 
 
@@ -199,22 +207,23 @@ if not hasattr(torch.ops.fastlora, "lora_linears"):
 # Gradients
 
 
-def _save(ctx, x, projections, ss, impl) -> None:
-    ctx.rest = [p[5:] for p in projections], impl
+def _save(ctx, x, projections, ss, impl, plan=None) -> None:
+    ctx.rest = [p[5:] for p in projections], impl, plan
     ctx.set_materialize_grads(False)
-    kept = [t for w, a, b, _, seed, _, _ in projections for t in (w, a, b, seed)]
-    ctx.save_for_backward(x, *kept, *ss)
+    kept = [x, *ss]
+    for w, a, b, _, seed, _, _ in projections:
+        kept += w, a, b, seed
+    ctx.save_for_backward(*kept)
 
 
 def _grads(ctx, dys, need_x, needs):
+    numbers, impl, plan = ctx.rest
     x, *kept = ctx.saved_tensors
-    rest, impl = ctx.rest
-    n = len(rest)
-    projections = [
-        Operands(w, a, b, None, seed, *numbers)
-        for (w, a, b, seed), numbers in zip(_by_four(kept[: 4 * n]), rest, strict=True)
-    ]
-    return gradients(dys, x, projections, kept[4 * n :], impl, need_x, needs)
+    n, projections = len(numbers), []
+    for i, (scaling, p) in enumerate(numbers):
+        w, a, b, seed = kept[n + 4 * i : n + 4 * i + 4]
+        projections.append(Operands(w, a, b, None, seed, scaling, p))
+    return gradients(dys, x, projections, kept[:n], impl, need_x, needs, plan)
 
 
 def gradients(
@@ -225,28 +234,43 @@ def gradients(
     impl: str,
     need_x: bool,
     needs: Sequence[Sequence[bool]],
+    plan: plans.Pair | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return dx, and lists of the gradients of each weight, lora_A, lora_B and bias.
 
     ``needs`` holds a flag for each of those four, for each projection; what is not asked for, or
-    has no dy, is None.
+    has no dy, is None. ``plan``: what forward ran by, where it is known.
     """
-    n = len(projections)
-    needs = [
-        flags if dy is not None else (False,) * 4 for dy, flags in zip(dys, needs, strict=True)
-    ]
-    need_x = need_x and any(dy is not None for dy in dys)
-    dx, da, db = None, [None] * n, [None] * n
-    if looked_into(*dys):
-        dx, da, db = _differentiable_grads(dys, x, projections)
-    elif need_x or any(need_a or need_b for _, need_a, need_b, _ in needs):
-        factors = [(need_a, need_b) for _, need_a, need_b, _ in needs]
-        direct = unobserved(x, *dys, *(t for p in projections for t in p[:3]))
-        body = _backward if direct else _observed_backward
-        dx, da, db = body(dys, x, projections, ss, impl, need_x, factors)
-    dw = [dy.t() @ x if flags[0] else None for dy, flags in zip(dys, needs, strict=True)]
-    dbias = [dy.sum(0) if flags[3] else None for dy, flags in zip(dys, needs, strict=True)]
+    dw, da, db, dbias = ([None] * len(dys) for _ in range(4))
+    dx, factors, some = None, [], False
+    for i, dy in enumerate(dys):
+        if dy is None:
+            factors.append((False, False))
+            continue
+        need_w, need_a, need_b, need_bias = needs[i]
+        factors.append((need_a, need_b))
+        some = some or need_x or need_a or need_b
+        if need_w:
+            dw[i] = dy.t() @ x
+        if need_bias:
+            dbias[i] = dy.sum(0)
+    if not some:
+        pass
+    elif looked_into(*dys):
+        flags = [need_x, *(flag for a, b in factors for flag in (False, a, b, False))]
+        with exact(x.device):
+            dx, *flat = eager.gradients(_watched, dys, x, projections, flags)
+        da, db = flat[1::4], flat[2::4]
+    elif unobserved(x, *dys):  # what was saved beside x is as it was in forward
+        plan = plan or plans.find(impl, x, projections)
+        dx, da, db = _backward(dys, x, projections, ss, plan, need_x, factors)
+    else:
+        dx, da, db = _observed_backward(dys, x, projections, ss, impl, need_x, factors)
     return dx, dw, da, db, dbias
+
+
+def _watched(x: Tensor, projections: Sequence[Operands]) -> list[Tensor]:
+    return eager.outputs(x, projections, observed=True)
 
 
 def _observed_backward(dys, x, projections, ss, impl, need_x, needs):
@@ -270,36 +294,12 @@ def _by_four(flat: Sequence) -> list[Sequence]:
     return [flat[i : i + 4] for i in range(0, len(flat), 4)]
 
 
-def _differentiable_grads(dys, x, projections):
-    dx, da, db = None, [None] * len(dys), [None] * len(dys)
-    for i, (dy, (w, a, b, _, seed, scaling, p)) in enumerate(zip(dys, projections, strict=True)):
-        if dy is None:
-            continue
-        part = dy @ w
-        if a is not None:
-            keep = _kept(x, a, seed, p)
-            x_hat = x.to(a.dtype) if keep is None else x.to(a.dtype) * keep
-            dy_scaled = dy.to(b.dtype) * scaling
-            ds = dy_scaled @ b
-            low_rank = ds @ a if keep is None else (ds @ a) * keep
-            part = part + low_rank.to(x.dtype)
-            da[i], db[i] = ds.t() @ x_hat, dy_scaled.t() @ (x_hat @ a.t())
-        dx = part if dx is None else dx + part
-    return dx, da, db
-
-
-def _kept(x, a, seed, p):
-    """Return what dropout multiplies x with, [M, K] in the dtype of a, or None."""
-    if seed is None:
-        return None
-    return keep_mask(seed, range(x.shape[0]), x.shape[1], p).to(a.dtype) * kept_scale(p)
-
-
 class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, projections, impl, *_):
-        ys, ss = forward(x, projections, impl)
-        _save(ctx, x, projections, ss, impl)
+        plan = plans.find(impl, x, projections)
+        ys, ss = _forward(x, projections, plan)
+        _save(ctx, x, projections, ss, impl, plan)
         need_x, _, _, *flat = ctx.needs_input_grad
         if not need_x and len(ys) > 1:  # of frozen layers nothing that follows is to be kept
             pairs = zip(ys, _by_four(flat), strict=True)
@@ -310,7 +310,10 @@ class _Direct(torch.autograd.Function):
     def backward(ctx, *dys):
         need_x, _, _, *flat = ctx.needs_input_grad
         dx, *grads = _grads(ctx, dys, need_x, _by_four(flat))
-        return (dx, None, None, *(grad for row in zip(*grads, strict=True) for grad in row))
+        found = [dx, None, None]
+        for row in zip(*grads, strict=True):
+            found += row
+        return tuple(found)
 
 
 # Without Function.apply's preparations for functorch, which take 7 µs: `unobserved` excludes its
@@ -323,15 +326,23 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def run(x: Tensor, projections: Sequence[Operands], impl: str) -> Sequence[Tensor]:
-    """Return y of each projection, by the shortest way that gives what the operator does."""
+def run(
+    x: Tensor, projections: Sequence[Operands], impl: str, plain: bool = False
+) -> Sequence[Tensor]:
+    """Return y of each projection, by the shortest way that gives what the operator does.
+
+    ``plain``: it is known that `unobserved` finds nothing in the tensors themselves.
+    """
+    flat: list[Tensor | None] = []
+    for w, a, b, bias, _, _, _ in projections:
+        flat += w, a, b, bias
     by_functions = transformed()
-    flat = [t for w, a, b, bias, _, _, _ in projections for t in (w, a, b, bias)]
-    observed = by_functions or not unobserved(x, *flat)
-    few = impl == "auto" and x.is_cpu and not observed and _is_few(x, projections)
-    if by_functions or few or impl == "eager":
+    observed = by_functions or not (unobserved() if plain else unobserved(x, *flat))
+    if impl == "auto" and not observed and x.is_cpu and _is_few(x, projections):
+        impl = "eager"
+    if by_functions or impl == "eager":
         with exact(x.device):
-            return eager.forward_all(x, projections, observed)
+            return eager.outputs(x, projections, observed)
     if observed:
         return torch.ops.fastlora.lora_linears(x, *_lists(x, _alike(projections)), impl)[0]
     if torch.is_grad_enabled():
@@ -342,13 +353,12 @@ def run(x: Tensor, projections: Sequence[Operands], impl: str) -> Sequence[Tenso
 
 
 def _is_few(x: Tensor, projections: Sequence[Operands]) -> bool:
-    keeps_more = len(projections) > 1
-    for _, a, b, _, seed, _, _ in projections:
-        if a is not None:
-            if not (a.is_contiguous() and b.is_contiguous()):
-                return False  # PyTorch's gradients of others round worse than the rule allows
-            keeps_more |= seed is not None or a.dtype != x.dtype
-    return plans.is_few(*x.shape, x.device, keeps_more)
+    if x.numel() > plans.FEW or not plans.is_few(*x.shape, x.device):
+        return False
+    for _, a, b, _, _, _, _ in projections:
+        if a is not None and not (a.is_contiguous() and b.is_contiguous()):
+            return False  # PyTorch's gradients of others round worse than the rule allows
+    return True
 
 
 def unobserved(*tensors: Tensor | None) -> bool:
@@ -363,7 +373,7 @@ def unobserved(*tensors: Tensor | None) -> bool:
     ):
         return False
     for t in tensors:  # a generator takes longer, for each layer call
-        if t is not None and (type(t) not in _PLAIN or _wrapped(t) or t.is_neg()):
+        if t is not None and (type(t) not in PLAIN or wrapped(t) or t.is_neg()):
             return False
     return True
 
@@ -374,13 +384,14 @@ def looked_into(*dys: Tensor | None) -> bool:
     With create_graph=True they will be differentiated; under `is_grads_batched` and vmap a dy is
     several of them.
     """
-    return (
-        torch.is_grad_enabled()
-        or transformed()
-        or any(dy is not None and (_wrapped(dy) or _legacy(dy)) for dy in dys)
-    )
+    if torch.is_grad_enabled() or transformed():
+        return True
+    for dy in dys:
+        if dy is not None and (wrapped(dy) or _legacy(dy)):
+            return True
+    return False
 
 
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _legacy = torch._C._functorch.is_legacy_batchedtensor
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)

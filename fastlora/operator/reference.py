@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlora.operator.dropout import keep_mask
+
 
 def lora_linear(
     x: Tensor,
@@ -60,6 +62,23 @@ def lora_linear_grads(
         "lora_B": scaling * (dy.T @ s),
         "bias": dy.sum(0),
     }
+
+
+def output(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    p: float,
+) -> Tensor:
+    """Return y [M, N] of x [M, K] and an operator's operands."""
+    if a is None:
+        return F.linear(x, w, bias)
+    mask = None if seed is None else keep_mask(seed, range(x.shape[0]), x.shape[1], p)
+    return lora_linear(x, w, a, b, bias, scaling=scaling, dropout_p=p, mask=mask)
 
 
 def _drop(x: Tensor, mask: Tensor | None, p: float) -> Tensor:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures problems on this machine: the kernels' configs one by one, then the implementations."""
+"""Measures problems on this machine: the kernels' configs one by one, then the implementations.
+
+Where FASTLORA_TUNE=1 asks for it, a problem is measured when it first comes up.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,10 @@ from pathlib import Path
 
 import torch
 
-from fastlora.operator import measured, plans
-from fastlora.operator.measured import OPS, Timing
-from fastlora.operator.op import exact
+from fastlora.operator import measured, plans, steps
+from fastlora.operator.measured import OPS, Problem, Timing
 from fastlora.operator.operands import Operands
-from fastlora.operator.plans import Problem
-from fastlora.operator.timing import host_counts, interleaved
+from fastlora.operator.timing import Step, host_counts, interleaved
 
 DROPOUT_P = 0.1
 CONFIG_SECONDS = 0.2
@@ -42,12 +43,14 @@ def tune(
     a problem of which nothing could be measured yields None.
     """
     for problem in problems:
-        problem = problem.bucketed()
+        problem, kept = problem.bucketed(), None
         on_device = torch.cuda.device(device if device.type == "cuda" else -1)
-        with torch.no_grad(), exact(device), on_device:
+        with torch.no_grad(), steps.exact(device), on_device:
             measure = functools.partial(_measure, problem, device, say, seconds)
             found = _attempt(measure, str(problem), say)
-        kept = measured.add({problem: found}, device) if found is not None else None
+        if found is not None:
+            kept = measured.add({problem: found}, device)
+            plans.forget()
         yield problem, found, kept
 
 
@@ -57,31 +60,40 @@ def tune_on_first_use(problem: Problem, device: torch.device) -> None:
     def say(text: str) -> None:
         print(f"fastlora: {text}", file=sys.stderr, flush=True)
 
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return
+    if len(plans.usable_implementations(problem.dtype, device)) == 1:
+        return
+    problem = problem.bucketed()
     with _lock:
-        tried = (problem.bucketed(), device) in _tried
-        _tried.add((problem.bucketed(), device))
+        tried = (problem, device) in _tried
+        _tried.add((problem, device))
         if not tried and measured.find(problem, device) is None:
-            say(f"measuring {problem.bucketed()} on first use (FASTLORA_TUNE=1)")
+            say(f"measuring {problem} on first use (FASTLORA_TUNE=1)")
             list(tune([problem], device, say))
+
+
+if plans.TUNE:
+    plans.on_first_use = tune_on_first_use
 
 
 def _measure(
     problem: Problem, device: torch.device, say: Say, seconds: float
 ) -> dict[str, Timing] | None:
-    operands = _attempt(lambda: _Operands(problem, device), str(problem), say)
-    if operands is None:
+    case = _attempt(lambda: _Case(problem, device), str(problem), say)
+    if case is None:
         return None
-    configs = {op: {} if problem.others else _best_configs(op, operands, say) for op in OPS}
-    steps = {}
+    configs = {op: {} if problem.others else _best_configs(op, case, say) for op in OPS}
+    ways = {}
     for impl in plans.usable_implementations(problem.dtype, device):
-        step = operands.step(impl, configs)
+        step = case.step(impl, configs)
         if _attempt(lambda step=step: list(step()), f"{impl}, {problem}", say) is not None:
-            steps[impl] = step
-    if not steps:
+            ways[impl] = step
+    if not ways:
         return None
-    medians, with_host = _medians(interleaved(steps, device, seconds)), {}
+    medians, with_host = _medians(interleaved(ways, device, seconds)), {}
     if host_counts(problem.M, device):
-        with_host = _medians(interleaved(steps, device, seconds, with_host=True))
+        with_host = _medians(interleaved(ways, device, seconds, with_host=True))
     return {
         op: Timing(
             {impl: times[i] for impl, times in medians.items()},
@@ -100,105 +112,85 @@ def _medians(rounds: dict[str, list[tuple[float, ...]]]) -> dict[str, list[float
     }
 
 
-class _Operands:
+class _Case:
     """Random operands of a problem, and what is timed on them."""
 
     def __init__(self, problem: Problem, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(0)  # the user's own stays as it is
 
-        def random(*shape: int, dtype: torch.dtype = problem.dtype) -> torch.Tensor:
+        def random(*shape: int, dtype: torch.dtype = problem.adapter) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-        (M, N, K, R), adapter = problem[:4], problem.adapter
-        self.problem, self.device = problem, device
-        self.x, self.w, self.dy = random(M, K), random(N, K), random(M, N)
-        self.a, self.b = random(R, K, dtype=adapter), random(N, R, dtype=adapter)
-        self.s, self.ds = random(M, R, dtype=adapter), random(M, R, dtype=adapter)
-        self.p = DROPOUT_P if problem.dropout else 0.0
-        self.seed = torch.ones(1, dtype=torch.int64, device=device) if problem.dropout else None
-        first = Operands(self.w, self.a, self.b, None, self.seed, 0.5, self.p)
-        self.projections, self.dys, self.ss = [first], [self.dy], [self.s]
-        for n, r in problem.others:
-            a = random(r, K, dtype=adapter) if r else None
-            b = random(n, r, dtype=adapter) if r else None
-            drop = (self.seed, 0.5, self.p) if r else (None, 0.5, 0.0)
-            self.projections.append(Operands(random(n, K), a, b, None, *drop))
-            self.dys.append(random(M, n))
-            self.ss.append(random(M, r, dtype=adapter) if r else None)
+        (M, N, K, R), base = problem[:4], problem.dtype
+        self.problem, self.device, self.x = problem, device, random(M, K, dtype=base)
+        seed = torch.ones(1, dtype=torch.int64, device=device) if problem.dropout else None
+        self.projections, self.dys, self.ss, self.dss = [], [], [], []
+        for n, r in ((N, R), *problem.others):
+            a, b = (random(r, K), random(n, r)) if r else (None, None)
+            drop = (seed, 0.5, DROPOUT_P) if r and problem.dropout else (None, 0.5, 0.0)
+            self.projections.append(Operands(random(n, K, dtype=base), a, b, None, *drop))
+            self.dys.append(random(M, n, dtype=base))
+            self.ss.append(random(M, r) if r else None)
+            self.dss.append(random(M, r) if r else None)
 
-    def step(self, impl: str, configs: dict[str, dict]) -> Callable[[], Iterator[None]]:
+    def step(self, impl: str, configs: dict[str, dict]) -> Step:
         """Return the step that runs forward and backward by ``impl``, for `interleaved`."""
         module = importlib.import_module(plans.MODULES[impl])
         of = self.x, self.projections
         needs = [(p.a is not None,) * 2 for p in self.projections]
-        with_configs = {
-            op: {} if impl == "blocks" else {"configs": [configs[op]] * len(needs)} for op in OPS
-        }
+        given = [None if impl == "blocks" else configs[op] for op in OPS]
 
         def step() -> Iterator[None]:
-            module.forward_all(*of, **with_configs["forward"])
+            steps.forward(module, *of, given[0])
             yield
-            module.backward_all(self.dys, *of, self.ss, True, needs, **with_configs["backward"])
+            steps.backward(module, self.dys, *of, self.ss, True, needs, given[1])
             yield
 
         return step
 
-    def launchers(self, op: str, best: dict) -> dict[str, Callable]:
-        """Return by name what runs a launcher of ``op`` with the config it is given.
+    def alone(self, name: str, config) -> Step:
+        """Return the step that runs one of the kernels' five, of one projection, by ``config``."""
+        from fastlora_kernels import steps as kernels
 
-        The products, which come last, run with the whole direction and the ``best`` configs so
-        far: some start while the kernel before them runs, or do its work.
-        """
-        import fastlora_kernels as kernels
-
-        dropped, rest = {"seed": self.seed, "dropout_p": self.p}, (self.seed, 0.5, self.p)
-        if op == "forward":
-            return {
-                "shrink": lambda config: kernels.shrink(self.x, self.a, **dropped, config=config),
-                "product": lambda config: kernels.forward(
-                    *(self.x, self.w, self.a, self.b, None, *rest), {**best, "product": config}
-                ),
-            }
-        return {
-            "ds_db": lambda config: kernels.ds_db(self.dy, self.s, self.b, config=config),
-            "da": lambda config: kernels.da(self.x, self.ds, **dropped, config=config),
-            "dx": lambda config: kernels.backward(
-                *(self.dy, self.x, self.w, self.a, self.b, self.s, *rest, (True, True, True)),
-                {**best, "dx": config},
-            ),
+        of = self.x, self.projections
+        calls = {
+            "shrink": (kernels.shrink, *of),
+            "outputs": (kernels.outputs, *of, self.ss, None),
+            "ds_db": (kernels.ds_db, self.dys, self.projections, self.ss, [True], [True]),
+            "input_grad": (kernels.input_grad, self.dys, self.projections, self.dss),
+            "da": (kernels.da, *of, self.dss, [True]),
         }
+        function, *arguments = calls[name]
+
+        def step() -> Iterator[None]:
+            function(*arguments, configs={name: config})
+            yield
+
+        return step
 
 
-def _best_configs(op: str, operands: _Operands, say: Say) -> dict:
-    """Return for each launcher of ``op`` the config that measured fastest."""
-    from fastlora_kernels.configs import DROPPING, KERNEL_OF, Chip, candidates, kind_of
+def _best_configs(op: str, case: _Case, say: Say) -> dict:
+    """Return for each of the kernels' steps in ``op`` the config that measured fastest."""
+    problem, device = case.problem, case.device
+    if len(plans.usable_implementations(problem.dtype, device)) == 1:
+        return {}
+    from fastlora_kernels.configs import DROPPING, LAUNCHERS, Chip, candidates, kind_of
 
-    problem, device = operands.problem, operands.device
     if problem.N % 16 or problem.K % 16:
         return {}  # read element by element: one config is made for that
-    kind, chip = kind_of(problem.dtype, problem.adapter), Chip.of(device)
-    best = {}
-    for name, launcher in operands.launchers(op, best).items():
-        dropout = problem.dropout and name in DROPPING
-        steps = {}
-        for config in candidates(KERNEL_OF[name], kind, problem.R, dropout, chip):
-            step = _once(launcher, config)
+    kind, chip, best = kind_of(problem.dtype, problem.adapter), Chip.of(device), {}
+    for name in LAUNCHERS[op]:
+        dropout, ways = problem.dropout and name in DROPPING, {}
+        for config in candidates(name, kind, problem.R, dropout, chip):
+            step = case.alone(name, config)
             if _attempt(lambda step=step: list(step()), f"{name} with {config}", say) is not None:
-                steps[config] = step
-        if len(steps) == 1:
-            best[name] = next(iter(steps))
-        elif steps:
-            rounds = interleaved(steps, device, CONFIG_SECONDS)
-            best[name] = min(steps, key=lambda c, r=rounds: statistics.median(t for (t,) in r[c]))
+                ways[config] = step
+        if len(ways) == 1:
+            best[name] = next(iter(ways))
+        elif ways:
+            rounds = interleaved(ways, device, CONFIG_SECONDS)
+            best[name] = min(ways, key=lambda c, r=rounds: statistics.median(t for (t,) in r[c]))
     return best
-
-
-def _once(launcher: Callable, config) -> Callable[[], Iterator[None]]:
-    def step() -> Iterator[None]:
-        launcher(config)
-        yield
-
-    return step
 
 
 def _attempt(call: Callable, what: str, say: Say):

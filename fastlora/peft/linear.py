@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.mixed.model import MixedModel
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as module_hooks
 
@@ -16,9 +17,10 @@ from fastlora.functional import DTYPES
 from fastlora.layers import sibling_search
 from fastlora.layers.active import Adapter, lora_sum
 from fastlora.layers.lora import is_conv1d
-from fastlora.layers.siblings import FrozenLinear, Group, Operands, handed
+from fastlora.layers.siblings import FrozenLinear, Group, Layer, handed
 
 _PLAIN = (Tensor, nn.Parameter)
+_DROPOUTS = (nn.Identity, nn.Dropout)
 _LIKE_WEIGHT = object()
 
 
@@ -33,34 +35,36 @@ class FusedLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return [..., out] for x [..., in], in the dtype of the base layer's output."""
-        if not (args or kwargs or self.disable_adapters or self.merged):
-            y = handed(self, x)
-            if y is not None:
-                return y
+        if not (args or kwargs or self._disable_adapters or self.merged_adapters):
+            if self._siblings is not None:
+                y = handed(self, x)
+                if y is not None:
+                    return y
             found = operands(self, x)
-            if not isinstance(found, str) and found[2]:
+            if type(found) is tuple and found[2]:
                 return lora_sum(x, *found)
         return super().forward(x, *args, **kwargs)
 
-    def sibling_operands(self, x: Tensor) -> Operands | None:
+    def sibling_operands(self, x: Tensor) -> Layer | None:
         """Return what `siblings` computes with, None while PEFT's own code has to run."""
-        if self.disable_adapters or self.merged:
+        if self._disable_adapters or self.merged_adapters:
             return None
         found = operands(self, x)
         base = self._modules["base_layer"]
-        if isinstance(found, str) or found[1] is not base._parameters["bias"]:
+        if type(found) is str or found[1] is not base._parameters["bias"]:
             return None
-        return Operands(base.weight, not isinstance(base, nn.Linear), base.bias, found[2])
+        return found
 
 
-def fuse(layer: nn.Module) -> None:
-    """Have a layer of PEFT's plain kind run the fused forward where it can."""
+def fuse(layer: nn.Module) -> nn.Module:
+    """Have a layer of PEFT's plain kind run the fused forward where it can; return it."""
     if type(layer) is lora.Linear:
         layer.__class__ = FusedLinear
         base = layer.base_layer
         if type(base) is FrozenLinear:  # it takes its place among its siblings
             base.__class__ = nn.Linear
             layer._siblings = vars(base).pop("_siblings", None)
+    return layer
 
 
 class FusedModel(LoraModel):
@@ -70,17 +74,31 @@ class FusedModel(LoraModel):
     """
 
     @staticmethod
-    def _create_new_module(
-        config: Any, adapter_name: str, target: nn.Module, **kwargs: Any
-    ) -> nn.Module:
-        layer = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
-        fuse(layer)
-        return layer
+    def _create_new_module(*args: Any, **kwargs: Any) -> nn.Module:
+        return fuse(LoraModel._create_new_module(*args, **kwargs))
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        sibling_search.separate(model)
-        return model
+        return _separated(super()._unload_and_optionally_merge(*args, **kwargs))
+
+
+class FusedMixedModel(MixedModel):
+    """What a ``PeftMixedModel`` holds, likewise."""
+
+    @staticmethod
+    def _create_new_module(*args: Any, **kwargs: Any) -> nn.Module:
+        return fuse(MixedModel._create_new_module(*args, **kwargs))
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return _separated(super()._unload_and_optionally_merge(*args, **kwargs))
+
+
+def _separated(model: nn.Module) -> nn.Module:
+    sibling_search.separate(model)
+    return model
+
+
+# PEFT's classes, and those that stand in for them.
+STAND_INS = {lora.Linear: FusedLinear, LoraModel: FusedModel, MixedModel: FusedMixedModel}
 
 
 def registered_layer(
@@ -89,9 +107,7 @@ def registered_layer(
     """Return a fused layer around a plain linear one; None leaves the target to PEFT."""
     if not is_plain(target) or not _is_dense(target.weight):
         return None
-    layer = lora.layer.dispatch_default(target, adapter_name, config=config, **kwargs)
-    fuse(layer)
-    return layer
+    return fuse(lora.layer.dispatch_default(target, adapter_name, config=config, **kwargs))
 
 
 def is_plain(base: nn.Module) -> bool:
@@ -122,10 +138,13 @@ def operands(
     this: members are read from their dictionaries, as the way through a module's attributes would
     take longer than the operator does.
     """
-    base = layer._modules["base_layer"]
-    if not is_plain(base):
+    parts = layer._modules
+    base = parts["base_layer"]
+    linear = type(base) is nn.Linear
+    if not (linear or is_plain(base)):
         return f"its base layer is {_kind(base)}, not a plain nn.Linear or Conv1D"
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias", base)
+    held = base._parameters
+    weight, bias = held.get("weight"), held.get("bias", base)
     if bias is base:
         return "its base layer's bias is no parameter"
     if not _is_dense(weight):
@@ -144,32 +163,38 @@ def operands(
         return f"its input is a {found}, not a dense {dtype} on {device}"
     if bias is not None and bias.dtype != dtype and not autocast:
         return f"its weight is {dtype}, its bias {bias.dtype}"
-    adapters = []
-    for name in layer.active_adapters:
-        if name in layer._modules["lora_A"]._modules:
-            found = _adapter(layer, name, dtype, device, autocast)
-            if isinstance(found, str):
-                return f"adapter {name!r} {found}"
-            adapter, extra = found
-            adapters.append(adapter)
-            if extra is not None:
-                extra = extra * adapter[2]
-                bias = extra if bias is None else bias + extra
-    return weight if isinstance(base, nn.Linear) else weight.t(), bias, adapters
+    active, adapters = layer._active_adapter, []
+    factors = parts["lora_A"]._modules
+    for name in (active,) if isinstance(active, str) else active:
+        if name not in factors:
+            continue
+        found = _adapter(layer, name, factors[name], dtype, device, autocast)
+        if type(found) is str:
+            return f"adapter {name!r} {found}"
+        adapter, extra = found
+        adapters.append(adapter)
+        if extra is not None:
+            extra = extra * adapter[2]
+            bias = extra if bias is None else bias + extra
+    return weight if linear or isinstance(base, nn.Linear) else weight.t(), bias, adapters
 
 
 def _adapter(
-    layer: lora.Linear, name: str, dtype: torch.dtype, device: torch.device, autocast: bool
+    layer: lora.Linear,
+    name: str,
+    down: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    autocast: bool,
 ) -> str | tuple[Adapter, Tensor | None]:
     """Return an adapter and the bias of its lora_B, or what keeps it from being fused."""
     if name in layer.lora_variant:
         return f"is a variant of LoRA ({type(layer.lora_variant[name]).__name__})"
-    down, up, dropout = (
-        layer._modules[part]._modules.get(name) for part in ("lora_A", "lora_B", "lora_dropout")
-    )
+    parts = layer._modules
+    up, dropout = parts["lora_B"]._modules.get(name), parts["lora_dropout"]._modules.get(name)
     if type(down) is not nn.Linear or type(up) is not nn.Linear:
         return f"has {_kind(down)} and {_kind(up)} for nn.Linear"
-    if type(dropout) not in (nn.Identity, nn.Dropout):
+    if type(dropout) not in _DROPOUTS:
         return f"drops by {_kind(dropout)}"
     if _is_observed(down) or _is_observed(up) or _is_observed(dropout):
         return "has hooks on its own parts, which would not be called"
@@ -178,10 +203,11 @@ def _adapter(
         return f"has weights of {type(a).__name__} and {type(b).__name__}"
     if not a.device == b.device == device:
         return f"is on {a.device}, its base layer on {device}"
-    if b.dtype != a.dtype or not _takes(dtype, a.dtype, autocast):
-        return f"is {a.dtype} and {b.dtype} on a base of {dtype}"
-    if a.dtype != dtype and not layer.cast_input_dtype_enabled:
-        return f"is {a.dtype}, and the input is not to be cast from {dtype}"
+    own = a.dtype
+    if b.dtype != own or not _takes(dtype, own, autocast):
+        return f"is {own} and {b.dtype} on a base of {dtype}"
+    if own != dtype and not layer.cast_input_dtype_enabled:
+        return f"is {own}, and the input is not to be cast from {dtype}"
     if down._parameters["bias"] is not None:
         return "has a bias between its factors"
     extra = up._parameters["bias"]
@@ -192,7 +218,7 @@ def _adapter(
         scaling = float(scaling)
     if not _scales(scaling, device):
         return f"is scaled by {scaling!r:.60}, no finite number"
-    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
     return (a, b, scaling, p), extra
 
 

@@ -8,80 +8,51 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from fastlora.layers import sibling_search
-from fastlora.layers.classes import rebased
-from fastlora.layers.lora import LoRALinear
-from fastlora.model import unwrapped
+from fastlora.layers.classes import rebased, unwrapped
+from fastlora.layers.report import PatchReport
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 # The releases whose layers were tested: from the first to before the last.
 TESTED = ((0, 19), (0, 22))
-_SHOWN = 8
-
-
-@dataclass
-class PatchReport:
-    """What `patch_peft` did; ``print`` it.
-
-    ``fused``: names of the LoRA layers that run the fused forward; ``not_fused``: (name, why) of
-    the others, which run PEFT's own code. ``siblings``, ``gated_mlps``: (module, children's names)
-    of what runs as one operator; ``lookalikes``: (class, why not) of what seemed a gated MLP.
-    """
-
-    fused: list[str]
-    not_fused: list[tuple[str, str]]
-    siblings: list[sibling_search.Names] = field(default_factory=list)
-    gated_mlps: list[sibling_search.Names] = field(default_factory=list)
-    lookalikes: list[tuple[str, str]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        total = len(self.fused) + len(self.not_fused)
-        lines = [f"{len(self.fused)} of {total} LoRA layers fused"]
-        if self.fused:
-            lines.append(f"  fused: {_counted(self.fused)}")
-        lines += [f"  {line}" for line in sibling_search.listed(self.siblings, self.gated_mlps)]
-        lines += [f"  not as one operator: {kind} ({why})" for kind, why in self.lookalikes]
-        reasons = defaultdict(list)
-        for name, why in self.not_fused:
-            reasons[why].append(name)
-        lines += [f"  not fused, {why}: {_counted(names)}" for why, names in reasons.items()]
-        return "\n".join(lines)
 
 
 def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -> PatchReport:
     """Give the LoRA layers that PEFT put into ``model`` the fused forward, in place.
 
     Nothing else changes: parameters, keys, merging, saving and every call of PEFT's stay as they
-    were. Adapters added to a ``PeftModel`` or loaded into it later are picked up; in models that
-    are wrapped otherwise new layers are not. What cannot be fused runs PEFT's own code and is
+    were. Adapters that a ``PeftModel`` or ``PeftMixedModel`` gets later are picked up; new layers
+    in models that are wrapped otherwise are not. What cannot be fused runs PEFT's own code and is
     listed with the reason; a second patch finds what has come and lists it all again.
 
     With ``fuse_siblings`` layers that are called with the same tensor, such as q, k and v, run as
-    one operator; see `inject` for its values. A plain ``nn.Linear`` between them takes part, by a
-    class of its own.
+    one operator (`lora_linears`); a plain ``nn.Linear`` between them takes part, by a class of its
+    own. True finds them by a forward on the small input that models of transformers bring along;
+    for other models give an example input (a tensor, or a mapping of keyword arguments), or the
+    names of children in the order of their calls: ``[("q", "k", "v"), ("gate", "up")]``.
     Raises ImportError without PEFT and RuntimeError for a release that was not tested; ValueError
-    for a model that has no LoRA layer of PEFT's or that has been compiled, and as `inject` for
-    ``fuse_siblings``. The model is then as it was.
+    for a model that has no LoRA layer of PEFT's or that has been compiled, and ValueError or
+    TypeError for a wrong ``fuse_siblings``. The model is then as it was.
     """
-    _check_release()
+    check_release()
     from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora.model import LoraModel
 
-    from fastlora.peft import linear as peft_layer
+    from fastlora.peft.linear import STAND_INS, fuse, why_not
 
-    model = _not_compiled(model)
+    model = check_not_compiled(model)
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     if not layers:
-        raise ValueError(_no_layers(model))
-    reasons = [(name or "the layer", peft_layer.why_not(layer)) for name, layer in layers]
+        raise ValueError(
+            f"{type(model).__name__} has no LoRA layer of PEFT's; patch_peft() comes after "
+            "get_peft_model() or PeftModel.from_pretrained()"
+        )
+    reasons = [(name or "the layer", why_not(layer)) for name, layer in layers]
     report = PatchReport(
         [name for name, why in reasons if why is None],
         [(name, why) for name, why in reasons if why is not None],
@@ -93,10 +64,10 @@ def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -
     if not report.fused:  # before anything is changed, as a warning may be an error
         warnings.warn(f"patch_peft() fused nothing\n{report}", stacklevel=2)
     for _, layer in layers:
-        peft_layer.fuse(layer)
-    for module in model.modules():
-        if type(module) is LoraModel:
-            module.__class__ = peft_layer.FusedModel
+        fuse(layer)
+    for module in model.modules():  # the tuners that hold them
+        if type(module) in STAND_INS:
+            module.__class__ = STAND_INS[type(module)]
     report.lookalikes = sibling_search.lookalikes(siblings)
     report.siblings, report.gated_mlps = sibling_search.make(siblings)
     return report
@@ -108,18 +79,14 @@ def unpatch_peft(model: nn.Module) -> None:
     A model that was not patched stays as it is. Where FSDP2 or a parametrization has since given a
     layer a class of its own, it gets the one that they would have given PEFT's.
     """
-    _check_release()
-    from peft.tuners import lora
-    from peft.tuners.lora.model import LoraModel
-
-    from fastlora.peft import linear as peft_layer
+    check_release()
+    from fastlora.peft.linear import STAND_INS
 
     model = unwrapped(model)
-    changed = (peft_layer.FusedLinear, lora.Linear), (peft_layer.FusedModel, LoraModel)
     kinds = {
         kind: rebased(kind, fused, own)
         for kind in {type(module) for module in model.modules()}
-        for fused, own in changed
+        for own, fused in STAND_INS.items()
         if issubclass(kind, fused)
     }
     sibling_search.separate(model)
@@ -135,21 +102,19 @@ def register(config: LoraConfig) -> LoraConfig:
     one, such as a quantised layer, is left to PEFT. The registration is not saved with the config.
     Raises as `patch_peft`, and TypeError for anything but PEFT's ``LoraConfig``.
     """
-    _check_release()
+    check_release()
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
-    from fastlora.peft import linear as peft_layer
+    from fastlora.peft.linear import registered_layer
 
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config must be a peft.LoraConfig, got {type(config).__name__}")
-    config._register_custom_module(
-        {nn.Linear: peft_layer.registered_layer, Conv1D: peft_layer.registered_layer}
-    )
+    config._register_custom_module(dict.fromkeys((nn.Linear, Conv1D), registered_layer))
     return config
 
 
-def _check_release() -> None:
+def check_release() -> None:
     try:
         import peft
     except ImportError as error:
@@ -167,7 +132,7 @@ def _text(release: tuple[int, int]) -> str:
     return ".".join(map(str, release))
 
 
-def _not_compiled(model: nn.Module) -> nn.Module:
+def check_not_compiled(model: nn.Module) -> nn.Module:
     plain = unwrapped(model)
     for part in (model, *plain.modules()):
         if "_orig_mod" in part._modules or part._compiled_call_impl is not None:
@@ -175,18 +140,3 @@ def _not_compiled(model: nn.Module) -> nn.Module:
                 f"{type(part).__name__} is compiled: patch the model first, then compile it"
             )
     return plain
-
-
-def _no_layers(model: nn.Module) -> str:
-    what = f"{type(model).__name__} has no LoRA layer of PEFT's"
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        return f"{what}; it has fastlora's own layers, which are fused as they are"
-    return f"{what}; patch_peft() comes after get_peft_model() or PeftModel.from_pretrained()"
-
-
-def _counted(names: list[str]) -> str:
-    """Return the last parts of names, and how often each comes."""
-    last = Counter(name.rpartition(".")[2] for name in names)
-    shown = [f"{name} x{n}" if n > 1 else name for name, n in last.most_common(_SHOWN)]
-    more = len(last) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's data: the corpus as question-answer lines."""
+"""The demo: a corpus as question-answer lines, and the run on a .gguf that Trainer takes."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 
 import pytest
+import tiny_chat
 
-from fastlora.commands import demo
+from fastlora.commands import demo, models
 
 pytest.importorskip("yaml", reason="PyYAML is not installed")
 
@@ -20,14 +23,22 @@ def test_each_conversations_first_two_turns_become_a_pair(tmp_path):
     assert demo.corpus_pairs(tmp_path) == [("Hello", "Hi there."), ("Is it 4?", "4")]
 
 
-def test_the_installed_corpus_becomes_jsonl(tmp_path):
-    pytest.importorskip("chatterbot_corpus", reason="chatterbot-corpus is not installed")
-    path = tmp_path / "made" / "data.jsonl"
-    count = demo.write_data(path)
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == count > 600
-    assert all(row.keys() == {"prompt", "response"} for row in rows)
-    assert all(row["prompt"] and row["response"] for row in rows)
+INSTALLED = all(map(importlib.util.find_spec, (demo.MODEL, demo.CORPUS, "gguf")))
+
+
+@pytest.mark.skipif(not INSTALLED, reason="the demo's model and corpus are not installed")
+def test_the_demo_fine_tunes_the_installed_model(tmp_path, monkeypatch, capsys):
+    """Of a .gguf that transformers reads into dense weights, which it may mark as quantised."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "ANSWER_TOKENS", 3)
+    small = "--steps 1 --batch-size 1 --held-out 0.001 --target-modules q_proj v_proj"
+    monkeypatch.setattr(sys, "argv", ["demo", *small.split()])
+    assert demo.main() == 0
+    lines = (demo.OUTPUT / "data.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) > 600 and all(row["prompt"] and row["response"] for row in rows)
+    assert "60 of 60 LoRA layers fused" in capsys.readouterr().out
+    assert tiny_chat.numbers(demo.OUTPUT)["answer_before"] == "I'm sorry…"
 
 
 def test_a_missing_package_is_named(monkeypatch, tmp_path, capsys):

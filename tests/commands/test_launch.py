@@ -5,25 +5,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 import tiny_chat
 import torch
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from sharding import AVERAGES, WHY_NOT
 
 from fastlora.__main__ import main
-from fastlora.commands import finetune
-from fastlora.commands.finetune_data import UserError
-from fastlora.commands.processes import Processes
+from fastlora.commands import trainer
 
-TESTS = Path(__file__).parents[1] / "tools"
+FSDP_ON_CPU = Path(__file__).parents[1] / "tools" / "fsdp_on_cpu.py"
 CONFIG = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": 2}
 CONFIG |= {"mixed_precision": "no", "use_cpu": True}
 DATA_PARALLEL = {**CONFIG, "distributed_type": "MULTI_GPU"}
@@ -40,11 +35,10 @@ FSDP2 = {
 }
 
 
-def options(folder, output, **changes):
-    given = {"steps": 12, "lr": 0.01, "dtype": "fp32", "dropout": 0, "r": 4, "save-every": 4}
-    given |= {"model": folder / "model", "data": folder / "sums.jsonl", "output": output, **changes}
-    words = [f"--{name}={value}" for name, value in given.items()]
-    return ["finetune", "--ask", "what is one plus two", *words]
+def words(tiny, output, **changes):
+    own = {"model": tiny.model, "data": tiny.data, "output": output, "steps": 12, "r": 4}
+    own |= {"save-every": 4, "dropout": 0, "ask": "what is one plus two"} | changes
+    return [w for w in tiny_chat.command("finetune", **own) if w not in ("--device", "cpu")]
 
 
 def launch(config, folder, program, arguments):
@@ -53,23 +47,20 @@ def launch(config, folder, program, arguments):
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(folder / "accelerate.yaml"), *program, *arguments]
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
+    run = subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, timeout=240
     )
-
-
-def metrics(folder):
-    return json.loads((folder / "metrics.json").read_text())
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
 
 
 def agree(one, several):
-    expected, found = metrics(one), metrics(several)
+    expected, found = map(tiny_chat.numbers, (one, several))
     for name in ("losses", "gradient_norms"):
         assert found[name] == pytest.approx(expected[name], rel=1e-3), name
     assert found["held_out_after"] == pytest.approx(expected["held_out_after"], rel=1e-4)
-    assert found["answer_after"] == expected["answer_after"]
-    assert found["tokens"] == expected["tokens"]
-    assert (expected["processes"], found["processes"]) == (1, 2)
+    for name in ("answer_before", "answer_after", "tokens"):
+        assert found[name] == expected[name]
     left, right = (load_file(f / "adapter/adapter_model.safetensors") for f in (one, several))
     assert left.keys() == right.keys()
     for name, tensor in left.items():
@@ -77,93 +68,58 @@ def agree(one, several):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("launch")
-    tiny_chat.model(path / "model")
-    tiny_chat.sums(path / "sums.jsonl")
-    return path
+def whole(tiny, tmp_path_factory):
+    output = tmp_path_factory.mktemp("launch") / "whole"
+    assert main(words(tiny, output)) == 0
+    return output
 
 
-@pytest.fixture(scope="module")
-def sharded(folder):
-    """One process, stopped in its sixth step; two with FSDP2 that go on from its checkpoint.
+def test_two_processes_go_on_from_one(tiny, whole, tmp_path, monkeypatch):
+    own, output = trainer.Trainer.compute_loss, tmp_path / "out"
 
-    Returns the folder of one that was not stopped, that of the two, and what they printed.
-    """
-    if not AVERAGES:
-        pytest.skip(WHY_NOT)
-    assert main(options(folder, folder / "whole")) == 0
+    def compute_loss(self, *arguments, **options):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return own(self, *arguments, **options)
 
-    class Stopped(finetune._Run):
-        def _step(self, step):
-            if step == 5:
-                raise KeyboardInterrupt
-            return super()._step(step)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "_Run", Stopped)
-        assert main(options(folder, folder / "sharded")) == 130
-    arguments = options(folder, folder / "sharded")
-    run = launch(FSDP2, folder, [str(TESTS / "fsdp_on_cpu.py")], arguments)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return folder / "whole", folder / "sharded", run.stdout
-
-
-def test_sharded_processes_go_on_from_one(sharded):
-    whole, found, printed = sharded
-    assert "fp32 on 2 processes (FSDP2, cpu)" in printed
+    monkeypatch.setattr(trainer.Trainer, "compute_loss", compute_loss)
+    assert main(words(tiny, output)) == 130
+    printed = launch(DATA_PARALLEL, tmp_path, ["-m", "fastlora"], words(tiny, output))
+    assert "fp32 on 2 processes (data-parallel, cpu)" in printed
     assert printed.count("resumed   after step 4 of 12") == 1
-    agree(whole, found)
+    assert "loaded again, its outputs are identical" in printed
+    agree(whole, output)
 
 
-def test_two_processes_go_on_from_shards(folder, sharded):
-    whole, before, _ = sharded
-    (folder / "replicas").mkdir()
-    shutil.copy(before / "checkpoint.pt.8", folder / "replicas" / "checkpoint.pt")
-    arguments = options(folder, folder / "replicas")
-    run = launch(DATA_PARALLEL, folder, ["-m", "fastlora"], arguments)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "fp32 on 2 processes (data-parallel, cpu)" in run.stdout
-    assert run.stdout.count("resumed   after step 8 of 12") == 1
-    assert "loaded again, its outputs are identical" in run.stdout
-    agree(whole, folder / "replicas")
-
-
-def test_several_processes_take_no_device(folder, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(options(folder, folder / "out", device="cpu")) == 2
-    error = "error: --device cpu: several processes get theirs from accelerate\n"
-    assert capsys.readouterr().err == error and not (folder / "out").exists()
-
-
-def test_a_mistake_names_the_process(folder, monkeypatch, capsys):
-    """It may be of its machine alone, such as a file that is not there."""
-    monkeypatch.setenv("RANK", "1")
-    assert main(options(folder, folder / "out", data="nowhere.jsonl")) == 2
-    error = "process 1: error: --data nowhere.jsonl: No such file or directory\n"
-    assert capsys.readouterr() == ("", error)
-
-
-def test_a_batch_is_shared_evenly(folder, monkeypatch, capsys):
-    monkeypatch.setattr(
-        finetune, "Processes", lambda device: types.SimpleNamespace(count=3, device=device)
-    )
-    assert main(options(folder, folder / "out")) == 2
-    assert "--batch-size 8 must be a multiple of the 3 processes" in capsys.readouterr().err
+@pytest.mark.skipif(not AVERAGES, reason=WHY_NOT)
+def test_sharded_processes_come_to_what_one_comes_to(tiny, whole, tmp_path):
+    output = tmp_path / "out"
+    printed = launch(FSDP2, tmp_path, [str(FSDP_ON_CPU)], words(tiny, output))
+    assert "fp32 on 2 processes (FSDP2, cpu)" in printed
+    agree(whole, output)
 
 
 @pytest.mark.parametrize(
-    ("kind", "environment", "problem"),
+    ("name", "value", "more", "problem"),
     [
-        ("MULTI_CPU", {"ACCELERATE_USE_FSDP": "true"}, "accelerate shards on GPUs only, and there"),
-        ("FSDP", {}, "fsdp_version is 1 in accelerate's configuration; 2 is supported"),
-        ("DEEPSPEED", {}, "accelerate's DEEPSPEED is not supported; data-parallel processes and"),
+        ("WORLD_SIZE", "2", ["--device", "cpu"], "--device cpu: several processes get theirs from"),
+        ("WORLD_SIZE", "3", [], "--batch-size must be a multiple of the 3 processes, got 4"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", [], "must be data-parallel, or FSDP2 on GPUs"),
+        ("ACCELERATE_USE_FSDP", "true", [], "must be data-parallel, or FSDP2 on GPUs"),
     ],
 )
-def test_what_accelerate_can_but_this_cannot(kind, environment, problem, monkeypatch):
-    state = {"distributed_type": DistributedType[kind], "is_fsdp2": False}
-    monkeypatch.setattr("accelerate.Accelerator", lambda **_: types.SimpleNamespace(**state))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=problem):
-        Processes(None)
+def test_what_several_processes_cannot_do(
+    tiny, tmp_path, monkeypatch, capsys, name, value, more, problem
+):
+    monkeypatch.setenv(name, value)
+    assert main([*words(tiny, tmp_path / "out"), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and problem in error and not (tmp_path / "out").exists()
+
+
+def test_a_mistake_names_the_process(tiny, tmp_path, monkeypatch, capsys):
+    """It may be of its machine alone, such as a file that is not there."""
+    monkeypatch.setenv("RANK", "1")
+    assert main(words(tiny, tmp_path / "out", data="nowhere.jsonl")) == 2
+    error = "process 1: error: --data nowhere.jsonl: No such file or directory\n"
+    assert capsys.readouterr() == ("", error)

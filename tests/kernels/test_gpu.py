@@ -324,7 +324,7 @@ def test_auto_takes_the_kernels():
     chosen = fastlora.explain(layer()[0], 256)
     (both,) = chosen.plans.values()
     for plan in both.values():
-        assert plan.impl in ("library", min(plan.predicted, key=plan.predicted.get, default=""))
+        assert plan.impl == "library"
 
 
 def test_inductor():
@@ -387,8 +387,7 @@ def test_tuning(tmp_path, monkeypatch):
         plan = plans.choose(op, "auto", problem, device)
         assert plan.why == "measured on this machine"
         fastest = min(found[op].seconds, key=found[op].seconds.get)
-        expected = min(plan.predicted, key=plan.predicted.get, default="library")
-        assert plan.impl in (fastest, "library", expected)
+        assert plan.impl in (fastest, "library")
     plans.forget()
 
 

@@ -24,10 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
 from fastlora import functional
-from fastlora.layers import gated_mlp, siblings
+from fastlora.layers import gated, siblings
+from fastlora.operator import plans
 from fastlora.peft import linear as peft_layer
 
-LORA = {"r": 4, "target_modules": ["0", "2"], "init_lora_weights": False}
+LORA = {"r": 4, "init_lora_weights": False}
 STEPS = 4
 CASES = list(itertools.product(("ours", "patched", "siblings"), ("ddp", "fsdp2")))
 
@@ -57,14 +58,14 @@ def build(whose):
     torch.manual_seed(0)
     if whose in ("siblings", "apart"):
         model = nn.Sequential(Block())
-        asked = fastlora.LoRAConfig(**{**LORA, "target_modules": ["q", "gate", "down"]})
-        fastlora.inject(model, asked, fuse_siblings=whose == "siblings" and torch.ones(1, 16))
+        how = whose == "siblings" and torch.ones(1, 16)
+        fastlora.replace_linears(model, ["q", "gate", "down"], fuse_siblings=how, **LORA)
         return model
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8))
     if whose == "ours":
-        fastlora.inject(model, fastlora.LoRAConfig(**LORA))
+        fastlora.replace_linears(model, ["0", "2"], **LORA)
         return model
-    model = get_peft_model(model, LoraConfig(**LORA))
+    model = get_peft_model(model, LoraConfig(target_modules=["0", "2"], **LORA))
     if whose == "patched":
         assert len(fastlora.patch_peft(model).fused) == 2
     return model
@@ -114,7 +115,7 @@ def trains_as_one(rank, whose, how, folder):
     calls, own = [], peft_layer.lora_sum
     peft_layer.lora_sum = lambda *args: calls.append(1) or own(*args)
     mlps = []
-    siblings.functional, gated_mlp.run = Counted(calls), counted(mlps, gated_mlp.run)
+    siblings.functional, gated.run = Counted(calls), counted(mlps, gated.run)
     wrapped = wrap(model, how)
     optimizer = optimizer_of(model)
     train(wrapped, optimizer, [batches[rank]], STEPS // 2)
@@ -160,6 +161,7 @@ def worker(rank, folder):
     lock to free a tensor: a deadlock, or an abort while Python ends (pytorch/pytorch#179291).
     """
     torch.set_num_threads(1)
+    plans.FEW = plans.STILL_FEW = 0  # tiny tensors stand for large ones, as in conftest.py
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)

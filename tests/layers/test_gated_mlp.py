@@ -29,7 +29,7 @@ from transformers.activations import ACT2FN
 import fastlora
 from fastlora import LoRAConfig, inject, patch_peft, unpatch_peft
 from fastlora.flops import FORMULAS
-from fastlora.layers import gated_mlp, gated_modules
+from fastlora.layers import gated
 from fastlora.layers.siblings import FrozenLinear
 from fastlora.operator import op
 from fastlora.operator.dropout import keep_mask
@@ -108,7 +108,7 @@ def test_acceptance_rule(act, ranks, kind, p):
         )
         for projection in projections
     ]
-    found = all_of(gated_mlp.run, x, dy, projections, act)
+    found = all_of(gated.run, x, dy, projections, act)
     plain = all_of(formula, x, dy, projections, act)
     exact = all_of(formula, x.double(), dy.double(), wide, act)
     for i, (mine, theirs, right) in enumerate(zip(found, plain, exact, strict=True)):
@@ -124,27 +124,27 @@ def test_first_and_second_derivatives(act, p):
     inputs = [t.requires_grad_() for t in (*trained(x, projections), weight, bias)]
 
     def function(*given):
-        return gated_mlp.run(x, projections, act)
+        return gated.run(x, projections, act)
 
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
 
 
 def twice(x, projections, act):
-    return gated_mlp.run(gated_mlp.run(x, projections, act), projections, act)
+    return gated.run(gated.run(x, projections, act), projections, act)
 
 
 def tied(x, projections, act):
     """gate and up have one A."""
     gate, up, down = projections
-    return gated_mlp.run(x, [gate, up._replace(a=gate.a), down], act)
+    return gated.run(x, [gate, up._replace(a=gate.a), down], act)
 
 
 def of_itself(x, projections, act):
     """x, and the weight of down, are made from parameters of the same operator."""
     gate, up, down = projections
     x, w = x * gate.a.sum(), down.w + up.a.sum()
-    return gated_mlp.run(x, [gate, up, down._replace(w=w)], act)
+    return gated.run(x, [gate, up, down._replace(w=w)], act)
 
 
 @pytest.mark.parametrize("act", PLAIN)
@@ -172,7 +172,7 @@ def test_hooks_see_each_gradient_once():
     seen = []
     for t in trained(x, projections):
         t.requires_grad_().register_hook(seen.append)
-    y = gated_mlp.run(x, projections, "silu")
+    y = gated.run(x, projections, "silu")
     grads = torch.autograd.grad(y, trained(x, projections), dy, create_graph=True)
     assert sorted(map(id, seen)) == sorted(map(id, grads))
 
@@ -180,14 +180,14 @@ def test_hooks_see_each_gradient_once():
 def test_only_what_is_asked_for():
     """Every combination of trained factors: the same gradients, and none beside."""
     x, dy, projections = operands()
-    full = all_of(gated_mlp.run, x, dy, projections, "silu")[1:]
+    full = all_of(gated.run, x, dy, projections, "silu")[1:]
     names = trained(x, projections)
     for asked in itertools.product((False, True), repeat=len(names)):
         if not any(asked):
             continue
         for t, flag in zip(names, asked, strict=True):
             t.requires_grad_(flag)
-        y = gated_mlp.run(x, projections, "silu")
+        y = gated.run(x, projections, "silu")
         wanted = [t for t, flag in zip(names, asked, strict=True) if flag]
         grads = iter(torch.autograd.grad(y, wanted, dy))
         for expected, flag in zip(full, asked, strict=True):
@@ -195,7 +195,7 @@ def test_only_what_is_asked_for():
                 torch.testing.assert_close(next(grads), expected, rtol=1e-5, atol=1e-5)
     for t in names:
         t.requires_grad_(False)
-    assert not gated_mlp.run(x, projections, "silu").requires_grad
+    assert not gated.run(x, projections, "silu").requires_grad
 
 
 def test_what_is_kept_for_backward():
@@ -212,7 +212,7 @@ def test_what_is_kept_for_backward():
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        gated_mlp.run(x, projections, "silu")
+        gated.run(x, projections, "silu")
     assert sum(kept.values()) == 120 * (64 + 2 * 96 + 3 + 2 + 4)
 
 
@@ -229,10 +229,10 @@ def test_the_kernels_of_the_product(monkeypatch):
             return own(*args, **kwargs)
 
         monkeypatch.setattr(fastlora_kernels, name, counted)
-    monkeypatch.setattr(gated_mlp, "_kernels", lambda *tensors: fastlora_kernels)
+    monkeypatch.setattr(gated, "_kernels", lambda *tensors: fastlora_kernels)
     for act in PLAIN:
         x, dy, projections = operands()
-        found = all_of(gated_mlp.run, x, dy, projections, act)
+        found = all_of(gated.run, x, dy, projections, act)
         expected = all_of(formula, x, dy, projections, act)
         for mine, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
@@ -519,8 +519,8 @@ def runs(monkeypatch):
         found.append(activation)
         return y
 
-    own = gated_mlp.run
-    monkeypatch.setattr(gated_mlp, "run", counted)
+    own = gated.run
+    monkeypatch.setattr(gated, "run", counted)
     return found
 
 
@@ -543,7 +543,7 @@ def test_the_same_outputs_gradients_and_dropout(act, p, targets, runs):
 def test_what_only_looks_like_one(make, runs):
     plain, model, report = patched(make)
     assert report.gated_mlps == []
-    form, why = gated_modules.form_of(make(), ("wide", "open"), lambda m: type(m) is nn.Linear)
+    form, why = gated.form_of(make(), ("wide", "open"), lambda m: type(m) is nn.Linear)
     assert form is None and bool(why) == (make is not Fourth)
     for each in (plain.eval(), model.eval()):
         mlp = each.base_model.model[0]
@@ -596,7 +596,7 @@ def test_looking_changes_nothing():
     before, state = bits(model), torch.get_rng_state()
     kept = [dict(vars(m)) for m in model.modules()]
     for module in model:
-        gated_modules.form_of(module, ("wide", "open"), lambda m: type(m) is nn.Linear)
+        gated.form_of(module, ("wide", "open"), lambda m: type(m) is nn.Linear)
     assert same(before, bits(model)) and torch.equal(state, torch.get_rng_state())
     assert kept == [vars(m) for m in model.modules()]
 
@@ -654,7 +654,7 @@ def classes_of_transformers():
 def test_every_class_of_transformers():
     taken, reasons = set(), {}
     for kind, names in classes_of_transformers():
-        form, why = gated_modules._form(gated_modules._code(kind))
+        form, why = gated._form(gated._code(kind))
         if form is None:
             reasons[kind.__name__] = why if names in NAMES else ""
             continue
@@ -855,7 +855,7 @@ def test_reasons_that_are_the_module_s_own():
     hidden, own = MLP(), MLP()
     vars(hidden)["open"], own.forward = nn.Linear(6, 8), own.forward
     whys = [
-        gated_modules.form_of(mlp, pair, lambda m: type(m) is nn.Linear)[1]
+        gated.form_of(mlp, pair, lambda m: type(m) is nn.Linear)[1]
         for mlp, pair in (
             (hidden, ("wide", "open")),
             (own, ("wide", "open")),

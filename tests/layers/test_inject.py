@@ -12,7 +12,8 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import fastlora
-from fastlora import LoRAConfig, LoRALinear, inject
+from fastlora import LoRAConfig, inject
+from fastlora.injected import InjectedLinear as LoRALinear
 from fastlora.model import walk
 from fastlora.trainable import TrainableModule
 
@@ -114,7 +115,8 @@ def test_the_report_reads_well():
         "  dense  x2  24->16  r=2",
         "  query  x1  16->16  r=16",
         "  trained in full: classifier (51)",
-        "  left alone, computes its weight: it is parametrized or weight-normalised: dense",
+        "  left alone, computes its weight or bias (parametrized, pruned, weight-normalised): "
+        "dense",
         "  left alone, excluded: key x2",
     ]
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapter files: PEFT's, both ways; and a save that fails leaves what was there."""
 
+import copy
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import peft
 import pytest
 import tiny_models as tiny
 import torch
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -18,237 +21,232 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
-from fastlora import LoRAConfig, inject, load_adapter, save_adapter
-from fastlora.model import tensors_of
-from fastlora.peft import adapters
+from fastlora import load_adapter, save_adapter
+from fastlora.peft import checks
+from fastlora.peft.linear import FusedLinear
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LLAMA = ["q_proj", "down_proj"]
+
+
+def lora(*targets, **values):
+    return LoraConfig(
+        **{"r": 3, "lora_alpha": 5, "target_modules": list(targets) or LLAMA} | values
+    )
+
+
+def mixtral():
+    return tiny.decoder("Mixtral", num_local_experts=4)
+
+
 CASES = {
-    "linear": (tiny.llama, {"target_modules": LLAMA}),
-    "all-linear": (tiny.llama, {"target_modules": "all-linear"}),
-    "regex": (tiny.llama, {"target_modules": r".*\.(q|v)_proj"}),
-    "head": (tiny.llama, {"target_modules": ["lm_head"]}),
-    "rslora": (tiny.llama, {"target_modules": LLAMA, "use_rslora": True}),
-    "dropout": (tiny.llama, {"target_modules": LLAMA, "lora_dropout": 0.5}),
+    "linear": (tiny.llama, lora()),
+    "all-linear": (tiny.llama, lora(target_modules="all-linear")),
+    "regex": (tiny.llama, lora(target_modules=r".*\.(q|v)_proj")),
+    "head": (tiny.llama, lora("lm_head")),
+    "rslora and dropout": (tiny.llama, lora(use_rslora=True, lora_dropout=0.5)),
     "patterns": (
         tiny.llama,
-        {
-            "target_modules": LLAMA,
-            "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 5},
-            "alpha_pattern": {r"layers\.0\..*": 2.5},
-        },
+        lora(
+            rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 5},
+            alpha_pattern={r"layers\.0\..*": 2.5},
+        ),
     ),
-    "layers": (tiny.llama, {"target_modules": LLAMA, "layers_to_transform": [1]}),
-    "conv1d": (tiny.gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
-    "biased": (tiny.bert, {"target_modules": ["query", "dense"]}),
-    "saved": (
-        tiny.bert,
-        {"target_modules": ["query"], "modules_to_save": ["pooler", "classifier"]},
-    ),
-    "task": (tiny.bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
-    "lora_only": (tiny.bert, {"target_modules": ["query"], "bias": "lora_only"}),
-    "all biases": (
-        tiny.bert,
-        {"target_modules": ["query"], "bias": "all", "modules_to_save": ["pooler", "classifier"]},
-    ),
+    "layers": (tiny.llama, lora(layers_to_transform=[1])),
+    "conv1d": (tiny.gpt2, lora("c_attn", "c_proj", "c_fc", fan_in_fan_out=True)),
+    "biased": (tiny.bert, lora("query", "dense")),
+    "saved": (tiny.bert, lora("query", modules_to_save=["pooler", "classifier"])),
+    "task": (tiny.bert, lora(target_modules="all-linear", task_type="SEQ_CLS")),
+    "lora_only": (tiny.bert, lora("query", bias="lora_only")),
+    "all biases": (tiny.bert, lora("query", bias="all", modules_to_save=["pooler", "classifier"])),
+    "lora_bias": (tiny.bert, lora("query", lora_bias=True)),
+    "dora": (tiny.llama, lora(use_dora=True)),
+    "embedding": (tiny.llama, lora("embed_tokens", "q_proj")),
+    "tied embedding": (tiny.gpt2, lora("wte", "c_attn", fan_in_fan_out=True)),
+    "saved embeddings": (tiny.llama, lora(modules_to_save=["embed_tokens", "lm_head"])),
+    "tokens": (tiny.llama, lora(trainable_token_indices={"embed_tokens": [1, 9], "lm_head": [3]})),
+    "tied tokens": (tiny.gpt2, lora("c_fc", fan_in_fan_out=True, trainable_token_indices=[1, 9])),
+    "experts": (mixtral, lora("q_proj", target_parameters=["experts.gate_up_proj"])),
+    "starts": (tiny.llama, lora(r=4, init_lora_weights="orthogonal")),
+    "ia3": (tiny.llama, IA3Config(target_modules=LLAMA, feedforward_modules=["down_proj"])),
+    "loha": (tiny.llama, LoHaConfig(r=3, target_modules=LLAMA)),
+    "lokr": (tiny.llama, LoKrConfig(r=3, target_modules=LLAMA, init_weights=False)),
+    "hra": (tiny.llama, peft.HRAConfig(r=2, target_modules=LLAMA)),
+    "norms": (tiny.llama, peft.LNTuningConfig(target_modules=["input_layernorm"])),
 }
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*(tied|embedding layers found|fused nothing)"),
+    pytest.mark.filterwarnings("ignore:.*Setting `save_embedding_layers`"),
+]
+cases = pytest.mark.parametrize(("make", "config"), CASES.values(), ids=CASES)
 
-cases = pytest.mark.parametrize(("make", "values"), CASES.values(), ids=CASES)
+
+def wrapped(make=tiny.llama, config=None, adapter="default", **values):
+    given = copy.deepcopy(config) or lora(**values)
+    return tiny.train_a_little(get_peft_model(make(), given, adapter)).eval()
 
 
-def injected(make=tiny.llama, adapter="default", **values):
-    model = make()
-    inject(
-        model, LoRAConfig(**{"r": 3, "lora_alpha": 5, "target_modules": LLAMA, **values}), adapter
+def close(one, other, **tolerance):
+    tolerance = tolerance or {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(tiny.outputs(one), tiny.outputs(other), **tolerance)
+
+
+def equal_files(one, other):
+    ours, theirs = (load_file(folder / WEIGHTS) for folder in (one, other))
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours
     )
-    return tiny.train_a_little(model)
 
 
-def unlike(a, b):
-    return not torch.allclose(a, b, atol=1e-3)
-
-
-@cases
-def test_ours_in_peft(make, values, tmp_path):
-    model = injected(make, **values)
-    save_adapter(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
-    torch.testing.assert_close(tiny.outputs(theirs), tiny.outputs(model))
-    assert unlike(tiny.outputs(model), tiny.outputs(make()))
+def settings(folder):
+    values = json.loads((folder / CONFIG).read_text())
+    return {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in values.items()}
 
 
 @cases
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-@pytest.mark.filterwarnings("ignore:these select nothing")
-def test_peft_s_here(make, values, tmp_path):
-    config = peft.LoraConfig(r=3, lora_alpha=5, **values)
-    theirs = tiny.train_a_little(peft.get_peft_model(make(), config)).eval()
-    theirs.save_pretrained(tmp_path)
-    model = make()
-    report = load_adapter(model, tmp_path)
-    torch.testing.assert_close(tiny.outputs(model), tiny.outputs(theirs))
-    assert unlike(tiny.outputs(model), tiny.outputs(make()))
-    assert report.trainable == 0 and not any(p.requires_grad for p in model.parameters())
-    with fastlora.disable_adapters(model):
-        assert torch.equal(tiny.outputs(model), tiny.outputs(make()))
-
-
-@cases
-def test_ours_here_is_the_same_bit_for_bit(make, values, tmp_path):
-    model = injected(make, **values)
-    save_adapter(model, tmp_path / "deep" / "er")
-    other = make()
-    report = load_adapter(other, tmp_path / "deep" / "er", is_trainable=True)
-    assert tiny.same(tiny.bits(model), tiny.bits(other))
-    assert torch.equal(tiny.outputs(model), tiny.outputs(other))
-    assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    save_adapter(other, tmp_path / "again")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        again = (tmp_path / "again" / name).read_bytes()
-        assert again == (tmp_path / "deep" / "er" / name).read_bytes()
-
-
-@cases
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-def test_the_file_has_peft_s_keys(make, values, tmp_path):
-    save_adapter(injected(make, **values), tmp_path / "ours")
-    config = peft.LoraConfig(r=3, lora_alpha=5, **values)
-    peft.get_peft_model(make(), config).save_pretrained(tmp_path / "theirs")
-    ours = load_file(tmp_path / "ours/adapter_model.safetensors")
-    theirs = load_file(tmp_path / "theirs/adapter_model.safetensors")
-    needless = (".original_module.", ".modules_to_save.", "lm_head.base_layer.weight")
-    extra = {key for key in theirs if any(part in key for part in needless)}
-    assert {k: t.shape for k, t in ours.items()} == {
-        k: t.shape for k, t in theirs.items() if k not in extra
-    }
-    with safe_open(tmp_path / "ours/adapter_model.safetensors", "pt") as file:
+def test_from_peft_to_peft(make, config, tmp_path):
+    """Loaded as PEFT loads, saved as PEFT saves, and loaded again."""
+    theirs = wrapped(make, config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = load_adapter(make(), tmp_path / "theirs")
+    expected = PeftModel.from_pretrained(make(), tmp_path / "theirs")
+    state, trains, _ = tiny.bits(expected)
+    found = tiny.bits(model)
+    assert state.keys() == found[0].keys() and trains == found[1]
+    assert all(torch.equal(state[key], found[0][key]) for key in state)
+    assert type(model) is type(expected) and not model.training
+    close(model, theirs)
+    assert not torch.allclose(tiny.outputs(model), tiny.outputs(make()), atol=1e-3)
+    save_adapter(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "again")
+    assert equal_files(tmp_path / "ours", tmp_path / "again")
+    assert settings(tmp_path / "ours") == settings(tmp_path / "again")
+    with safe_open(tmp_path / "ours" / WEIGHTS, "pt") as file:
         assert file.metadata().pop("format") == "pt"
+    back = load_adapter(make(), tmp_path / "ours", is_trainable=True)
+    assert sum(p.requires_grad for p in back.parameters()) > sum(trains.values())
+    close(back.eval(), theirs)
 
 
-def test_a_conv1d_is_said_to_be_one(tmp_path):
-    for make, expected in ((tiny.gpt2, True), (tiny.llama, False)):
-        model = make()
-        inject(model, LoRAConfig(target_modules="all-linear", fan_in_fan_out=not expected))
-        save_adapter(model, tmp_path)
-        saved = json.loads((tmp_path / "adapter_config.json").read_text())
-        assert saved["fan_in_fan_out"] is expected
+@pytest.mark.parametrize("name", ["linear", "embedding", "tokens", "dora", "saved", "experts"])
+def test_beside_another_adapter(name, tmp_path):
+    make, config = CASES[name]
+    theirs = wrapped(make, config)
+    theirs.save_pretrained(tmp_path)
+    model = wrapped(make, lora("q_proj", "key", r=2))
+    fastlora.patch_peft(model)
+    before = tiny.outputs(model)
+    assert load_adapter(model, tmp_path, "foo") is model
+    assert torch.equal(tiny.outputs(model), before) and model.active_adapters == ["default"]
+    model.set_adapter("foo")
+    close(model, theirs)
+    save_adapter(model, tmp_path / "foo", "foo")
+    assert load_file(tmp_path / "foo" / WEIGHTS).keys() == load_file(tmp_path / WEIGHTS).keys()
+    if name == "tokens":  # PEFT fails to save an adapter that trains none beside one that does
+        return
+    save_adapter(model, tmp_path / "default")
+    close(load_adapter(make(), tmp_path / "default"), wrapped(make, lora("q_proj", "key", r=2)))
 
 
-class Twin(nn.Module):
-    """ "all-linear" that no list of last parts can say: one `out` is the head."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.ModuleDict({"out": nn.Linear(4, 4)})
-        self.out = nn.Linear(4, 4)
-
-    def get_output_embeddings(self):
-        return self.out
-
-
-def test_all_linear_is_saved_as_the_layers_it_chose(tmp_path):
-    for model, expected in ((Twin(), r"body\.out"), (tiny.mlp(), ["0", "2", "head"])):
-        inject(model, LoRAConfig(target_modules="all-linear"))
-        save_adapter(model, tmp_path)
-        saved = json.loads((tmp_path / "adapter_config.json").read_text())
-        assert saved["target_modules"] == expected
+def test_what_is_loaded_is_fused(tmp_path, fused):
+    save_adapter(wrapped(), tmp_path)
+    model = load_adapter(tiny.llama(), tmp_path)
+    kinds = [type(m) for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert kinds == [FusedLinear] * 4
+    tiny.outputs(model)
+    assert len(fused) == 4
+    with pytest.warns(UserWarning, match="fused nothing"):
+        wrapped(config=lora(use_dora=True)).save_pretrained(tmp_path)
+        load_adapter(tiny.llama(), tmp_path)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float64])
 def test_dtypes(stored, base, tmp_path):
-    model = tiny.llama().to(base)
-    inject(model, LoRAConfig(target_modules=LLAMA))
-    save_adapter(tiny.train_a_little(model), tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = {key: tensor.to(stored) for key, tensor in load_file(path).items()}
-    save_file(tensors, path)
-    for asked, expected in ((None, torch.float32), (base, base)):
-        other = tiny.llama().to(base)
-        load_adapter(other, tmp_path, adapter_dtype=asked)
-        for key, tensor in tensors_of(other, "default").items():
-            assert torch.equal(tensor, tensors[f"base_model.model.{key}"].to(expected))
+    save_adapter(wrapped(), tmp_path)
+    tensors = {key: t.to(stored) for key, t in load_file(tmp_path / WEIGHTS).items()}
+    save_file(tensors, tmp_path / WEIGHTS)
+    model = load_adapter(tiny.llama().to(base), tmp_path)
+    expected = torch.float64 if base == torch.float64 else torch.float32
+    found = peft.get_peft_model_state_dict(model)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key].to(expected)) for key in found)
 
 
-def test_beside_other_adapters_it_becomes_the_active_one(tmp_path):
-    first = injected(adapter="foo")
-    save_adapter(first, tmp_path / "foo", "foo")
-    second = injected(adapter="foobar", target_modules=["up_proj", "q_proj"], r=2)
-    save_adapter(second, tmp_path / "foobar", "foobar")
-    foo, foobar = tiny.outputs(first), tiny.outputs(second)
-    load_adapter(first, tmp_path / "foobar", "foobar")
-    assert torch.equal(tiny.outputs(first), foobar)
-    fastlora.set_adapter(first, "foo")
-    assert torch.equal(tiny.outputs(first), foo)
-    for name in ("foo", "foobar"):
-        save_adapter(first, tmp_path / "again", name)
-        again = load_file(tmp_path / "again/adapter_model.safetensors")
-        before = load_file(tmp_path / name / "adapter_model.safetensors")
-        assert again.keys() == before.keys()
-        assert all(torch.equal(again[key], before[key]) for key in again)
-    with pytest.raises(ValueError, match="'foobar' exists already"):
-        load_adapter(first, tmp_path / "foobar", "foobar")
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+def test_the_keys_that_servers_expect(make, tmp_path):
+    """What vLLM and SGLang read: nothing but factors, each under the name of a linear layer.
+
+    And a config whose r and lora_alpha give the scaling, and whose targets are a list, as neither
+    takes a regular expression everywhere.
+    """
+    config = lora(target_modules="all-linear", fan_in_fan_out=make is tiny.gpt2)
+    save_adapter(wrapped(make, config), tmp_path)
+    modules, seen = dict(make().named_modules()), {}
+    for key, tensor in load_file(tmp_path / WEIGHTS).items():
+        path, factor = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key).groups()
+        seen.setdefault(path, {})[factor] = tensor
+    for path, factors in seen.items():
+        layer = modules[path]
+        out, into = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
+        assert factors["A"].shape == (3, into) and factors["B"].shape == (out, 3), path
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 5)
+    assert all(path.endswith(tuple(config["target_modules"])) for path in seen)
+    assert isinstance(config["target_modules"], list)
+    assert config["bias"] == "none" and not config["modules_to_save"]
+    assert not config["use_dora"] and not config["rank_pattern"]
 
 
-def test_a_loaded_adapter_trains_when_asked_or_switched_to(tmp_path):
-    save_adapter(injected(), tmp_path)
-    model = tiny.llama()
-    load_adapter(model, tmp_path)
-    assert not any(p.requires_grad for p in model.parameters())
-    fastlora.set_adapter(model, "default")
-    assert any(p.requires_grad for p in model.parameters())
-    load_adapter(other := tiny.llama(), tmp_path, is_trainable=True)
-    assert any(p.requires_grad for p in other.parameters())
-
-
-def test_biases_that_are_aside_are_saved(tmp_path):
-    model = injected(tiny.bert, "foo", target_modules=["query"], bias="all")
+@pytest.mark.parametrize("targets", [LLAMA, ["lm_head"]])
+def test_a_merged_or_compiled_model_saves_the_same(targets, tmp_path):
+    """Merged, PEFT would write a head's weight with the adapter in it, to be added once more."""
+    model = wrapped(config=lora(*targets))
     y = tiny.outputs(model)
-    inject(model, LoRAConfig(target_modules=["query"]), "bar")
-    save_adapter(model, tmp_path, "foo")
-    other = tiny.bert()
-    load_adapter(other, tmp_path)
-    assert torch.equal(tiny.outputs(other), y)
-
-
-def test_a_merged_or_compiled_model_saves_the_same(tmp_path):
-    model = injected()
     save_adapter(model, tmp_path / "plain")
-    fastlora.merge(model)
+    model.merge_adapter()
     save_adapter(torch.compile(model, backend="eager"), tmp_path / "merged")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        plain = (tmp_path / "plain" / name).read_bytes()
-        assert (tmp_path / "merged" / name).read_bytes() == plain
+    assert settings(tmp_path / "plain") == settings(tmp_path / "merged")
+    assert torch.equal(
+        tiny.outputs(PeftModel.from_pretrained(tiny.llama(), tmp_path / "merged")), y
+    )
+    if targets == LLAMA:
+        for name in (CONFIG, WEIGHTS):
+            plain, merged = ((tmp_path / f / name).read_bytes() for f in ("plain", "merged"))
+            assert plain == merged
 
 
 @pytest.mark.parametrize("spread", [DistributedDataParallel, fully_shard])
 def test_a_distributed_model_saves_the_same(spread, one_process, tmp_path):
-    model = tiny.mlp()
-    inject(model, LoRAConfig(target_modules=["2"], modules_to_save=["head"], bias="lora_only"))
-    save_adapter(tiny.train_a_little(model), tmp_path / "plain")
+    model = wrapped(tiny.mlp, lora("2", modules_to_save=["head"], bias="lora_only"))
+    save_adapter(model, tmp_path / "plain")
     save_adapter(spread(model), tmp_path / "spread")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        plain = (tmp_path / "plain" / name).read_bytes()
-        assert (tmp_path / "spread" / name).read_bytes() == plain
+    for name in (CONFIG, WEIGHTS):
+        assert (tmp_path / "spread" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
-def test_what_is_distributed_already_takes_no_adapter(one_process):
-    model = DistributedDataParallel(tiny.mlp())
-    with pytest.raises(ValueError, match="inject first, then wrap"):
-        inject(model, LoRAConfig(target_modules=["2"]))
+@pytest.mark.parametrize("spread", [DistributedDataParallel, fully_shard])
+def test_what_is_distributed_already_takes_no_adapter(spread, one_process, tmp_path):
+    save_adapter(wrapped(tiny.mlp, lora("2")), tmp_path)
+    with pytest.raises((TypeError, ValueError), match=r"must be plain|load the adapter first"):
+        load_adapter(spread(tiny.mlp()), tmp_path)
 
 
-def test_an_unknown_adapter_is_not_saved(tmp_path):
-    for model, known in ((injected(), "'default'"), (tiny.llama(), "none")):
-        with pytest.raises(ValueError, match=f"no adapter named 'other' .* {known}"):
-            save_adapter(model, tmp_path / "out", "other")
+def test_what_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"no adapter named 'other' .* has 'default'"):
+        save_adapter(wrapped(), tmp_path / "out", "other")
+    for model in (tiny.mlp(), nn.Sequential(wrapped())):
+        with pytest.raises(TypeError, match=r"must be a peft.PeftModel, got Sequential"):
+            save_adapter(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_diverged_adapter_is_saved_with_a_warning(tmp_path):
-    model = injected()
+    model = wrapped()
     with torch.no_grad():
-        model.model.layers[0].self_attn.q_proj.lora_A["default"][0, 0] = torch.nan
+        model.get_submodule(
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default"
+        ).weight[0, 0] = torch.nan
     with pytest.warns(UserWarning, match=r"NaN or infinity in .*layers.0.*q_proj.lora_A.weight"):
         save_adapter(model, tmp_path)
 
@@ -257,21 +255,20 @@ def test_a_diverged_adapter_is_saved_with_a_warning(tmp_path):
 
 
 def changed():
-    """What is saved over `injected`: other values, another rank."""
-    return injected(r=2)
+    """What is saved over `wrapped`: other values, another rank."""
+    return wrapped(r=2)
 
 
-def assert_intact(folder):
-    """The folder holds `injected`'s adapter, and nothing else."""
-    assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
-    model = tiny.llama()
-    load_adapter(model, folder)
-    assert torch.equal(tiny.outputs(model), tiny.outputs(injected()))
+def assert_intact(folder, expected=wrapped):
+    """The folder holds ``expected``'s adapter, and nothing else."""
+    if expected is wrapped:
+        assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
+    close(load_adapter(tiny.llama(), folder), expected())
 
 
 @pytest.mark.parametrize(("call", "number"), [("fsync", 0), ("fsync", 1), ("replace", 0)])
 def test_a_failing_system_call_leaves_the_old_adapter(call, number, tmp_path, monkeypatch):
-    save_adapter(injected(), tmp_path)
+    save_adapter(wrapped(), tmp_path)
     real, calls = getattr(os, call), []
 
     def fail(*args):
@@ -291,7 +288,7 @@ def test_a_failing_system_call_leaves_the_old_adapter(call, number, tmp_path, mo
 def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch):
     import builtins
 
-    save_adapter(injected(), tmp_path)
+    save_adapter(wrapped(), tmp_path)
     real = builtins.open
 
     def full(path, mode="r", *args, **kwargs):
@@ -309,18 +306,17 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-import torch
+import peft, torch
 from torch import nn
 import fastlora
 
 torch.set_num_threads(1)
 
 def save(fill, folder):
-    model = nn.Sequential(nn.Linear(6, 6))
-    config = fastlora.LoRAConfig(r=3, lora_alpha=3 * fill, target_modules=["0"])
-    fastlora.inject(model, config)
+    config = peft.LoraConfig(r=3, lora_alpha=3 * fill, target_modules=["0"])
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 6)), config)
     with torch.no_grad():
-        model[0].lora_B["default"].fill_(fill)
+        model.base_model.model[0].lora_B["default"].weight.fill_(fill)
     fastlora.save_adapter(model, folder)
 
 for when in range(5):
@@ -353,14 +349,14 @@ def test_killed_in_the_middle_there_is_a_whole_adapter(tmp_path):
     # Two flushes and the first rename: up to then it is the old one. The second rename would have
     # named the config, which is found without it.
     for when, expected in enumerate([1.0, 1.0, 1.0, 2.0, 2.0]):
-        model = nn.Sequential(nn.Linear(6, 6))
-        load_adapter(model, tmp_path / str(when))
-        assert model[0].lora_B["default"].unique().item() == expected
-        assert model[0].scaling["default"] == expected
+        model = load_adapter(nn.Sequential(nn.Linear(6, 6)), tmp_path / str(when))
+        layer = model.base_model.model[0]
+        assert layer.lora_B["default"].weight.unique().item() == expected
+        assert layer.scaling["default"] == expected
 
 
 def test_a_rename_that_fails_leaves_the_new_adapter(tmp_path, monkeypatch):
-    save_adapter(injected(), tmp_path)
+    save_adapter(wrapped(), tmp_path)
     real = os.replace
 
     def fail(source, target):
@@ -372,14 +368,12 @@ def test_a_rename_that_fails_leaves_the_new_adapter(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Input/output error"):
         save_adapter(changed(), tmp_path)
     monkeypatch.undo()
-    model = tiny.llama()
-    load_adapter(model, tmp_path)
-    assert torch.equal(tiny.outputs(model), tiny.outputs(changed()))
+    assert_intact(tmp_path, changed)
 
 
 def test_ctrl_c_as_the_weights_get_their_name(tmp_path, monkeypatch):
     """A signal that comes in a system call is raised when it has succeeded."""
-    save_adapter(injected(), tmp_path)
+    save_adapter(wrapped(), tmp_path)
     real = os.replace
 
     def interrupted(source, target):
@@ -390,54 +384,49 @@ def test_ctrl_c_as_the_weights_get_their_name(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_adapter(changed(), tmp_path)
     monkeypatch.undo()
-    model = tiny.llama()
-    load_adapter(model, tmp_path)
-    assert torch.equal(tiny.outputs(model), tiny.outputs(changed()))
+    assert_intact(tmp_path, changed)
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
 def test_what_another_save_has_left_is_no_hindrance(error, tmp_path, monkeypatch):
-    save_adapter(injected(), tmp_path)
-    config = tmp_path / "adapter_config.json"
-    config.write_text(config.read_text() + " ")
-    (tmp_path / ".adapter_config.json.1.tmp").write_text("{}")
-    own = adapters._head
+    save_adapter(wrapped(), tmp_path)
+    (tmp_path / CONFIG).write_text((tmp_path / CONFIG).read_text() + " ")
+    (tmp_path / f".{CONFIG}.1.tmp").write_text("{}")
+    own = checks._head
 
     def head(path):
         if path.suffix == ".tmp":
             raise error(errno.EACCES, "gone, or another user's", str(path))
         return own(path)
 
-    monkeypatch.setattr(adapters, "_head", head)
-    model = tiny.llama()
+    monkeypatch.setattr(checks, "_head", head)
     with pytest.warns(UserWarning, match="is not the config"):
-        load_adapter(model, tmp_path)
-    assert torch.equal(tiny.outputs(model), tiny.outputs(injected()))
+        model = load_adapter(tiny.llama(), tmp_path)
+    close(model, wrapped())
 
 
 def test_a_config_edited_by_hand_is_the_one_that_counts(tmp_path):
-    save_adapter(injected(), tmp_path)
-    values = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**values, "lora_alpha": 99}))
-    (tmp_path / ".adapter_config.json.1.tmp").write_text("{}")  # of some other save
-    model = tiny.llama()
+    save_adapter(wrapped(), tmp_path)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**values, "lora_alpha": 99}))
+    (tmp_path / f".{CONFIG}.1.tmp").write_text("{}")  # of some other save
     with pytest.warns(UserWarning, match="is not the config that the weights beside it were saved"):
-        load_adapter(model, tmp_path)
-    assert fastlora.model.records(model)["default"].config.lora_alpha == 99
+        model = load_adapter(tiny.llama(), tmp_path)
+    assert model.peft_config["default"].lora_alpha == 99
 
 
 def test_where_it_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError):
-        save_adapter(injected(), tmp_path / "file")
-    (tmp_path / "folder" / "adapter_config.json").mkdir(parents=True)
+        save_adapter(wrapped(), tmp_path / "file")
+    (tmp_path / "folder" / CONFIG).mkdir(parents=True)
     with pytest.raises(OSError):
-        save_adapter(injected(), tmp_path / "folder")
+        save_adapter(wrapped(), tmp_path / "folder")
     assert not [name for name in os.listdir(tmp_path / "folder") if name.endswith(".tmp")]
 
 
 def test_a_link_is_replaced_and_what_it_points_to_is_not(tmp_path):
-    save_adapter(injected(), tmp_path / "cache")
+    save_adapter(wrapped(), tmp_path / "cache")
     (tmp_path / "linked").mkdir()
     for name in os.listdir(tmp_path / "cache"):
         (tmp_path / "linked" / name).symlink_to(tmp_path / "cache" / name)
@@ -447,7 +436,7 @@ def test_a_link_is_replaced_and_what_it_points_to_is_not(tmp_path):
 
 
 def test_files_have_the_usual_mode(tmp_path):
-    save_adapter(injected(), tmp_path)
+    save_adapter(wrapped(), tmp_path)
     (tmp_path / "plain").write_text("")
     for name in os.listdir(tmp_path):
         assert (tmp_path / name).stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -226,6 +226,31 @@ def test_disabled_and_merged(fused):
     assert not any(isinstance(module, BaseTunerLayer) for module in merged.modules())
 
 
+def test_a_mixed_model(fused):
+    """New layers are fused, and nothing of ours is left once it is unloaded."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        asked = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        models.append(get_peft_model(llama(), asked, mixed=True))
+    plain, model = models
+    assert patch_peft(model, fuse_siblings=[("q_proj", "k_proj", "v_proj")]).siblings
+    for each in (plain, model):
+        torch.manual_seed(4)
+        each.add_adapter("other", LoraConfig(r=2, target_modules=["o_proj", "q_proj"]))
+        each.set_adapter(["default", "other"])
+    assert [type(layer) for layer in layers(model)] == [FusedLinear] * 4
+    fused.clear()
+    torch.testing.assert_close(outputs(model), outputs(plain), rtol=1e-4, atol=1e-5)
+    assert len(fused) == 2  # the others with their siblings
+    copied = copy.deepcopy(model)
+    unpatch_peft(copied)
+    assert [type(m) for m in copied.modules()] == [type(m) for m in plain.modules()]
+    plain, model = plain.unload(), model.unload()
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in plain.modules()]
+
+
 def test_safe_merge_refuses_nan():
     _, model, _ = pair()
     layers(model)[0].lora_A["default"].weight.data[0, 0] = float("nan")

@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m fastlora`` where Accelerate shards on a CPU, which it does on accelerators alone.
 
-For test_launch.py: the rest of the way is the one of a machine with GPUs. Each checkpoint is kept,
-under its step's number.
+For commands/test_launch.py: the rest of the way is the one of a machine with GPUs.
 """
 
-import shutil
+import os
 
 from accelerate.state import DistributedType, PartialState
 
 from fastlora.__main__ import main
-from fastlora.commands import checkpoint
-from fastlora.commands.processes import leave
+from fastlora.commands import finetune
+from fastlora.commands.shared import leave
 
 
-def save(path, state, own=checkpoint.save):
-    own(path, state)
-    shutil.copy(path, path.with_name(f"{path.name}.{state['progress']['step']}"))
+def init(self, *arguments, own=PartialState.__init__, **options):
+    own(self, *arguments, **options)
+    if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def config(settings, own=finetune._config):
+    asked = os.environ.pop("ACCELERATE_USE_FSDP")
+    made = own(settings)
+    os.environ["ACCELERATE_USE_FSDP"] = asked
+    return made
 
 
 if __name__ == "__main__":
-    checkpoint.save = save
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    PartialState.__init__, finetune._config = init, config
     leave(main())

@@ -3,9 +3,8 @@
 
 python tests/tools/fuzz_files.py [--minutes 10] [TARGET ...]    # make fuzz
 
-Targets: the adapter's config, its weights, the tuner's measurements, and JSONL data. An escape is
-any exception but the documented ones, a model that a refused adapter has changed, or an input
-that takes longer than a second. It ends the run, and the input is kept in the folder it names.
+An escape is any exception but the documented ones, a model that a refused adapter has changed, or
+an input that takes longer than a second. It ends the run; the input is kept in the folder it names.
 """
 
 from __future__ import annotations
@@ -25,33 +24,28 @@ import atheris
 
 SECONDS = 1  # for one input
 MOST = 8192  # bytes of one
+MEMORY = Path("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
+HOSTILE = Path(__file__).parent / "hostile"
 
 with atheris.instrument_imports(include=["fastlora"]):
     import tiny_models as tiny
     import torch
+    from hostile_adapters import CONFIG, SHAPES, WEIGHTS, config, weights
 
     import fastlora
-    from fastlora import LoRAConfig
-    from fastlora.commands.finetune_data import UserError, read_examples
+    from fastlora.commands.data import read_examples
+    from fastlora.commands.shared import UserError
     from fastlora.operator import measured
-    from fastlora.operator.measured import Timing
-    from fastlora.operator.plans import Problem
-    from fastlora.peft import adapters
-
-CPU = torch.device("cpu")
+    from fastlora.peft import files
+    from fastlora.peft.config import KNOWN
 
 
-def good_adapter(folder: Path) -> None:
-    """Write an adapter that loads into `tiny.mlp`."""
-    model = tiny.mlp()
-    config = LoRAConfig(r=3, target_modules=["2", "head"], modules_to_save=["1"])
-    fastlora.inject(model, config)
-    fastlora.save_adapter(tiny.train_a_little(model), folder)
-
-
-def load(model: torch.nn.Module, folder: Path) -> None:
-    """Load an adapter or have it refused, the model then as it was."""
-    before = tiny.bits(model)
+def adapter(name: str, folder: Path, data: bytes) -> None:
+    """Load an adapter of which ``data`` is a file, or have it refused, the model as it was."""
+    (folder / CONFIG).write_bytes(config())
+    (folder / WEIGHTS).write_bytes(weights())
+    (folder / name).write_bytes(data)
+    before = tiny.bits(model := tiny.mlp())
     try:
         fastlora.load_adapter(model, folder)
     except (ValueError, TypeError) as error:
@@ -59,24 +53,12 @@ def load(model: torch.nn.Module, folder: Path) -> None:
             raise AssertionError("a refused adapter has changed the model") from error
 
 
-def config(folder: Path, data: bytes) -> None:
-    (folder / adapters.CONFIG_FILE).write_bytes(data)
-    load(tiny.mlp(), folder)
-
-
-def weights(folder: Path, data: bytes) -> None:
-    (folder / adapters.WEIGHTS_FILE).write_bytes(data)
-    load(tiny.mlp(), folder)
-
-
 def measurements(folder: Path, data: bytes) -> None:
     path = folder / "cpu.json"
     path.write_bytes(data)
-    found = measured._read(path, CPU)
-    if found is not None:  # what is taken has to be whole
-        for problem, timings in found.items():
-            assert timings.keys() == set(measured.OPS)
-            problem.bucketed(), str(problem)
+    for problem, timings in measured._read(path, None).items():  # what is taken has to be whole
+        assert timings.keys() == set(measured.OPS)
+        problem.bucketed(), str(problem)
 
 
 def jsonl(folder: Path, data: bytes) -> None:
@@ -88,67 +70,70 @@ def jsonl(folder: Path, data: bytes) -> None:
         assert str(path) in str(error)
         return
     for example in found:  # as a tokenizer takes it
-        ((example.prompt or "") + example.response).encode()
+        turns = [example] if isinstance(example, str) else [turn["content"] for turn in example]
+        "".join(turns).encode()
 
 
-TARGETS = {"config": config, "weights": weights, "measurements": measurements, "jsonl": jsonl}
+def hostile(file: str) -> list[bytes]:
+    return [path.read_bytes()[:MOST] for path in sorted(HOSTILE.glob(f"*/{file}"))]
 
 
-def seeds(name: str, folder: Path) -> list[bytes]:
-    """Return inputs to start from: good ones, and for adapters the hostile ones of the suite."""
-    good_adapter(folder)
-    deep = b"[" * 8000
-    if name in ("config", "weights"):
-        file = {"config": adapters.CONFIG_FILE, "weights": adapters.WEIGHTS_FILE}[name]
-        hostile = Path(__file__).parent / "hostile"
-        paths = (folder / file, *sorted(hostile.glob(f"*/{file}")))
-        return [deep, *(path.read_bytes()[:MOST] for path in paths)]
-    if name == "measurements":
-        problem = Problem(16, 64, 64, 16, others=((32, 16), (32, 0)))
-        timing = Timing({"blocks": 1e-3, "triton": 2e-3}, {})
-        known = {problem: dict.fromkeys(measured.OPS, timing)}
-        return [deep, json.dumps(measured._to_json(known, CPU)).encode()]
-    return [deep, b'{"prompt": "a", "response": "b"}\n\n{"text": "c"}\n', b"[[1, {}], null]"]
+def good_measurements() -> bytes:
+    timing = measured.Timing({"blocks": 1e-3, "triton": 2e-3}, {})
+    problem = measured.Problem(16, 64, 64, 16, others=((32, 16), (32, 0)))
+    return json.dumps([measured._row(problem, dict.fromkeys(measured.OPS, timing))]).encode()
 
 
-def words(name: str) -> str:
-    """Return libFuzzer's dictionary for a target: keys and values of the format."""
-    found = ['"', "{", "[", "]", "}", ":", ",", "null", "true", "NaN", "1e999", "-1", "\\ud800"]
-    if name == "config":
-        found += LoRAConfig(target_modules=["2"]).to_dict()
-    if name == "weights":
-        found += ["F32", "BF16", "I64", "shape", "dtype", "data_offsets", "__metadata__"]
-        found += [f"{adapters.PREFIX}{n}.lora_{m}.weight" for n in ("2", "head") for m in "AB"]
-    if name == "measurements":
-        found += [*Problem._fields, *measured.OPS, "seconds", "configs", "blocks", "bfloat16"]
-    if name == "jsonl":
-        found += ["prompt", "response", "text", "\n"]
-    escaped = (
-        word.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\x0a") for word in found
-    )
-    return "".join(f'"{word}"\n' for word in escaped)
+# name: what takes an input, inputs to start from, and words of the format
+TARGETS = {
+    "config": (
+        functools.partial(adapter, CONFIG),
+        [config(), *hostile(CONFIG)],
+        sorted(KNOWN),
+    ),
+    "weights": (
+        functools.partial(adapter, WEIGHTS),
+        [weights(), *hostile(WEIGHTS)],
+        [*SHAPES, "F32", "BF16", "I64", "shape", "dtype", "data_offsets", "__metadata__"],
+    ),
+    "measurements": (
+        measurements,
+        [good_measurements()],
+        [*measured.Problem._fields, *measured.OPS, "seconds", "configs", "blocks", "bfloat16"],
+    ),
+    "jsonl": (
+        jsonl,
+        [b'{"prompt": "a", "response": "b"}\n\n{"text": "c"}\n', b"[[1, {}], null]"],
+        ["prompt", "response", "text", "messages", "role", "content", "assistant", "\n"],
+    ),
+}
+JSON = ['"', "{", "[", "]", "}", ":", ",", "null", "true", "NaN", "1e999", "-1", "\\ud800"]
 
 
 def fuzz(name: str, minutes: float) -> None:
     """Fuzz one target in this process, which libFuzzer ends."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    adapters._PATTERN_SECONDS = 0.5  # what a regular expression may take; 10 for users
-    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    work = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-", dir=memory))
-    corpus, folder = work / "corpus", work / "input"
-    for path in (corpus, folder):
-        path.mkdir()
-    for i, seed in enumerate(seeds(name, folder)):
-        (corpus / f"seed-{i}").write_bytes(seed)
-    (work / "words").write_text(words(name), encoding="utf-8")
-    options = [f"-dict={work / 'words'}", f"-timeout={SECONDS}", f"-artifact_prefix={work}/"]
-    options += [
+    files._PATTERN_SECONDS = 0.5  # what a regular expression may take; 10 for users
+    work = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-", dir=MEMORY))
+    (work / "corpus").mkdir()
+    (work / "input").mkdir()
+    take, seeds, words = TARGETS[name]
+    for i, seed in enumerate([b"[" * 8000, *seeds]):
+        (work / "corpus" / f"seed-{i}").write_bytes(seed)
+    escaped = (json.dumps(word)[1:-1].replace("\\n", "\\x0a") for word in JSON + words)
+    (work / "words").write_text("".join(f'"{word}"\n' for word in escaped), encoding="utf-8")
+    options = [
+        f"-dict={work / 'words'}",
+        f"-timeout={SECONDS}",
+        f"-artifact_prefix={work}/",
         f"-max_total_time={round(minutes * 60)}",
         f"-max_len={MOST}",
         "-print_final_stats=1",
     ]
-    atheris.Setup([sys.argv[0], *options, str(corpus)], functools.partial(TARGETS[name], folder))
+    atheris.Setup(
+        [sys.argv[0], *options, str(work / "corpus")], functools.partial(take, work / "input")
+    )
     atheris.Fuzz()
 
 
@@ -162,14 +147,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.here:
         fuzz(options.targets[0], options.minutes)
-    escaped, memory = [], Path("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
+    escaped = []
     for name in options.targets or TARGETS:
         command = [sys.executable, __file__, name, "--here", "--minutes", str(options.minutes)]
         print(f"{name}: {options.minutes:g} min", flush=True)
         if subprocess.run(command).returncode:
             escaped.append(name)  # its folder stays, with the input
             continue
-        for work in memory.glob(f"fuzz-{name}-*"):
+        for work in MEMORY.glob(f"fuzz-{name}-*"):
             shutil.rmtree(work, ignore_errors=True)
     print(f"escapes: {', '.join(escaped) or 'none'}")
     sys.exit(bool(escaped))

@@ -56,9 +56,13 @@ def framed(header: bytes) -> bytes:
 
 # name: (file, content, what the refusal says)
 ATTACKS: dict[str, tuple[str, bytes, str]] = {
-    "rank-of-a-billion": (CONFIG, config(r=10**9), "is more than 4096"),
-    "rank-zero": (CONFIG, config(r=0), "r must be at least 1"),
-    "rank-pattern-of-a-trillion": (CONFIG, config(rank_pattern={"2": 10**12}), "more than 4096"),
+    "rank-of-a-billion": (CONFIG, config(r=10**9), "r must be an int from 1 to 4096"),
+    "rank-zero": (CONFIG, config(r=0), "r must be an int from 1 to 4096, got 0"),
+    "rank-pattern-of-a-trillion": (
+        CONFIG,
+        config(rank_pattern={"2": 10**12}),
+        r"rank_pattern\['2'\] must be an int from 1 to 4096",
+    ),
     "alpha-not-a-number": (
         CONFIG,
         config().replace(b'"lora_alpha": 6', b'"lora_alpha": NaN'),
@@ -75,8 +79,29 @@ ATTACKS: dict[str, tuple[str, bytes, str]] = {
         config().replace(b'"r": 3', b'"r": 3, "r": 4000'),
         "has 'r' more than once",
     ),
-    "another-method": (CONFIG, config(peft_type="LOKR"), "peft_type must be 'LORA'"),
-    "dora": (CONFIG, config(use_dora=True), "not support use_dora=True"),
+    "another-method": (CONFIG, config(peft_type="XLORA"), "peft_type must be one of LORA, "),
+    "another-method-s-key": (CONFIG, config(peft_type="LOKR"), "unexpected keyword .*lora_alpha"),
+    "dora": (CONFIG, config(use_dora=True), r"2 tensors missing \(.*2.lora_magnitude_vector"),
+    "changes-frozen-weights": (
+        CONFIG,
+        config(init_lora_weights="pissa"),
+        "init_lora_weights must be one of .* frozen weights, got 'pissa'",
+    ),
+    "changes-the-model": (
+        CONFIG,
+        config(layer_replication=[[0, 10**9]]),
+        "not support layer_replication=",
+    ),
+    "another-module-to-import": (
+        CONFIG,
+        config(megatron_core="antigravity", megatron_config={"a": 1}),
+        "not support megatron_config=",
+    ),
+    "a-name-of-many-parts": (
+        CONFIG,
+        config(target_modules=["a." * 1000]),
+        "target_modules must be .* names of at most 300 characters",
+    ),
     "a-switch-of-the-future": (CONFIG, config(run_this=["rm"]), "not support run_this="),
     "terminal-codes": (CONFIG, config(**{"\x1b[2J": 1}), r"not support '\\x1b\[2J'=1"),
     "terminal-codes-in-a-pattern": (
@@ -105,7 +130,7 @@ ATTACKS: dict[str, tuple[str, bytes, str]] = {
     "overwrites-another-layer": (
         WEIGHTS,
         weights(SHAPES | {f"{P}0.weight": (8, 6)}),
-        "1 unexpected",
+        "overwrite frozen weights of the model",
     ),
     "a-tensor-missing": (
         WEIGHTS,

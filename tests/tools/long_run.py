@@ -71,25 +71,30 @@ def losses(fused: bool, steps: int, device: str = "cpu") -> tuple[list[float], i
 
 def cycles() -> dict:
     """Return what is repeated, by name."""
-    peft_model = model(False)
-    ours = tiny.llama()
-    config = fastlora.LoRAConfig(r=2, target_modules=TARGETS)
-    fastlora.inject(ours, config, "kept")
-    ids = tiny.tokens()
+    made, linear = model(False), torch.nn.Linear(16, 16)
+    fastlora.patch_peft(made)
+    ids, x = tiny.tokens(), torch.ones(2, 16)
 
     def patch(i: int) -> None:
-        fastlora.patch_peft(peft_model, fuse_siblings=[("q_proj", "k_proj", "v_proj")])
-        fastlora.unpatch_peft(peft_model)
+        fastlora.patch_peft(made, fuse_siblings=[("q_proj", "k_proj", "v_proj")])
+        fastlora.unpatch_peft(made)
 
     def switch(i: int) -> None:
-        fastlora.inject(ours, config, "other")
-        fastlora.set_adapter(ours, "other")
+        made.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+        made.set_adapter("other")
         if i % 100 == 0:
-            ours(ids, labels=ids).loss.backward()
-        fastlora.set_adapter(ours, "kept")
-        fastlora.delete_adapter(ours, "other")
+            made(ids, labels=ids).loss.backward()
+        made.set_adapter("default")
+        made.delete_adapter("other")
 
-    return {"patch, unpatch": patch, "add, switch, delete": switch}
+    def layers(i: int) -> None:
+        layer = fastlora.LoRALinear.from_linear(linear, r=2)
+        layer.merge()
+        layer(x)
+        layer.unmerge()
+        layer(x).sum().backward()
+
+    return {"patch, unpatch": patch, "add, switch, delete": switch, "make, merge": layers}
 
 
 def main() -> None:

@@ -29,5 +29,5 @@ class Plain:
         return tuple(next(found) if need else None for need in needs)
 
     def _output(self, x, *rest):
-        (y,) = self.module.forward_all(x, [Operands(*rest)], observed=False)
+        (y,) = self.module.outputs(x, [Operands(*rest)], observed=False)
         return y

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny chat model, and sums to teach it, as files that fine-tuning reads."""
+"""A tiny chat model, sums to teach it, and the command that does: what the commands' tests run."""
 
 import json
 
@@ -51,3 +51,15 @@ def sums(path):
     ]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
     return path
+
+
+def command(name, **options):
+    """Return the words of a command that takes a tiny model no time."""
+    given = {"dtype": "fp32", "device": "cpu", "batch-size": 4, "lr": 0.01, **options}
+    return [name, *(word for key, value in given.items() for word in (f"--{key}", str(value)))]
+
+
+def numbers(output):
+    """Return what a run's metrics.json says that no clock decides."""
+    found = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    return {name: value for name, value in found.items() if name not in ("seconds", "processes")}

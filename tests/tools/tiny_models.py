@@ -84,7 +84,8 @@ def tokens():
 
 def outputs(model):
     with torch.no_grad():
-        if isinstance(model, nn.Sequential):
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if isinstance(inner, nn.Sequential):
             return model(torch.linspace(-1, 1, 18).reshape(3, 6))
         return model(tokens()).logits
 

@@ -9,16 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import first_minute
 import pytest
 import torch
 
-pytest.importorskip("matplotlib")
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-try:
-    import first_minute
-finally:
-    sys.path.remove(str(BENCHMARKS))
+BENCHMARKS = Path(first_minute.__file__).parent
 
 
 @pytest.fixture

@@ -8,25 +8,22 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import prediction
 import pytest
 import torch
-from fastlora_kernels import da, ds_db, prediction, shrink
+from fastlora_kernels import da, ds_db, shrink
 from fastlora_kernels.configs import Config
 from fastlora_kernels.launch import recording
-from fastlora_kernels.machine import H100, Machine
-from fastlora_kernels.prediction import best_configs, frozen, library, predict
+from machine import H100, Machine
+from prediction import OPS, best_configs, library, predict
 
 from fastlora.operator.plans import Problem
 
 BF16, FP32 = torch.bfloat16, torch.float32
-# (N, K) of the seven linears of a Llama-3-8B layer.
-LLAMA = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]
 COLUMNS = Config(64, 128, num_warps=4, num_stages=3)
 # What timing one product by itself adds to it: events, an empty pipeline and a cold cache.
 STANDALONE = 6e-6
-
-
-WIDE = Config(128, 256, 64, num_warps=8, num_stages=3, tma=True, low_rank="after")
+WIDE = Config(128, 256, 64, num_warps=8, num_stages=3, tma=True, low_rank="fold")
 
 
 @pytest.mark.parametrize(
@@ -51,22 +48,8 @@ def test_library_products_as_published(M, N, K, published):
 @pytest.mark.parametrize(("K", "published"), [(4096, 665.9), (8192, 673.6), (16384, 688.7)])
 def test_persistent_products_as_published(K, published):
     """TFLOP/s of a persistent TMA product (meta-pytorch/tritonbench#894); one is fitted."""
-    config = replace(WIDE, low_rank="fold")
-    step = prediction.product("product", H100, "16", 8192, 8192, K, 1, config, False)
+    step = prediction.product("product", H100, "16", 8192, 8192, K, 1, WIDE, False)
     assert 2 * 8192 * 8192 * K / step.seconds / 1e12 == pytest.approx(published, rel=0.05)
-
-
-@pytest.mark.parametrize(("r", "ratios"), [(16, (1.05, 1.10, 1.07)), (128, (None, None, 1.12))])
-def test_bounds_are_plain_arithmetic(r, ratios):
-    """Split at s, no dropout, 8192 tokens: every tensor moved once, by the frozen layer's bound."""
-    ours, alone = [], []
-    for op in ("forward", "backward"):
-        problems = [Problem(8192, n, k, r, BF16, BF16) for n, k in LLAMA]
-        ours.append(sum(predict(op, "triton", p, H100).bound for p in problems))
-        alone.append(sum(frozen(op, p, H100).bound for p in problems))
-    found = (ours[0] / alone[0], ours[1] / alone[1], sum(ours) / sum(alone))
-    for got, expected in zip(found, ratios, strict=True):
-        assert expected is None or got == pytest.approx(expected, abs=0.02)
 
 
 def eager(M, d):
@@ -130,7 +113,7 @@ def test_grids_are_those_of_the_launchers(M, C, r):
 
 
 @pytest.mark.parametrize("impl", ["blocks", "library", "triton"])
-@pytest.mark.parametrize("op", ["forward", "backward"])
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (BF16, FP32), (FP32, FP32)])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_every_plan_has_a_time(op, impl, dtypes, dropout):
@@ -139,31 +122,26 @@ def test_every_plan_has_a_time(op, impl, dtypes, dropout):
         problem = Problem(M, 1024, 4096, 40, *dtypes, dropout)
         found = predict(op, impl, problem, H100)
         assert found.seconds == sum(step.seconds for step in found.steps) > before
-        assert found.seconds > found.bound > 0
+        assert found.seconds > predict(op, "frozen", problem, H100).seconds * 0.9
         assert all(step.seconds >= step.bytes / H100.copy * 0.99 for step in found.steps)
         assert f"{op} by {impl}" in str(found)
         before = found.seconds * 0.9  # fewer rows may wait longer for the same w
 
 
-def test_low_rank_variants():
+def test_forms_of_a_product():
+    """Folded in costs less than before the loop, TMA less than pointers."""
     problem = Problem(8192, 4096, 4096, 16, BF16, BF16)
 
     def seconds(**changes):
-        configs = {name: replace(WIDE, **changes) for name in ("product", "dx")}
+        configs = {name: replace(WIDE, **changes) for name in ("outputs", "input_grad")}
         return [predict(op, "triton", problem, H100, configs).seconds for op in OPS]
 
-    after, forward = seconds(), 0
-    assert seconds(low_rank="fold")[forward] != after[forward]
-    assert len(predict("forward", "triton", problem, H100, {"product": WIDE}).steps) == 2
-    again = {"product": replace(WIDE, low_rank="recompute")}
-    assert len(predict("forward", "triton", problem, H100, again).steps) == 1
-    assert all(a < b for a, b in zip(seconds(early=True), after, strict=True))
-    assert all(a < b for a, b in zip(seconds(specialized=True), after, strict=True))
-    pointers = seconds(tma=False, low_rank="first")
-    assert all(a > b for a, b in zip(pointers, after, strict=True))
-
-
-OPS = ("forward", "backward")
+    fold, first, pointers = (
+        seconds(),
+        seconds(low_rank="first"),
+        seconds(tma=False, low_rank="first"),
+    )
+    assert all(a < b < c for a, b, c in zip(fold, first, pointers, strict=True))
 
 
 def test_few_programs_cannot_fill_the_memory():
@@ -183,19 +161,15 @@ def test_ragged_tiles_and_last_waves_cost_whole_ones():
     assert seconds(1024) > seconds(1025) / 2 * 0.99
 
 
-@pytest.mark.parametrize("M", [16, 512, 2048, 16384])
+@pytest.mark.parametrize("M", [16, 512, 16384])
 @pytest.mark.parametrize("r", [8, 128])
-def test_best_configs(M, r):
-    """No worse than the defaults, not early, and what was measured stays."""
-    for op, (n, k) in itertools.product(OPS, ((1024, 4096), (4096, 4096), (4096, 14336))):
+def test_best_configs_are_no_worse_than_the_defaults(M, r):
+    for op, (n, k) in itertools.product(OPS, ((1024, 4096), (4096, 14336))):
         problem = Problem(M, n, k, r, BF16, BF16)
-        best = best_configs(op, problem, H100.chip, H100, {})
-        default = best_configs(op, problem, H100.chip, None, {})
-        assert best.keys() == default.keys()
-        assert not any(config.early for config in best.values())
-        seconds = [predict(op, "triton", problem, H100, c).seconds for c in (best, default)]
+        best = best_configs(op, problem, H100)
+        assert best.keys() == set(prediction.LAUNCHERS[op])
+        seconds = [predict(op, "triton", problem, H100, c).seconds for c in (best, {})]
         assert seconds[0] <= seconds[1]
-    assert best_configs("backward", problem, H100.chip, H100, {"da": COLUMNS})["da"] is COLUMNS
 
 
 def properties(name, capability, processors, clock, memory_clock, bus):

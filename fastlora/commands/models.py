@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model of a fine-tuning run: how it is loaded, what its loss is, how it answers."""
+"""The model of a command: how it is loaded and adapted, what its loss is, how it answers."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 import io
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fastlora.commands import finetune_data as data
-from fastlora.commands.finetune_data import IGNORED, UserError
-from fastlora.model import unwrapped
+from fastlora.commands.data import IGNORED, prompt_ids
+from fastlora.commands.shared import UserError, first_line, require
 
 ANSWER_TOKENS = 48
+
+Targets = str | tuple[str, ...]
 
 
 def load_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
@@ -25,22 +26,16 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    source: dict = {}
-    dense: dict = {}
-    quiet = contextlib.nullcontext()
-    gguf = gguf_file(name)
-    if gguf is not None:
-        require("gguf", extra="demo")
-        source = {"gguf_file": gguf.name}
-        quiet = contextlib.redirect_stderr(io.StringIO())  # a progress bar with no switch
-        if hasattr(transformers, "GgufConfig"):  # newer releases may keep the weights packed
-            dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    source, dense = gguf(name), {}
+    if source and hasattr(transformers, "GgufConfig"):
+        # Else weights may stay packed, and Trainer refuses a model that is marked as quantised.
+        dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     try:
-        with quiet:
+        # Reading a .gguf has a progress bar with no switch.
+        with contextlib.redirect_stderr(io.StringIO()) if source else contextlib.nullcontext():
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, **source, **dense
-            )
+            kind = transformers.AutoModelForCausalLM
+            model = kind.from_pretrained(name, dtype=dtype, **source, **dense)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name} cannot be loaded: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
@@ -53,14 +48,11 @@ def empty_model(name: str) -> nn.Module:
 
     A model without a language head, which only ``tune`` takes, comes as it is.
     """
-    require("transformers")
+    require("transformers", "peft")
     import transformers
 
-    gguf = gguf_file(name)
-    if gguf is not None:
-        require("gguf", extra="demo")
+    source = gguf(name)
     try:
-        source = {"gguf_file": gguf.name} if gguf else {}
         config = transformers.AutoConfig.from_pretrained(name, **source)
         causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
         kind = transformers.AutoModelForCausalLM if type(config) in causal else None
@@ -70,9 +62,32 @@ def empty_model(name: str) -> nn.Module:
         raise UserError(f"--model {name} cannot be read: {first_line(error)}") from error
 
 
-def gguf_file(folder: str) -> Path | None:
+def gguf(folder: str) -> dict[str, str]:
+    """Return what tells transformers to read the one .gguf of a folder without a config."""
     files = [] if Path(folder, "config.json").exists() else list(Path(folder).glob("*.gguf"))
-    return files[0] if len(files) == 1 else None
+    if len(files) != 1:
+        return {}
+    require("gguf", extra="demo")
+    return {"gguf_file": files[0].name}
+
+
+def title(name: str) -> str:
+    """Return a model's name for a picture."""
+    return gguf(name).get("gguf_file", Path(name).name).removesuffix(".gguf")
+
+
+def adapted(model: nn.Module, targets: Targets, **lora: object) -> nn.Module:
+    """Return ``model`` as a PeftModel with a new adapter on ``targets``, as --target-modules says.
+
+    Raises UserError for targets that PEFT refuses.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    chosen = targets if isinstance(targets, str) else list(targets)
+    try:
+        return get_peft_model(model, LoraConfig(target_modules=chosen, **lora))
+    except (TypeError, ValueError, re.error) as error:
+        raise UserError(f"--target-modules: {first_line(error)}") from error
 
 
 def response_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -83,7 +98,8 @@ def response_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, T
     targets = batch["labels"][:, 1:]
     keep = (targets != IGNORED).any(0).nonzero().squeeze(1)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters:
+    base = getattr(model, "module", model).get_base_model()
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
         logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits
     else:
         logits = model(**inputs, use_cache=False).logits[:, keep]
@@ -94,38 +110,12 @@ def response_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, T
     return loss, (targets != IGNORED).sum()
 
 
-def generate(model: nn.Module, tokenizer, question: str) -> str:
+def answer(model: nn.Module, tokenizer, question: str) -> str:
     """Return the model's greedy answer on one line, at most ANSWER_TOKENS tokens long."""
-    ids = torch.tensor([data.prompt_ids(tokenizer, question)], device=model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=ANSWER_TOKENS,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )[0, ids.shape[1] :]
+    ids = torch.tensor([prompt_ids(tokenizer, question)], device=model.device)
+    known = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    how = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False}
+    output = model.generate(**known, **how, pad_token_id=tokenizer.pad_token_id)
+    output = output[0, ids.shape[1] :]
     cut = "…" if len(output) == ANSWER_TOKENS else ""
     return " ".join(tokenizer.decode(output, skip_special_tokens=True).split()) + cut
-
-
-def torch_device(name: str | None) -> torch.device:
-    """Return the device that --device names, by default a GPU where there is one."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from error
-    return device
-
-
-def require(*modules: str, extra: str = "finetune") -> None:
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        what = " and ".join(missing)
-        raise UserError(f'{what} not installed: pip install "fastlora-kernels[{extra}]"')
-
-
-def first_line(thing: object) -> str:
-    return str(thing).strip().partition("\n")[0]

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that are gated MLPs: recognised by the code of their forward, and run as one operator.
+"""Gated MLPs: modules that compute ``down(act(gate(x)) · up(x))``, run as one operator.
 
-Numbers can't show that a module computes ``down(act(gate(x)) · up(x))``: a limit in a config or a
-branch on the shape of x may change them later. Code without a jump can: it does the same each time,
-with what it loads. It is followed once, into a formula such as
-``$self.down(($self.act($self.gate($x)) * $self.up($x)))``; what that loads is looked up each time.
+Numbers can't show what a module computes: a limit in a config or a branch on the shape of x may
+change them later. Code without a jump can: it does the same each time, with what it loads. It is
+followed once, into a formula such as ``$self.down(($self.act($self.gate($x)) * $self.up($x)))``;
+what that loads is looked up each time.
 """
 
 from __future__ import annotations
 
 import dis
 import functools
+import importlib
 import re
 from collections.abc import Callable, Sequence
 from types import CodeType, FunctionType, ModuleType
@@ -22,11 +23,21 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastlora import functional
-from fastlora.layers import gated_mlp
 from fastlora.layers.classes import rebased
-from fastlora.layers.siblings import FrozenLinear, is_plain, may_differ, module_hooks, projection_of
+from fastlora.layers.siblings import is_plain, may_differ, module_hooks, projection_of
 from fastlora.operator import op, plans
+from fastlora.operator.operands import Operands
 
+_aten = torch.ops.aten
+# By name: the activation, and its gradient from that of its result and from its input.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, _aten.silu_backward),
+    "gelu": (F.gelu, _aten.gelu_backward),
+    "gelu_tanh": (
+        functools.partial(F.gelu, approximate="tanh"),
+        functools.partial(_aten.gelu_backward, approximate="tanh"),
+    ),
+}
 _CALL, _SILU, _GELU = nn.Module.__call__, F.silu, F.gelu
 
 # The formula of a gated MLP, its groups the fields of `Form`; and that of an activation's forward.
@@ -38,6 +49,118 @@ _ACTIVATION = re.compile(rf"{_CALLED}\(\$x{_KEYWORD}\)")
 _NOTHING = {"RESUME", "NOP", "EXTENDED_ARG", "PUSH_NULL", "PRECALL"}
 _CALLS = {"CALL", "CALL_KW", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_METHOD"}
 _VARIABLES = re.compile("(LOAD|STORE)_FAST(?:_CHECK|_(LOAD|STORE)_FAST)?")
+
+# Instructions of Python 3.10 to 3.14. The NULL that some put beside a function is left out.
+_NOTHING = {"RESUME", "NOP", "EXTENDED_ARG", "PUSH_NULL", "PRECALL"}
+_CALLS = {"CALL", "CALL_KW", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_METHOD"}
+_VARIABLES = re.compile("(LOAD|STORE)_FAST(?:_CHECK|_(LOAD|STORE)_FAST)?")
+
+
+# The operator
+
+
+def run(x: Tensor, projections: Sequence[Operands], activation: str, impl: str = "auto") -> Tensor:
+    """Return y [M, N] for x [M, K] and the projections gate and up [F, K] and down [N, F].
+
+    Only for what `op.unobserved` allows: no compiler, dispatch mode or transform looks on.
+    Backward makes the product of the activation again from gate(x) and up(x); it is not kept.
+    """
+    flat = _tensors(projections)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
+        return _GatedMLP.apply(x, projections, activation, impl, *flat)
+    return _forward(x, projections, activation, impl)[0]
+
+
+def _tensors(projections: Sequence[Operands]) -> list[Tensor | None]:
+    """Return w, a, b and bias of each."""
+    return [t for projection in projections for t in projection[:4]]
+
+
+def _forward(
+    x: Tensor, projections: Sequence[Operands], activation: str, impl: str
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """Return y, gate(x), up(x) and s of each projection."""
+    (g, u), ss = op.forward(x, projections[:2], impl)
+    (y,), (s,) = op.forward(_product(g, u, activation, impl), projections[2:], impl)
+    return y, g, u, [*ss, s]
+
+
+def _product(g: Tensor, u: Tensor, activation: str, impl: str) -> Tensor:
+    """Return act(g) · u."""
+    if kernels := _kernels(g, impl):
+        return kernels.gated(g, u, activation)
+    return ACTIVATIONS[activation][0](g).mul_(u)
+
+
+def _product_grads(
+    dh: Tensor, g: Tensor, u: Tensor, activation: str, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of g and u from that of their product, whose memory is used."""
+    if kernels := _kernels(g, impl):
+        return kernels.gated_backward(dh, g, u, activation, need_h=False)[:2]
+    act, act_backward = ACTIVATIONS[activation]
+    du = act(g).mul_(dh)
+    return act_backward(dh.mul_(u), g), du
+
+
+def _kernels(t: Tensor, impl: str) -> ModuleType | None:
+    """Return the Triton kernels where they are to run on tensors like ``t``, or None."""
+    if impl == "auto":
+        impl, _ = plans.default(t.dtype, t.device)
+    return None if impl == "blocks" else importlib.import_module("fastlora_kernels")
+
+
+class _GatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, projections, activation, impl, *_):
+        y, g, u, ss = _forward(x, projections, activation, impl)
+        ctx.how = activation, impl
+        ctx.numbers = [p[5:] for p in projections]
+        ctx.save_for_backward(x, g, u, *ss, *(t for p in projections for t in p[:5]))
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, g, u, *rest = ctx.saved_tensors
+        ss, kept = rest[:3], rest[3:]
+        projections = [
+            Operands(*kept[5 * i : 5 * i + 5], *numbers) for i, numbers in enumerate(ctx.numbers)
+        ]
+        (activation, impl), (need_x, _, _, _, *flat) = ctx.how, ctx.needs_input_grad
+        if op.looked_into(dy):
+            dx, *grads = _differentiable_grads(dy, x, projections, activation, [need_x, *flat])
+            return dx, None, None, None, *grads
+        needs = [flat[i : i + 4] for i in (0, 4, 8)]
+        need_inner = need_x or any(map(any, needs[:2]))
+        # Only the gradients of down's own parameters read what it was given.
+        own = projections[2].a is not None or any(needs[2])
+        h = _product(g, u, activation, impl) if own else g
+        dh, *outer = op.gradients([dy], h, projections[2:], ss[2:], impl, need_inner, needs[2:])
+        del h
+        dx, inner = None, [[None, None]] * 4
+        if need_inner:
+            dys = _product_grads(dh, g, u, activation, impl)
+            dx, *inner = op.gradients(dys, x, projections[:2], ss[:2], impl, need_x, needs[:2])
+        of_each = zip(*([*two, *one] for two, one in zip(inner, outer, strict=True)), strict=True)
+        return dx, None, None, None, *(grad for row in of_each for grad in row)
+
+
+def _differentiable_grads(dy, x, projections, activation, needs):
+    """Return a gradient for x and for w, a, b and bias of each projection, or None."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # An alias for each: x may depend on the others, and two of them may be one tensor.
+        aliases = [t if t is None else t.view_as(t) for t in (x, *_tensors(projections))]
+        x, *flat = aliases
+        parts = [Operands(*flat[4 * i : 4 * i + 4], *p[4:]) for i, p in enumerate(projections)]
+        g, u = op.run(x, parts[:2], "auto")
+        (y,) = op.run(ACTIVATIONS[activation][0](g) * u, parts[2:], "auto")
+    wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
+    return [next(found) if need else None for need in needs]
+
+
+# Which modules are one
 
 
 class Form(NamedTuple):
@@ -108,7 +231,7 @@ def _formula(code: CodeType | None) -> tuple[str, str]:
         return "", "its forward is no function of x alone"
     operations = list(dis.get_instructions(code))
     # Where exceptions are caught no jump leads, from Python 3.11 on.
-    if getattr(code, "co_exceptiontable", b"") or any("JUMP" in op.opname for op in operations):
+    if getattr(code, "co_exceptiontable", b"") or any("JUMP" in each.opname for each in operations):
         return "", "its forward branches"
     variables = dict(zip(code.co_varnames, ("$self", "$x"), strict=False))
     stack, keywords, constant, made = [], (), None, 0
@@ -194,12 +317,11 @@ def _is_layer(module: Any) -> bool:
     return "sibling_operands" in own and not _is_observed(module)
 
 
+# Running as one
+
+
 def fuse(module: nn.Module, form: Form) -> None:
     """Have ``module`` run as one operator where it can, by a class of its own."""
-    for name in form.names:
-        child = module._modules[name]
-        if type(child) is nn.Linear:
-            child.__class__ = FrozenLinear
     if not hasattr(type(module), "_gated_of"):
         module.__class__ = _fused_class(type(module))
     module._gated_form = form
@@ -236,6 +358,8 @@ def _output(module: nn.Module, x: Tensor) -> Tensor | None:
     form: Form | None = module.__dict__.get("_gated_form")  # torch 2.8 does not compile vars()
     if form is None or torch.compiler.is_compiling() or not is_plain(x) or module_hooks():
         return None
+    if plans.is_few(x.numel(), 1, x.device):  # nothing that would pay for the way
+        return None
     kind = type(module)._gated_of
     if _form(_code(kind))[0] != form:
         return None
@@ -243,9 +367,9 @@ def _output(module: nn.Module, x: Tensor) -> Tensor | None:
     members = [getattr(module, name, None) for name in form.names]
     if activation is None or not all(map(_is_layer, members)):
         return None
-    operands = [member.sibling_operands(x) for member in members]
-    projections = [each and projection_of(each) for each in operands]
-    if any(each is None for each in projections):
+    layers = [member.sibling_operands(x) for member in members]
+    projections = [layer and projection_of(layer) for layer in layers]
+    if not all(projections):
         return None
     try:
         wide, checked = functional.checked(x, projections[:2])
@@ -254,12 +378,12 @@ def _output(module: nn.Module, x: Tensor) -> Tensor | None:
     except (TypeError, ValueError):  # alone each says what is wrong with it, or takes it
         return None
     impl = "auto" if plans.FORCED == "auto" else plans.named("auto", x)
-    if impl == "reference" or forward_ad._current_level >= 0:
+    if impl in ("eager", "reference") or forward_ad._current_level >= 0:
         return None
-    tensors = [t for p in (*checked, *last) for t in p[:4]]
     same_size = checked[0].weight.shape[0] == checked[1].weight.shape[0]
+    tensors = [t for p in (*checked, *last) for t in p[:4]]
     if not (same_size and op.unobserved(wide, *tensors)):  # before a seed is drawn
         return None
     wide, ready = functional.drawn(wide, [*checked, *last], training=True)
-    y = gated_mlp.run(wide, ready, activation, impl)
+    y = run(wide, ready, activation, impl)
     return y if x.dim() == 2 else functional.shaped(y, x.shape)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
 from fastlora_kernels.configs import Chip
 
 # 16-bit FLOPs with float32 sums that a processor makes per clock (NVIDIA's data sheets: 312 TFLOP/s
@@ -19,7 +18,7 @@ from fastlora_kernels.configs import Chip
 MATRIX = {(8, 0): 2048, (8, 6): 1024, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192, (12, 0): 1024}
 GEFORCE = ((8, 6), (8, 9), (12, 0))
 # Share of that peak, at the highest clock, inside a main loop: the vendor's library, Triton with
-# TMA, Triton with cp.async. 9: the library fits published H100 products (tests/test_machine.py),
+# TMA, Triton with cp.async. 9: the library fits published H100 products (test_machine.py),
 # power holds its clock down; TMA from 666 to 689 TFLOP/s at 8192 x 8192 x 4096 to 16384
 # (meta-pytorch/tritonbench#894); cp.async is 13% below TMA (triton-lang/triton#5461). 10: the
 # library's 1756 TFLOP/s on a GB300 (facebookexperimental/triton#740); the others are guesses.

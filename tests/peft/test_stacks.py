@@ -29,6 +29,7 @@ STEPS = 4
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 MODELS = {
     "Llama": llama,
+    "Llama in bfloat16": lambda: llama().to(torch.bfloat16),
     "Qwen2": lambda: decoder("Qwen2"),
     "Qwen3": lambda: decoder("Qwen3", head_dim=4),
     "Gemma": lambda: decoder("Gemma", head_dim=4),
@@ -92,7 +93,8 @@ def train(model, name="Llama", **with_):
 def test_models(name, fused):
     targets = ATTENTION if name == "diffusion" else "all-linear"
     plain, model = twice(wrapped(MODELS[name](), target_modules=targets))
-    assert train(model, name) == pytest.approx(train(plain, name), rel=1e-4)
+    digits = 2e-2 if "bfloat16" in name else 1e-4
+    assert train(model, name) == pytest.approx(train(plain, name), rel=digits)
     assert len(fused) == STEPS * len(layers(model)) > 0
 
 
@@ -131,12 +133,6 @@ def test_checkpointed_activations_with_dropout(reentrant, fused):
     assert calls == 2 * STEPS * len(layers(model))
     for own, other in zip(model.parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
-
-
-def test_sixteen_bit_models(fused):
-    plain, model = twice(wrapped(llama().to(torch.bfloat16)))
-    assert train(model) == pytest.approx(train(plain), rel=2e-2)
-    assert len(fused) == STEPS * len(layers(model))
 
 
 def test_compiled():
@@ -194,21 +190,10 @@ def logged(trainer):
     return losses
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"bf16": True},
-    ],
-    ids=["plain", "reentrant", "not reentrant", "bf16"],
-)
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
 def test_transformers_trainer(tmp_path, changes, fused):
     losses = []
     for each in twice(wrapped(llama())):
-        if changes.get("gradient_checkpointing"):
-            each.enable_input_require_grads()
         trainer = transformers.Trainer(each, arguments(tmp_path, **changes), train_dataset=rows())
         trainer.train()
         losses.append(logged(trainer))

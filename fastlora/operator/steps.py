@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward and backward of projections of one x, from the five steps of any implementation.
+
+An implementation is a module of five functions over lists:
+
+    shrink(x, projections) -> (ss, scaled)    s = dropout(x) aᵀ, and what `outputs` may use instead
+    outputs(x, projections, ss, scaled) -> ys
+    ds_db(dys, projections, ss, need_ds, need_db) -> (dss, dbs)
+    input_grad(dys, projections, dss) -> dx   Σ dy w + dropout'(ds a), written once
+    da(x, projections, dss, needs) -> das
+
+A list holds an element for each projection, None where it has no adapter or nothing is asked for.
+Those with kernels take ``configs`` as well, one for each step by its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.operator.operands import Operands
+
+
+def forward(
+    impl: ModuleType,
+    x: Tensor,
+    projections: Sequence[Operands],
+    configs: Mapping[str, Any] | None = None,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Return y [M, N] and s = dropout(x) aᵀ [M, R] of each projection of x [M, K]."""
+    options = {} if configs is None else {"configs": configs}
+    ss, scaled = impl.shrink(x, projections, **options)
+    return impl.outputs(x, projections, ss, scaled, **options), ss
+
+
+def backward(
+    impl: ModuleType,
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Operands],
+    ss: Sequence[Tensor | None],
+    need_x: bool,
+    needs: Sequence[tuple[bool, bool]],
+    configs: Mapping[str, Any] | None = None,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Return dx [M, K] of all projections together, and da [R, K] and db [N, R] of each.
+
+    ``needs`` says of each projection whether da and db are asked for; what is not, or has no dy,
+    is None. Some dy has to be there if ``need_x``.
+    """
+    options = {} if configs is None else {"configs": configs}
+    need_a, need_ds, need_db = [], [], []
+    for for_a, for_b in needs:
+        need_a.append(for_a)
+        need_ds.append(need_x or for_a)
+        need_db.append(for_b)
+    dss, dbs = impl.ds_db(dys, projections, ss, need_ds, need_db, **options)
+    if need_x and True in need_a and hasattr(impl, "input_grad_and_da"):
+        # Both at once, where they share the drawing of a mask.
+        return *impl.input_grad_and_da(dys, x, projections, dss, need_a), dbs
+    das = impl.da(x, projections, dss, need_a, **options) if True in need_a else [None] * len(dbs)
+    dx = impl.input_grad(dys, projections, dss, **options) if need_x else None
+    return dx, das, dbs
+
+
+def exact(device: torch.device) -> contextlib.AbstractContextManager:
+    """Keep autocast from rounding float32 adapters once more inside an implementation."""
+    if not torch._C._is_any_autocast_enabled() or device.type == "meta":
+        return _NOTHING
+    return torch.autocast(device.type, enabled=False)
+
+
+_NOTHING = contextlib.nullcontext()

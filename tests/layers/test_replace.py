@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`replace_linears` and `lora_state_dict`: what is replaced, what trains, what is saved."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import tiny_models as tiny
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations
+
+from fastlora import LoRALinear, lora_state_dict, replace_linears
+
+QKV = ["q_proj", "k_proj", "v_proj"]
+FALSE = {"r": 4, "init_lora_weights": False}
+
+
+def lora_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def replaced(make=tiny.llama, names=("q_proj", "v_proj"), **arguments):
+    model = make()
+    replace_linears(model, names, **FALSE, **arguments)
+    return model
+
+
+def unlike(a, b):
+    return not torch.allclose(a, b, atol=1e-3)
+
+
+# What is replaced
+
+
+NAMES = [
+    (tiny.llama, ["q_proj", "v_proj"]),
+    (tiny.llama, r"model\.layers\.0\..*_proj"),
+    (tiny.llama, ["0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "lm_head"]),
+    (tiny.gpt2, ["c_attn", "c_proj"]),
+    (tiny.bert, ["query", "dense"]),
+]
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize(("make", "names"), NAMES, ids=str)
+def test_the_same_layers_as_in_peft_and_the_same_numbers(make, names):
+    config = peft.LoraConfig(r=3, target_modules=names, init_lora_weights=False)
+    theirs, ours = peft.get_peft_model(make(), config), make()
+    weights = {p.data_ptr() for p in ours.parameters()}
+    report = replace_linears(ours, names, r=3)
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    }
+    assert report.fused == lora_names(ours) == list(layers) and report.not_fused == []
+    assert trainable(ours) == {f"{name}.lora_{f}" for name in layers for f in "AB"}
+    assert {p.data_ptr() for p in ours.parameters() if not p.requires_grad} == weights
+    for name, layer in layers.items():
+        mine = ours.get_submodule(name)
+        mine.lora_A.data.copy_(layer.lora_A["default"].weight)
+        mine.lora_B.data.copy_(layer.lora_B["default"].weight)
+    labels = {"labels": torch.tensor([0, 2]) if make is tiny.bert else tiny.tokens()}
+    losses = [model(tiny.tokens(), **labels).loss for model in (ours, theirs.base_model.model)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for name, layer in layers.items():
+        expected = layer.lora_A["default"].weight.grad
+        torch.testing.assert_close(ours.get_submodule(name).lora_A.grad, expected)
+
+
+def test_a_function_selects_and_the_report_says_what_and_what_not():
+    model = tiny.bert()
+    model.bert.pooler.dense = parametrizations.weight_norm(model.bert.pooler.dense)
+    last, embedding = "bert.encoder.layer.1.output.dense", "bert.embeddings.word_embeddings"
+
+    def chosen(name, module):
+        return name == embedding or (name != last and name.endswith(("query", "dense")))
+
+    report = replace_linears(model, chosen, r=2)
+    assert "query" in report.fused[0] and last not in report.fused
+    assert str(report).splitlines() == [
+        "7 of 9 LoRA layers fused",
+        "  fused: dense x5, query x2",
+        "  not fused, must be an nn.Linear or a transformers Conv1D, got Embedding: "
+        "word_embeddings",
+        "  not fused, computes its weight or bias (parametrized, pruned, weight-normalised): dense",
+    ]
+    assert {layer.r for layer in model.modules() if isinstance(layer, LoRALinear)} == {2}
+
+
+def test_names_that_are_no_module_s_are_reported():
+    report = replace_linears(tiny.llama(), ["q_proj", "_proj", "qproj", "self_attn.v_proj"])
+    assert len(report.fused) == 4
+    assert report.not_fused == [(n, "no module has this name") for n in ("_proj", "qproj")]
+
+
+@pytest.mark.parametrize("names", [["0"], ["again"], r"1\.again", lambda n, _: n == "1.again"])
+def test_a_module_under_two_names_is_replaced_once(names):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential())
+    model[1].add_module("again", model[0])
+    report = replace_linears(model, names)
+    assert isinstance(model[0], LoRALinear) and model[1].again is model[0]
+    assert report.fused == ["0"] and list(lora_state_dict(model)) == ["0.lora_A", "0.lora_B"]
+
+
+def test_tied_weights_stay_tied():
+    model = replaced(tiny.gpt2, ["lm_head"])
+    embedding = model.transformer.wte.weight
+    assert model.lm_head.weight is embedding and not embedding.requires_grad
+    before = embedding.clone()
+    model.lm_head.merge()
+    assert not torch.equal(embedding, before)  # it is the same memory
+    model.lm_head.unmerge()
+    assert torch.equal(embedding, before)
+
+
+def test_what_was_replaced_before_stays():
+    model = replaced(tiny.mlp, ["0"])
+    model[1].weight.requires_grad_(True)
+    first, a = model[0], model[0].lora_A.detach().clone()
+    report = replace_linears(model, ["0", "2"], r=2)
+    assert report.fused == ["2"] and report.not_fused == [("0", "is a LoRALinear already")]
+    assert model[0] is first and torch.equal(first.lora_A, a)
+    assert trainable(model) == {f"{n}.lora_{f}" for n in "02" for f in "AB"}
+
+
+@pytest.mark.filterwarnings("ignore:FSDP", "ignore:.*torch.distributed.algorithms")
+def test_names_inside_wrappers_are_the_plain_ones():
+    model = tiny.llama()
+    model.model.layers[0].self_attn = checkpoint_wrapper(model.model.layers[0].self_attn)
+    model.model.layers[0].mlp.up_proj = checkpoint_wrapper(model.model.layers[0].mlp.up_proj)
+    model.model.layers[1].mlp = torch.compile(model.model.layers[1].mlp, backend="eager")
+    compiled = torch.compile(model, backend="eager")
+    report = replace_linears(compiled, r".*_proj", **FALSE)
+    assert sorted(report.fused) == sorted(lora_names(replaced(names=".*_proj")))
+    assert unlike(tiny.outputs(model), tiny.outputs(tiny.llama()))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_pytorch_s_fast_path_does_not_pass_an_adapter_by(masked):
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, mask = torch.randn(2, 4, 8), torch.zeros(2, 4, dtype=torch.bool)
+    mask[1, 3] = masked
+    seen = ~mask  # what comes out where the mask is set is not defined
+    base = model(x, src_key_padding_mask=mask)[seen]
+    kinds = lambda _, module: isinstance(module, nn.Linear)  # noqa: E731
+    report = replace_linears(model, kinds, lora_alpha=64, init_lora_weights=False)
+    assert report.fused == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    assert {name for name, _ in report.not_fused} == {
+        f"layers.{i}.self_attn.out_proj" for i in (0, 1)
+    }
+    y = model(x, src_key_padding_mask=mask)[seen]
+    for one in (model, copy.deepcopy(model)):
+        with torch.no_grad():
+            torch.testing.assert_close(one(x, src_key_padding_mask=mask)[seen], y)
+    assert unlike(y, base)
+
+
+def test_a_compiled_model_runs_its_adapters():
+    model = tiny.mlp()
+    compiled, x = torch.compile(model, backend="eager"), torch.ones(2, 6)
+    base = compiled(x)
+    replace_linears(compiled, ["head"], init_lora_weights=False)
+    assert unlike(compiled(x), base)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+# Siblings
+
+
+@pytest.mark.parametrize("how", [True, [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]])
+def test_siblings(how, together):
+    """The plain layers among them take part; numbers are those of layers alone."""
+    names = ["q_proj", "gate_proj", "down_proj"]
+    model, alone = tiny.llama(), replaced(names=names)
+    report = replace_linears(model, names, fuse_siblings=how, **FALSE)
+    model.load_state_dict(alone.state_dict())
+    mlp = ("gate_proj", "up_proj", "down_proj")
+    assert report.siblings == [(f"model.layers.{i}.self_attn", tuple(QKV)) for i in (0, 1)]
+    assert report.gated_mlps == [(f"model.layers.{i}.mlp", mlp) for i in (0, 1)]
+    assert "siblings: q_proj, k_proj, v_proj x2" in str(report)
+    torch.testing.assert_close(tiny.outputs(model), tiny.outputs(alone))
+    assert together == [3, 3]
+    assert trainable(model) == trainable(alone)
+
+
+# What is refused, with the model as it was
+
+
+def hooked():
+    layer = nn.Linear(6, 6)
+    layer.forward = layer.forward
+    return nn.Sequential(layer)
+
+
+def with_peft():
+    return peft.get_peft_model(tiny.mlp(), peft.LoraConfig(target_modules=["head"]))
+
+
+def spread():
+    """A model in DistributedDataParallel, without what its making needs."""
+    model = DistributedDataParallel.__new__(DistributedDataParallel)
+    nn.Module.__init__(model)
+    model.module = tiny.mlp()
+    return model
+
+
+def mixed():
+    """The first of the layers takes another dtype than the last."""
+    model = tiny.mlp()
+    model[0].to(torch.bfloat16)
+    return model
+
+
+def self_compiled():
+    return nn.Sequential(torch.compile(nn.Linear(6, 6), backend="eager"))
+
+
+IS_COMPILED = "is compiled by itself: replace first, then compile"
+REFUSED = [
+    (tiny.llama, ["q_porj"], {}, ValueError, "no module has this name: q_porj"),
+    (tiny.llama, "q_proj", {}, ValueError, r"'q_proj' replaces nothing.*\n.*are q_proj x2, k_proj"),
+    (tiny.llama, [], {}, ValueError, "replaces nothing"),
+    (tiny.llama, "h(", {}, ValueError, r"'h\(' is no regular expression"),
+    (tiny.llama, 3, {}, TypeError, "names must be a list of names, .* or a function, got 3"),
+    (tiny.llama, ["mlp"], {}, ValueError, "must be an nn.Linear .* got LlamaMLP: mlp"),
+    (lambda: nn.Sequential(nn.ReLU()), ".*", {}, ValueError, "linear layers are none"),
+    (lambda: nn.Linear(3, 3), ".*", {}, ValueError, "is one linear layer: LoRALinear.from_linear"),
+    (hooked, ["0"], {}, ValueError, "has a forward set on the object itself"),
+    (self_compiled, lambda n, m: type(m) is nn.Linear, {}, ValueError, IS_COMPILED),
+    (with_peft, ["0"], {}, ValueError, "'base_model.model.head' is a layer of PEFT's: patch_peft"),
+    (spread, ["head"], {}, ValueError, "DistributedDataParallel: replace first, then wrap it"),
+    (lambda: "model", ["head"], {}, TypeError, r"model must be an nn\.Module, got str"),
+    (tiny.mlp, ["0"], {"r": 0}, ValueError, "r must be at least 1, got 0"),
+    (tiny.mlp, ["0"], {"rank": 4}, TypeError, "unexpected keyword argument 'rank'"),
+    (tiny.mlp, ["0", "2"], {"bias": False}, ValueError, "bias=False, but"),
+    (mixed, ["0", "2"], {"adapter_dtype": torch.bfloat16}, TypeError, "adapter_dtype must be"),
+    (tiny.mlp, ["0"], {"fuse_siblings": True}, ValueError, "give another, a tensor"),
+    (tiny.mlp, ["0"], {"fuse_siblings": [("0", "9")]}, ValueError, "no module has linear layers"),
+    (tiny.mlp, ["0"], {"fuse_siblings": torch.ones(1, 3)}, ValueError, "raised RuntimeError"),
+]
+
+
+@pytest.mark.parametrize(("make", "names", "arguments", "error", "message"), REFUSED)
+def test_what_cannot_be_is_refused_and_nothing_changed(make, names, arguments, error, message):
+    model = make()
+    before = isinstance(model, nn.Module) and tiny.bits(model)
+    with pytest.raises(error, match=message):
+        replace_linears(model, names, **arguments)
+    assert not before or tiny.same(before, tiny.bits(model))
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_failure_half_way_changes_nothing(error, monkeypatch):
+    model = tiny.bert()
+    model.bert.embeddings.requires_grad_(False)
+    before, calls, draw = tiny.bits(model), [], LoRALinear._draw_adapter
+
+    def fail(layer):
+        calls.append(layer)
+        if len(calls) == 3:
+            raise error
+        draw(layer)
+
+    monkeypatch.setattr(LoRALinear, "_draw_adapter", fail)
+    with pytest.raises(error):
+        replace_linears(model, ["query", "value"])
+    assert tiny.same(before, tiny.bits(model))
+
+
+# What is saved
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_adapters_are_what_is_saved_and_loaded(merged):
+    model, other = replaced(), replaced()
+    y = tiny.outputs(model)
+    if merged:
+        for name in lora_names(model):
+            model.get_submodule(name).merge()
+    state = lora_state_dict(model)
+    assert list(state) == [f"{name}.lora_{f}" for name in lora_names(model) for f in "AB"]
+    assert not any(tensor.requires_grad for tensor in state.values())
+    missing, unexpected = other.load_state_dict(state, strict=False)
+    assert not unexpected and not any("lora" in name for name in missing)
+    torch.testing.assert_close(tiny.outputs(other), y)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP", "ignore:.*torch.distributed.algorithms")
+def test_a_wrapper_s_part_of_a_name_is_not_saved():
+    model, other = replaced(), replaced()
+    model.model.layers[0].self_attn = checkpoint_wrapper(model.model.layers[0].self_attn)
+    state = lora_state_dict(torch.compile(model, backend="eager"))
+    assert state.keys() == lora_state_dict(other).keys()
+
+
+def test_a_model_without_adapters_has_nothing_to_save():
+    with pytest.raises(ValueError, match="Sequential has no LoRALinear; replace_linears"):
+        lora_state_dict(tiny.mlp())
+
+
+# Under accelerate, and checkpointed
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("fused", [False, [("q_proj", "k_proj", "v_proj")]])
+def test_offloaded(fused, merged):
+    """Accelerate's hooks: weights are on the meta device but for a forward."""
+    model = replaced(names=[*QKV, "down_proj"], fuse_siblings=fused)
+    layer = model.model.layers[0].self_attn.q_proj
+    if merged:
+        for name in lora_names(model):
+            model.get_submodule(name).merge()
+    y = tiny.outputs(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert layer.weight.is_meta and layer.lora_A.is_meta and layer.lora_B.is_meta
+    torch.testing.assert_close(tiny.outputs(model), y)
+    assert layer.lora_A.is_meta
+    with pytest.raises(RuntimeError, match="offloading"):
+        layer.unmerge() if merged else layer.merge()
+    with pytest.raises(ValueError, match="lora_A is on the meta device: offloaded"):
+        lora_state_dict(model)
+    remove_hook_from_submodules(model)
+    torch.testing.assert_close(tiny.outputs(model), y)
+    layer.unmerge()
+    torch.testing.assert_close(tiny.outputs(model), y, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpointed_models_train_as_others():
+    """Llama's own checkpointing, with dropout: the same elements are dropped again."""
+    found = []
+    for how in (None, {"use_reentrant": True}, {"use_reentrant": False}):
+        model = replaced(lora_dropout=0.3).train()
+        if how is not None:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        if found:
+            model.load_state_dict(found[0][0].state_dict())
+        torch.manual_seed(5)
+        model(tiny.tokens(), labels=tiny.tokens()).loss.backward()
+        found.append((model, [p.grad for p in model.parameters() if p.requires_grad]))
+    for _, other in found[1:]:
+        for one, same in zip(found[0][1], other, strict=True):
+            torch.testing.assert_close(one, same)
