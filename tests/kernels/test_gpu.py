@@ -30,7 +30,7 @@ from fastlora_kernels.locate import stacked
 from joints import Joint, run, same, verify
 
 import fastlora
-from fastlora.operator import blocks, library, plans, tuning
+from fastlora.operator import blocks, library, measured, plans, tuning
 from fastlora.operator.dropout import keep_mask
 
 pytestmark = pytest.mark.gpu
@@ -333,7 +333,7 @@ def test_inductor():
     result = torch.compile(module, fullgraph=True)(x)
     assert torch.equal(result, expected)
     result.float().sum().backward()
-    assert module.lora_A["default"].grad.isfinite().all()
+    assert module.lora_A.grad.isfinite().all()
 
 
 def test_cuda_graph_replays_with_fresh_dropout():

@@ -20,6 +20,8 @@ import torch
 from acceptance import KINDS, Case, accept, mask_of, oracle, plain
 from fastlora_kernels.dropout import kept_scale
 
+from fastlora.operator.operands import Operands
+
 PACKAGE = Path(fastlora_kernels.__file__).parent
 
 
@@ -70,10 +72,10 @@ class Joint:
             t["x"] = ts[0]["x"]
         return ts
 
-    def projections(self, ts: list[dict]) -> list[tuple]:
+    def projections(self, ts: list[dict]) -> list[Operands]:
         """Return what the five steps take."""
         return [
-            (
+            Operands(
                 *(t["w"], *((t["a"], t["b"]) if r else (None, None)), t["bias"]),
                 *(t["seed"] if r else None, case.scaling, case.dropout_p),
             )
