@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.layers.active import Adapter
-from fastlora.layers.hyperparameters import default_adapter_dtype
-from fastlora.layers.lora import LoRALinear
+from fastlora.layers.lora import LoRALinear, default_adapter_dtype
 from fastlora.layers.siblings import FrozenLinear
 from fastlora.operator import plans
 from fastlora.operator.measured import OPS
@@ -98,7 +97,7 @@ def _of_module(model: nn.Module, tokens: Iterable[int]) -> list[tuple[torch.devi
     rows = [row for module in model.modules() for row in _together(module)]
     if not rows:
         raise ValueError(
-            f"{type(model).__name__} holds no LoRALinear with an active adapter, and no layer of "
+            f"{type(model).__name__} holds no LoRALinear that is not merged, and no layer of "
             "PEFT's that patch_peft(model) has fused and that runs one; what was merged runs as a "
             "plain layer; fastlora.replace_linears(model, names) puts layers in"
         )

@@ -8,7 +8,6 @@ import torch
 from measuring import CPU, PROBLEM, timings
 from peft import LoraConfig, get_peft_model
 from tiny_models import llama, tokens
-from torch import nn
 
 import fastlora
 from fastlora.operator import measured, plans
@@ -37,16 +36,6 @@ def test_explains_shapes():
     ]
 
 
-def patched(model, names=("default",), fuse_siblings=False, **options):
-    config = LoraConfig(r=4, **options)
-    made = get_peft_model(model, config, adapter_name=names[0])
-    for i, name in enumerate(names[1:]):
-        made.add_adapter(name, LoraConfig(**{**config.to_dict(), "r": 2 + i}))
-    made.base_model.set_adapter(list(names))
-    fastlora.patch_peft(made, fuse_siblings=fuse_siblings)
-    return made
-
-
 def test_explains_a_layer_and_a_model():
     layer = fastlora.LoRALinear(32, 48, r=4, lora_dropout=0.1)
     ((where, problem),) = fastlora.explain(layer, torch.randn(2, 5, 32)).plans
@@ -54,18 +43,24 @@ def test_explains_a_layer_and_a_model():
     ((_, problem),) = fastlora.explain(layer.eval(), 7).plans
     assert problem == Problem(7, 48, 32, 4, torch.float32, torch.float32)
     layer.merge()
-    with pytest.raises(ValueError, match="holds no LoRALinear with an active adapter"):
+    with pytest.raises(ValueError, match="holds no LoRALinear that is not merged"):
         fastlora.explain(layer, 7)
-    model = patched(llama(), target_modules="all-linear")
+    model = llama()
+    fastlora.replace_linears(model, ".*_proj", r=4)
     shapes = {(p.N, p.K) for _, p in fastlora.explain(model, 7).plans}
     assert shapes == {(16, 16), (8, 16), (24, 16), (16, 24)}
-    model = patched(nn.Sequential(nn.Linear(32, 48)), ("one", "other"), target_modules=["0"])
+    config = LoraConfig(r=4, target_modules=["0"])
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(32, 48)), config)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["0"]))
+    model.base_model.set_adapter(["default", "other"])
+    fastlora.patch_peft(model)
     ((_, problem),) = fastlora.explain(model, 7).plans  # without dropout they are stacked
     assert problem.R == 6 and not problem.dropout
 
 
 def test_explains_siblings_together(monkeypatch):
-    model = patched(llama(), fuse_siblings=True, target_modules=["q_proj", "v_proj", "o_proj"])
+    model = llama()
+    fastlora.replace_linears(model, ["q_proj", "v_proj", "o_proj"], r=4, fuse_siblings=True)
     explained = fastlora.explain(model, 7)
     assert [(p.N, p.R, p.others) for _, p in explained.plans] == [
         (16, 4, ((8, 4), (8, 0))),
@@ -81,7 +76,7 @@ def test_explains_siblings_together(monkeypatch):
     model(input_ids=tokens())
     assert {p._replace(M=7) for p in posed} == {p for _, p in explained.plans}
     monkeypatch.undo()
-    model.base_model.model.model.layers[0].self_attn.v_proj.merge()  # those of that block run alone
+    model.model.layers[0].self_attn.v_proj.merge()  # those of that block run alone
     assert len(fastlora.explain(model, 7).plans) == 2
 
 
@@ -93,7 +88,7 @@ def test_explains_what_is_forced(monkeypatch, forced):
 
 def test_explain_says_what_it_cannot_take():
     with pytest.raises(
-        ValueError, match=r"Linear holds no LoRALinear.*replace_linears\(model, names"
+        ValueError, match=r"Linear holds no LoRALinear.*replace_linears\(model, names\)"
     ):
         fastlora.explain(torch.nn.Linear(2, 2))
     with pytest.raises(

@@ -330,19 +330,9 @@ class MLP(nn.Module):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
+LINEARS = ["q", "k", "v", "gate", "up", "down"]
+LORA = {"r": 2, "init_lora_weights": False}
 X = torch.linspace(-1, 1, 40).reshape(5, 8)
-ALL = ["q", "k", "v", "gate", "up", "down"]
-
-
-def adapted(names=ALL, fuse_siblings=(("q", "k", "v"),), **options) -> PeftModel:
-    """Return a block whose linears PEFT has given adapters that do something, fused."""
-    block = Block()
-    torch.manual_seed(3)
-    config = LoraConfig(r=2, target_modules=names, init_lora_weights=False, **options)
-    made = get_peft_model(block, config)
-    report = fastlora.patch_peft(made, fuse_siblings=fuse_siblings)
-    assert len(report.fused) == len(names) and bool(report.siblings) == (fuse_siblings is not False)
-    return made
 
 
 def step(block: nn.Module) -> list[torch.Tensor]:
@@ -365,7 +355,17 @@ def step(block: nn.Module) -> list[torch.Tensor]:
 )
 def test_out_of_memory_in_the_middle(module, name, fused, monkeypatch):
     """The error comes through, and the next step is as if nothing had been."""
-    first, other = (adapted(lora_dropout=0.3, fuse_siblings=X if fused else False) for _ in "12")
+    blocks = []
+    for _ in range(2):
+        block = Block()
+        torch.manual_seed(3)
+        how = X if fused else False
+        report = fastlora.replace_linears(
+            block, LINEARS, fuse_siblings=how, lora_dropout=0.3, **LORA
+        )
+        assert (len(report.siblings), len(report.gated_mlps)) == ((1, 1) if fused else (0, 0))
+        blocks.append(block)
+    first, other = blocks
     expected = step(other)
     once = Once(getattr(module, name))
     with monkeypatch.context() as patch:
@@ -382,7 +382,8 @@ def test_out_of_memory_in_the_middle(module, name, fused, monkeypatch):
 @needs_fork
 def test_a_fork_after_use():
     """As a DataLoader makes its workers, whose torch has one thread."""
-    block = adapted()
+    block = Block()
+    fastlora.replace_linears(block, LINEARS, fuse_siblings=[("q", "k", "v")], **LORA)
     expected = step(block)
 
     def again() -> None:  # one thread may add in another order than two
@@ -397,7 +398,8 @@ def _step_in_a_new_process(block, queue) -> None:
 
 def test_a_new_process():
     """Spawned: the block comes as a pickle."""
-    block = adapted(names=["q", "v"])
+    block = Block()
+    fastlora.replace_linears(block, ["q", "v"], fuse_siblings=[("q", "k", "v")], **LORA)
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_step_in_a_new_process, args=(block, queue))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastlora.layers import sibling_search
 from fastlora.layers.classes import unwrapped
@@ -20,6 +19,10 @@ Which = Collection[str] | str | Callable[[str, nn.Module], bool]
 # Parts of names that wrappers of modules add.
 _WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
 _PEFT_LAYER = "peft.tuners.tuners_utils.BaseTunerLayer"
+_SPREAD = {
+    "torch.nn.parallel.distributed.DistributedDataParallel",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+}
 
 
 def replace_linears(
@@ -106,15 +109,17 @@ def _adapters(model: nn.Module) -> set[int]:
 
 def _replaceable(model: nn.Module) -> nn.Module:
     """Return the model that torch.compile holds, or raise where no layer can be replaced."""
-    if isinstance(model, DistributedDataParallel):
-        raise ValueError("model is in DistributedDataParallel: replace first, then wrap it")
-    model = unwrapped(model)
-    if _is_linear(model):
-        raise ValueError("model is one linear layer: LoRALinear.from_linear() takes it")
+    inner = unwrapped(model)
     for name, module in model.named_modules():
-        if any(f"{k.__module__}.{k.__name__}" == _PEFT_LAYER for k in type(module).__mro__):
+        kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
+        if spread := kinds & _SPREAD:  # it would never synchronise what comes now
+            what = spread.pop().rpartition(".")[2]
+            raise ValueError(f"{name or 'model'} is in {what}: replace first, then wrap it")
+        if _PEFT_LAYER in kinds:
             raise ValueError(f"{name!r} is a layer of PEFT's: patch_peft() fuses it as it is")
-    return model
+    if _is_linear(inner):
+        raise ValueError("model is one linear layer: LoRALinear.from_linear() takes it")
+    return inner
 
 
 def _selected(

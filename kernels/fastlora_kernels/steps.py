@@ -25,6 +25,7 @@ from fastlora_kernels.locate import MOST
 
 Projection = tuple
 Maybe = list[Tensor | None]
+_THE_ONE = [(0,)]
 
 
 def shrink(
@@ -39,12 +40,10 @@ def shrink(
     any_scaled = False
     for few in adapted(projections):
         w, a, b, _, seeds, scalings, p = _columns(projections, few)
-        factor = None
-        if a[0].dtype == torch.bfloat16:
-            config = configs.get("outputs")
-            factor = outputs_of.scaled_before(x, w, b, scalings, config)
-        config = configs.get("shrink")
-        found, made = shrink_of.shrink(x, a, seeds, p, factor, config)
+        # What `outputs` folds in has to be scaled before. Float16 might overflow then.
+        into = w, b, scalings, configs.get("outputs")
+        into = into if a[0].dtype == x.dtype == torch.bfloat16 else ()
+        found, made = shrink_of.shrink(x, a, seeds, p, configs.get("shrink"), *into)
         for j, i in enumerate(few):
             ss[i] = found[j]
             if made is not None:
@@ -136,6 +135,8 @@ def together(
 
     Those for which there is something in ``there``.
     """
+    if len(projections) == 1 and (there is None or there[0] is not None):
+        return _THE_ONE
     groups = _by_dtype(projections, there)
     frozen = groups.pop(None, [])
     first, *others = groups.values() or [[]]
@@ -146,6 +147,12 @@ def adapted(
     projections: Sequence[Projection], there: Sequence[Tensor | None] | None = None
 ) -> list[Sequence[int]]:
     """Return the same of the projections that have an adapter."""
+    if (
+        len(projections) == 1
+        and projections[0][1] is not None
+        and (there is None or there[0] is not None)
+    ):
+        return _THE_ONE
     groups = _by_dtype(projections, there)
     groups.pop(None, None)
     return [few for same in groups.values() for few in _parts(same)]
@@ -168,4 +175,6 @@ def _parts(items: Sequence[int]) -> list[Sequence[int]]:
 
 def _columns(projections: Sequence[Projection], few: Sequence[int]) -> tuple[tuple, ...]:
     """Return what some of the projections are made of, a tuple for each field."""
+    if len(few) == 1:
+        return tuple([(value,) for value in projections[few[0]]])
     return tuple(zip(*[projections[i] for i in few], strict=True))

@@ -161,7 +161,7 @@ def worker(rank, folder):
     lock to free a tensor: a deadlock, or an abort while Python ends (pytorch/pytorch#179291).
     """
     torch.set_num_threads(1)
-    plans.FEW = plans.STILL_FEW = 0  # tiny tensors stand for large ones, as in conftest.py
+    plans.FEW = 0  # tiny tensors stand for large ones, as in conftest.py
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)

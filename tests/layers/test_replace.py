@@ -13,6 +13,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
@@ -211,12 +212,20 @@ def with_peft():
     return peft.get_peft_model(tiny.mlp(), peft.LoraConfig(target_modules=["head"]))
 
 
-def spread():
-    """A model in DistributedDataParallel, without what its making needs."""
-    model = DistributedDataParallel.__new__(DistributedDataParallel)
+def spread(kind):
+    """A model in such a wrapper, without what its making needs."""
+    model = kind.__new__(kind)
     nn.Module.__init__(model)
     model.module = tiny.mlp()
     return model
+
+
+def ddp():
+    return spread(DistributedDataParallel)
+
+
+def fsdp():
+    return nn.Sequential(spread(FullyShardedDataParallel))
 
 
 def mixed():
@@ -243,7 +252,8 @@ REFUSED = [
     (hooked, ["0"], {}, ValueError, "has a forward set on the object itself"),
     (self_compiled, lambda n, m: type(m) is nn.Linear, {}, ValueError, IS_COMPILED),
     (with_peft, ["0"], {}, ValueError, "'base_model.model.head' is a layer of PEFT's: patch_peft"),
-    (spread, ["head"], {}, ValueError, "DistributedDataParallel: replace first, then wrap it"),
+    (ddp, ["head"], {}, ValueError, "model is in DistributedDataParallel: replace first, then"),
+    (fsdp, ".*head", {}, ValueError, "0 is in FullyShardedDataParallel: replace first, then wrap"),
     (lambda: "model", ["head"], {}, TypeError, r"model must be an nn\.Module, got str"),
     (tiny.mlp, ["0"], {"r": 0}, ValueError, "r must be at least 1, got 0"),
     (tiny.mlp, ["0"], {"rank": 4}, TypeError, "unexpected keyword argument 'rank'"),

@@ -20,6 +20,8 @@ import torch
 from acceptance import KINDS, Case, accept, mask_of, oracle, plain
 from fastlora_kernels.dropout import kept_scale
 
+from fastlora.operator.operands import Operands
+
 PACKAGE = Path(fastlora_kernels.__file__).parent
 
 
@@ -70,10 +72,10 @@ class Joint:
             t["x"] = ts[0]["x"]
         return ts
 
-    def projections(self, ts: list[dict]) -> list[tuple]:
+    def projections(self, ts: list[dict]) -> list[Operands]:
         """Return what the five steps take."""
         return [
-            (
+            Operands(
                 *(t["w"], *((t["a"], t["b"]) if r else (None, None)), t["bias"]),
                 *(t["seed"] if r else None, case.scaling, case.dropout_p),
             )
@@ -87,12 +89,13 @@ Found = tuple[list[dict], torch.Tensor]
 def run(kernels: ModuleType, joint: Joint, ts: list[dict], configs: dict | None = None) -> Found:
     """Return by projection what the five steps make: y, s and gradients; and dx."""
     x, dys, steps = ts[0]["x"], [t["dy"] for t in ts], kernels.steps
-    projections, configs, all_of = joint.projections(ts), configs or {}, [True] * len(ts)
-    ss, scaled = steps.shrink(x, projections, configs)
-    ys = steps.outputs(x, projections, ss, scaled, configs)
-    dss, dbs = steps.ds_db(dys, projections, ss, all_of, all_of, configs)
-    dx = steps.input_grad(dys, projections, dss, configs)
-    das = steps.da(x, projections, dss, all_of, configs)
+    projections, all_of = joint.projections(ts), [True] * len(ts)
+    options = {"configs": configs} if configs else {}
+    ss, scaled = steps.shrink(x, projections, **options)
+    ys = steps.outputs(x, projections, ss, scaled, **options)
+    dss, dbs = steps.ds_db(dys, projections, ss, all_of, all_of, **options)
+    dx = steps.input_grad(dys, projections, dss, **options)
+    das = steps.da(x, projections, dss, all_of, **options)
     results = [{"y": y} for y in ys]
     for result, s, da, db in zip(results, ss, das, dbs, strict=True):
         if s is not None:

@@ -19,32 +19,26 @@ def functions(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def layers(linear: nn.Linear, x: Tensor) -> Tensor:
     layer: fastlora.LoRALinear = fastlora.LoRALinear.from_linear(linear, r=8, lora_alpha=16)
-    layer.add_adapter("other", r=4, init_lora_weights="gaussian", adapter_dtype=torch.float32)
-    layer.set_adapter(["default", "other"])
     layer.merge(safe=True)
     merged: bool = layer.merged
     layer.unmerge()
-    layer.delete_adapter("other")
-    delta: Tensor = layer.delta_weight("default")
+    delta: Tensor = layer.delta_weight() + layer.scaling * layer.lora_B @ layer.lora_A
     y: Tensor = layer(x)
     return y if merged else y + delta.sum()
 
 
-def models(model: nn.Module, folder: Path) -> str:
-    config = fastlora.LoRAConfig(r=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.05)
-    report: fastlora.InjectReport = fastlora.inject(model, config, "a", fuse_siblings=True)
-    fastlora.set_adapter(model, "a")
-    fastlora.save_adapter(model, folder, "a")
-    loaded: fastlora.InjectReport = fastlora.load_adapter(model, str(folder), "b")
-    fastlora.merge(model)
-    fastlora.unmerge(model)
-    with fastlora.disable_adapters(model):
-        model(torch.ones(1))
-    fastlora.delete_adapter(model, "b")
-    return f"{report}{loaded}"
+def models(model: nn.Module) -> str:
+    report: fastlora.PatchReport = fastlora.replace_linears(
+        model, ["q_proj", "v_proj"], fuse_siblings=True, r=8, lora_dropout=0.05
+    )
+    fastlora.replace_linears(model, lambda name, module: "_proj" in name and len(name) < 9)
+    state: dict[str, Tensor] = fastlora.lora_state_dict(model)
+    return f"{report}{sorted(state)}"
 
 
-def peft(model: nn.Module) -> str:
+def peft(model: nn.Module, folder: Path) -> str:
+    fastlora.save_adapter(model, folder, "default")
+    fastlora.load_adapter(model, str(folder), "b", is_trainable=True)
     report: fastlora.PatchReport = fastlora.patch_peft(model, fuse_siblings=[("q_proj", "k_proj")])
     fastlora.unpatch_peft(model)
     explained: fastlora.Explanation = fastlora.explain(model, 512)
