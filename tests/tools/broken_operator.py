@@ -82,8 +82,8 @@ MUTANTS = [
     Mutant(
         "few tokens are chosen for as if the host took no time",
         "fastlora/operator/plans.py",
-        "times = timing.with_host or timing.seconds",
-        "times = timing.seconds",
+        "        times = with_host or seconds",
+        "        times = seconds",
         "operator/test_tuning.py::test_few_tokens_are_timed_with_the_host_too",
     ),
     Mutant(
