@@ -88,16 +88,16 @@ MUTANTS = [
     ),
     Mutant(
         "few tokens are told by their number alone",
-        "fastlora/operator/plans.py",
-        "    elements = M * K",
-        "    elements = M",
+        "fastlora/operator/op.py",
+        "    if x.numel() > plans.FEW",
+        "    if len(x) > plans.FEW",
         "operator/test_eager.py::test_few_is_counted_in_elements_of_x",
     ),
     Mutant(
         "few tokens lose precision under autocast",
-        "fastlora/operator/plans.py",
-        "        and not torch._C._is_any_autocast_enabled()\n",
-        "",
+        "fastlora/operator/op.py",
+        "plans.FEW or _autocast():",
+        "plans.FEW:",
         "operator/test_eager.py::test_where_the_operator_runs_all_the_same",
     ),
     Mutant(
