@@ -421,8 +421,7 @@ def test_explained_as_a_layer_of_our_own():
     assert str(fastlora.explain(model)) == str(fastlora.explain(own))
     add(model, r=3, target_modules=["0"])
     model.base_model.set_adapter(["default", "other"])
-    own.add_adapter("other", r=3)
-    own.set_adapter(["default", "other"])
+    own = fastlora.LoRALinear(6, 8, r=4 + 3)  # several that drop nothing are one
     for each in (model, own):
         each.eval()
     assert str(fastlora.explain(model)) == str(fastlora.explain(own))
