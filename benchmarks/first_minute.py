@@ -26,8 +26,7 @@ from run import ROOT, machine
 
 import fastlora
 from fastlora.files import replace_file
-from fastlora.operator import measured, plans
-from fastlora.operator.op import exact
+from fastlora.operator import measured, plans, steps
 from fastlora.operator.operands import Operands
 from fastlora.operator.timing import Step, interleaved
 
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     path = options.output or ROOT / "benchmarks" / "results" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine(device), "ceilings": ceilings(device, torch.bfloat16)}
-    with torch.no_grad(), exact(device):
+    with torch.no_grad(), steps.exact(device):
         for part, rows in measure(options.tokens, options.seconds, device):
             result[part] = rows
             text = json.dumps(result, indent=1) + "\n"
@@ -84,13 +83,11 @@ def layers(x, dy, w, a, b) -> dict[str, Step]:
     of = x, [Operands(w, a, b, None, None, 2.0, 0.0)]
     s = [x @ a.t()]
 
-    def way(module, configs: dict[str, dict] | None = None) -> Step:
-        forward, backward = ({} if c is None else {"configs": [c]} for c in configs or (None, None))
-
+    def way(module, configs: dict | None = None) -> Step:
         def step() -> Iterator[None]:
-            module.forward_all(*of, **forward)
+            steps.forward(module, *of, configs)
             yield
-            module.backward_all([dy], *of, s, True, [(True, True)], **backward)
+            steps.backward(module, [dy], *of, s, True, [(True, True)], configs)
             yield
 
         return step
@@ -98,24 +95,23 @@ def layers(x, dy, w, a, b) -> dict[str, Step]:
     for impl in plans.usable_implementations(x.dtype, x.device):
         ways[impl] = way(importlib.import_module(plans.MODULES[impl]))
     if "triton" in ways:
-        import fastlora_kernels as kernels
+        from fastlora_kernels import steps as kernels
 
-        for config in tried("product", x):
+        for config in tried("outputs", x):
             # Each direction by itself: what dx cannot run with takes its default there.
-            dx = {"dx": config} if config in tried("dx", x) else {}
-            ways[named(config)] = way(kernels, ({"product": config}, dx))
+            names = [name for name in ("outputs", "input_grad") if config in tried(name, x)]
+            ways[named(config)] = way(kernels, dict.fromkeys(names, config))
     return ways
 
 
 def products(x, w) -> dict[str, Step]:
     """Return the frozen product by the library, and by the main loops of Triton alone."""
-    from fastlora_kernels import product_all
+    from fastlora_kernels.steps import outputs
 
+    of = x, [Operands(w, None, None, None, None, 1.0, 0.0)], [None]
     ways = {"frozen": once(lambda: F.linear(x, w))}
-    for config in tried("product_all", x):
-        ways[named(config)] = once(
-            lambda config=config: product_all(x, [w], [None], [None], [None], [1.0], config=config)
-        )
+    for config in tried("outputs", x):
+        ways[named(config)] = once(lambda c=config: outputs(*of, configs={"outputs": c}))
     return ways
 
 
@@ -140,9 +136,11 @@ def host(device: torch.device) -> list[dict]:
 
     calls = {"torch.mm": lambda: torch.mm(x, w.t()), "empty": lambda: torch.empty_like(x)}
     if plans.triton_unusable(device) is None:
-        from fastlora_kernels import shrink
+        from fastlora_kernels.steps import shrink
 
-        calls["shrink, one launch"] = lambda: shrink(x, a)
+        # float32 adapters have no scaled copy of s: it is this launch and nothing else.
+        of = [Operands(w, a.detach().float(), b.detach().float(), None, None, 2.0, 0.0)]
+        calls["shrink, one launch"] = lambda: shrink(x, of)
     for impl in plans.usable_implementations(x.dtype, device):
         calls[f"{impl}, forward"] = lambda impl=impl: fastlora.lora_linear(
             x, w, a, b, scaling=2.0, impl=impl
@@ -198,7 +196,7 @@ def tried(kernel: str, x: torch.Tensor) -> list:
 
 def named(config) -> str:
     """Return what a config is, in a few words."""
-    form = f"{config.low_rank}{' early' * config.early}" if config.tma else "portable"
+    form = config.low_rank if config.tma else "portable"
     tiles = f"{config.block_m} x {config.block_n} x {config.block_k}"
     return f"{form}, {tiles}, {config.num_warps} warps, {config.num_stages} stages"
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from fastlora_kernels.columns import SUM_BLOCK, split
+from fastlora_kernels import sums
 from fastlora_kernels.configs import (
+    LAUNCHERS,
     ON_THE_WAY_RANK,
     Config,
     candidates,
@@ -22,13 +23,10 @@ from fastlora_kernels.configs import (
     step_bytes,
     widths,
 )
+from fastlora_kernels.ds_db import split
 from machine import Machine
 
 OPS = ("forward", "backward")
-# The launchers of each direction that take a config, and the kernel behind each.
-LAUNCHERS = {"forward": ("shrink", "outputs"), "backward": ("ds_db", "input_grad", "da")}
-KERNEL = {"shrink": "shrink", "outputs": "product", "ds_db": "columns"}
-KERNEL |= {"input_grad": "dx", "da": "columns"}
 DRAWING = ("shrink", "input_grad", "da")  # dropout's mask
 
 # Reads from L2, by the copy bandwidth: 128 x 256 tiles at 700 TFLOP/s need 8.2 TB/s on an H100.
@@ -154,7 +152,7 @@ def product(
     """
     e, bm, bn, bk = (4 if kind == "32" else 2), config.block_m, config.block_n, config.block_k
     depth, tiles = cdiv(K, bk) * bk, cdiv(M, bm) * cdiv(N, bn)
-    loading = pipeline(config, "product", kind, R)
+    loading = pipeline(config, "outputs", kind, R)
     beside = _beside(m, config, loading, bm * bn)
     exposed = PERSISTENT_TILE if config.tma else TILE / beside
     if config.low_rank == "fold":
@@ -174,10 +172,10 @@ def product(
     return Step(name, 2.0 * M * N * (K + R), moved, programs, m.gap + max(computing, streaming))
 
 
-def pipeline(config: Config, kernel: str, kind: str, R: int) -> int:
+def pipeline(config: Config, step: str, kind: str, R: int) -> int:
     """Return the bytes of shared memory that a program's loads in flight go to."""
     stages = config.num_stages if config.tma else max(1, config.num_stages - 1)
-    return step_bytes(config, kernel, kind, R) * stages
+    return step_bytes(config, step, kind, R) * stages
 
 
 def streamed(
@@ -260,7 +258,7 @@ def columns(
     both = launcher == "ds_db"
     apart = both and R > ON_THE_WAY_RANK
     tiles_r, tiles_c = cdiv(R, rt), cdiv(C, config.block_n)
-    n, steps = split(M, C, R, config, m.processors, 2 if apart else 1)
+    n, steps = split(M, C, config, m.processors, (2 if apart else 1) * tiles_r)
     chunks = cdiv(tiles_c, steps) if apart else tiles_c
     programs = (tiles_c + (steps * chunks if apart else 0)) * tiles_r * n
     moved = M * C * e + (M + C) * R * wide * (2 if both else 1)
@@ -268,7 +266,7 @@ def columns(
     readers = tiles_r * (2 if apart else 1)
     cached = (readers - 1) * M * C * e + tiles_c * M * R * wide
     cached += both * (cdiv(M, config.block_m) if apart else n) * C * R * wide
-    beside = _beside(m, config, pipeline(config, "columns", kind, R), config.block_n * rt)
+    beside = _beside(m, config, pipeline(config, launcher, kind, R), config.block_n * rt)
     # Of what is in flight, only t comes from memory, and its other readers wait for the same bytes.
     flight = config.block_m * config.block_n * e * max(1, config.num_stages - 1) / readers
     tall = narrow(
@@ -285,12 +283,12 @@ def columns(
     return tall, summed(f"sum {launcher}", m, [(chunks, M * R)] * both + [(n, C * R)], wide)
 
 
-def summed(name: str, m: Machine, sums: list[tuple[int, int]], out: int) -> Step:
+def summed(name: str, m: Machine, of: list[tuple[int, int]], out: int) -> Step:
     """Return the sums of float32 ``(parts, numel)`` to elements of ``out`` bytes, in one launch."""
-    read, written = (sum(4 * n * size for n, size in sums), sum(out * size for _, size in sums))
-    programs, parts = sum(cdiv(size, SUM_BLOCK) for _, size in sums), max(n for n, _ in sums)
+    read, written = (sum(4 * n * size for n, size in of), sum(out * size for _, size in of))
+    programs, parts = sum(cdiv(size, sums.BLOCK) for _, size in of), max(n for n, _ in of)
     fits = read <= CACHED * m.l2
-    flight, rounds = 4 * SUM_BLOCK * min(parts, SUM_UNROLL), cdiv(parts, SUM_UNROLL)
+    flight, rounds = 4 * sums.BLOCK * min(parts, SUM_UNROLL), cdiv(parts, SUM_UNROLL)
     seconds = m.gap + streamed(m, read, programs, 16, flight, rounds, fits)
     return Step(name, read / 4, written + (0 if fits else read), programs, seconds)
 
@@ -322,7 +320,7 @@ def _library(op: str, p, m: Machine, configs: Mapping[str, Config]) -> Iterator[
     kind, (M, N, K) = kind_of(p.dtype, p.adapter), _sizes(op, p)
     yield from _narrow(op, p, m, configs, "shrink", "ds_db", "da")
     if op == "backward" and p.dropout:
-        config = default_config("dx", kind, p.R, True, m.chip, even=False)  # its x is empty
+        config = default_config("input_grad", kind, p.R, True, m.chip, even=False)  # its x is empty
         yield product("expand", m, kind, M, N, 0, p.R, config, True)
     else:
         yield _pass("expand", m, M * N * p.dtype.itemsize)
@@ -369,7 +367,7 @@ def _sizes(op: str, p) -> tuple[int, int, int]:
 def _asked(launcher: str, p) -> tuple[str, str, int, bool]:
     """Return what a launcher's config depends on beside the chip."""
     kind, drops = kind_of(p.dtype, p.adapter), p.dropout and launcher in DRAWING
-    return KERNEL[launcher], kind, p.R, drops
+    return launcher, kind, p.R, drops
 
 
 def _default(launcher: str, p, m: Machine) -> Config:

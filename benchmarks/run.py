@@ -194,7 +194,7 @@ def machine(device: torch.device) -> dict:
     if device.type == "cuda":
         versions = {"driver": measured.driver(), "triton": measured.version_of("triton")}
         found |= {"cuda": torch.version.cuda, **versions}
-        found["tuned problems"] = measured.count(device)  # what `fastlora tune` left for ours
+        found["tuned problems"] = len(measured.known(device))  # what `fastlora tune` left for ours
     return found
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pytest-benchmark for one linear layer: every way, forward and backward apart, and the launches.
+"""pytest-benchmark for one linear layer: every way, forward and backward apart.
 
 ``pytest benchmarks -k "q, o"``. Rows of one group are the same problem and direction; compare
 them within a run only, or take ``make bench``, which lets the ways take turns.
@@ -11,9 +11,6 @@ import pytest
 import torch
 from baselines import WAYS, Problem, cannot
 from problems import problems
-
-import fastlora
-from fastlora.operator import plans
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROBLEMS = list(problems(DEVICE))
@@ -51,28 +48,3 @@ def test_backward(benchmark, problem, way):
     layer, x, dy = layer_of(way, problem, benchmark, "backward")
     trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
     timed(benchmark, lambda y: torch.autograd.grad(y, trained, dy), lambda: ((layer(x),), {}))
-
-
-@pytest.mark.parametrize("trained", [True, False], ids=["training", "inference"])
-def test_launch_cost(benchmark, trained, monkeypatch):
-    """Python time from `lora_linear` to the launches of forward and back: nothing runs."""
-    launch = pytest.importorskip("fastlora_kernels.launch")
-    from fastlora_kernels.configs import Chip
-
-    monkeypatch.setattr(plans, "default", lambda *_: ("triton", "the kernels, whatever is here"))
-    monkeypatch.setattr(plans, "usable_implementations", lambda *_: ("triton", "blocks"))
-    plans.forget()
-    benchmark.group = "Python time of a forward on a GPU, without its launches"
-    problem = Problem("launch", 16, 64, 64)
-    weight, (a, b), x = problem.linear().weight, problem.factors(), problem.inputs()[0].detach()
-    for factor in (a, b):
-        factor.requires_grad_(trained)
-    with launch.recording(Chip((9, 0), 232448, 132)) as calls:
-
-        def forward():
-            fastlora.lora_linear(x, weight, a, b, scaling=2.0)
-            calls.clear()
-
-        forward()
-        benchmark.pedantic(forward, rounds=200, iterations=100)
-    plans.forget()

@@ -9,7 +9,6 @@ import os
 import re
 import sys
 import warnings
-from typing import Any
 
 from fastlora.commands import finetune, ranks, tune
 from fastlora.commands.shared import UserError, leave, rank
@@ -32,10 +31,12 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
     warnings.filterwarnings("ignore", "Could not find a config file")  # of a .gguf, or offline
+    targets = tuple(options["target_modules"])
+    if len(targets) == 1 and (targets == ("all-linear",) or not re.fullmatch(r"\w+", targets[0])):
+        targets = targets[0]  # one expression
     module, _ = COMMANDS[command]
-    values = {name: _value(name, value) for name, value in options.items()}
     try:
-        module.run(module.Settings(**values))
+        module.run(module.Settings(**options | {"target_modules": targets}))
     except UserError as error:
         which = f"process {rank()}: " if rank() else ""
         print(f"{which}error: {error}", file=sys.stderr)
@@ -46,44 +47,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return a parser with an option for each field of a command's settings."""
     parser = argparse.ArgumentParser(
         prog="python -m fastlora", description="LoRA linear layers that cost what frozen ones cost."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="say what runs here: versions, device, implementations")
+    shown = argparse.ArgumentDefaultsHelpFormatter
     for name, (module, text) in COMMANDS.items():
-        shown = argparse.ArgumentDefaultsHelpFormatter
-        _add(commands.add_parser(name, help=text, formatter_class=shown), module.Settings)
+        one = commands.add_parser(name, help=text, formatter_class=shown)
+        for field in dataclasses.fields(module.Settings):
+            if field.metadata:
+                one.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata)
     return parser
-
-
-def _add(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Add an option for each field; a tuple takes several values, of its first one's type."""
-    for field in dataclasses.fields(settings):
-        if not field.metadata:  # no option
-            continue
-        option: dict[str, Any] = dict(field.metadata)
-        default = field.default
-        if default is dataclasses.MISSING:
-            option["required"] = True
-        elif isinstance(default, bool):
-            option |= {"action": "store_true", "default": default}
-        else:
-            several = isinstance(default, tuple)
-            example = default[0] if several and default else default
-            kind = type(example) if isinstance(example, int | float) else str
-            option |= {"default": default, "type": kind, "nargs": "+" if several else None}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **option)
-
-
-def _value(name: str, value: Any) -> Any:
-    """Return an option's value as settings hold it: names of modules, or one expression."""
-    if not isinstance(value, list | tuple):
-        return value
-    one = len(value) == 1 and name == "target_modules"
-    if one and (value[0] == "all-linear" or not re.fullmatch(r"\w+", value[0])):
-        return value[0]
-    return tuple(value)
 
 
 if __name__ == "__main__":

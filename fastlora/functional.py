@@ -249,49 +249,34 @@ _CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check_types(x, weight, lora_A, lora_B, bias):
-    for name, tensor in (("x", x), ("weight", weight), *_factors(lora_A, lora_B)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-    if bias is not None and not isinstance(bias, Tensor):
-        raise TypeError(f"bias must be a Tensor or None, got {type(bias).__name__}")
-    for name, tensor in (("x", x), ("weight", weight), *_factors(lora_A, lora_B), ("bias", bias)):
-        if tensor is not None and tensor.layout is not torch.strided:
-            raise TypeError(f"{name} must be dense, got a tensor of layout {tensor.layout}")
+    given = {"x": x, "weight": weight, **_factors(lora_A, lora_B), "bias": bias}
+    for name, t in given.items():
+        if not isinstance(t, Tensor) and not (t is None and name == "bias"):
+            or_none = " or None" if name == "bias" else ""
+            raise TypeError(f"{name} must be a Tensor{or_none}, got {type(t).__name__}")
+    for name, t in given.items():
+        if t is not None and t.layout is not torch.strided:
+            raise TypeError(f"{name} must be dense, got a tensor of layout {t.layout}")
 
 
 def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
     if x.dim() < 1:
         raise ValueError("x must have at least one dimension ([..., K]), got a scalar")
-    factors = _factors(lora_A, lora_B)
-    for name, tensor in (("weight", weight), *factors):
-        if tensor.dim() != 2:
-            raise ValueError(f"{name} must be 2-D, got shape {tuple(tensor.shape)}")
-    k, n = x.shape[-1], weight.shape[0]
-    if weight.shape[1] != k:
-        raise ValueError(
-            f"weight must be [N, {k}] to match x {tuple(x.shape)}, got {tuple(weight.shape)}"
-        )
-    if factors:
+    n, k = weight.shape[0] if weight.dim() else 0, x.shape[-1]
+    _check_shape("weight", weight, ("N", k), f"x {tuple(x.shape)}")
+    if lora_A is not None:
+        _check_shape("lora_A", lora_A, ("R", k), f"x {tuple(x.shape)}")
         r = lora_A.shape[0]
         if r < 1:
             raise ValueError(f"lora_A must have rank at least 1, got shape {tuple(lora_A.shape)}")
-        if lora_A.shape[1] != k:
-            raise ValueError(
-                f"lora_A must be [R, {k}] to match x {tuple(x.shape)}, got {tuple(lora_A.shape)}"
-            )
-        if lora_B.shape[0] != n or lora_B.shape[1] != r:
-            raise ValueError(
-                f"lora_B must be [{n}, {r}] to match weight {tuple(weight.shape)} and lora_A "
-                f"{tuple(lora_A.shape)}, got {tuple(lora_B.shape)}"
-            )
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != n):
-        raise ValueError(f"bias must be [{n}] to match weight, got {tuple(bias.shape)}")
+        beside = f"weight {tuple(weight.shape)} and lora_A {tuple(lora_A.shape)}"
+        _check_shape("lora_B", lora_B, (n, r), beside)
+    if bias is not None:
+        _check_shape("bias", bias, (n,), "weight")
     _check_dtypes(x, weight, lora_A, lora_B, bias)
-    for name, tensor in (("weight", weight), *factors):
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
-    if bias is not None and bias.device != x.device:
-        raise ValueError(f"bias is on {bias.device}, but x is on {x.device}")
+    for name, t in {"weight": weight, **_factors(lora_A, lora_B), "bias": bias}.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, but x is on {x.device}")
     if isinstance(scaling, Tensor):
         if scaling.dim() or scaling.device not in (x.device, torch.device("cpu")):
             raise ValueError(
@@ -310,27 +295,35 @@ def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
 
 
+def _check_shape(name: str, t: Tensor, sizes: tuple, beside: str) -> None:
+    """Raise unless ``t`` has ``sizes``, of which a letter may be any."""
+    shape = tuple(t.shape)
+    if len(shape) != len(sizes):
+        raise ValueError(f"{name} must be {len(sizes)}-D, got shape {shape}")
+    if any(
+        type(size) is not str and size != there for size, there in zip(sizes, shape, strict=True)
+    ):
+        listed = ", ".join(map(str, sizes))
+        raise ValueError(f"{name} must be [{listed}] to match {beside}, got {shape}")
+
+
 def _check_dtypes(x, weight, lora_A, lora_B, bias):
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
-    if weight.dtype != x.dtype:
-        raise TypeError(f"weight must have the dtype of x ({x.dtype}), got {weight.dtype}")
-    if bias is not None and bias.dtype != x.dtype:
-        raise TypeError(f"bias must have the dtype of x ({x.dtype}), got {bias.dtype}")
-    mixed = x.dtype in (torch.bfloat16, torch.float16)
-    allowed = (x.dtype, torch.float32) if mixed else (x.dtype,)
-    for name, tensor in _factors(lora_A, lora_B):
-        if tensor.dtype not in allowed:
-            names = " or ".join(str(d) for d in allowed)
-            raise TypeError(f"{name} must be {names} for x of {x.dtype}, got {tensor.dtype}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{name} must have the dtype of x ({x.dtype}), got {t.dtype}")
+    allowed = (x.dtype, torch.float32) if x.dtype.itemsize == 2 else (x.dtype,)
+    for name, t in _factors(lora_A, lora_B).items():
+        if t.dtype not in allowed:
+            names = " or ".join(map(str, allowed))
+            raise TypeError(f"{name} must be {names} for x of {x.dtype}, got {t.dtype}")
     if lora_A is not None and lora_A.dtype != lora_B.dtype:
         raise TypeError(
             f"lora_B must have the dtype of lora_A ({lora_A.dtype}), got {lora_B.dtype}"
         )
 
 
-def _factors(lora_A, lora_B):
-    """Return the names and factors of an adapter, none where there is none."""
-    if lora_A is lora_B is None:
-        return ()
-    return ("lora_A", lora_A), ("lora_B", lora_B)
+def _factors(lora_A, lora_B) -> dict:
+    """Return the factors of an adapter by name, none where there is none."""
+    return {} if lora_A is lora_B is None else {"lora_A": lora_A, "lora_B": lora_B}

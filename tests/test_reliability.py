@@ -31,7 +31,8 @@ def test_a_failure_has_tests_that_exist(row):
     _, _, noticed_by, where = (cell.strip() for cell in row)
     assert named(noticed_by) or "`make " in noticed_by
     for file, test in named(noticed_by):
-        (path,) = (ROOT / "tests").rglob(f"{file}.py")
+        path = next((ROOT / "tests").rglob(f"{file}.py"), None)
+        assert path is not None, f"{file}.py is nowhere in tests"
         assert f"def {test}(" in path.read_text(encoding="utf-8") or not test, f"{file}::{test}"
     assert re.fullmatch(r"(CPU|GPU)(, (in part )?(CPU|GPU))?", where)
 

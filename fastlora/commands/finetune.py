@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import fastlora
 from fastlora.commands import data, models, shared
@@ -198,17 +197,16 @@ class _Run:
         lora = {"r": s.r, "lora_alpha": s.alpha, "lora_dropout": s.dropout}
         model = models.adapted(model, s.target_modules, task_type="CAUSAL_LM", **lora)
         say("adapter", first_line(fastlora.patch_peft(model)))
-        training, self.held_out = self._encode(examples)
+        training, held_out = self._encode(examples)
         order = data.order(len(training), s.steps * s.batch_size, s.seed)
         read = list(itertools.accumulate(len(training[i]["input_ids"]) for i in order))
         self.progress = Progress(read[s.batch_size - 1 :: s.batch_size], self._begin)
-        self.trainer = Trainer(
-            model,
-            config,
-            DataCollatorForLanguageModeling(self.tokenizer.pad_token_id),
-            Dataset.from_list(training).select(order),
-            processing_class=self.tokenizer,
-        )
+        collate = DataCollatorForLanguageModeling(self.tokenizer.pad_token_id)
+        held_out.sort(key=lambda row: len(row["input_ids"]))
+        size = s.batch_size
+        self.held_out = [collate(held_out[i : i + size]) for i in range(0, len(held_out), size)]
+        ordered, tokenizer = Dataset.from_list(training).select(order), self.tokenizer
+        self.trainer = Trainer(model, config, collate, ordered, processing_class=tokenizer)
         self.trainer.remove_callback(ProgressCallback)
         self.trainer.add_callback(self.progress)
         set_seed(s.seed + rank())  # each process drops others
@@ -221,7 +219,12 @@ class _Run:
         say("saved", f"{self.output / 'adapter'} (PEFT format){self._save_and_check()}")
         steps = [row for row in trainer.state.log_history if "loss" in row]
         losses, seconds = [row["loss"] for row in steps], steps[-1]["seconds"]
-        self._draw(losses, after["loss"])
+        if rank() == 0:
+            from fastlora.commands.pictures import loss_curve
+
+            s, ends = self.settings, (self.begun["loss"], after["loss"])
+            how = f"r = {s.r}, dropout {s.dropout:g}, lr {s.lr:g}, {s.batch_size} examples a step"
+            loss_curve(self.output, losses, ends, f"{models.title(s.model)}: LoRA fine-tuning", how)
         say("speed", f"{tokens / seconds:.0f} tokens/s, {seconds / 60:.1f} minutes of training")
         return {
             "settings": self.begun["settings"],
@@ -272,17 +275,10 @@ class _Run:
         if rank() == 0:
             shared.write_json(self.output / "run.json", self.begun)
 
-    def _held_out_batches(self) -> list[dict[str, Tensor]]:
-        size, device = self.settings.batch_size, self.trainer.args.device
-        ordered = sorted(self.held_out, key=lambda row: len(row["input_ids"]))
-        chunks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-        batches = map(self.trainer.data_collator, chunks)
-        return [{name: t.to(device) for name, t in batch.items()} for batch in batches]
-
     @torch.no_grad()
     def _measure(self, when: str) -> dict[str, Any]:
-        s, model = self.settings, self.trainer.model.eval()
-        found = [models.response_loss(model, batch) for batch in self._held_out_batches()]
+        s, model, here = self.settings, self.trainer.model.eval(), self.trainer._prepare_inputs
+        found = [models.response_loss(model, here(dict(batch))) for batch in self.held_out]
         loss, count = (sum(each.item() for each in column) for column in zip(*found, strict=True))
         shared.check_finite(loss, f"the end, {when} training", s.lr)
         say(when, f"held-out loss {loss / count:.3f}")
@@ -300,7 +296,7 @@ class _Run:
             fastlora.save_adapter(model, folder)
         if _sharded() or rank():
             return ", from all processes' shards"
-        batch = self._held_out_batches()[0]
+        batch = self.trainer._prepare_inputs(dict(self.held_out[0]))
         del batch["labels"]
         trained = model(**batch).logits
         model.load_adapter(str(folder), "saved", torch_device=str(model.device))
@@ -308,12 +304,3 @@ class _Run:
         difference = (trained - model(**batch).logits).abs().max().item()
         same = f"differ by at most {difference:.2g}" if difference else "are identical"
         return f"; loaded again, its outputs {same}"
-
-    def _draw(self, losses: list[float], after: float) -> None:
-        from fastlora.commands import pictures
-
-        s, path = self.settings, self.output / "loss_curve.png"
-        how = f"r = {s.r}, dropout {s.dropout:g}, lr {s.lr:g}, {s.batch_size} examples a step"
-        title = f"{models.title(s.model)}: LoRA fine-tuning"
-        if rank() == 0:
-            pictures.loss_curve(path, losses, (self.begun["loss"], after), title, how)

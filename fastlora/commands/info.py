@@ -68,24 +68,23 @@ def _check(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
         return False
     pairs = zip(found, exact, strict=True)
     error = max(((f.double() - e).norm() / e.norm()).item() for f, e in pairs)
-    good = error <= TOLERANCE[dtype]
-    print(
-        f"{what} forward and backward {'right' if good else 'WRONG'}, largest relative error "
-        f"{error:.1e} (at most {TOLERANCE[dtype]:.0e})"
-    )
+    good, most = error <= TOLERANCE[dtype], f"(at most {TOLERANCE[dtype]:.0e})"
+    said = f"{'right' if good else 'WRONG'}, largest relative error {error:.1e} {most}"
+    print(f"{what} forward and backward {said}")
     return good
 
 
-def _results(
-    impl: str, device: torch.device, rounded: torch.dtype, dtype: torch.dtype
-) -> list[torch.Tensor]:
-    """Return y, dx, dA and dB of inputs that ``rounded`` holds, in ``dtype``."""
+def _results(impl: str, device: torch.device, held: torch.dtype, dtype: torch.dtype) -> list:
+    """Return y, dx, dA and dB in ``dtype``, of inputs that ``held`` holds."""
     torch.manual_seed(0)
-    m, n, k, r = 100, 96, 80, 8
-    shapes = {"x": (m, k), "lora_A": (r, k), "lora_B": (n, r), "weight": (n, k), "bias": (n,)}
-    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
-    dy, *tensors = (t.to(device, rounded).to(dtype) for t in (torch.randn(m, n), *tensors.values()))
-    trained = [tensor.requires_grad_() for tensor in tensors[:3]]
-    named = dict(zip(shapes, tensors, strict=True))
-    y = lora_linear(**named, scaling=0.5, dropout_p=0.1, training=True, impl=impl)
+    shapes = {"x": (100, 80), "lora_A": (8, 80), "lora_B": (96, 8)} | {
+        "weight": (96, 80),
+        "bias": (96,),
+    }
+    tensors = {
+        name: torch.randn(shape).to(device, held).to(dtype) for name, shape in shapes.items()
+    }
+    dy = torch.randn(100, 96).to(device, held).to(dtype)
+    trained = [tensors[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
+    y = lora_linear(**tensors, scaling=0.5, dropout_p=0.1, training=True, impl=impl)
     return [y, *torch.autograd.grad(y, trained, dy)]

@@ -25,7 +25,7 @@ def smoothed(losses: list[float]) -> np.ndarray:
 
 
 def loss_curve(
-    path: Path, losses: list[float], held_out: tuple[float, float], title: str, subtitle: str
+    folder: Path, losses: list[float], held_out: tuple[float, float], title: str, subtitle: str
 ) -> None:
     """Draw the loss of every step, smoothed, and the held-out loss at both ends."""
     axes = _axes(title, subtitle, "optimizer step", "loss (nats per token)")
@@ -38,7 +38,7 @@ def loss_curve(
         _label(axes, f"{loss:.2f}", (step, loss), (0, 9), HELD_OUT, ha=side)
     axes.margins(x=0.02, y=0.12)
     axes.legend(frameon=False, labelcolor=INK)
-    axes.figure.savefig(path)
+    axes.figure.savefig(folder / "loss_curve.png")
 
 
 def rank_curve(path: Path, trials: list[Trial], taken: Trial, title: str, subtitle: str) -> None:

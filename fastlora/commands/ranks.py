@@ -50,7 +50,7 @@ class Settings(finetune.Settings):
     ask: str | None = None
     max_r: int = option(64, "ranks are 1, 2, 4, ... up to this one")
     gain: float = option(0.01, _GAIN, metavar="FRACTION")
-    seeds: tuple[int, ...] = option((0,), _SEEDS)
+    seeds: Sequence[int] = option((0,), _SEEDS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,12 +171,10 @@ def run(s: Settings) -> dict:
     say("then", f"the rank taken, {wider}" if wider else "nothing: no set known here is wider")
     trials = search(lambda r, targets: _train(s, r, targets), s.max_r, sets, s.gain)
     best = taken(trials)
-    found = {
-        "take": {"r": best.r, "target_modules": best.targets},
-        "why": reason(trials, s.gain, s.max_r),
-        "settings": dataclasses.asdict(s),
-        "trials": [vars(t) | {"gains": t.gains, "over": t.over and t.over.r} for t in trials],
-    }
+    take = {"r": best.r, "target_modules": best.targets}
+    rows = [vars(t) | {"gains": t.gains, "over": t.over and t.over.r} for t in trials]
+    found = {"take": take, "why": reason(trials, s.gain, s.max_r), "trials": rows}
+    found["settings"] = dataclasses.asdict(s)
     if rank() == 0:
         _show(found, trials, s)
     return found
@@ -239,19 +237,14 @@ def _show(found: dict, trials: list[Trial], s: Settings) -> None:
     picture, numbers = Path(s.output, "ranks.png"), Path(s.output, "ranks.json")
     write_json(numbers, found)
     seeds = ", ".join(map(str, s.seeds))
-    pictures.rank_curve(
-        picture,
-        trials,
-        taken(trials),
-        f"{models.title(s.model)}: held-out loss by rank",
-        f"{s.steps} steps, lr {s.lr:g}, {s.batch_size} examples a step, alpha {s.alpha:g} at every "
-        f"rank, mean of seeds {seeds}",
-    )
+    title = f"{models.title(s.model)}: held-out loss by rank"
+    each = f"{s.steps} steps, lr {s.lr:g}, {s.batch_size} examples a step"
+    how = f"{each}, alpha {s.alpha:g} at every rank, mean of seeds {seeds}"
+    pictures.rank_curve(picture, trials, taken(trials), title, how)
     print(f"\n{table(trials)}\n")
     say("gain", "how much lower the loss is than that of the last trial above that was worth it")
-    if len(s.seeds) > 1:
-        say("noise", f"± is the standard deviation over seeds {seeds}; a gain within it is none")
-    else:
-        say("noise", "one seed: how far another moves a gain is unknown; --seeds 0 1 2 measures it")
+    noisy = f"± is the standard deviation over seeds {seeds}; a gain within it is none"
+    alone = "one seed: how far another moves a gain is unknown; --seeds 0 1 2 measures it"
+    say("noise", noisy if len(s.seeds) > 1 else alone)
     say("wrote", f"{picture}, {numbers}")
     print(found["why"])

@@ -24,8 +24,21 @@ class UserError(Exception):
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
-    """Return a field of a command's settings; ``more`` goes to argparse, as ``help`` does."""
-    return dataclasses.field(default=default, metadata={"help": help, **more})
+    """Return a field of a command's settings, with what argparse is to know of it.
+
+    A tuple takes several values, of its first one's type.
+    """
+    known: dict[str, Any] = {"help": help, "default": default, **more}
+    example = default[0] if default and isinstance(default, tuple) else default
+    if isinstance(default, bool):
+        known["action"] = "store_true"
+    elif isinstance(example, int | float):
+        known["type"] = type(example)
+    if isinstance(default, tuple):
+        known["nargs"] = "+"
+    if default is dataclasses.MISSING:
+        known |= {"default": None, "required": True}
+    return dataclasses.field(default=default, metadata=known)
 
 
 def check(settings: Any, name: str, right: bool, expected: str) -> None:
@@ -37,8 +50,8 @@ def check(settings: Any, name: str, right: bool, expected: str) -> None:
 
 def check_finite(loss: float, where: str, lr: float) -> None:
     if not math.isfinite(loss):
-        text = f"the loss is {loss} at {where}: --lr {lr:g} is too high"
-        raise UserError(f"{text}; --restart with a lower one")
+        cure = f"--lr {lr:g} is too high; --restart with a lower one"
+        raise UserError(f"the loss is {loss} at {where}: {cure}")
 
 
 def require(*modules: str, extra: str = "finetune") -> None:

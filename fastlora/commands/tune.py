@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +29,10 @@ class Settings:
     """What is measured."""
 
     model: str | None = option(None, "Hugging Face folder or id, or a folder with one .gguf")
-    shapes: tuple[str, ...] = option((), "outputs x inputs: 14336x4096", metavar="NxK")
+    shapes: Sequence[str] = option((), "outputs x inputs: 14336x4096", metavar="NxK")
     target_modules: str | tuple[str, ...] = option(("all-linear",), "of --model", metavar="NAME")
-    tokens: tuple[int, ...] = option((512, 8192), "tokens in a batch")
-    r: tuple[int, ...] = option((16,), "ranks")
+    tokens: Sequence[int] = option((512, 8192), "tokens in a batch")
+    r: Sequence[int] = option((16,), "ranks")
     dropout: str = option("both", "training draws it", choices=("both", "on", "off"))
     dtype: str = option("bf16", "of the frozen weights", choices=DTYPES)
     adapter_dtype: str = option("fp32", "fp32 as in PEFT", choices=DTYPES)

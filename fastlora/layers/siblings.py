@@ -177,8 +177,8 @@ def _drop() -> None:
 def _miss(held: _Held, unused: list[nn.Module]) -> None:
     """Count what was computed for nothing; when it keeps happening say so, and part the group.
 
-    Not while its forward may be run again for backward, which has to go as it went: under hooks
-    for saved tensors, or without gradients, as checkpoints are.
+    Not where its forward may be run again for backward, or is, and has to go as it went: without
+    gradients, under hooks for saved tensors or within a backward, as checkpoints are.
     """
     group = held.group
     group.misses += 8
@@ -196,7 +196,7 @@ def _miss(held: _Held, unused: list[nn.Module]) -> None:
             f"with checkpoints once there are none{rest}",
             stacklevel=2,
         )
-    if held.circumstances[:2] == (True, None):
+    if held.circumstances[:3] == (True, None, -1):
         for member in members:
             vars(member).pop("_siblings", None)
 
@@ -214,7 +214,8 @@ def _circumstances(x: Tensor) -> tuple:
     # Checkpointing without reentry is such a hook: outside and inside are two forwards.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     modes = torch.is_inference_mode_enabled(), torch._C._len_torch_dispatch_stack()
-    return torch.is_grad_enabled(), hooks, x._version, x.requires_grad, dtype, _stream(x), *modes
+    how = torch.is_grad_enabled(), hooks, torch._C._current_graph_task_id()
+    return *how, x._version, x.requires_grad, dtype, _stream(x), *modes
 
 
 def _stream(x: Tensor) -> torch.cuda.Stream | None:

@@ -69,10 +69,10 @@ def gradients(
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # An alias for each: x may depend on the others, and two of them may be one tensor.
-        x, *flat = aliases = [
-            t if t is None else t.view_as(t).requires_grad_(t.requires_grad or need)
-            for t, need in zip(inputs, needs, strict=True)
-        ]
+        x, *flat = aliases = [t if t is None else t.view_as(t) for t in inputs]
+        for t, need in zip(aliases, needs, strict=True):
+            if need and not t.requires_grad:  # what a hook has unpacked
+                t.requires_grad_()
         made = [Operands(*flat[4 * i : 4 * i + 4], *p[4:]) for i, p in enumerate(projections)]
         ys = function(x, made)
     pairs = [(y, dy) for y, dy in zip(ys, dys, strict=True) if dy is not None]

@@ -82,26 +82,14 @@ def _or_empty(x: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [x.new_empty(0) if t is None else t for t in tensors]
 
 
-def _or_none(tensors: Sequence[Tensor], there: Sequence[bool]) -> list[Tensor | None]:
-    return [t if flag else None for t, flag in zip(tensors, there, strict=True)]
+def _or_none(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    return [None if t.dim() == 1 and not t.shape[0] else t for t in tensors]
 
 
-def _projections(weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> list[Operands]:
+def _projections(weight, *lists, scaling, dropout_p) -> list[Operands]:
     """Return the lists of an operator's arguments by projection."""
-    adapted = [a.dim() == 2 for a in lora_A]
-    return [
-        Operands(*row)
-        for row in zip(
-            weight,
-            _or_none(lora_A, adapted),
-            _or_none(lora_B, adapted),
-            _or_none(bias, [t.numel() == w.shape[0] for t, w in zip(bias, weight, strict=True)]),
-            _or_none(seed, [t.numel() > 0 for t in seed]),
-            [scaling] * len(weight),
-            dropout_p,
-            strict=True,
-        )
-    ]
+    rows = zip(weight, *map(_or_none, lists), [scaling] * len(weight), dropout_p, strict=True)
+    return [Operands(*row) for row in rows]
 
 
 def _lists(x: Tensor, projections: Sequence[Operands]) -> list[list]:
@@ -125,57 +113,47 @@ def _alike(projections: Sequence[Operands]) -> Sequence[Operands]:
 
 
 def _forward_op(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl):
-    projections = _projections(weight, lora_A, lora_B, bias, seed, float(scaling), dropout_p)
-    ys, ss = forward(x, projections, impl)
+    rest = {"scaling": float(scaling), "dropout_p": dropout_p}
+    ys, ss = forward(x, _projections(weight, lora_A, lora_B, bias, seed, **rest), impl)
     return ys, _or_empty(x, ss)
 
 
 def _backward_op(
     dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, impl, need_x, need_A, need_B
 ):
+    rest = {"scaling": float(scaling), "dropout_p": dropout_p}
     nothing = [x.new_empty(0)] * len(weight)
-    projections = _projections(weight, lora_A, lora_B, nothing, seed, float(scaling), dropout_p)
-    dys = _or_none(dy, [d.dim() == 2 for d in dy])
-    ss = _or_none(s, [p.a is not None for p in projections])
-    needs = list(zip(need_A, need_B, strict=True))
-    plan = plans.find(impl, x, projections)
-    dx, da, db = _backward(dys, x, projections, ss, plan, need_x, needs)
+    projections = _projections(weight, lora_A, lora_B, nothing, seed, **rest)
+    needs, plan = list(zip(need_A, need_B, strict=True)), plans.find(impl, x, projections)
+    of = _or_none(dy), x, projections, _or_none(s), plan
+    dx, da, db = _backward(*of, need_x, needs)
     return x.new_empty(0) if dx is None else dx, _or_empty(x, da), _or_empty(x, db)
 
 
 def _forward_fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl):
     ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weight]
-    adapted = [
-        x.new_empty(x.shape[0], a.shape[0], dtype=a.dtype) if a.dim() == 2 else None for a in lora_A
-    ]
-    return ys, _or_empty(x, adapted)
+    ss = [None if a is None else a.new_empty(x.shape[0], a.shape[0]) for a in _or_none(lora_A)]
+    return ys, _or_empty(x, ss)
 
 
 def _backward_fake(
     dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, impl, need_x, need_A, need_B
 ):
     def grads(factors, needs):
-        wanted = [
-            need and a.dim() == d.dim() == 2 for a, d, need in zip(factors, dy, needs, strict=True)
+        return [
+            a.new_empty(a.shape) if need and a.dim() == d.dim() == 2 else x.new_empty(0)
+            for a, d, need in zip(factors, dy, needs, strict=True)
         ]
-        return _or_empty(
-            x,
-            [
-                a.new_empty(a.shape) if flag else None
-                for a, flag in zip(factors, wanted, strict=True)
-            ],
-        )
 
     dx = x.new_empty(x.shape) if need_x else x.new_empty(0)
     return dx, grads(lora_A, need_A), grads(lora_B, need_B)
 
 
 def _setup_context(ctx, inputs, output):
-    x, *lists, impl = inputs
+    x, *lists, scaling, dropout_p, impl = inputs
     ctx.mark_non_differentiable(*output[1])
-    projections = _projections(*lists)
-    ss = _or_none(output[1], [p.a is not None for p in projections])
-    _save(ctx, x, projections, ss, impl)
+    projections = _projections(*lists, scaling=scaling, dropout_p=dropout_p)
+    _save(ctx, x, projections, _or_none(output[1]), impl)
 
 
 def _autograd(ctx, dys, _):
@@ -282,7 +260,7 @@ def _observed_backward(dys, x, projections, ss, impl, need_x, needs):
     lists = [_or_empty(x, dys), x, w, a, b, _or_empty(x, ss), *rest]
     need_a, need_b = (list(flags) for flags in zip(*needs, strict=True))
     dx, da, db = torch.ops.fastlora.lora_linears_backward(*lists, impl, need_x, need_a, need_b)
-    da, db = _or_none(da, need_a), _or_none(db, need_b)
+    da, db = _or_none(da), _or_none(db)
     if alike is not projections:
         of = list(zip(da, db, projections, strict=True))
         da = [None if g is None else g.to(p.a.dtype) for g, _, p in of]
@@ -386,10 +364,7 @@ def looked_into(*dys: Tensor | None) -> bool:
     """
     if torch.is_grad_enabled() or transformed():
         return True
-    for dy in dys:
-        if dy is not None and (wrapped(dy) or _legacy(dy)):
-            return True
-    return False
+    return any(dy is not None and (wrapped(dy) or _legacy(dy)) for dy in dys)
 
 
 wrapped = torch._C._functorch.is_functorch_wrapped_tensor

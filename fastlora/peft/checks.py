@@ -27,14 +27,6 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 # Unfinished saves that are looked at.
 _MAX_LEFT = 100
 _FLOATS = ("F64", "F32", "BF16", "F16")
-_INTEGERS = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-}
 
 
 def find_config(folder: Path) -> tuple[Path, bytes, str | None]:
@@ -184,9 +176,12 @@ def _check_keys(path: Path, keys: set[str], likes: dict[str, Tensor]) -> None:
 def _check_header(key: str, shape: list[int], dtype: str, like: Tensor) -> None:
     if tuple(shape) != tuple(like.shape):
         raise ValueError(f"{key} must be {list(like.shape)}, as model and config say, got {shape}")
-    allowed = _FLOATS if like.is_floating_point() else (_INTEGERS.get(like.dtype),)
+    allowed = _FLOATS
+    if not like.is_floating_point():
+        sign = "I" if like.dtype.is_signed else "U"
+        allowed = ("BOOL" if like.dtype == torch.bool else f"{sign}{8 * like.itemsize}",)
     if dtype not in allowed:
-        raise TypeError(f"{key} must be {' or '.join(map(str, allowed))}, got {dtype}")
+        raise TypeError(f"{key} must be {' or '.join(allowed)}, got {dtype}")
 
 
 def finite(tensor: Tensor) -> bool:

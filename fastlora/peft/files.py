@@ -68,7 +68,7 @@ def load_adapter(
             checks.check_sizes(expected, trusted)
         except ValueError as error:
             raise ValueError(f"{str(path)!r} is refused: {error}") from None
-        own = {plain_name(key): tensor for key, tensor in base.state_dict().items()}
+        own = {plain_name(k): t for k, t in base.state_dict().items() if isinstance(t, Tensor)}
         weights = Path(folder) / WEIGHTS_FILE
         tensors = checks.read_weights(weights, expected, own, of_weights, trusted)
     changed = [own[plain_name(key)] for key in tensors if plain_name(key) in own]

@@ -69,16 +69,20 @@ def _harmless(patterns: list[str]) -> bool:
 
 
 def _why_not(patterns: list[tuple[str, str]], names: list[str]) -> str:
-    """Match everything, and return what is wrong with a pattern."""
+    """Match as PEFT does, which compiles most again, and return what is wrong with a pattern."""
+    matched = []
     for field, pattern in patterns:
         around = _AROUND[field]
+        text = pattern if around is None else around.format(pattern)
         try:
-            compiled = re.compile(pattern if around is None else around.format(pattern))
+            re.compile(text)
         except (re.error, RecursionError, OverflowError) as error:
             why = f"is not a regular expression: {str(error)!r:.200}"
             return f"{field}: {pattern!r:.200} {why}"
-        for name in names:
-            compiled.fullmatch(name) if around is None else compiled.match(name)
+        matched.append((re.fullmatch if around is None else re.match, text))
+    for name in names:
+        for match, text in matched:
+            match(text, name)
     return ""
 
 

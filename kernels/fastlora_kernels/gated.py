@@ -133,13 +133,19 @@ def gated(gate: Tensor, up: Tensor, activation: str):
     return run
 
 
-@planned
-def gated_backward(dh: Tensor, gate: Tensor, up: Tensor, activation: str, need_h: bool = True):
+def gated_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, activation: str, need_h: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return dgate, dup and h = ``act(gate) · up``, made again: [M, F] in one dtype, contiguous.
 
     ``dh``, ``gate`` and ``up`` [M, F] of one dtype and any strides; ``activation`` as in `gated`.
     Without ``need_h`` the third is None.
     """
+    return _gated_backward(dh, gate, up, activation, need_h)
+
+
+@planned
+def _gated_backward(dh, gate, up, activation: str, need_h: bool):
     launch = _over(gated_backward_kernel, activation, (need_h,), dh, gate, up)
 
     def run(dh, gate, up, *_):

@@ -168,20 +168,19 @@ class Launch:
             return
         ready = self.ready
         if ready is not None:
-            run, function, metadata, blocks, index, device_of, stream_of = ready
-            runtime = triton.knobs.runtime
-            enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-            if (
-                (enter is None or not getattr(enter, "calls", True))
-                and (leave is None or not getattr(leave, "calls", True))
-                and not self.kernel.pre_run_hooks
-                and device_of() == index
-            ):
-                stream = stream_of(index)
-                head = *blocks, stream, function, metadata, None, enter, leave
-                if self.config.tma:
-                    run = functools.partial(_in_a_copy, run)
-                run(*head, *map(_address, tensors), *self.rest)
+            run, head, index, device_of, stream_of, function, metadata = ready
+            if _no_hooks() and not self.kernel.pre_run_hooks and device_of() == index:
+                about = stream_of(index), function, metadata, None, None, None
+                # As Triton's launcher would ask each tensor; it takes addresses in their place.
+                at = [
+                    t
+                    if t is None
+                    else t.data_ptr()
+                    if type(t) is not tuple
+                    else tuple([part if part is None else part.data_ptr() for part in t])
+                    for t in tensors
+                ]
+                run(*head, *about, *at, *self.rest)
                 return
         self._by_triton(*tensors)
 
@@ -197,10 +196,10 @@ class Launch:
         if self.config.tma:
             run = functools.partial(_in_a_copy, run)
         with contextlib.ExitStack() as stack:
-            if first.device.index not in (None, torch.cuda.current_device()):
+            if first.is_cuda and first.device.index != torch.cuda.current_device():
                 # Triton launches on the current device, which need not be the tensors'.
                 stack.enter_context(torch.cuda.device(first.device))
-            if torch.cuda.is_current_stream_capturing():
+            if first.is_cuda and torch.cuda.is_current_stream_capturing():
                 stack.enter_context(_compiled_before())
             compiled = run(*tensors, *self.rest, **self.options)
             if KNOWN_TRITON and torch.version.hip is None and compiled is not None:
@@ -208,18 +207,21 @@ class Launch:
 
     def _prepare(self, compiled: Any) -> None:
         """Keep what a call of ``compiled`` takes on the current device."""
-        driver = triton.runtime.driver.active
-        index = driver.get_current_device()
-        blocks = (*self.grid, 1, 1)[:3]
-        of_device = index, driver.get_current_device, driver.get_current_stream
-        self.ready = compiled.run, compiled.function, compiled.packed_metadata, blocks, *of_device
+        driver, run = triton.runtime.driver.active, compiled.run
+        if self.config.tma:
+            run = functools.partial(_in_a_copy, run)
+        index, head = driver.get_current_device(), (*self.grid, 1, 1)[:3]
+        device = index, driver.get_current_device, driver.get_current_stream
+        self.ready = run, head, *device, compiled.function, compiled.packed_metadata
 
 
-def _address(tensors: Any) -> Any:
-    """Return what Triton's launcher would ask of each tensor, which it takes in its place."""
-    if type(tensors) is tuple:
-        return tuple([t if t is None else t.data_ptr() for t in tensors])
-    return tensors if tensors is None else tensors.data_ptr()
+def _no_hooks() -> bool:
+    """Return whether nobody asked Triton to be told of launches; its hooks are chains by now."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return (enter is None or not getattr(enter, "calls", True)) and (
+        leave is None or not getattr(leave, "calls", True)
+    )
 
 
 def _in_a_copy(run: Callable, *args: Any, **options: Any) -> Any:

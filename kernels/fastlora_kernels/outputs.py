@@ -10,7 +10,6 @@ product comes "first" as well, or is a "fold": the last steps of the main loop, 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -249,24 +248,19 @@ def _config(
     return config
 
 
-@planned
 def scaled_before(
     x: Tensor,
     w: tuple[Tensor, ...],
     b: tuple[Tensor | None, ...],
     scalings: tuple[float, ...],
     config: Config | None = None,
-):
-    """Return what s has to come scaled by, because `outputs` folds it in; None if by nothing.
-
-    Float16 might overflow where s alone does not.
-    """
-    (scaling, *others), dtypes = scalings, {t.dtype for t in b if t is not None}
-    found = None
-    if dtypes == {torch.bfloat16} == {x.dtype} and scaling != 1.0 and set(others) <= {scaling}:
-        chosen = _config(x, w, b, config, True)
-        found = scaling if chosen.tma and chosen.low_rank == "fold" else None
-    return lambda *_: found
+) -> float | None:
+    """Return what s has to come scaled by, because `outputs` folds it in; None if by nothing."""
+    scaling, *others = scalings
+    if scaling == 1.0 or set(others) - {scaling}:
+        return None
+    chosen = _config(x, w, b, config, True)
+    return scaling if chosen.tma and chosen.low_rank == "fold" else None
 
 
 @planned

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,6 +13,7 @@ from fastlora_kernels.configs import Config, cdiv
 from fastlora_kernels.dropout import keep_scales, keep_tile
 from fastlora_kernels.launch import Launch, config_for, planned
 from fastlora_kernels.locate import check, filled, locate, number_of, pointer_of, stacked, strides
+from fastlora_kernels.outputs import scaled_before
 from fastlora_kernels.tiles import dot, triton_dtype, wrapped
 
 
@@ -96,19 +99,20 @@ def shrink(
     a: tuple[Tensor, ...],
     seeds: tuple[Tensor | None, ...],
     p: tuple[float, ...],
-    factor: float | None = None,
     config: Config | None = None,
+    *into: Any,
 ):
-    """Return ``dropout_i(x) a_iᵀ`` [M, R_i] in the dtype of a, and ``factor`` times the same.
+    """Return ``dropout_i(x) a_iᵀ`` [M, R_i] in the dtype of a, and the scaling times the same.
 
-    All contiguous, in one launch; the second, in the dtype of x and rounded once, is None where
-    ``factor`` is. ``x`` [M, K] and one to four ``a`` [R_i, K] of one dtype: that of x, or float32;
-    any strides. Dropout acts where there is a seed ([1], int64), by the mask of that seed. Up to a
-    rank that a config has a tile for, a program multiplies each tile of x by all; above it
-    neighbouring programs read the same rows. Raises ValueError, which names the list, for lists of
-    other lengths.
+    All contiguous, in one launch; the second, in the dtype of x and rounded once, is None unless
+    the product ``into`` which it goes, as `scaled_before` takes it, needs it so. ``x`` [M, K] and
+    one to four ``a`` [R_i, K] of one dtype: that of x, or float32; any strides. Dropout acts where
+    there is a seed ([1], int64), by the mask of that seed. Up to a rank that a config has a tile
+    for, a program multiplies each tile of x by all; above it neighbouring programs read the same
+    rows. Raises ValueError, which names the list, for lists of other lengths.
     """
     check(a=a, seeds=seeds, p=p)
+    factor = scaled_before(x, *into) if into else None
     (M, K), ranks, count = x.shape, tuple(t.shape[0] for t in a), len(a)
     dropout, room = any(seed is not None for seed in seeds), stacked(ranks)
     config = config or config_for("shrink", (x,), a, room, a[0].dtype, dropout, count)

@@ -4,7 +4,7 @@
 ``x`` is [M, K]. A projection is a tuple of w [N, K], a [R, K], b [N, R], bias [N], seed ([1],
 int64), scaling and dropout's p, tensors of any strides; a and b are None without an adapter, seed
 without dropout. Adapters are of the dtype of x or float32. Lists may be of any length. ``configs``
-may hold one for each step of a single projection, by the step's name; others take their default.
+may hold one for each step, by the step's name; others take their default.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fastlora_kernels.locate import MOST
 
 Projection = tuple
 Maybe = list[Tensor | None]
+_THE_ONE = [(0,)]
 
 
 def shrink(
@@ -39,12 +40,10 @@ def shrink(
     any_scaled = False
     for few in adapted(projections):
         w, a, b, _, seeds, scalings, p = _columns(projections, few)
-        factor = None
-        if a[0].dtype == torch.bfloat16:
-            config = _config(configs, "outputs", projections)
-            factor = outputs_of.scaled_before(x, w, b, scalings, config)
-        config = _config(configs, "shrink", projections)
-        found, made = shrink_of.shrink(x, a, seeds, p, factor, config)
+        # What `outputs` folds in has to be scaled before. Float16 might overflow then.
+        into = w, b, scalings, configs.get("outputs")
+        into = into if a[0].dtype == x.dtype == torch.bfloat16 else ()
+        found, made = shrink_of.shrink(x, a, seeds, p, configs.get("shrink"), *into)
         for j, i in enumerate(few):
             ss[i] = found[j]
             if made is not None:
@@ -61,7 +60,7 @@ def outputs(
 ) -> list[Tensor]:
     """Return y_i = x w_iᵀ + scaling_i · s_i b_iᵀ + bias_i [M, N_i] in the dtype of x."""
     ys: Maybe = [None] * len(projections)
-    config = _config(configs, "outputs", projections)
+    config = configs.get("outputs")
     for few in together(projections):
         w, _, b, biases, _, scalings, _ = _columns(projections, few)
         s = tuple([ss[i] for i in few])
@@ -86,7 +85,7 @@ def ds_db(
     """
     dss: Maybe = [None] * len(projections)
     dbs: Maybe = [None] * len(projections)
-    config = _config(configs, "ds_db", projections)
+    config = configs.get("ds_db")
     for i, (_, _, b, _, _, scaling, _) in enumerate(projections):
         if dys[i] is not None and b is not None:
             rest = scaling, need_ds[i], need_db[i], config
@@ -101,7 +100,7 @@ def input_grad(
     configs: Mapping[str, Config] = NO_CONFIGS,
 ) -> Tensor | None:
     """Return dx = Σ (dy_i w_i + dropout_i'(ds_i a_i)) [M, K]; None where no dy is there."""
-    dx, config = None, _config(configs, "input_grad", projections)
+    dx, config = None, configs.get("input_grad")
     for few in together(projections, dys):
         w, a, _, _, seeds, _, p = _columns(projections, few)
         dy, ds = tuple([dys[i] for i in few]), tuple([dss[i] for i in few])
@@ -119,7 +118,7 @@ def da(
 ) -> Maybe:
     """Return da_i = ds_iᵀ dropout_i(x) [R_i, K] in the dtype of ds, None where not needed."""
     das: Maybe = [None] * len(projections)
-    config = _config(configs, "da", projections)
+    config = configs.get("da")
     asked = [ds if need else None for ds, need in zip(dss, needs, strict=True)]
     for few in adapted(projections, asked):
         _, _, _, _, seeds, _, p = _columns(projections, few)
@@ -136,6 +135,8 @@ def together(
 
     Those for which there is something in ``there``.
     """
+    if len(projections) == 1 and (there is None or there[0] is not None):
+        return _THE_ONE
     groups = _by_dtype(projections, there)
     frozen = groups.pop(None, [])
     first, *others = groups.values() or [[]]
@@ -146,6 +147,12 @@ def adapted(
     projections: Sequence[Projection], there: Sequence[Tensor | None] | None = None
 ) -> list[Sequence[int]]:
     """Return the same of the projections that have an adapter."""
+    if (
+        len(projections) == 1
+        and projections[0][1] is not None
+        and (there is None or there[0] is not None)
+    ):
+        return _THE_ONE
     groups = _by_dtype(projections, there)
     groups.pop(None, None)
     return [few for same in groups.values() for few in _parts(same)]
@@ -168,10 +175,6 @@ def _parts(items: Sequence[int]) -> list[Sequence[int]]:
 
 def _columns(projections: Sequence[Projection], few: Sequence[int]) -> tuple[tuple, ...]:
     """Return what some of the projections are made of, a tuple for each field."""
+    if len(few) == 1:
+        return tuple([(value,) for value in projections[few[0]]])
     return tuple(zip(*[projections[i] for i in few], strict=True))
-
-
-def _config(
-    configs: Mapping[str, Config], step: str, projections: Sequence[Projection]
-) -> Config | None:
-    return configs.get(step) if configs and len(projections) == 1 else None

@@ -46,29 +46,25 @@ def test_every_part_in_the_interpreter(tiny, tmp_path, capsys):
 
 def test_every_config_runs_where_it_is_measured(tiny, monkeypatch):
     """A config's name says which it is, and each direction gets the config that it can run with."""
-    import fastlora_kernels
     from fastlora_kernels.configs import Chip, candidates
 
     hopper, ran = Chip((9, 0), 232448, 132), []
     monkeypatch.setattr(
         first_minute, "tried", lambda kernel, x: candidates(kernel, "16", 16, False, hopper)
     )
-    for name in ("forward_all", "backward_all"):
-        monkeypatch.setattr(
-            fastlora_kernels, name, lambda *args, configs=(), name=name: ran.append((name, configs))
-        )
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(first_minute.steps, name, lambda *arguments: ran.append(arguments[-1]))
     t = torch.ones(16, 64, dtype=torch.bfloat16)
     ways = first_minute.layers(t, t, t[:, :64].expand(16, 64), t, t[:, :16])
-    configs = candidates("product", "16", 16, False, hopper)
+    configs = candidates("outputs", "16", 16, False, hopper)
     assert len(ways) == 4 + len(configs)
     assert {w.partition(",")[0] for w in ways} >= {"fold", "first", "portable"}
     for config in configs:
         ran.clear()
         list(ways[first_minute.named(config)]())
-        forward, backward = dict(ran)["forward_all"], dict(ran)["backward_all"]
-        assert forward == [{"product": config}]
-        fits = config in candidates("dx", "16", 16, False, hopper)
-        assert backward == [{"dx": config} if fits else {}]
+        fits = config in candidates("input_grad", "16", 16, False, hopper)
+        names = ("outputs", "input_grad") if fits else ("outputs",)
+        assert ran == [dict.fromkeys(names, config)] * 2
 
 
 def test_what_was_measured_outlives_what_fails(tiny, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import prediction
 import pytest
 import torch
-from fastlora_kernels import da, ds_db, shrink
+from fastlora_kernels import steps
 from fastlora_kernels.configs import Config
 from fastlora_kernels.launch import recording
 from machine import H100, Machine
@@ -101,15 +101,16 @@ def test_grids_are_those_of_the_launchers(M, C, r):
         return torch.empty(shape, dtype=BF16, device="meta")
 
     t, s, b = empty(M, C), empty(M, r), empty(C, r)
+    of = [(b.t(), b.t(), b, None, None, 1.0, 0.0)]  # whichever: t is x, and it is dy
     wide = replace(COLUMNS, block_m=64, block_n=16, block_k=64, num_stages=4)
     with recording(H100.chip) as calls:
-        shrink(t, b.t(), config=wide)
-        ds_db(t, s, b, config=COLUMNS)
-        da(t, s, config=COLUMNS)
-    steps = [prediction.shrink(H100, "16", M, C, r, wide, False)]
-    steps += prediction.columns("ds_db", H100, "16", M, C, r, COLUMNS)
-    steps += prediction.columns("da", H100, "16", M, C, r, COLUMNS)
-    assert [math.prod(call.grid) for call in calls] == [step.programs for step in steps]
+        steps.shrink(t, of, {"shrink": wide})
+        steps.ds_db([t], of, [s], [True], [True], {"ds_db": COLUMNS})
+        steps.da(t, of, [s], [True], {"da": COLUMNS})
+    found = [prediction.shrink(H100, "16", M, C, r, wide, False)]
+    found += prediction.columns("ds_db", H100, "16", M, C, r, COLUMNS)
+    found += prediction.columns("da", H100, "16", M, C, r, COLUMNS)
+    assert [math.prod(call.grid) for call in calls] == [step.programs for step in found]
 
 
 @pytest.mark.parametrize("impl", ["blocks", "library", "triton"])

@@ -241,7 +241,7 @@ def test_an_interrupted_search_goes_on(tiny, loaded, tmp_path, capsys, monkeypat
         ("--max-r 1", "--max-r must be at least 2, to compare two ranks, got 1"),
         ("--gain 0", "--gain must be above 0 and below 1 (0.01 is 1%), got 0"),
         ("--gain nan", "--gain must be above 0 and below 1 (0.01 is 1%), got nan"),
-        ("--seeds 3 1 3", "--seeds must be different ones, got (3, 1, 3)"),
+        ("--seeds 3 1 3", "--seeds must be different ones, got [3, 1, 3]"),
         ("--steps 0", "--steps must be at least 1, got 0"),
         ("--target-modules q_proy", "--target-modules: Target modules {'q_proy'} not found"),
         ("--model nowhere/at/all", "--model nowhere/at/all cannot be read"),

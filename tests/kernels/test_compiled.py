@@ -12,20 +12,15 @@ import triton
 from compiled_cases import CAPABILITIES, MORE_CAPABILITIES, SIZES, calls, faults
 from uninterpreted import lines_of
 
-SINGLE = ("shrink_kernel", "product_kernel", "columns_kernel", "sum_kernel")
-JOINT = ("shrink_all_kernel", "product_all_kernel", "product_sum_kernel", "da_all_kernel")
-JOINT += ("sum_all_kernel", "gated_kernel", "gated_backward_kernel")
-JOINT_PERSISTENT = ("persistent_all_kernel", "persistent_sum_kernel")
-ELEMENTWISE = ("sum_kernel", "sum_all_kernel", "gated_kernel", "gated_backward_kernel")
-KERNELS = (*SINGLE, *JOINT)
-PERSISTENT = (90, 100)
+ELEMENTWISE = ("sum_kernel", "gated_kernel", "gated_backward_kernel")
+STEPS = ("shrink_kernel", "outputs_kernel", "ds_db_kernel", "input_grad_kernel", "da_kernel")
+PERSISTENT = ("persistent_outputs_kernel", "persistent_input_grad_kernel")
 each_kernel = pytest.mark.parametrize(
     ("kernel", "capability"),
     [
-        *itertools.product(SINGLE, CAPABILITIES),
-        # On other chips by `make figures`.
-        *((kernel, 90) for kernel in JOINT + JOINT_PERSISTENT),
-        *(("persistent_kernel", capability) for capability in PERSISTENT),
+        *itertools.product((*STEPS, "sum_kernel"), CAPABILITIES),
+        *((kernel, 90) for kernel in ELEMENTWISE[1:]),
+        *itertools.product(PERSISTENT, (90, 100)),
     ],
 )
 
@@ -90,7 +85,7 @@ def test_tensor_cores_and_pipelines(reports, kernel, capability):
             assert {"FFMA", "FFMA2"} & r["instructions"].keys(), where
         else:
             assert {mma, "HMMA"} & r["instructions"].keys(), where
-            if "product" in kernel or kernel.startswith("persistent"):
+            if "outputs" in kernel or "input_grad" in kernel:
                 assert mma in r["instructions"], where
         if r["problem"].endswith(" even"):
             load = "UTMALDG" if kernel.startswith("persistent") else "LDGSTS"
@@ -98,24 +93,9 @@ def test_tensor_cores_and_pipelines(reports, kernel, capability):
             assert loads >= r["pipelined_loads"], f"{where}: a pipeline is lost"
 
 
-@pytest.mark.parametrize("capability", PERSISTENT)
-def test_early_programs_wait_before_they_read_and_write(reports, capability):
-    """The order of the machine code: a compiler may move what it does not know to be bound."""
-    waiting = [r for r in reports if r["capability"] == capability and r["around_the_wait"]]
-    assert {r["kernel"] for r in waiting} == {"persistent_kernel", "sum_kernel"}
-    for r in waiting:
-        around = r["around_the_wait"]
-        assert around["stores_before"] == 0 < around["stores_after"], r["name"]
-        assert around["loads_after"] > 0, r["name"]
-        if r["kernel"] == "sum_kernel":
-            assert around["loads_before"] == 0, r["name"]
-        else:
-            assert around["products_before"] > 0, f"{r['name']}: waits before its main loop"
-
-
 def test_an_amd_chip(found):
     mine = [r for r in found[1:] if r["capability"] == "gfx942"]
-    assert {r["kernel"] for r in mine} == set(KERNELS)
+    assert {r["kernel"] for r in mine} == {*STEPS, *ELEMENTWISE}
     if any("no_linker" in r for r in mine):
         pytest.skip(mine[0]["no_linker"])
     for r in mine:
@@ -151,8 +131,4 @@ def kept_for_this_triton(capability):
 
 def test_the_recorder_sees_every_kernel():
     recorded = [c for size in SIZES for c in calls(aot.CHIPS[90], "bf16", 16, size)]
-    assert {c.kernel.__name__ for c in recorded} == {
-        *KERNELS,
-        *JOINT_PERSISTENT,
-        "persistent_kernel",
-    }
+    assert {c.kernel.__name__ for c in recorded} == {*STEPS, *ELEMENTWISE, *PERSISTENT}

@@ -8,27 +8,26 @@ larger problems, the runtime, and last, in processes of their own, what might ne
 from __future__ import annotations
 
 import copy
-import functools
-import importlib
 import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import fastlora_kernels
+import joints
 import pytest
-import test_joint_kernels as joint_kernels
+import test_gated
 import torch
 import triton
-from acceptance import Case, run, small_cases, verify, verify_exactly
 from fastlora_kernels import configs
-from fastlora_kernels.joint import stacked
+from fastlora_kernels.locate import stacked
+from joints import Joint, run, same, verify
 
 import fastlora
 from fastlora.operator import blocks, library, measured, plans, tuning
@@ -39,19 +38,16 @@ large = pytest.mark.large
 # The plain formula is IEEE float32, whatever the environment asks for.
 torch.set_float32_matmul_precision("highest")
 
-BODIES = {"triton": fastlora_kernels, "blocks": blocks, "library": library}
-# The package's own attributes of these names are the launchers.
-MODULES = {
-    name: importlib.import_module(f"fastlora_kernels.{name}")
-    for name in ("product", "persistent", "shrink", "columns")
+BODIES = {
+    "triton": fastlora_kernels,
+    "blocks": SimpleNamespace(steps=blocks),
+    "library": SimpleNamespace(steps=library),
 }
 # What cases call the kinds that configs are for.
 NAMED = {"16": "bf16", "fp16": "fp16", "mixed": "bf16-fp32", "32": "fp32"}
 NEEDS_TMA = "needs tensor memory access: compute capability 9.0 or later"
-
-
-def on_gpu(case: Case):
-    return case.tensors("cuda")
+PRODUCTS = ("outputs", "input_grad")
+ALL = [name for names in configs.LAUNCHERS.values() for name in names]
 
 
 def this_chip() -> configs.Chip:
@@ -59,34 +55,24 @@ def this_chip() -> configs.Chip:
 
 
 def form(config: configs.Config) -> str:
-    """Return how a product runs with ``config``: "portable", or as `persistent.py` calls it."""
+    """Return how a product runs with ``config``: "portable", or when the low-rank one joins it."""
     return config.low_rank if config.tma else "portable"
-
-
-def with_configs(chosen: Mapping[str, configs.Config]):
-    return SimpleNamespace(
-        forward=functools.partial(fastlora_kernels.forward, configs=chosen),
-        backward=functools.partial(fastlora_kernels.backward, configs=chosen),
-    )
 
 
 def candidates(launcher: str, kind: str, ranks: Iterable[int], p: float, chip: configs.Chip):
     """Return the configs that the tuner may try for projections of these ``ranks``, 0: frozen."""
-    there = [r for r in ranks if r]
-    if launcher not in configs.LIKE:
-        dropout = p > 0 and launcher in configs.DROPPING
-        return configs.candidates(configs.KERNEL_OF[launcher], kind, *there, dropout, chip)
-    rank = max(there) if launcher.startswith("product") else stacked(there)
-    return configs.candidates(launcher, kind, rank, p > 0, chip)
+    there, dropout = [r for r in ranks if r], p > 0 and launcher in configs.DROPPING
+    rank = stacked(there) if launcher in ("shrink", "da") else max(there)
+    count = len(ranks) if launcher in PRODUCTS else len(there)
+    return configs.candidates(launcher, kind, rank, dropout, chip, count)
 
 
-def first_of(asked: str, kind: str, p: float, launchers: Iterable[str]):
-    """Return by launcher the first config of the form that is ``asked`` for, at rank 16."""
+def first_of(asked: str, kind: str, p: float, ranks: tuple[int, ...]):
+    """Return by product the first config of the form that is ``asked`` for."""
     found = {}
-    for launcher in launchers:
-        tried = candidates(launcher, kind, (16,), p, this_chip())
-        of_form = [config for config in tried if form(config) == asked and not config.early]
-        if of_form:
+    for launcher in PRODUCTS:
+        tried = candidates(launcher, kind, ranks, p, this_chip())
+        if of_form := [config for config in tried if form(config) == asked]:
             found[launcher] = of_form[0]
     return found or pytest.skip(NEEDS_TMA)
 
@@ -95,25 +81,16 @@ FORMS = [("portable", kind, 0.0) for kind in ("16", "32", "mixed")] + [("portabl
 FORMS += [("first", "16", 0.0), ("first", "16", 0.1), ("first", "mixed", 0.0), ("fold", "16", 0.0)]
 
 
-@pytest.mark.parametrize(
-    ("asked", "kind", "p"), [*FORMS, ("after", "16", 0.0), ("recompute", "16", 0.0)]
-)
-def test_first_contact(asked, kind, p):
-    chosen = first_of(asked, kind, p, ("product", "dx"))
-    case = Case(80, 48, 96, 16, kind=NAMED[kind], dropout_p=p)
-    verify(with_configs(chosen), case, on_gpu(case))
-
-
+@pytest.mark.parametrize("sizes", [(48,), (48, 32, 48)])
 @pytest.mark.parametrize(("asked", "kind", "p"), FORMS)
-def test_first_contact_of_several_projections(asked, kind, p):
-    chosen = first_of(asked, kind, p, ("product_all", "product_sum"))
-    shape = 80, 96, (48, 32, 48), (16,) * 3, NAMED[kind]
-    joint = joint_kernels.Joint(*shape, scaling=0.5, dropout_p=(p,) * 3)
-    joint_kernels.verify(fastlora_kernels, joint, "cuda", chosen)
+def test_first_contact(asked, kind, p, sizes):
+    ranks = (16,) * len(sizes)
+    joint = Joint(80, 96, sizes, ranks, NAMED[kind], scaling=0.5, dropout_p=(p,) * 3)
+    verify(fastlora_kernels, joint, "cuda", first_of(asked, kind, p, ranks))
 
 
 def test_first_contact_of_a_gated_mlp():
-    joint_kernels.test_gated("silu", torch.bfloat16, (32, 512), "cuda")
+    test_gated.test_gated("silu", torch.bfloat16, (32, 512), "cuda")
 
 
 # The second does not know what tensor memory access waits for.
@@ -138,49 +115,33 @@ def test_compute_sanitizer(tool):
     assert re.search(r"\d passed", run.stdout), "it looked at nothing: " + run.stdout[-1000:]
 
 
-# Of the small problems one for each mix of dtypes, with all four shapes among them. Programs are
-# the same in all modes, and many in two bodies: what shares them is apart, so that it finds them.
-SOME = (0, 5, 10, 15, 17)
+# Ranks that other tests lack: the lowest, one between the tiles, one above the largest.
+RANKS = {"fp32": (512,), "bf16": (1, 33), "fp16": (512,), "bf16-fp32": (512,)}
+# Of the small problems three mixes of dtypes. Programs are the same in all modes, and many in two
+# bodies: what shares them is apart, so that it finds them.
 MODES = ("both", "low_rank", "base")
 CASES = [
-    (body, case)
+    (body, replace(joint, mode=mode))
     for mode, body in itertools.product(MODES, BODIES)
-    for case in small_cases()
-    if case.mode == mode and case.seed in SOME
+    for joint in joints.joints()
+    if joint.seed in (0, 6, 11, 17, 23)
 ]
 
 
-@pytest.mark.parametrize(("body", "case"), CASES, ids=str)
-def test_acceptance_rule(body, case):
-    verify(BODIES[body], case, on_gpu(case))
-
-
-# Ranks that other tests lack: the lowest, one between the tiles, one above the largest.
-RANKS = {"fp32": (512,), "bf16": (1, 33), "fp16": (512,), "bf16-fp32": (512,)}
+@pytest.mark.parametrize(("body", "joint"), CASES, ids=str)
+def test_acceptance_rule(body, joint):
+    verify(BODIES[body], joint, "cuda")
 
 
 @pytest.mark.parametrize(("kind", "r"), [(kind, r) for kind, ranks in RANKS.items() for r in ranks])
 def test_ranks(kind, r):
-    case = Case(304, 272, 208, r, kind=kind, dropout_p=0.1)
-    verify(fastlora_kernels, case, on_gpu(case))
+    verify(fastlora_kernels, Joint(304, 208, (272,), (r,), kind, dropout_p=(0.1,)), "cuda")
 
 
 @pytest.mark.parametrize("kind", ["bf16", "bf16-fp32"])
 def test_small_integers_are_exact(kind):
-    class OnGpu:
-        """Takes CPU tensors, so that the exact oracle stays on the CPU."""
-
-        @staticmethod
-        def forward(*args):
-            moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
-            return [t.cpu() for t in fastlora_kernels.forward(*moved)]
-
-        @staticmethod
-        def backward(*args):
-            moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
-            return [t.cpu() for t in fastlora_kernels.backward(*moved)]
-
-    verify_exactly(OnGpu, Case(144, 70, 90, 6, kind=kind, dropout_p=0.5))
+    joint = Joint(144, 90, (70,), (6,), kind, dropout_p=(0.5,))
+    joints.verify_exactly(joint, device="cuda")
 
 
 def turned(t: torch.Tensor) -> torch.Tensor:
@@ -196,36 +157,32 @@ def misaligned(t: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("lie", "names"),
-    [(misaligned, "w"), (misaligned, "x w a b dy"), (turned, "x w a b dy")],
+    [(misaligned, "w"), (misaligned, "x w a b dy"), (turned, "x w a b dy"), (turned, "w")],
 )
 def test_strides_and_misaligned_rows(lie, names):
-    case = Case(96, 80, 112, 16, kind="bf16", dropout_p=0.1)
-    t = on_gpu(case)
-    verify(fastlora_kernels, case, t | {name: lie(t[name]) for name in names.split()})
+    joint = Joint(96, 112, (80,), (16,), "bf16", dropout_p=(0.1,))
+    (t,) = joint.tensors("cuda")
+    verify(fastlora_kernels, joint, ts=[t | {name: lie(t[name]) for name in names.split()}])
 
 
 # Where nothing is too large: some of it may still be for other chips.
 ANY = configs.Chip((9, 0), 1 << 30, 132)
 # Ranks and dropout of the problem that a config runs: the first that it can.
-TURNS = list(itertools.product([(16,), (64,), (128,)], (0.0, 0.1)))
-JOINT_TURNS = list(itertools.product([(16,) * 3, (64,) * 3, (128,) * 3, (16, 0, 0)], (0.0, 0.1)))
+TURNS = {
+    1: list(itertools.product([(16,), (64,), (128,)], (0.0, 0.1))),
+    3: list(itertools.product([(16,) * 3, (64,) * 3, (128,) * 3, (16, 0, 0)], (0.0, 0.1))),
+}
 
 
-def every_config(launchers: Iterable[str], turns: list) -> list[tuple[str, str, configs.Config]]:
-    """Return a launcher, the kind that a config is for and the config, of all that may run."""
+def every_config() -> list[tuple[int, str, str, configs.Config]]:
+    """Return how many projections, a launcher, a kind and a config for it, of all that may run."""
     found = {}
-    for launcher, kind, turn in itertools.product(launchers, NAMED, turns):
-        for config in candidates(launcher, kind, *turn, ANY):
-            if not config.early:
-                found[launcher, kind, config] = None
+    for count, launcher, kind in itertools.product(TURNS, ALL, NAMED):
+        if count == 1 or launcher != "ds_db":  # a launch for each
+            for turn in TURNS[count]:
+                for config in candidates(launcher, kind, *turn, ANY):
+                    found[count, launcher, kind, config] = None
     return list(found)
-
-
-def turn_of(launcher: str, kind: str, config: configs.Config, turns: list):
-    for turn in turns:
-        if config in candidates(launcher, kind, *turn, this_chip()):
-            return turn
-    pytest.skip("configs for other chips")
 
 
 def brief(value) -> str | None:
@@ -233,54 +190,36 @@ def brief(value) -> str | None:
     if not isinstance(value, configs.Config):
         return None
     tiles = f"{value.block_m}x{value.block_n}x{value.block_k}-r{value.block_r}"
-    early = "-early" if value.early else ""
-    return f"{form(value)}-{tiles}-w{value.num_warps}-s{value.num_stages}{early}"
+    return f"{form(value)}-{tiles}-w{value.num_warps}-s{value.num_stages}"
 
 
 # Sizes at which a pipeline goes round more than once, and a persistent program has several tiles.
-@pytest.mark.parametrize(
-    ("launcher", "kind", "config"), every_config(configs.KERNEL_OF, TURNS), ids=brief
-)
-def test_every_config(launcher, kind, config):
+@pytest.mark.parametrize(("count", "launcher", "kind", "config"), every_config(), ids=brief)
+def test_every_config(count, launcher, kind, config):
     """Each shipped config gives right results wherever it is valid on this chip."""
-    (r,), p = turn_of(launcher, kind, config, TURNS)
-    case = Case(10_000, 1104, 1040, r, kind=NAMED[kind], dropout_p=p)
-    verify(with_configs({launcher: config}), case, on_gpu(case))
-
-
-@pytest.mark.parametrize(
-    ("launcher", "kind", "config"), every_config(configs.LIKE, JOINT_TURNS), ids=brief
-)
-def test_every_config_of_several_projections(launcher, kind, config):
-    ranks, p = turn_of(launcher, kind, config, JOINT_TURNS)
-    shape = 4000, 784, (336, 208, 176), ranks, NAMED[kind]
-    joint = joint_kernels.Joint(*shape, scaling=0.5, dropout_p=(p,) * 3)
-    joint_kernels.verify(fastlora_kernels, joint, "cuda", {launcher: config})
+    for ranks, p in TURNS[count]:
+        if config in candidates(launcher, kind, ranks, p, this_chip()):
+            break
+    else:
+        pytest.skip("configs for other chips")
+    shape = (10_000, 1040, (1104,)) if count == 1 else (4000, 784, (336, 208, 176))
+    joint = Joint(*shape, ranks, NAMED[kind], scaling=0.5, dropout_p=(p,) * 3)
+    verify(fastlora_kernels, joint, "cuda", {launcher: config})
 
 
 LLAMA = [
-    joint_kernels.Joint(4000, 4096, (4096, 1024, 1024), (16,) * 3, "bf16", dropout_p=(0.1,) * 3),
-    joint_kernels.Joint(2000, 4096, (14336, 14336), (128,) * 2, "bf16-fp32"),
+    Joint(4000, 4096, (4096, 1024, 1024), (16,) * 3, "bf16", dropout_p=(0.1,) * 3),
+    Joint(2000, 4096, (14336, 14336), (128,) * 2, "bf16-fp32"),
 ]
-
-
-# Three mixes of dtypes and three shapes: the others are those of every config.
-JOINTS = [joint for joint in joint_kernels.joints() if joint.seed in (0, 10, 17)]
-JOINTS += [pytest.param(LLAMA[0], marks=large)]
-
-
-@pytest.mark.parametrize("joint", JOINTS, ids=str)
-def test_several_projections(joint):
-    joint_kernels.verify(fastlora_kernels, joint, "cuda")
 
 
 @large
 @pytest.mark.parametrize("joint", LLAMA, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_several_projections_as_layers_run_them(joint, p):
+def test_several_projections(joint, p):
     """With one scaling, as in a model: from Hopper on everything wide then goes by TMA."""
     joint = replace(joint, scaling=0.5, dropout_p=(p,) * len(joint.sizes))
-    joint_kernels.verify(fastlora_kernels, joint, "cuda", how=joint_kernels.run_layers)
+    verify(fastlora_kernels, joint, "cuda")
 
 
 SIZES = [(4000, 4096, 4096, 16), (2000, 1024, 4096, 128)]
@@ -293,8 +232,9 @@ SIZES = [(4000, 4096, 4096, 16), (2000, 1024, 4096, 128)]
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_real_sizes(mode, shape, kind):
-    case = Case(*shape, kind=kind, mode=mode, dropout_p=0.05)
-    verify(fastlora_kernels, case, on_gpu(case))
+    m, n, k, r = shape
+    joint = Joint(m, k, (n,), (r,), kind, mode, dropout_p=(0.05,))
+    verify(fastlora_kernels, joint, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -306,8 +246,8 @@ def test_real_sizes(mode, shape, kind):
         ("gelu_tanh", torch.float32),
     ],
 )
-def test_gated(activation, dtype):
-    joint_kernels.test_gated(activation, dtype, (2000, 14336), "cuda")
+def test_gated_at_real_sizes(activation, dtype):
+    test_gated.test_gated(activation, dtype, (2000, 14336), "cuda")
 
 
 @large
@@ -320,36 +260,39 @@ def test_rows_past_two_billion_elements():
     a = torch.randn(16, k, device="cuda", dtype=torch.bfloat16) / 64
     b = torch.randn(k, 16, device="cuda", dtype=torch.bfloat16) / 4
     last = slice(m - 128, m)
-    y, s = fastlora_kernels.forward(x, w, a, b, None, None, 0.5, 0.0)
-    y_last, s_last = fastlora_kernels.forward(x[last], w, a, b, None, None, 0.5, 0.0)
-    assert torch.equal(y[last], y_last) and torch.equal(s[last], s_last)
-    dx, _, _ = fastlora_kernels.backward(y, x, w, a, b, s, None, 0.5, 0.0, (True, True, True))
-    dx_last, _, _ = fastlora_kernels.backward(
-        y_last, x[last], w, a, b, s_last, None, 0.5, 0.0, (True, True, True)
-    )
-    assert torch.equal(dx[last], dx_last)
+    of, steps = [(w, a, b, None, None, 0.5, 0.0)], fastlora_kernels.steps
+    found = []
+    for rows in (slice(None), last):
+        ss, scaled = steps.shrink(x[rows], of)
+        ys = steps.outputs(x[rows], of, ss, scaled)
+        dss, _ = steps.ds_db(ys, of, ss, [True], [False])
+        found.append((ys[0], ss[0], steps.input_grad(ys, of, dss)))
+    for long, short in zip(*found, strict=True):
+        assert torch.equal(long[last], short)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "bf16-fp32", "fp32"])
-def test_a_hundred_runs_are_identical(kind):
-    case = Case(1040, 512, 768, 16, kind=kind, dropout_p=0.1)
-    t = on_gpu(case)
-    first = run(fastlora_kernels, case, t)
-    for _ in range(99):
-        again = run(fastlora_kernels, case, t)
-        assert all(torch.equal(first[n], again[n]) for n in first)
+HUNDRED = [
+    *(Joint(1040, 768, (512,), (16,), k, dropout_p=(0.1,)) for k in ("bf16", "bf16-fp32", "fp32")),
+    pytest.param(replace(LLAMA[0], scaling=0.5), marks=large),
+]
 
 
-@large
-def test_a_hundred_runs_of_several_projections_are_identical():
-    joint = replace(LLAMA[0], scaling=0.5)
+@pytest.mark.parametrize("joint", HUNDRED, ids=str)
+def test_a_hundred_runs_are_identical(joint):
     ts = joint.tensors("cuda")
-    first, dx = joint_kernels.run_layers(fastlora_kernels, joint, ts)
+    first = run(fastlora_kernels, joint, ts)
     for _ in range(99):
-        results, dx_again = joint_kernels.run_layers(fastlora_kernels, joint, ts)
-        assert torch.equal(dx, dx_again)
-        for one, other in zip(first, results, strict=True):
-            assert all(torch.equal(one[name], other[name]) for name in one)
+        same(run(fastlora_kernels, joint, ts), first)
+
+
+def test_a_prepared_launch_is_triton_s_own(monkeypatch):
+    """The first call of a problem goes by Triton, the others to the program that it found."""
+    joint = Joint(96, 112, (80, 48), (16, 8), "bf16", scaling=0.5, dropout_p=(0.1,))
+    ts = joint.tensors("cuda")
+    prepared = [run(fastlora_kernels, joint, ts) for _ in range(2)][1]
+    by_triton = lambda self, *tensors: self._by_triton(*tensors)  # noqa: E731
+    monkeypatch.setattr(fastlora_kernels.launch.Launch, "__call__", by_triton)
+    same(prepared, run(fastlora_kernels, joint, ts))
 
 
 def test_mask_is_that_of_the_cpu():
@@ -357,12 +300,9 @@ def test_mask_is_that_of_the_cpu():
     assert torch.equal(
         keep_mask(seed.cuda(), range(70), 130, 0.3).cpu(), keep_mask(seed, range(70), 130, 0.3)
     )
-    s = fastlora_kernels.shrink(
-        torch.ones(70, 128, device="cuda"),
-        torch.eye(128, device="cuda"),
-        seed.cuda(),
-        dropout_p=0.3,
-    )
+    eye = torch.eye(128, device="cuda")
+    of = [(eye, eye, eye, None, seed.cuda(), 1.0, 0.3)]
+    (s,), _ = fastlora_kernels.steps.shrink(torch.ones(70, 128, device="cuda"), of)
     assert torch.equal(s.cpu() != 0, keep_mask(seed, range(70), 128, 0.3))
 
 
@@ -419,8 +359,8 @@ def test_a_cold_kernel_is_refused_while_a_graph_is_captured():
     layer = fastlora.LoRALinear(144, 80, r=3, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(48, 144, device="cuda", dtype=torch.bfloat16)
     graph = torch.cuda.CUDAGraph()
-    for module in MODULES.values():
-        for kernel in vars(module).values():
+    for name, module in list(sys.modules.items()):
+        for kernel in vars(module).values() if name.startswith("fastlora_kernels.") else ():
             if isinstance(kernel, triton.JITFunction):
                 kernel.device_caches.clear()
     with (
@@ -490,57 +430,3 @@ def test_a_device_that_is_not_current():
     assert y.device.index == 1 and torch.equal(y.detach().to("cuda:0"), expected)
     for name, gradient in gradients.items():
         assert torch.equal(other.get_parameter(name).grad.to("cuda:0"), gradient)
-
-
-def alone(call: str) -> None:
-    """Run a function of this file in a process of its own, ended where it waits in vain."""
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    command = [sys.executable, "-c", f"import test_gpu; test_gpu.{call}"]
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
-    assert run.returncode == 0, run.stderr[-3000:]
-
-
-def where_valid(config: configs.Config, r: int) -> dict[str, configs.Config]:
-    """Return ``config`` for each of the two products that can run with it on this chip."""
-    rest = "16", r, False, this_chip()
-    return {name: config for name in ("product", "dx") if configs.is_valid(config, name, *rest)}
-
-
-EARLY = [c for c in configs.DEFAULTS["product", "16"] if c.early]
-SHAPES = [(4000, 272, 208, 8), (4000, 1024, 4096, 8), (2000, 4096, 1024, 8)]
-
-
-@pytest.mark.parametrize("config", EARLY, ids=brief)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_early_products_wait_for_what_they_read(config, shape):
-    if not where_valid(config, shape[3]):
-        pytest.skip(NEEDS_TMA)
-    alone(f"run_early({EARLY.index(config)}, {shape})")
-
-
-def run_early(which: int, shape: tuple[int, ...]) -> None:
-    """A hundred runs with memory changing hands between them: a race would show in the bits."""
-    case, body = Case(*shape, kind="bf16"), with_configs(where_valid(EARLY[which], shape[3]))
-    t = on_gpu(case)
-    verify(body, case, t)
-    first = run(body, case, t)
-    for i in range(100):
-        rubbish = torch.full((shape[0] * (i % 7 + 1), 333), torch.nan, device="cuda")
-        del rubbish
-        again = run(body, case, t)
-        assert all(torch.equal(first[n], again[n]) for n in first)
-
-
-@pytest.mark.parametrize("which", range(len(configs.EXPERIMENTAL)))
-def test_specialised_warps_end(which):
-    if not where_valid(configs.EXPERIMENTAL[which], 16):
-        pytest.skip("needs compute capability 9.0")
-    alone(f"run_experimental({which})")
-
-
-def run_experimental(which: int) -> None:
-    chosen = where_valid(configs.EXPERIMENTAL[which], 16)
-    for shape in ((304, 272, 208, 16), (4000, 4096, 4096, 16), (144, 64, 64, 16)):
-        case = Case(*shape, kind="bf16")
-        verify(with_configs(chosen), case, on_gpu(case))

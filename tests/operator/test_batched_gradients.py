@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 
 import fastlora
 from fastlora import Projection, lora_linear, lora_linears
-from fastlora.operator.dropout import keep_mask, kept_scale
+from fastlora.operator.dropout import keep_mask, kept_scale, new_seed
 
 each_impl = pytest.mark.parametrize("impl", ["auto", "blocks", "library", "triton"])
 
@@ -50,9 +50,7 @@ def test_gradients_of_several_outputs_at_once(way, impl, p):
     torch.manual_seed(1)
     keep = None
     if p:
-        keep = keep_mask(
-            fastlora.operator.dropout.new_seed(y.device), range(7), 16, p
-        ) * kept_scale(p)
+        keep = keep_mask(new_seed(y.device), range(7), 16, p) * kept_scale(p)
     right = WAYS[way](formula(*t, keep), t, vs)
     for one, other in zip(WAYS[way](y, t, vs), right, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

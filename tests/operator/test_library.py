@@ -9,7 +9,7 @@ import torch
 from fastlora_kernels import launch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora.operator import library
+from fastlora.operator import library, steps
 from fastlora.operator.operands import Operands
 
 FREE = {"aten::view", "aten::t", "aten::slice", "aten::empty", "aten::new_empty", "aten::detach"}
@@ -48,12 +48,11 @@ def test_float32_adapters_take_one_launch_for_each_low_rank_product(base, sizes,
     factors = [(torch.randn(R, K), torch.randn(size, R)) for size in sizes]
     rest = None, seed, 2.0, p
     projections = [Operands(w, *ab, *rest) for w, ab in zip(weights, factors, strict=True)]
-    ours, others, (_, ss) = launched(lambda: library.forward_all(x, projections))
-    product = "shrink_all_kernel" if n > 1 else "shrink_kernel"
-    assert ours == [product, "product_all_kernel"]
+    ours, others, (_, ss) = launched(lambda: steps.forward(library, x, projections))
+    assert ours == ["shrink_kernel", "outputs_kernel"]
     assert others == ["aten::addmm_"] * n
-    needs = [(True, True)] * n
-    ours, others, _ = launched(lambda: library.backward_all(dys, x, projections, ss, True, needs))
-    assert ours.count("product_sum_kernel") == 1
+    backward = library, dys, x, projections, ss, True, [(True, True)] * n
+    ours, others, _ = launched(lambda: steps.backward(*backward))
+    assert ours.count("input_grad_kernel") == 1
     assert len(ours) == 2 * n + 2 + 1  # ds and db of each, da of all, and each time their sums
     assert others == ["aten::addmm_"] * n

@@ -17,21 +17,31 @@ from fastlora.operator import measured, plans
 from fastlora.operator.operands import Operands
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
-
-
 GPU = torch.device("cuda")
 
 
-def module(function):
-    """The module of a function, or of the one whose arguments are bound."""
-    return getattr(function, "func", function).__module__
+def names(pair):
+    """The last parts of the modules that run forward and backward."""
+    return [steps.module.__name__.rpartition(".")[2] for steps in pair]
 
 
-# Defaults
+def one(x, w, a, b):
+    return x, [Operands(w, a, b, None, None, 1.0, 0.0)]
+
+
+def run_python(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# Defaults and what the user asks for
 
 
 def test_what_auto_takes_where_nothing_was_measured(monkeypatch):
-    """Library products on a GPU's tensor cores; torch where they do not help or cannot run."""
+    """Library products on a GPU's tensor cores; blocks where they do not help or cannot run."""
     monkeypatch.setattr(plans, "triton_unusable", lambda device: None)
     assert (
         plans.default(torch.bfloat16, GPU)[0] == plans.default(torch.float16, GPU)[0] == "library"
@@ -45,7 +55,7 @@ def test_the_environment_forces_a_choice(monkeypatch):
     x, *rest = operands()
     monkeypatch.setattr(plans, "FORCED", "triton")
     fastlora.lora_linear(x, *rest)
-    assert [key[:2] for key in plans._functions] == [("forward", "triton")]
+    assert [key[0] for key in plans._found] == ["triton"]
     assert plans.named("blocks", x) == "blocks"
     monkeypatch.setattr(plans, "triton_unusable", lambda device: "broken")
     with pytest.raises(RuntimeError, match=r"FASTLORA_IMPL='triton' cannot run on .*: broken"):
@@ -55,22 +65,41 @@ def test_the_environment_forces_a_choice(monkeypatch):
         fastlora.lora_linear(x, *rest)
 
 
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"FASTLORA_IMPL": "reference", "FASTLORA_TUNE": "1"}, "reference True True"),
+        ({"FASTLORA_IMPL": "", "FASTLORA_TUNE": ""}, "auto False False"),
+    ],
+    ids=["set", "empty"],
+)
+def test_the_environment_is_read_when_python_starts(environment, said):
+    code = """if True:
+        from fastlora.operator import op, plans
+        print(plans.FORCED, plans.TUNE, plans.on_first_use is not None)
+    """
+    assert run_python(code, **environment) == f"{said}\n"
+
+
 def test_a_plain_cpu_needs_no_triton():
     code = """if True:
         import sys, torch, fastlora
         fastlora.lora_linear(torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1))
         print("triton" in sys.modules)
     """
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", code]
-    assert subprocess.check_output(command, env=environment, text=True) == "False\n"
+    assert run_python(code, TRITON_INTERPRET="0") == "False\n"
 
 
-def test_the_environment_is_read_when_python_starts():
-    code = "from fastlora import plans; print(plans.FORCED, plans.TUNE)"
-    environment = {**os.environ, "FASTLORA_IMPL": "reference", "FASTLORA_TUNE": "1"}
-    command = [sys.executable, "-c", code]
-    assert subprocess.check_output(command, env=environment, text=True) == "reference True\n"
+@pytest.mark.parametrize("value", ["1", "true", "ON"])
+def test_the_interpreter_s_variable_is_read_as_triton_reads_it(value):
+    code = """if True:
+        import torch
+        from fastlora.operator import plans
+        import fastlora_kernels
+        usable = plans.usable_implementations(torch.float32, torch.device("cpu"))
+        print("triton" in usable, fastlora_kernels.INTERPRETED)
+    """
+    assert run_python(code, TRITON_INTERPRET=value) == "True True\n"
 
 
 # Measurements
@@ -80,6 +109,7 @@ def test_the_fastest_measured_runs_in_each_direction():
     slow = {"blocks": 1e-3, "library": 2e-3, "triton": 3e-3}
     measured.add({PROBLEM: timings(backward=slow)}, CPU)
     assert (chosen("forward"), chosen("backward")) == ("triton", "blocks")
+    assert names(plans.find("auto", *one(*operands()))) == ["steps", "blocks"]
     assert chosen(impl="library") == "library"
 
 
@@ -91,12 +121,9 @@ def test_a_draw_leaves_the_default():
 def test_measurements_hold_for_their_bucket():
     """M and R are rounded up to powers of two; everything else is exact."""
     measured.add({PROBLEM: timings(), PROBLEM._replace(M=2): timings()}, CPU)
-    x, *projection = operands(2)
-    projection = [Operands(*projection, None, None, 1.0, 0.0)]
-    assert (
-        module(plans.function("forward", "auto", x[:0], projection)) == "fastlora.operator.blocks"
-    )
-    assert module(plans.function("forward", "auto", x, projection)) == "fastlora_kernels.linears"
+    x, projections = one(*operands(2))
+    assert names(plans.find("auto", x[:0], projections)) == ["blocks"] * 2
+    assert names(plans.find("auto", x, projections)) == ["steps"] * 2
     for same in ({"M": 33}, {"M": 64, "R": 3}):
         assert chosen(problem=PROBLEM._replace(**same)) == "triton"
     others = ({"M": 32}, {"M": 65}, {"R": 17}, {"N": 47}, {"K": 33}, {"dropout": True})
@@ -104,7 +131,7 @@ def test_measurements_hold_for_their_bucket():
         assert chosen(problem=PROBLEM._replace(**other)) == "blocks"
 
 
-def test_a_compiled_graph_chooses_for_the_rows_that_come(monkeypatch):
+def test_a_compiled_graph_chooses_for_the_rows_that_come():
     """One graph, and yet another implementation for another number of rows."""
     measured.add({PROBLEM: timings()}, CPU)
     x, w, a, b = operands(128)
@@ -112,81 +139,69 @@ def test_a_compiled_graph_chooses_for_the_rows_that_come(monkeypatch):
     torch._dynamo.reset()
     for m in (128, 64):
         layer(x[:m], w, a, b)
-    taken = {key[2]: module(function) for key, function in plans._functions.items()}
-    assert taken == {7: "fastlora.operator.blocks", 6: "fastlora_kernels.linears"}
+    taken = {key[1]: names(pair)[0] for key, pair in plans._found.items()}
+    assert taken == {7: "blocks", 6: "steps"}
 
 
 def test_the_choice_is_one_look_up(monkeypatch):
     """Nothing is computed again and no memory is kept by further calls."""
-    x, *projection = operands()
-    projection = [Operands(*projection, None, None, 1.0, 0.0)]
-    plans.function("forward", "auto", x, projection)
+    x, projections = one(*operands())
+    plans.find("auto", x, projections)
     monkeypatch.setattr(plans, "choose", None)
     tracemalloc.start()
     for m in range(33, 65):
-        plans.function("forward", "auto", x[:m], projection)
+        plans.find("auto", x[:m], projections)
     before = tracemalloc.get_traced_memory()[0]
     for _ in range(10):
         for m in range(33, 65):
-            plans.function("forward", "auto", x[:m], projection)
+            plans.find("auto", x[:m], projections)
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert grown < 1024
 
 
 def test_measured_configs_reach_the_kernels(monkeypatch):
-    """Where they are valid; an invalid one is left out and the kernel takes its default."""
-    from fastlora_kernels import launch, linear
+    """Where they are valid; of others, and where loads are narrow, the kernel takes its default."""
+    from fastlora_kernels import Config, steps
 
-    good = {"block_m": 32, "block_n": 32, "block_k": 32, "block_r": 16}
-    good |= {"group_m": 1, "num_warps": 2, "num_stages": 2}
-    for wrong in ({"block_k": 17}, {"num_warps": 3}):
-        product = {**SOME_CONFIG, **good, **wrong}
-        configs = {"shrink": {**SOME_CONFIG, **good}, "product": product, "unknown": product}
+    good = {**SOME_CONFIG, "block_m": 32, "block_n": 32, "block_k": 32, "num_warps": 2}
+    for wrong in ({"block_k": 17}, {"num_warps": 3}, {"block_m": "32"}, {"other": 1}):
+        configs = {"shrink": good, "outputs": {**good, **wrong}, "unknown": good}
         measured.add({PROBLEM: timings(configs=configs)}, CPU)
-        configs = plans.choose("forward", "auto", PROBLEM, CPU).configs
-        assert configs.keys() == {"shrink", "product"}
-        assert configs["shrink"] == linear.Config(**good) != configs["product"]
-    seen = {}
-    for name in ("shrink", "product"):
-        right = getattr(linear, name)
+        assert plans.choose("forward", "auto", PROBLEM, CPU).configs == {"shrink": Config(**good)}
+    seen = []
+    for name in ("shrink", "outputs"):
+        own = getattr(steps, name)
         monkeypatch.setattr(
-            linear,
-            name,
-            lambda *a, config, name=name, right=right, **k: (
-                seen.update({name: config}) or right(*a, config=config, **k)
+            *(steps, name),
+            lambda *a, configs=None, own=own, **k: (
+                seen.append(configs) or own(*a, **({} if configs is None else {"configs": configs}))
             ),
         )
     x, *rest = operands()
+    narrow = torch.empty(16 * 32 + 1)[1:].view(16, 32).copy_(rest[1])
+    misaligned = torch.empty(64 * 32 + 1, dtype=torch.bfloat16)[1:].view(64, 32).copy_(x)
     with torch.no_grad():
         assert fastlora.lora_linear(x, *rest).shape == (64, 48)
-        default = launch.config_for("product", x, rest[0], 16, torch.float32, False)
-        assert seen == {"shrink": configs["shrink"], "product": default}
-        misaligned = torch.empty(64 * 32 + 1, dtype=torch.bfloat16)[1:].view(64, 32).copy_(x)
-        fastlora.lora_linear(misaligned, *rest)
-        one_by_one = launch.config_for("product", misaligned, rest[0], 16, torch.float32, False)
-        assert seen == {"shrink": None, "product": one_by_one}
-        seen.clear()
-        wide = torch.empty(16 * 32 + 1)[1:].view(16, 32).copy_(rest[1])
-        fastlora.lora_linear(x, rest[0], wide, rest[2])
-    assert seen == {"shrink": None, "product": default}
+        assert seen == [{"shrink": Config(**good)}] * 2
+        for others in ((misaligned, *rest), (x, rest[0], narrow, rest[2])):
+            seen.clear()
+            fastlora.lora_linear(*others)
+            assert seen == [None, None]
 
 
 def test_a_plan_made_before_measurements_is_forgotten_with_them(monkeypatch):
     x = torch.ones(16, 64)
-    own = plans._function
+    own = plans._steps
 
     def slowly(*args):
         found = own(*args)
         plans.forget()  # as another thread does that has measured
         return found
 
-    monkeypatch.setattr(plans, "_function", slowly)
+    monkeypatch.setattr(plans, "_steps", slowly)
     fastlora.lora_linear(x, torch.ones(8, 64), torch.ones(2, 64), torch.ones(8, 2))
-    assert not plans._functions
-
-
-# Several projections of one x
+    assert not plans._found
 
 
 def test_what_projections_together_take():
@@ -199,10 +214,10 @@ def test_what_projections_together_take():
     second = torch.randn(8, 16).bfloat16(), torch.randn(3, 16), torch.randn(8, 3)
     rest = (None, None, 1.0, 0.0)
     of = [
-        Operands(*(t.contiguous() for t in first), *rest),
+        Operands(*first, *rest),
         Operands(*second, *rest),
         Operands(torch.randn(32, 16).bfloat16(), None, None, *rest),
     ]
-    assert module(plans.function("forward", "auto", x, of)) == "fastlora_kernels.linears"
+    assert names(plans.find("auto", x, of)) == ["steps"] * 2
     frozen = [p._replace(a=None, b=None) for p in of]
-    assert module(plans.function("forward", "auto", x, frozen)) == "fastlora.operator.blocks"
+    assert names(plans.find("auto", x, frozen)) == ["blocks"] * 2

@@ -2,11 +2,10 @@
 """Several projections of one x: each as if alone, x read and its gradient added up for all."""
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
-from acceptance import KINDS, NAMES, Case, accept, oracle, plain, verify
+from acceptance import KINDS, NAMES, Case, accept, oracle, plain
 from bodies import bodies
 from torch._inductor.compile_fx import compile_fx
 from torch.library import opcheck
@@ -81,7 +80,7 @@ def whole(function, given, drawn):
     return found, total
 
 
-def verify_together(body, group, configs=None, **options):
+def verify_together(body, group, **options):
     """Apply the acceptance rule to the y, da and db of each projection and to their common dx."""
     given = cases(group, **options)
     drawn = tensors(group, given)
@@ -119,13 +118,15 @@ def test_acceptance_rule_of_the_kernels(name, number):
     verify_together(BODIES[name], group, kind=kind, mode=mode)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@each_group
-def test_large_inputs_of_the_torch_implementation(group, kind, monkeypatch):
-    monkeypatch.setattr(blocks, "FEW", 0)
-    monkeypatch.setattr(blocks, "SHORT", 0)
+@pytest.mark.parametrize("number", range(len(GROUPS)), ids=GROUPS)
+def test_large_inputs_in_blocks(number, monkeypatch):
+    """Dtypes take turns here too."""
+    for name in ("FEW", "SHORT"):
+        monkeypatch.setattr(blocks, name, 0)
     monkeypatch.setitem(blocks.ROWS, "cpu", 16)
-    verify_together(BODIES["blocks"], group, kind=kind)
+    for turn in (0, 2):
+        kind = list(KINDS)[(number + turn) % len(KINDS)]
+        verify_together(BODIES["blocks"], list(GROUPS.values())[number], kind=kind)
 
 
 def nearly(found, wanted):
@@ -399,18 +400,3 @@ def test_what_is_wrong_is_named(which, kind, said):
     ]
     with pytest.raises(kind, match=said):
         fastlora.lora_linears(x, [wrong[i] for i in which])
-
-
-def test_one_projection_is_the_plain_layer():
-    """To the bit, by every implementation."""
-    x, (projection, *_) = given([(33, 4, 0.0)], torch.bfloat16, torch.float32)
-    for impl in BODIES:
-        (found,) = fastlora.lora_linears(x, [projection], impl=impl)
-        (expected,) = apart(x, [projection], impl)
-        assert torch.equal(found, expected)
-
-
-def test_a_case_is_verified_alone_too():
-    """The rule accepts the bodies' form for one projection."""
-    for body in BODIES.values():
-        verify(SimpleNamespace(forward=body.forward, backward=body.backward), Case(150, 60, 140, 8))

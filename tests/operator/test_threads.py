@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight threads at once: in inference on one model, in training on replicas, under PEFT too."""
+"""Eight threads at once: in inference on one model, in training on replicas."""
 
 from __future__ import annotations
 
@@ -15,24 +15,17 @@ from peft import LoraConfig, get_peft_model
 import fastlora
 
 THREADS, ROUNDS = 8, 4
-TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+INPUTS = [tiny.tokens().roll(i, 1) for i in range(THREADS)]
 
 
-def replaced():
-    model, how = tiny.llama(), {"input_ids": tiny.tokens()}
-    fastlora.replace_linears(model, TARGETS, r=3, init_lora_weights=False, fuse_siblings=how)
-    return model
-
-
-def patched():
+@pytest.fixture
+def model():
     torch.manual_seed(5)
-    config = LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False)
-    model = get_peft_model(tiny.llama(), config)
-    fastlora.patch_peft(model, fuse_siblings={"input_ids": tiny.tokens()})
-    return model
-
-
-each_model = pytest.mark.parametrize("make", [replaced, patched])
+    targets = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=3, target_modules=targets, init_lora_weights=False)
+    made = get_peft_model(tiny.llama(), config)
+    fastlora.patch_peft(made, fuse_siblings={"input_ids": tiny.tokens()})
+    return made
 
 
 def at_once(call) -> list:
@@ -47,32 +40,26 @@ def at_once(call) -> list:
         return list(pool.map(run, range(THREADS)))
 
 
-@each_model
-def test_inference_on_one_model(make):
-    model = make().eval()
-    inputs = [tiny.tokens().roll(i, 1) for i in range(THREADS)]
+def test_inference_on_one_model(model):
+    model = model.eval()
     with torch.no_grad():
-        expected = [model(ids).logits for ids in inputs]
+        expected = [model(ids).logits for ids in INPUTS]
 
     def answer(i):
         with torch.no_grad():
-            return model(inputs[i]).logits
+            return model(INPUTS[i]).logits
 
     for found, right in zip(at_once(answer), expected, strict=True):
         assert all(torch.equal(logits, right) for logits in found)
 
 
-@each_model
-def test_training_on_replicas(make):
+def test_training_on_replicas(model):
     """Backward runs in autograd's own threads and in the caller's; each replica gets its own."""
-    model = make()
     replicas = [copy.deepcopy(model) for _ in range(THREADS)]
-    inputs = [tiny.tokens().roll(i, 1) for i in range(THREADS)]
 
     def gradients(i, on):
-        ids = inputs[i]
         trained = [p for p in on.parameters() if p.requires_grad]
-        return torch.autograd.grad(on(ids, labels=ids).loss, trained)
+        return torch.autograd.grad(on(INPUTS[i], labels=INPUTS[i]).loss, trained)
 
     expected = [gradients(i, model) for i in range(THREADS)]
     results = at_once(lambda i: gradients(i, replicas[i]))
@@ -81,11 +68,9 @@ def test_training_on_replicas(make):
             assert all(map(torch.equal, grads, right))
 
 
-@each_model
-def test_replicas_of_data_parallel(make):
+def test_replicas_of_data_parallel(model):
     """`nn.DataParallel` makes shallow copies whose parameters are tensors of another's graph."""
-    model = make().eval()
-    ids = tiny.tokens()
+    model, ids = model.eval(), tiny.tokens()
     expected = model(ids).logits
     replicas = [_shallow(model) for _ in range(THREADS)]
     with torch.no_grad():

@@ -224,6 +224,7 @@ FOREVER = r"(.|..|\w)*!"
         {"rank_pattern": {FOREVER: 4}},
         {"modules_to_save": [FOREVER]},
         {"layers_pattern": FOREVER, "layers_to_transform": [1]},
+        {"alpha_pattern": {f"{i}(a|b|c|d)*(e|f)*": 1 for i in range(30_000)}},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -326,6 +327,19 @@ def test_other_embeddings_have_to_be_allowed(tmp_path):
     edit_weights(tmp_path, put(f"{P}model.embed_tokens.weight", torch.zeros(7, 16)))
     with pytest.raises(ValueError, match=r"embed_tokens.weight must be \[40, 16\]"):
         load_adapter(tiny.llama(), tmp_path, trusted=True)
+
+
+def test_integers_stay_integers(tmp_path):
+    """A batch norm that is trained in full has a counter."""
+
+    def make():
+        return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8))
+
+    save_adapter(wrapped(make(), target_modules=["0"], modules_to_save=["1"]), tmp_path)
+    load_adapter(make(), tmp_path)
+    edit_weights(tmp_path, put(f"{P}1.num_batches_tracked", torch.zeros(())))
+    with pytest.raises(TypeError, match=r"num_batches_tracked must be I64, got F32"):
+        load_adapter(make(), tmp_path)
 
 
 def test_tokens_that_a_model_does_not_have(tmp_path):
@@ -457,7 +471,10 @@ def test_a_failure_after_all_checks_changes_nothing(made, bias, tmp_path, monkey
     """In the last thing that is done: all is taken back, biases too."""
     save_adapter(good(bias=bias), tmp_path)
 
+    own = files.patch_peft
+
     def fail(model):
+        own(model)
         raise MemoryError("no more")
 
     monkeypatch.setattr(files, "patch_peft", fail)

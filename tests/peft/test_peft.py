@@ -421,10 +421,7 @@ def test_explained_as_a_layer_of_our_own():
     assert str(fastlora.explain(model)) == str(fastlora.explain(own))
     add(model, r=3, target_modules=["0"])
     model.base_model.set_adapter(["default", "other"])
-    own = fastlora.LoRALinear(6, 8, r=4 + 3)  # several that drop nothing are one
-    for each in (model, own):
-        each.eval()
-    assert str(fastlora.explain(model)) == str(fastlora.explain(own))
+    assert "r = 7" in str(fastlora.explain(model.eval()))  # of the ranks' sum
     model.merge_adapter()
     with pytest.raises(ValueError, match="no layer of PEFT's that patch_peft"):
         fastlora.explain(model)

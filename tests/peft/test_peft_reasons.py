@@ -15,6 +15,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora.model import LoraModel
@@ -42,177 +43,138 @@ def dora(model):
     return get_peft_model(model, config(use_dora=True))
 
 
-def embedding(model):
-    return get_peft_model(nn.Sequential(nn.Embedding(4, 6)), config(target_modules=["0"]))
+def narrow(layer, *parts):
+    for part in parts:
+        getattr(layer, part).to(torch.bfloat16)
 
 
-def convolution(model):
-    return get_peft_model(nn.Sequential(nn.Conv1d(6, 3, 1)), config(target_modules=["0"]))
+def quantised(layer):
+    layer.base_layer.__class__ = Subclass
 
 
-def attention(model):
-    model = nn.ModuleDict({"0": nn.MultiheadAttention(6, 2)})
-    return get_peft_model(model, config(target_modules=["0"]))
-
-
-def quantised(model):
-    model[0].__class__ = Subclass
-    return wrapped(model, target_modules=["0"])
-
-
-def tensor_subclass(model):
-    model = wrapped(model, target_modules=["0"])
-    model.base_model.model[0].base_layer.weight = Weight(torch.randn(8, 6))
-    return model
-
-
-def eight_bits(model):
-    model = wrapped(model, target_modules=["0"])
-    base = model.base_model.model[0].base_layer
-    base.weight = nn.Parameter(base.weight.to(torch.int8), requires_grad=False)
-    return model
-
-
-def nested(model):
-    model = wrapped(model, target_modules=["0"])
-    return get_peft_model(model.base_model.model, config(target_modules=["0.base_layer"]))
-
-
-def parametrised(model):
-    model = wrapped(model, target_modules=["0"])
-    base = model.base_model.model[0].base_layer
-    nn.utils.parametrizations.weight_norm(base)
-    return model
-
-
-def hooked(model):
-    model = wrapped(model, target_modules=["0"])
-    model.base_model.model[0].base_layer.register_forward_hook(lambda m, a, y: 2 * y)
-    return model
-
-
-def hooked_adapter(model):
-    model = wrapped(model, target_modules=["0"])
-    lora_A = model.base_model.model[0].lora_A["default"]
-    lora_A.register_forward_pre_hook(lambda m, a: (2 * a[0],))
-    return model
-
-
-def own_forward(model):
-    model = wrapped(model, target_modules=["0"])
-    layer = model.base_model.model[0]
-    layer.forward = types.MethodType(lambda self, x: lora.Linear.forward(self, 2 * x), layer)
-    return model
-
-
-def base_forward(model):
-    """As accelerate does with the layers of a model on several devices."""
-    from accelerate.hooks import ModelHook, add_hook_to_module
-
-    add_hook_to_module(model[0], ModelHook())
-    return wrapped(model, target_modules=["0"])
-
-
-def narrow_adapter(model):
-    model = wrapped(model, target_modules=["0"])
-    model.base_model.model[0].lora_A.to(torch.bfloat16)
-    model.base_model.model[0].lora_B.to(torch.bfloat16)
-    return model
-
-
-def bias_of_its_own(model):
-    model = wrapped(model, target_modules=["0"])
-    base = model.base_model.model[0].base_layer
+def own_bias(layer):
+    base = layer.base_layer
     bias = base.bias.detach().clone() + 1
     del base.bias
     base.register_buffer("bias", bias)
-    return model
 
 
-def scaled_by_rows(model):
-    model = wrapped(model, target_modules=["0"])
-    model.base_model.model[0].scaling["default"] = torch.ones(1)
-    return model
+def own_forward(layer):
+    layer.forward = types.MethodType(lambda self, x: lora.Linear.forward(self, 2 * x), layer)
 
 
-def mixed_adapter(model):
-    model = wrapped(model.bfloat16(), target_modules=["0"])
-    model.base_model.model[0].lora_B.to(torch.bfloat16)
-    return model
+def eight_bits(layer):
+    weight = layer.base_layer.weight.to(torch.int8)
+    layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def wide_bias(model):
-    return wrapped(model.bfloat16(), target_modules=["0"], lora_bias=True)
+def subclassed(layer):
+    layer.base_layer.weight = Weight(layer.base_layer.weight.detach())
 
 
-def elsewhere(model):
-    model = wrapped(model, target_modules=["0"])
-    model.base_model.model[0].lora_A.to("meta")
-    model.base_model.model[0].lora_B.to("meta")
-    return model
+def rescaled(layer):
+    layer.scaling["default"] = torch.ones(1)
 
 
-def other_dropout(model):
-    model = wrapped(model, target_modules=["0"])
-    model.base_model.model[0].lora_dropout["default"] = nn.AlphaDropout(0.0)
-    return model
+def other_dropout(layer):
+    layer.lora_dropout["default"] = nn.AlphaDropout(0.0)
 
 
-REASONS = {
-    dora: "adapter 'default' is a variant of LoRA (DoraLinearVariant)",
-    embedding: "a peft.tuners.lora.layer.Embedding, not PEFT's plain lora.Linear",
-    convolution: "a peft.tuners.lora.layer.Conv1d, not PEFT's plain lora.Linear",
-    attention: "a peft.tuners.lora.layer.MultiheadAttention, not PEFT's plain lora.Linear",
-    quantised: "its base layer is a test_peft_reasons.Subclass, not a plain nn.Linear or Conv1D",
-    tensor_subclass: "its weight is a Weight of torch.float32, not a dense float",
-    bias_of_its_own: "its base layer's bias is no parameter",
-    scaled_by_rows: "adapter 'default' is scaled by tensor([1.]), no finite number",
+def hooked_adapter(layer):
+    layer.lora_A["default"].register_forward_pre_hook(lambda m, a: (2 * a[0],))
+
+
+def double(module, given, output):
+    return 2 * output
+
+
+OBSERVED = "its base layer has hooks, or a forward of its own, and would not be called"
+PLAIN = "not a plain nn.Linear or Conv1D"
+# What is done to the LoRA layer of a model, and the reason.
+CHANGES = {
+    quantised: f"its base layer is a test_peft_reasons.Subclass, {PLAIN}",
+    subclassed: "its weight is a Weight of torch.float32, not a dense float",
+    own_bias: "its base layer's bias is no parameter",
+    rescaled: "adapter 'default' is scaled by tensor([1.]), no finite number",
     eight_bits: "its weight is a Parameter of torch.int8, not a dense float",
-    parametrised: "its base layer is a torch.nn.utils.parametrize.ParametrizedLinear, "
-    "not a plain nn.Linear or Conv1D",
-    hooked: "its base layer has hooks, or a forward of its own, and would not be called",
+    lambda layer: nn.utils.parametrizations.weight_norm(layer.base_layer): (
+        f"its base layer is a torch.nn.utils.parametrize.ParametrizedLinear, {PLAIN}"
+    ),
+    lambda layer: layer.base_layer.register_forward_hook(double): OBSERVED,
+    # As accelerate does with the layers of a model on several devices.
+    lambda layer: add_hook_to_module(layer.base_layer, ModelHook()): OBSERVED,
     hooked_adapter: "adapter 'default' has hooks on its own parts, which would not be called",
     own_forward: "it has a forward set on the object, as accelerate's hooks and X-LoRA do",
-    base_forward: "its base layer has hooks, or a forward of its own, and would not be called",
-    narrow_adapter: "adapter 'default' is torch.bfloat16 and torch.bfloat16 on a base of "
-    "torch.float32",
-    mixed_adapter: "adapter 'default' is torch.float32 and torch.bfloat16 on a base of "
-    "torch.bfloat16",
-    wide_bias: "adapter 'default' has a bias of torch.float32 on a base of torch.bfloat16",
-    elsewhere: "adapter 'default' is on meta, its base layer on cpu",
+    lambda layer: narrow(layer, "lora_A", "lora_B"): (
+        "adapter 'default' is torch.bfloat16 and torch.bfloat16 on a base of torch.float32"
+    ),
+    lambda layer: narrow(layer, "base_layer", "lora_B"): (
+        "adapter 'default' is torch.float32 and torch.bfloat16 on a base of torch.bfloat16"
+    ),
     other_dropout: "adapter 'default' drops by a torch.nn.modules.dropout.AlphaDropout",
+}
+# Models, what their layer gets, and the reason.
+MODELS = {
+    "dora": (dora, "adapter 'default' is a variant of LoRA (DoraLinearVariant)"),
+    "Embedding": (lambda _: nn.Sequential(nn.Embedding(4, 6)), torch.tensor([0, 3])),
+    "Conv1d": (lambda _: nn.Sequential(nn.Conv1d(6, 3, 1)), X.T),
+    "MultiheadAttention": (lambda _: nn.ModuleDict({"0": nn.MultiheadAttention(6, 2)}), X, X, X),
+    "wide bias": (
+        lambda model: wrapped(model.bfloat16(), target_modules=["0"], lora_bias=True),
+        "adapter 'default' has a bias of torch.float32 on a base of torch.bfloat16",
+    ),
 }
 
 
-@pytest.mark.parametrize("make", REASONS, ids=lambda make: make.__name__)
-def test_what_is_not_fused(make, fused):
-    torch.manual_seed(5)
-    model = make(mlp())
-    layer = next(m for m in layers(model))
+def check_not_fused(model, why, fused, *inputs):
+    """PEFT's own code runs, before and after, and the reason is said."""
+    layer = layers(model)[0]
     dtype = next(layer.get_base_layer().parameters()).dtype
-    x = X.to(dtype) if dtype.is_floating_point else X
-    if make is embedding:
-        x = torch.tensor([0, 3])
-    elif make is convolution:
-        x = X.T
-    inputs = (X, X, X) if make is attention else (x,)
+    inputs = inputs or (X.to(dtype) if dtype.is_floating_point else X,)
     kinds = [type(module) for module in model.modules()]
     expected = run(layer, *inputs)
     with pytest.warns(UserWarning, match="fused nothing") as warned:
         report = patch_peft(model)
     reasons = dict(report.not_fused)
     assert report.fused == [] and len(reasons) == len(layers(model))
-    assert next(iter(reasons.values())) == REASONS[make]
-    assert REASONS[make] in str(warned[-1].message)
+    assert next(iter(reasons.values())) == why and why in str(warned[-1].message)
     found = run(layer, *inputs)
     assert type(found) is type(expected)
     if isinstance(expected, str):
         assert found == expected
-    elif make is not elsewhere:  # where nothing is computed
+    else:
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert fused == []
     unpatch_peft(model)
     assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.parametrize(("change", "why"), CHANGES.items(), ids=range(len(CHANGES)))
+def test_what_is_not_fused(change, why, fused):
+    model = wrapped(target_modules=["0"])
+    change(layers(model)[0])
+    check_not_fused(model, why, fused)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_are_not_fused(name, fused):
+    torch.manual_seed(5)
+    make, *rest = MODELS[name]
+    if isinstance(rest[0], str):
+        check_not_fused(make(mlp()), rest[0], fused)
+    else:
+        model = get_peft_model(make(None), config(target_modules=["0"]))
+        why = f"a peft.tuners.lora.layer.{name}, not PEFT's plain lora.Linear"
+        check_not_fused(model, why, fused, *rest)
+
+
+def test_an_adapter_on_another_device(fused):
+    """Nothing is computed there."""
+    model = wrapped(target_modules=["0"])
+    layers(model)[0].lora_A.to("meta")
+    layers(model)[0].lora_B.to("meta")
+    with pytest.warns(UserWarning, match="adapter 'default' is on meta, its base layer on cpu"):
+        patch_peft(model)
 
 
 def test_a_nested_adapter_is_not_fused(fused):

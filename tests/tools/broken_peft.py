@@ -15,7 +15,7 @@ _COPIES = [
         "linear",
         "    sibling_search.separate(model)\n",
         "",
-        f"{LAYERS}test_siblings.py::test_unloaded_models_are_plain {FUSED}test_a_mixed_model",
+        f"{LAYERS}test_sibling_search.py::test_unloaded_models_are_plain {FUSED}test_a_mixed_model",
     ),
     (
         "new layers of a mixed model are not fused",
@@ -148,7 +148,7 @@ _COPIES = [
         "checks",
         "            if path.is_file() and hash_of(data := _head(path)) == wanted:",
         "            if path.is_file() and (data := _head(path)):",
-        f"{FILES}test_killed_in_the_middle_there_is_a_whole_adapter",
+        "test_faults.py::test_killed_at_every_step_of_saving",
     ),
     (
         "weights that were replaced are read with the config from before",
@@ -180,9 +180,9 @@ _COPIES = [
     ),
     (
         "a pattern may run for ever",
-        "patterns",
-        "text=True, timeout=seconds",
-        "text=True, timeout=3.0",
+        "files",
+        "check_patterns(values, names, _PATTERN_SECONDS)",
+        "check_patterns(values, names, 3.0)",
         f"{HOSTILE}test_a_pattern_that_never_ends",
     ),
     (
@@ -239,7 +239,7 @@ _COPIES = [
         "files",
         "temporary = {path: temporary_of(path) for path in contents}",
         "temporary = {path: path for path in contents}",
-        f"{FILES}test_a_full_disk_leaves_the_old_adapter {FILES}test_where_it_cannot_be_written",
+        f"{FILES}test_where_it_cannot_be_written test_faults.py::test_a_disk_that_is_full",
     ),
     (
         "the first file gets its name before the second is written",
@@ -253,14 +253,14 @@ _COPIES = [
         "files",
         "        if temporary[next(iter(contents))].exists():",
         "        if True:",
-        f"{FILES}test_ctrl_c_as_the_weights_get_their_name",
+        f"{FILES}test_once_the_weights_have_their_name_it_is_the_new_adapter",
     ),
     (
         "a shard is saved for the whole",
         "files",
         "tensor = tensor.full_tensor()",
         "tensor = tensor.to_local()",
-        "commands/test_launch.py::test_sharded_processes_go_on_from_one",
+        "commands/test_launch.py::test_sharded_processes_come_to_what_one_comes_to",
     ),
     (
         "a merged head is saved with its adapter in it",

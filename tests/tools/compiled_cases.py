@@ -20,26 +20,8 @@ import fastlora_kernels
 import torch
 import triton
 from acceptance import KINDS
-from fastlora_kernels import (
-    backward,
-    da_all,
-    forward,
-    gated,
-    gated_backward,
-    launch,
-    linears,
-    product_sum,
-)
-from fastlora_kernels.configs import (
-    DROPPING,
-    EXPERIMENTAL,
-    KERNEL_OF,
-    LAUNCHERS,
-    Config,
-    candidates,
-    is_valid,
-    kind_of,
-)
+from fastlora_kernels import gated, gated_backward, launch, steps
+from fastlora_kernels.configs import DROPPING, candidates, kind_of
 from fastlora_kernels.gated import ACTIVATIONS
 
 # `make figures` compiles everything and keeps what it found with a hash of the kernels. The test
@@ -62,8 +44,8 @@ SAMPLE = (
     ("ragged", "bf16", 16),
     ("uneven", "bf16", 16),
 )
-# The problems for which the kernels of several projections are compiled too; in the test suite for
-# sm_90 alone, by `make figures` for all chips.
+# The problems for which several projections are compiled too; in the test suite for sm_90 alone, by
+# `make figures` for all chips.
 JOINT = (
     ("even", "bf16", 16),
     ("even", "bf16", 128),
@@ -78,55 +60,44 @@ def calls(
 ) -> list[launch.Call]:
     """Return what a forward and a backward with and without dropout launch on ``chip``.
 
-    And those of several projections if ``joint``. With the "default" configs, "every" one that the
-    tuner may try, or those that start "early".
+    And those of q, k and v if ``joint``. With the "default" configs, or "every" one that the tuner
+    may try.
     """
     (M, N, K), (base, adapter) = SIZES[size], KINDS[kind]
 
     def empty(*shape, dtype=base):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    def some(launcher: str, dropout: bool) -> list[dict[str, Config]]:
-        if which == "default":
-            return [{}]
-        rest = KERNEL_OF[launcher], kind_of(base, adapter), r, dropout, chip
-        tried = candidates(*rest) + [c for c in EXPERIMENTAL if is_valid(c, *rest)]
-        return [{launcher: config} for config in tried if which == "every" or config.early]
-
-    x, w, dy, bias = empty(M, K), empty(N, K), empty(M, N), empty(N)
-    a, b, s = (empty(*d, dtype=adapter) for d in ((r, K), (N, r), (M, r)))
+    joint = joint and which == "default" and (size, kind, r) in JOINT
     with launch.recording(chip) as recorded:
-        for seed, p in ((None, 0.0), (empty(1, dtype=torch.int64), 0.1)):
-            for op, launchers in LAUNCHERS.items():
-                for launcher in launchers[:1] if which == "default" else launchers:
-                    for configs in some(launcher, p > 0 and launcher in DROPPING):
-                        if op == "forward":
-                            forward(x, w, a, b, bias, seed, 0.5, p, configs)
-                        else:
-                            needs = (True, True, True)
-                            backward(dy, x, w, a, b, s, seed, 0.5, p, needs, configs)
-        if joint and which == "default" and (size, kind, r) in JOINT:
-            joint_calls(empty, (M, N, K), r, adapter)
-        if joint and which == "default" and (size, kind, r) == JOINT[0]:
+        for count, p in itertools.product((1, 3) if joint else (1,), (0.0, 0.1)):
+            seed, outputs = empty(1, dtype=torch.int64) if p else None, (N, N // 4, N // 4)[:count]
+            x, dys, all_of = empty(M, K), [empty(M, n) for n in outputs], [True] * count
+            a, s = empty(r, K, dtype=adapter), [empty(M, r, dtype=adapter)] * count
+            of = [
+                (empty(n, K), a, empty(n, r, dtype=adapter), empty(n), seed, 0.5, p)
+                for n in outputs
+            ]
+            # By step, in the order in which layers run them.
+            run = {
+                "shrink": lambda c, x=x, of=of: steps.shrink(x, of, c),
+                "outputs": lambda c, x=x, of=of: steps.outputs(x, of, *steps.shrink(x, of, c), c),
+                "ds_db": lambda c, dys=dys, of=of, s=s, n=all_of: steps.ds_db(dys, of, s, n, n, c),
+                "input_grad": lambda c, dys=dys, of=of, s=s: steps.input_grad(dys, of, s, c),
+                "da": lambda c, x=x, of=of, s=s, n=all_of: steps.da(x, of, s, n, c),
+            }
+            for step, launches in run.items():
+                if which == "default":
+                    launches({})
+                    continue
+                dropout = p > 0 and step in DROPPING
+                for config in candidates(step, kind_of(base, adapter), r, dropout, chip):
+                    launches({step: config})
+        if joint and (size, kind, r) == JOINT[0]:
             for activation in ACTIVATIONS:
-                gated(dy, dy, activation)
-                gated_backward(dy, dy, dy, activation)
+                gated(dys[0], dys[0], activation)
+                gated_backward(dys[0], dys[0], dys[0], activation)
     return recorded
-
-
-def joint_calls(empty, sizes: tuple[int, int, int], r: int, adapter: torch.dtype) -> None:
-    """Launch what q, k and v take, with and without dropout."""
-    (M, N, K), count = sizes, 3
-    outputs = (N, N // 4, N // 4)
-    x, w, dy = empty(M, K), [empty(n, K) for n in outputs], [empty(M, n) for n in outputs]
-    a, b = [empty(r, K, dtype=adapter)] * count, [empty(n, r, dtype=adapter) for n in outputs]
-    s, biases = [empty(M, r, dtype=adapter)] * count, [empty(n) for n in outputs]
-    for seed, p in ((None, 0.0), (empty(1, dtype=torch.int64), 0.1)):
-        dropped = {"dropout_p": [p] * count}
-        drop = [seed] * count, [0.5] * count, [p] * count
-        linears.forward_all(x, list(zip(w, a, b, biases, *drop, strict=True)))
-        product_sum(dy, w, s, a, [seed] * count, **dropped)
-        da_all(x, s, [seed] * count, **dropped)
 
 
 def jobs(asked: str) -> list[tuple[int, str, str, launch.Call]]:
@@ -134,7 +105,6 @@ def jobs(asked: str) -> list[tuple[int, str, str, launch.Call]]:
     every = asked == "every"
     found, names = [], set()
     problems = [(*problem, "default") for problem in (SAMPLE if asked == "sample" else PROBLEMS)]
-    problems.append(("even", "bf16", 16, "early"))
     if every:
         more = itertools.product(("even",), ("bf16", "bf16-fp32"), (16, 128), ("every",))
         problems += more
@@ -189,7 +159,7 @@ def key(call: launch.Call) -> tuple:
     values = [v for part in values for v in (part if isinstance(part, tuple) else (part,))]
     pointers = tuple(v.dtype if isinstance(v, torch.Tensor) else v is None for v in values)
     ones = tuple(isinstance(v, int) and v == 1 for v in values)
-    return call.kernel.__name__, call.config, call.early, signature, pointers, ones
+    return call.kernel.__name__, call.config, signature, pointers, ones
 
 
 def program_name(call: launch.Call, problem: str) -> str:
@@ -198,8 +168,13 @@ def program_name(call: launch.Call, problem: str) -> str:
     Kernel, problem, config, then the constexprs that the config does not give and the arguments
     that the program was compiled for because they are 1.
     """
-    config, variant = call.config, ["launched early"] if call.early else []
+    config, variant = call.config, []
+    count = max(len(value) for value in (*call.values, ()) if isinstance(value, tuple))
+    if count > 1:
+        variant.append(f"of {count}")
     for name, value in call.args.items():
+        if isinstance(value, tuple) and len(value) == 1:
+            (value,) = value
         if not (name.isupper() and len(name) > 1):
             if isinstance(value, int) and value == 1 and name not in aot.unspecialized(call):
                 variant.append(f"{name}=1")
@@ -225,6 +200,7 @@ def figures(found: aot.Resources) -> dict:
         "stack": found.stack,
         "shared": found.shared,
         "blocks": found.blocks,
+        "total": sum(whole.values()),
         "ldgsts": whole["LDGSTS"],
         "tma": whole["UTMALDG"],
     }
@@ -256,43 +232,25 @@ def faults(report: dict, spills: bool = True) -> list[str]:
     return [fault for fault, there in found.items() if there]
 
 
-def around_the_wait(sass: str) -> dict[str, int] | None:
-    """Return what an early program reads and writes before and after it waits for the one before.
-
-    None where it does not wait. What is left to the copy engine before is not counted.
-    """
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", sass, re.M)
-    if "ACQBULK" not in opcodes:
-        return None
-    at = opcodes.index("ACQBULK")
-    before, after = opcodes[:at], opcodes[at:]
-    return {
-        "loads_before": before.count("LDG"),
-        "loads_after": after.count("LDG"),
-        "stores_before": before.count("STG") + before.count("UTMASTG"),
-        "stores_after": after.count("STG") + after.count("UTMASTG"),
-        "products_before": before.count("HGMMA") + before.count("UTCHMMA"),
-    }
-
-
 def pipelined_loads(call: launch.Call) -> int:
     """Return how many loads of 16 bytes a thread issues when the large operands are pipelined."""
     args, config = call.args, call.config
     m, n, k = config.block_m, config.block_n, config.block_k
-    if call.kernel.__name__ == "product_sum_kernel":
-        elements, tensor = (m + n) * k, args["dx_ptr"]
-    elif call.kernel.__name__ in ("product_kernel", "product_all_kernel"):
-        elements, tensor = (m + n) * k, args["x_ptr"]
-    elif call.kernel.__name__.startswith("persistent"):
+    kernel = call.kernel.__name__.removesuffix("_kernel")
+    if kernel.startswith("persistent"):
         return 2 * config.num_stages  # of a tile each
-    elif call.kernel.__name__ in ("shrink_kernel", "shrink_all_kernel"):
-        elements, tensor = m * k, args["x_ptr"]
-    elif call.kernel.__name__ == "da_all_kernel":
-        elements, tensor = m * n, args["x_ptr"]
-    elif call.kernel.__name__ == "columns_kernel":
-        elements, tensor = m * n, args["t_ptr"]
-    else:
+    # By kernel: the elements of a step, and an argument of their dtype.
+    loads = {
+        "outputs": ((m + n) * k, "x_ptr"),
+        "input_grad": ((m + n) * k, "dx_ptr"),
+        "shrink": (m * k, "x_ptr"),
+        "da": (m * n, "x_ptr"),
+        "ds_db": (m * n, "dy_ptr"),
+    }
+    if kernel not in loads:
         return 0
+    elements, name = loads[kernel]
+    tensor = args[name]
     return config.num_stages * elements * tensor.dtype.itemsize // (16 * 32 * config.num_warps)
 
 
@@ -327,7 +285,6 @@ def main(share: int, of: int, which: str) -> None:
             "warps": found.warps,
             "instructions": found.instructions,
             "figures": figures(found),
-            "around_the_wait": around_the_wait(found.sass),
             "pipelined_loads": pipelined_loads(call),
             "ptx_f64": ".f64" in found.ptx,
             "ptx_tf32": "tf32" in found.ptx,

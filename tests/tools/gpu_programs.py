@@ -79,16 +79,16 @@ def _elsewhere(value):
 
 def replace_what_needs_a_gpu(patch: pytest.MonkeyPatch) -> None:
     """Have the tests launch, and what is in their way do nothing."""
-    import acceptance
+    import joints
     import long_run
+    import test_gated
     import test_gpu
-    import test_joint_kernels as joint_kernels
 
-    def launched(body, case, t=None):
-        acceptance.run(body, case, case.tensors("cuda") if t is None else t)
+    def launched(kernels, joint, device="cuda", configs=None, ts=None):
+        joints.run(kernels, joint, joint.tensors("cuda") if ts is None else ts, configs)
 
-    def launched_together(kernels, joint, device, configs=launch.NO_CONFIGS, how=joint_kernels.run):
-        how(kernels, joint, joint.tensors(device), configs)
+    def launched_exactly(joint, device):
+        launched(test_gpu.fastlora_kernels, joint)
 
     def measured_once(steps, *_, **__):
         return {name: [tuple(1.0 for _ in step())] for name, step in steps.items()}
@@ -99,8 +99,9 @@ def replace_what_needs_a_gpu(patch: pytest.MonkeyPatch) -> None:
 
     nothing = contextlib.nullcontext
     replaced = {
-        test_gpu: {"verify": launched, "verify_exactly": launched, "run": acceptance.run},
-        joint_kernels: {"verify": launched_together, "accept": MagicMock()},
+        test_gpu: {"verify": launched, "same": MagicMock()},
+        joints: {"verify_exactly": launched_exactly},
+        test_gated: {"accept": MagicMock()},
         long_run: {"losses": trained_a_step},
         plans: {
             "triton_unusable": lambda device: None,
@@ -118,7 +119,6 @@ def replace_what_needs_a_gpu(patch: pytest.MonkeyPatch) -> None:
     for module, values in replaced.items():
         for name, value in values.items():
             patch.setattr(module, name, value)
-    patch.setattr(test_gpu, "alone", lambda call: eval(call, vars(test_gpu)))
     says = {
         "memory_allocated": 0,
         "current_device": 0,

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 PROBLEM = Problem(64, 48, 32, 16, torch.bfloat16, torch.float32)
 SMALL = PROBLEM._replace(M=16, N=16, K=16)
 GROUP = SMALL._replace(others=((8, 3), (32, 0)))
-SOME_CONFIG = asdict(Config(16, 16))
+SOME_CONFIG = asdict(Config(16, 16, 16))
 
 
 def timings(forward=None, backward=None, configs=None):

@@ -197,7 +197,7 @@ def main() -> None:
         seen = set()
         for call in calls(aot.CHIPS[capability], kind, r, "even", which):
             name = call.kernel.__name__
-            if key(call) in seen or (which == "every" and "columns" not in name):
+            if key(call) in seen or (which == "every" and "ds_db" not in name):
                 continue
             seen.add(key(call))
             program = Ptx(aot.ptx(call, capability))

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import aot
 import torch
 from acceptance import KINDS
-from fastlora_kernels import gated, gated_backward, launch, linears
+from fastlora_kernels import gated, gated_backward, launch, steps
 from fastlora_kernels.configs import Chip
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
@@ -41,11 +41,15 @@ def programs(
     factors = [(empty(R, K, dtype=adapter), empty(n, R, dtype=adapter)) for n in sizes]
     weights = [empty(n, K) for n in sizes]
     each = [(w, a, b, None, seed, 0.5, p) for w, (a, b) in zip(weights, factors, strict=True)]
+    all_of = [True] * len(each)
     for length in lengths:
         x = empty(length, K)
         with launch.recording(chip) as calls:
-            ys, ss = linears.forward_all(x, each)
-            linears.backward_all(ys, x, each, ss, True, [(True, True)] * len(each))
+            ss, scaled = steps.shrink(x, each)
+            ys = steps.outputs(x, each, ss, scaled)
+            dss, _ = steps.ds_db(ys, each, ss, all_of, all_of)
+            steps.input_grad(ys, each, dss)
+            steps.da(x, each, dss, all_of)
             gated_backward(ys[0], gated(ys[0], ys[0], "silu"), ys[0], "silu")
         for call in calls:
             kernel, config = call.kernel, call.config

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastlora tune` and `fastlora info`: what they measure, say and refuse."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from measuring import CPU, PROBLEM, timings
+from tiny_models import llama
+
+from fastlora.__main__ import main
+from fastlora.operator import measured, plans, tuning
+
+pytestmark = pytest.mark.usefixtures("empty_cache")
+
+
+def run_tune(*options):
+    return main(["tune", *options, "--seconds", "0.001", "--tokens", "16", "--r", "4"])
+
+
+def test_the_command_measures_shapes(capsys):
+    assert run_tune("--shapes", "48x32", "--dropout", "off") == 0
+    printed = capsys.readouterr().out
+    problem = PROBLEM._replace(M=16)
+    assert f"{problem}, forward: blocks, " in printed and ", as by default" in printed
+    assert "1 problems, forward and backward: " in printed and "(1.00x)" in printed
+    assert f"kept in {measured.path_of(CPU)}" in printed
+    assert measured.find(problem, CPU) is not None
+
+
+def test_the_command_says_what_is_gained(capsys, monkeypatch):
+    monkeypatch.setattr(tuning, "_measure", lambda *_: timings())
+    assert run_tune("--shapes", "48x32", "--dropout", "both") == 0
+    printed = capsys.readouterr().out
+    assert ": triton, 1 ms, 3.00x the speed of blocks, the default" in printed
+    assert (
+        "2 problems, forward and backward: 4.00 ms as chosen, 12.00 ms by default (3.00x)"
+        in printed
+    )
+
+
+def test_the_command_reads_a_model(capsys, monkeypatch, tmp_path):
+    llama().config.save_pretrained(tmp_path)
+    monkeypatch.setattr(tuning, "_measure", lambda *_: timings())
+    pattern = r"model\.layers\.\d+\.self_attn\.[qk]_proj"  # names as in finetune's model
+    assert run_tune("--model", str(tmp_path), "--target-modules", pattern) == 0
+    known = measured.known(CPU)
+    alone = [p for p in known if not p.others]
+    assert {(p.N, p.K) for p in alone} == {(16, 16), (8, 16)} and len(alone) == 4
+    # q and k with v, which is frozen, of one x.
+    together = [p for p in known if p.others]
+    assert {(p.N, p.R, p.others) for p in together} == {(16, 16, ((8, 16), (8, 0)))}
+    assert len(together) == 2
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--shapes", "48"], "--shapes takes NxK, such as 14336x4096, got '48'"),
+        (["--shapes", "8x8", "--r", "0"], "--r must be positive, got 0"),
+        (["--shapes", "8x8", "--adapter-dtype", "fp16"], "--adapter-dtype must be bf16 or fp32"),
+        (["--shapes", "8x8", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["--model", "no/such/folder"], "--model no/such/folder cannot be read"),
+        (["--model", "FOLDER"], "--model FOLDER cannot be read"),
+        (["--model", "GGUF"], "--model GGUF cannot be read"),
+    ],
+)
+def test_the_command_names_what_is_wrong(options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.gguf").write_bytes(b"GGUF\3\0\0\0")
+    folders = {"FOLDER": str(tmp_path), "GGUF": str(tmp_path / "gguf")}
+    assert main(["tune", *(folders.get(option, option) for option in options)]) == 2
+    for name, folder in folders.items():
+        message = message.replace(name, folder)
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_the_command_where_there_is_nothing_to_choose(capsys, monkeypatch):
+    monkeypatch.setattr(plans, "triton_unusable", lambda device: "no GPU.")
+    assert run_tune("--shapes", "48") == 2
+    assert "--shapes takes NxK" in capsys.readouterr().err
+    assert run_tune("--shapes", "48x32") == 0
+    said = capsys.readouterr().out
+    assert said == "nothing to choose on cpu: only 'blocks' runs there. no GPU.\n"
+
+
+def test_a_forced_choice_leaves_nothing_to_tune(capsys, monkeypatch):
+    monkeypatch.setattr(plans, "FORCED", "reference")
+    assert run_tune("--shapes", "48x32") == 2
+    assert "FASTLORA_IMPL=reference leaves nothing to choose" in capsys.readouterr().err
+
+
+def test_the_command_does_not_say_kept_when_it_is_not(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(tuning, "_measure", lambda *_: timings())
+    with pytest.warns(UserWarning, match="cannot be kept in"):
+        assert run_tune("--shapes", "48x32") == 0
+    assert "not kept: it held for this process only" in capsys.readouterr().out
+
+
+def test_nothing_could_be_measured(capsys, monkeypatch):
+    monkeypatch.setattr(tuning, "_measure", lambda *_: None)
+    assert run_tune("--shapes", "48x32") == 2
+    assert "nothing could be measured on cpu" in capsys.readouterr().err
+
+
+# info
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_info_ends_in_ok(interpret):
+    from_command = subprocess.run(
+        [sys.executable, "-m", "fastlora", "info"],
+        env={**os.environ, "TRITON_INTERPRET": interpret},
+        capture_output=True,
+        text=True,
+    )
+    out = from_command.stdout
+    assert from_command.returncode == 0 and out.splitlines()[-1] == "OK", out + from_command.stderr
+    assert "blocks on cpu, bfloat16: forward and backward right" in out
+    if interpret == "1":
+        assert "triton on cpu, bfloat16: forward and backward right" in out
+
+
+def test_info_says_what_failed(monkeypatch, capsys):
+    from fastlora.commands import info
+    from fastlora.operator import blocks
+
+    def wrong(*args):
+        dx, das = right(*args)
+        return -dx, das
+
+    right = blocks.input_grad_and_da
+    monkeypatch.setattr(blocks, "input_grad_and_da", wrong)
+    assert info.main() == 1
+    out = capsys.readouterr().out
+    assert "blocks on cpu, float32: forward and backward WRONG" in out and "FAILED" in out
+
+
+@pytest.mark.parametrize(("value", "said"), [("nonsense", "must be one of"), ("triton", "usable")])
+def test_info_refuses_what_layers_refuse(value, said, monkeypatch, capsys):
+    from fastlora.commands import info
+
+    monkeypatch.setattr(plans, "FORCED", value)
+    monkeypatch.setattr(info, "_check", lambda *_: True)
+    monkeypatch.setattr(plans, "triton_unusable", lambda device: "for a reason")
+    assert info.main() == (1 if value == "nonsense" else 0)
+    assert said in capsys.readouterr().out.splitlines()[-2]

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured on this machine, by the tuner or on first use, and the file that keeps it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from measuring import CPU, GROUP, PROBLEM, SMALL, SOME_CONFIG, chosen, operands, timings
+
+import fastlora
+from fastlora.operator import library, measured, plans, tuning
+
+pytestmark = pytest.mark.usefixtures("empty_cache")
+ALL = {"blocks", "library", "triton"}
+
+
+def tune_one(say=lambda text: None, problem=SMALL):
+    ((_, found, _),) = tuning.tune([problem], CPU, say, seconds=0.0)
+    return found
+
+
+def read_again():
+    """Forget what this process knows: another one reads the file."""
+    measured._loaded.clear()
+
+
+# What is measured
+
+
+def test_the_tuner_measures_every_implementation_and_keeps_it():
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which changes nothing
+        found = tune_one(problem=SMALL._replace(M=12, dropout=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    for op, names in (
+        ("forward", {"shrink", "outputs"}),
+        ("backward", {"ds_db", "da", "input_grad"}),
+    ):
+        assert found[op].seconds.keys() == ALL
+        assert all(0 < seconds < 60 for seconds in found[op].seconds.values())
+        assert found[op].configs.keys() == names
+    read_again()
+    assert measured.find(SMALL._replace(M=16, dropout=True), CPU) == found
+
+
+def test_the_tuner_measures_projections_together():
+    for dropout in (False, True):
+        found = tune_one(problem=GROUP._replace(dropout=dropout))
+        assert all(t.seconds.keys() == ALL and t.configs == {} for t in found.values())
+    read_again()
+    known = measured.known(CPU)
+    assert {p.others for p in known} == {((8, 16), (32, 0))} and len(known) == 2
+    assert measured.find(GROUP, CPU) is not None and measured.find(SMALL, CPU) is None
+
+
+def test_a_config_that_fails_is_left_out_and_named_once(monkeypatch):
+    """Too much shared memory, out of memory, a compiler's error: measured with the others."""
+    from fastlora_kernels import steps
+
+    right, said = steps.shrink, []
+
+    def shrink(*args, configs=None):
+        if configs and configs["shrink"].num_warps == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        return right(*args, **({"configs": configs} if configs else {}))
+
+    monkeypatch.setattr(steps, "shrink", shrink)
+    problem = SMALL._replace(adapter=torch.bfloat16)
+    for _ in range(2):
+        found = tune_one(said.append, problem)
+    assert found["forward"].configs["shrink"]["num_warps"] != 8
+    assert len(said) == 1
+    assert said[0].startswith("left out shrink with Config(") and "not enough memory" in said[0]
+
+
+def test_an_implementation_that_fails_is_left_out(monkeypatch):
+    def fails(*args, **rest):
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    said = []
+    monkeypatch.setattr(library, "outputs", fails)
+    assert tune_one(said.append)["forward"].seconds.keys() == {"blocks", "triton"}
+    assert said == [f"left out library, {SMALL}: out of resource: shared memory"]
+
+
+def test_a_problem_that_does_not_fit_is_left_out(empty_cache):
+    said = []
+    assert tune_one(said.append, SMALL._replace(M=1 << 45)) is None
+    assert len(said) == 1 and "left out" in said[0] and not empty_cache.exists()
+
+
+def test_few_tokens_are_timed_with_the_host_too(monkeypatch):
+    """Both times are kept, and the one that holds what the host takes chooses."""
+    assert not any(timing.with_host for timing in tune_one().values())
+    own, said = tuning.interleaved, []
+
+    def interleaved(steps, device, seconds, **options):
+        said.append(options)
+        slow = {impl: 5.0 - i if options else 1.0 + i for i, impl in enumerate(steps)}
+        if steps.keys() <= ALL:
+            return {impl: [(t, t)] for impl, t in slow.items()}
+        return own(steps, device, seconds, **options)
+
+    monkeypatch.setattr(tuning, "interleaved", interleaved)
+    monkeypatch.setattr(tuning, "host_counts", lambda tokens, device: tokens <= 16)
+    for problem, best in ((SMALL, "triton"), (SMALL._replace(M=32), "blocks")):
+        found = tune_one(problem=problem)
+        assert bool(found["forward"].with_host) == (problem is SMALL)
+        read_again()
+        assert measured.find(problem, CPU) == found
+        assert chosen(problem=problem) == best
+    assert {"with_host": True} in said
+    text = str(fastlora.explain(SMALL, device="cpu"))
+    assert "triton 3e+03 ms (with the host 3e+03)" in text, text
+
+
+# On first use
+
+
+def test_tuning_on_first_use(monkeypatch, capsys):
+    monkeypatch.setattr(plans, "on_first_use", tuning.tune_on_first_use)
+    monkeypatch.setattr(tuning, "SECONDS", 0.0)
+    x, w, a, b = operands()
+    fastlora.explain((48, 32), 64, device="cpu")
+    fastlora.lora_linear(x, w, a, b, impl="blocks")
+    assert measured.find(PROBLEM, CPU) is None
+    state, before, results = torch.get_rng_state(), [t.clone() for t in (x, w, a, b)], []
+    for _ in range(2):
+        a.grad = None
+        y = fastlora.lora_linear(x, w, a.requires_grad_(), b)
+        y.sum().backward()
+        results.append((y.detach(), a.grad))
+    assert all(map(torch.equal, *results)) and all(map(torch.equal, before, (x, w, a, b)))
+    assert torch.equal(torch.get_rng_state(), state)
+    said = f"fastlora: measuring {PROBLEM} on first use (FASTLORA_TUNE=1)\n"
+    assert capsys.readouterr().err == said
+    assert measured.find(PROBLEM, CPU) is not None
+
+
+def test_a_problem_that_fails_is_tried_once(monkeypatch, capsys):
+    tries = []
+    monkeypatch.setattr(plans, "on_first_use", tuning.tune_on_first_use)
+    monkeypatch.setattr(tuning, "_measure", lambda problem, *_: tries.append(problem))
+    x, w, a, b = operands()
+    for r in (16, 12, 9):
+        fastlora.lora_linear(x, w, a[:r].requires_grad_(), b[:, :r]).sum().backward()
+    assert tries == [PROBLEM] and len(capsys.readouterr().err.splitlines()) == 1
+
+
+# The file
+
+
+def test_nothing_is_written_before_anything_is_measured(empty_cache):
+    fastlora.lora_linear(*operands())
+    assert not empty_cache.exists()
+
+
+def broken(**changes):
+    """What a file would hold with other fields in its one problem."""
+    return lambda row: [{**row, **changes}]
+
+
+def timed(**fields):
+    return lambda row: [{**row, "forward": {**row["forward"], **fields}}]
+
+
+BAD = {
+    "not JSON": b"{",
+    "not UTF-8": b"\xff\xfe",
+    "empty": b"",
+    "deep": b"[" * 100_000,
+    "too large": b" " * ((16 << 20) + 1),
+    "an object": lambda row: {"problems": [row]},
+    "a problem that is a number": lambda row: [7],
+    "without a direction": lambda row: [{k: v for k, v in row.items() if k != "backward"}],
+    "a field of another version": broken(bias=True),
+    "a size of text": broken(N="48"),
+    "a size of none": broken(others=[[8, -1]]),
+    "dropout of a number": broken(dropout=0),
+    "a dtype that is none": broken(dtype="float1"),
+    "a time that is none": timed(seconds={"blocks": -1.0}),
+    "a time that is NaN": timed(seconds={"blocks": float("nan")}),
+    "an implementation that is none": timed(seconds={"numpy": 1.0}),
+    "times in a list": timed(seconds=[1.0]),
+    "a time with the host that is none": timed(with_host={"blocks": 0.0}),
+    "a config of text": timed(configs={"shrink": "fast"}),
+    "a config of lists": timed(configs={"shrink": {**SOME_CONFIG, "block_m": [16]}}),
+    "a timing of other fields": timed(minutes={}),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_file_that_does_not_parse_is_ignored_with_one_warning(what):
+    path, bad = measured.add({PROBLEM: timings()}, CPU), BAD[what]
+    if not isinstance(bad, bytes):
+        bad = json.dumps(bad(json.loads(path.read_text())[0])).encode()
+    path.write_bytes(bad)
+    read_again()
+    with pytest.warns(UserWarning, match="is not used, nor kept") as said:
+        assert measured.find(PROBLEM, CPU) is None
+        assert chosen() == "blocks"
+        assert measured.add({PROBLEM: timings()}, CPU) == path
+    assert len(said) == 1 and str(said[0].message).isprintable()
+    read_again()
+    assert measured.find(PROBLEM, CPU) == timings()
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_not_waited_for(what):
+    path = measured.add({PROBLEM: timings()}, CPU)
+    path.unlink()
+    if what == "folder":
+        path.mkdir()
+    elif what == "pipe" and hasattr(os, "mkfifo"):
+        os.mkfifo(path)
+    elif what == "device" and Path("/dev/zero").exists():
+        path.symlink_to("/dev/zero")
+    else:
+        pytest.skip(f"the system has no {what}")
+    read_again()
+    with pytest.warns(UserWarning, match="is not used.*not a file"):
+        assert measured.find(PROBLEM, CPU) is None
+
+
+@pytest.mark.parametrize("part", ["driver", "triton", "torch", "fastlora"])
+def test_measurements_of_other_versions_lie_in_another_file(part, monkeypatch):
+    first = measured.add({PROBLEM: timings()}, CPU)
+    now = {**measured.versions("cpu"), part: "999"}
+    monkeypatch.setattr(measured, "versions", lambda device_type: now)
+    read_again()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert measured.find(PROBLEM, CPU) is None
+        second = measured.add({PROBLEM._replace(M=128): timings()}, CPU)
+    assert f"{part}-999" in second.name and torch.__version__.partition("+")[0] in first.name
+    assert len(json.loads(first.read_text())) == len(json.loads(second.read_text())) == 1
+
+
+def test_a_thread_waits_for_what_another_reads(monkeypatch):
+    """Nobody plans with half of what was measured, and what is added meanwhile stays."""
+    other = PROBLEM._replace(K=2 * PROBLEM.K)
+    measured.add({PROBLEM: timings()}, CPU)
+    own, reading = measured._read, threading.Event()
+
+    def slowly(*args):
+        reading.set()
+        time.sleep(0.2)
+        return own(*args)
+
+    read_again()
+    monkeypatch.setattr(measured, "_read", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(measured.find, PROBLEM, CPU)
+        reading.wait()
+        assert measured.find(PROBLEM, CPU) is not None
+        measured.add({other: timings()}, CPU)
+        assert first.result() is not None
+    assert measured.find(other, CPU) is not None and measured.find(PROBLEM, CPU) is not None
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    """The measurements hold for the process; the warning says where and what to do."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match=r"cannot be kept in .*this process only; FASTLORA_CACHE"):
+        assert measured.add({PROBLEM: timings()}, CPU) is None
+    assert chosen() == "triton"
+
+
+def test_a_user_without_a_home(monkeypatch):
+    def expanded(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("FASTLORA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "expanduser", expanded)
+    with pytest.warns(UserWarning, match=r"Could not determine home.*; FASTLORA_CACHE names"):
+        fastlora.lora_linear(*operands())
+    with pytest.warns(UserWarning, match="cannot be kept in a file"):
+        assert measured.add({PROBLEM: timings()}, CPU) is None
+    assert chosen() == "triton"
+
+
+def test_the_folder_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FASTLORA_CACHE", "~/there")
+    assert measured.path_of(CPU).parent == tmp_path / "there"
+    monkeypatch.delenv("FASTLORA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert measured.path_of(CPU).parent == tmp_path / "fastlora"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert measured.path_of(CPU).parent == tmp_path / ".cache" / "fastlora"
+
+
+def test_processes_that_measure_at_once_keep_each_others_results():
+    code = """if True:
+        import sys, torch
+        from fastlora.operator.measured import OPS, Problem, Timing, add
+        print("ready", flush=True)
+        sys.stdin.readline()
+        for i in range(100):
+            times = {op: Timing({"blocks": 1e-3}) for op in OPS}
+            problem = Problem(1 << i % 20, 8 + i // 20, int(sys.argv[1]))
+            add({problem: times}, torch.device("cpu"))
+    """
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    jobs = [subprocess.Popen([sys.executable, "-c", code, str(k)], **pipes) for k in (8, 16)]
+    for job in jobs:
+        assert job.stdout.readline() == "ready\n"
+    for job in jobs:
+        job.stdin.write("go\n")
+        job.stdin.flush()
+    assert [job.communicate() and job.returncode for job in jobs] == [0, 0]
+    assert len(json.loads(measured.path_of(CPU).read_text())) == 200

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Python takes to launch a layer, with a driver that does nothing; and what it would be given.
+
+Without a GPU: Triton compiles for sm_90 and launches CPU tensors through its own code, up to a
+launcher that only notes its arguments or drops them. The interpreter must be off. As a script:
+
+    python tests/tools/host_time.py          microseconds by way, the best and the median of rounds
+    python tests/tools/host_time.py check    a JSON line for each launch: first and prepared alike?
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import aot
+import torch
+import triton
+from fastlora_kernels import launch, steps
+from fastlora_kernels.configs import Chip
+from triton.backends.compiler import GPUTarget
+
+ROUNDS = 150
+CHIP = aot.CHIPS[90]
+launched: list[dict] | None = None  # what the launcher is given, where somebody asks
+
+
+class Launcher:
+    """In the place of Triton's: of the same arguments, but without a driver behind it."""
+
+    def __init__(self, src, metadata) -> None:
+        self.metadata, self.name = metadata, src.fn.__name__
+
+    def __call__(self, x, y, z, stream, function, packed, about, enter, leave, *args) -> None:
+        if launched is not None:
+            uses = self.metadata.num_warps, self.metadata.num_stages, self.metadata.shared
+            given = {"grid": (x, y, z), "stream": stream, "function": function, "uses": uses}
+            given |= {"packed": packed, "name": self.name, "args": _plain(args)}
+            launched.append(given)
+
+
+def _plain(value):
+    """Return arguments as what the driver gets: a tensor is its address."""
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return value.data_ptr() if isinstance(value, torch.Tensor) else value
+
+
+class Driver:
+    """What Triton asks of a driver: one device of sm_90, whose modules load at once."""
+
+    launcher_cls = Launcher
+
+    def __init__(self) -> None:
+        self.device, self.loaded = 0, 0
+        self.utils = SimpleNamespace(
+            load_binary=self.load, get_device_properties=lambda d: {"max_shared_mem": 232448}
+        )
+
+    def load(self, name, kernel, shared, device):
+        self.loaded += 1
+        return object(), self.loaded, 0, 0, 1024
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 1000 + device
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def stub() -> Driver:
+    """Have Triton launch into nothing from here on."""
+    driver = Driver()
+    triton.runtime.driver.set_active(driver)
+    Chip.of = staticmethod(lambda device: CHIP)
+    return driver
+
+
+def layer(count: int, p: float, adapter: torch.dtype = torch.bfloat16, M: int = 64):
+    """Return a forward and a backward of projections of one x by the five steps."""
+    x, r, sizes = torch.zeros(M, 256, dtype=torch.bfloat16), 16, (256, 128, 128)[:count]
+    seed = torch.ones(1, dtype=torch.int64) if p else None
+    of = [
+        (x.new_zeros(n, 256), *factors(n, r, adapter), x.new_zeros(n), seed, 2.0, p) for n in sizes
+    ]
+    ss, scaled = steps.shrink(x, of)
+    dys, needs = steps.outputs(x, of, ss, scaled), [True] * count
+
+    def forward() -> None:
+        ss, scaled = steps.shrink(x, of)
+        steps.outputs(x, of, ss, scaled)
+
+    def backward() -> None:
+        dss, _ = steps.ds_db(dys, of, ss, needs, needs)
+        steps.input_grad(dys, of, dss)
+        steps.da(x, of, dss, needs)
+
+    return forward, backward
+
+
+def factors(n: int, r: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(r, 256, dtype=dtype), torch.zeros(n, r, dtype=dtype)
+
+
+def microseconds(call: Callable[[], None], rounds: int = ROUNDS) -> list[float]:
+    call()
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        found.append((time.perf_counter() - start) * 1e6)
+    return found
+
+
+def pairs() -> Iterator[dict]:
+    """Yield for each launch of some layers whether the prepared one gives what Triton's does."""
+    global launched
+    torch.Tensor.new_empty = _kept(torch.Tensor.new_empty)
+    prepare = launch.Launch._prepare
+    for count, p, dtype in (
+        *((count, p, torch.bfloat16) for count in (1, 3) for p in (0.0, 0.1)),
+        *((count, 0.1, torch.float32) for count in (1, 3)),
+    ):
+        for call in layer(count, p, dtype):
+            ways = []
+            for own in (False, True):
+                launch.Launch._prepare = prepare if own else lambda self, compiled: None
+                call()  # what comes first goes by Triton in any case
+                launched, _kept.next = [], 0
+                call()
+                ways.append(launched)
+                launched = None
+            for one, other in zip(*ways, strict=True):
+                same = {name: one[name] == other[name] for name in one}
+                yield {"name": one["name"], "count": count, "same": same}
+    launch.Launch._prepare = prepare
+
+
+def _kept(make: Callable) -> Callable:
+    """Return `new_empty` that gives out the same tensors again from `next` = 0 on."""
+    tensors: dict = {}
+
+    def new_empty(t, *shape, **options):
+        key = _kept.next, shape, options.get("dtype", t.dtype)
+        _kept.next += 1
+        if key not in tensors:
+            tensors[key] = make(t, *shape, **options)
+        return tensors[key]
+
+    return new_empty
+
+
+_kept.next = 0
+
+
+def main() -> None:
+    stub()
+    if sys.argv[1:] == ["check"]:
+        for found in pairs():
+            print(json.dumps(found), flush=True)
+        return
+    for name, count, p in (("a layer", 1, 0.0), ("dropout", 1, 0.1), ("q/k/v", 3, 0.0)):
+        for direction, call in zip(("forward", "backward"), layer(count, p), strict=True):
+            found = microseconds(call)
+            best, median = min(found), statistics.median(found)
+            print(f"{name:8} {direction:8} best {best:6.1f} µs, median {median:6.1f} µs")
+
+
+if __name__ == "__main__":
+    main()

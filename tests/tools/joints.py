@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Projections of one x as problems of the acceptance rule, what the kernels make of them, mutants.
+
+Every projection is a problem of its own; dx is the sum of theirs. A list of one is the plain layer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import fastlora_kernels
+import torch
+from acceptance import KINDS, Case, accept, mask_of, oracle, plain
+from fastlora_kernels.dropout import kept_scale
+
+from fastlora.operator.operands import Operands
+
+PACKAGE = Path(fastlora_kernels.__file__).parent
+
+
+@dataclass(frozen=True)
+class Joint:
+    """One input and its projections: outputs, rank (0: no adapter) and dropout of each."""
+
+    M: int
+    K: int
+    sizes: tuple[int, ...]
+    ranks: tuple[int, ...]
+    kind: str = "fp32"
+    mode: str = "both"
+    dropout_p: tuple[float, ...] = ()  # none where it is short
+    biases: tuple[bool, ...] = (True, False, True, True)
+    seed: int = 0
+    scaling: float | None = None  # None: another one for each
+
+    def cases(self) -> list[Case]:
+        """Return the projections one by one; where there is no adapter, its B is zero."""
+        dropout_p = (*self.dropout_p, 0.0, 0.0, 0.0, 0.0)
+        return [
+            Case(
+                *(self.M, n, self.K, r or 1, self.kind, self.mode if r else "base"),
+                dropout_p=dropout_p[i],
+                scaling=0.7 - 0.1 * i if self.scaling is None else self.scaling,
+                seed=10 * self.seed + i,
+                bias=self.biases[i],
+            )
+            for i, (n, r) in enumerate(zip(self.sizes, self.ranks, strict=True))
+        ]
+
+    def tensors(self, device: str = "cpu") -> list[dict]:
+        """Return the tensors of each projection; x is the same one in all."""
+        drawn = [case.tensors(device) for case in self.cases()]
+        return [{**t, "x": drawn[0]["x"]} for t in drawn]
+
+    def integers(self) -> list[dict]:
+        """Return small integers whose every sum and product the dtypes hold, as the tensors."""
+        generator, ts = torch.Generator().manual_seed(3), self.tensors()
+        for t in ts:
+            for name, value in t.items():
+                if value is not None and name != "seed":
+                    most = 1 if name in "ab" else 2
+                    small = torch.randint(-most, most + 1, value.shape, generator=generator)
+                    sparse = torch.rand(value.shape, generator=generator) < 0.3
+                    t[name] = (small * sparse).to(value.dtype)
+            t["x"] = ts[0]["x"]
+        return ts
+
+    def projections(self, ts: list[dict]) -> list[Operands]:
+        """Return what the five steps take."""
+        return [
+            Operands(
+                *(t["w"], *((t["a"], t["b"]) if r else (None, None)), t["bias"]),
+                *(t["seed"] if r else None, case.scaling, case.dropout_p),
+            )
+            for case, t, r in zip(self.cases(), ts, self.ranks, strict=True)
+        ]
+
+
+Found = tuple[list[dict], torch.Tensor]
+
+
+def run(kernels: ModuleType, joint: Joint, ts: list[dict], configs: dict | None = None) -> Found:
+    """Return by projection what the five steps make: y, s and gradients; and dx."""
+    x, dys, steps = ts[0]["x"], [t["dy"] for t in ts], kernels.steps
+    projections, all_of = joint.projections(ts), [True] * len(ts)
+    options = {"configs": configs} if configs else {}
+    ss, scaled = steps.shrink(x, projections, **options)
+    ys = steps.outputs(x, projections, ss, scaled, **options)
+    dss, dbs = steps.ds_db(dys, projections, ss, all_of, all_of, **options)
+    dx = steps.input_grad(dys, projections, dss, **options)
+    das = steps.da(x, projections, dss, all_of, **options)
+    results = [{"y": y} for y in ys]
+    for result, s, da, db in zip(results, ss, das, dbs, strict=True):
+        if s is not None:
+            result |= {"s": s, "lora_A": da, "lora_B": db}
+    return results, dx
+
+
+def expected(joint: Joint, ts: list[dict], how: Callable) -> Found:
+    """Return the same from ``how``: `oracle`, or `plain`, whose gradients autograd adds."""
+    found = [how(case, t) for case, t in zip(joint.cases(), ts, strict=True)]
+    for case, t, of_one in zip(joint.cases(), ts, found, strict=True):
+        wide = torch.float64 if how is oracle else t["a"].dtype
+        x_hat = t["x"].to(wide)
+        if t["seed"] is not None:
+            x_hat = x_hat * mask_of(case, t) * kept_scale(case.dropout_p)
+        of_one["s"] = x_hat @ t["a"].to(wide).t()
+    dx = found[0]["x"]
+    for of_one in found[1:]:
+        dx = dx + of_one["x"]
+    return found, dx
+
+
+def verify(
+    kernels: ModuleType, joint: Joint, device: str = "cpu", configs=None, ts: list | None = None
+) -> None:
+    """Apply the acceptance rule to everything that the kernels make."""
+    ts = joint.tensors(device) if ts is None else ts
+    results, dx = run(kernels, joint, ts, configs)
+    (plains, plain_dx), (exact, exact_dx) = expected(joint, ts, plain), expected(joint, ts, oracle)
+    for i, result in enumerate(results):
+        for name, value in result.items():
+            accept(f"{joint}: {name} of {i}", value, plains[i][name], exact[i][name])
+            assert value.is_contiguous()
+    accept(f"{joint}: dx", dx, plain_dx, exact_dx)
+    assert dx.is_contiguous()
+
+
+def verify_exactly(
+    joint: Joint, lie: Callable = lambda name, t: t, configs=None, device: str = "cpu"
+) -> None:
+    """Check small integers for equality; ``lie`` may lay tensors out differently."""
+    joint = replace(joint, scaling=2.0)
+    ts = joint.integers()
+    exact, exact_dx = expected(joint, ts, oracle)
+    ts = [{n: v if v is None else lie(n, v).to(device) for n, v in t.items()} for t in ts]
+    results, dx = run(fastlora_kernels, joint, [{**t, "x": ts[0]["x"]} for t in ts], configs)
+    for i, result in enumerate(results):
+        for name, value in result.items():
+            assert torch.equal(exact[i][name].to(value.dtype).double(), exact[i][name]), name
+            assert torch.equal(value.cpu().double(), exact[i][name]), f"{name} of {i}"
+    assert torch.equal(dx.cpu().double(), exact_dx)
+
+
+def same(found: Found, other: Found) -> None:
+    """Check that two runs gave the same bits."""
+    assert torch.equal(found[1], other[1]), "dx"
+    for one, two in zip(found[0], other[0], strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+SHAPES = [
+    (97, 170, (50,), (5,)),
+    (130, 36, (40,), (33,)),
+    (33, 270, (50, 20, 33), (5, 5, 5)),
+    (64, 128, (96, 32), (16, 16)),
+    (20, 261, (65, 40, 24, 8), (2, 33, 0, 17)),
+]
+DROPOUTS = ((), (0.3, 0.1, 0.5, 0.2), (0.0, 0.4))
+
+
+def joints() -> list[Joint]:
+    """Return ragged sizes in every mix of dtypes, with modes and dropout taking turns."""
+    modes = itertools.cycle(itertools.product(("both", "base", "low_rank"), DROPOUTS))
+    problems = enumerate(itertools.product(KINDS, SHAPES))
+    return [
+        Joint(*shape, kind, mode, p, seed=i)
+        for (i, (kind, shape)), (mode, p) in zip(problems, modes, strict=False)
+    ]
+
+
+def load(folder: Path, name: str, file: str, right: str, wrong: str) -> ModuleType:
+    """Import a copy of the kernels, under another name, in which ``right`` reads ``wrong``."""
+    shutil.copytree(PACKAGE, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (folder / name).glob("*.py"):
+        text = path.read_text().replace("fastlora_kernels", name)
+        if path.name == file:
+            assert text.count(right) == 1, f"{file}: {right!r} occurs {text.count(right)} times"
+            text = text.replace(right, wrong)
+        path.write_text(text)
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
