@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from measuring import CPU, PROBLEM, timings
+from peft import LoraConfig, get_peft_model
 from tiny_models import llama, tokens
 
 import fastlora
@@ -21,11 +22,11 @@ def test_explains_shapes():
     assert text == (
         "M x N x K: tokens, outputs, inputs\n"
         "64 x 48 x 32, r = 16, bfloat16, float32 adapters, on cpu\n"
-        "  forward   triton    measured on this machine: triton 1 ms, library 2 ms, torch 3 ms\n"
-        "  backward  triton    measured on this machine: triton 1 ms, library 2 ms, torch 3 ms\n"
+        "  forward   triton    measured on this machine: triton 1 ms, library 2 ms, blocks 3 ms\n"
+        "  backward  triton    measured on this machine: triton 1 ms, library 2 ms, blocks 3 ms\n"
         "65 x 48 x 32, r = 16, bfloat16, float32 adapters, on cpu\n"
-        "  forward   torch     made for CPUs\n"
-        "  backward  torch     made for CPUs"
+        "  forward   blocks    made for CPUs\n"
+        "  backward  blocks    made for CPUs"
     )
     several = fastlora.explain([(48, 32), [8, 8], PROBLEM], tokens=64, dropout=True, device="cpu")
     assert list(several.plans) == [
@@ -48,6 +49,13 @@ def test_explains_a_layer_and_a_model():
     fastlora.replace_linears(model, ".*_proj", r=4)
     shapes = {(p.N, p.K) for _, p in fastlora.explain(model, 7).plans}
     assert shapes == {(16, 16), (8, 16), (24, 16), (16, 24)}
+    config = LoraConfig(r=4, target_modules=["0"])
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(32, 48)), config)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["0"]))
+    model.base_model.set_adapter(["default", "other"])
+    fastlora.patch_peft(model)
+    ((_, problem),) = fastlora.explain(model, 7).plans  # without dropout they are stacked
+    assert problem.R == 6 and not problem.dropout
 
 
 def test_explains_siblings_together(monkeypatch):

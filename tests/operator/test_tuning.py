@@ -124,6 +124,17 @@ def test_few_tokens_are_timed_with_the_host_too(monkeypatch):
     assert "triton 3e+03 ms (with the host 3e+03)" in text, text
 
 
+def test_what_is_measured_is_planned_with(monkeypatch):
+    """Also by layers that have run before."""
+    x, *rest = operands(16)
+    fastlora.lora_linear(x, *rest)
+    monkeypatch.setattr(tuning, "_measure", lambda *_: timings())
+    tune_one(problem=PROBLEM._replace(M=16))
+    fastlora.lora_linear(x, *rest)
+    (pair,) = plans._found.values()
+    assert pair.forward.module.__name__ == "fastlora_kernels.steps"
+
+
 # On first use
 
 
