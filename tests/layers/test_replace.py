@@ -54,7 +54,7 @@ NAMES = [
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-@pytest.mark.parametrize(("make", "names"), NAMES, ids=str)
+@pytest.mark.parametrize(("make", "names"), NAMES)
 def test_the_same_layers_as_in_peft_and_the_same_numbers(make, names):
     config = peft.LoraConfig(r=3, target_modules=names, init_lora_weights=False)
     theirs, ours = peft.get_peft_model(make(), config), make()

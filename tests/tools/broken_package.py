@@ -23,8 +23,8 @@ MUTANTS = [
     Mutant(
         "a rank of b other than a's is taken",
         "fastlora/functional.py",
-        "        and b[1] == a[0] >= 1",
-        "        and a[0] >= 1",
+        "            and lora_B.shape == (w[0], a[0])",
+        "            and lora_B.shape[0] == w[0]",
         "operator/test_operator.py::test_wrong_arguments",
     ),
     Mutant(
