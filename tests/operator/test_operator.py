@@ -114,6 +114,8 @@ def test_gradcheck_and_double_backward(p):
 
     assert torch.autograd.gradcheck(layer, inputs)
     assert torch.autograd.gradgradcheck(layer, inputs)
+    first = torch.autograd.grad(layer(*inputs).square().sum(), inputs, create_graph=True)
+    assert all(g.requires_grad for g in first)  # gradgradcheck leaves out what does not
 
 
 @each_impl
