@@ -10,7 +10,7 @@ FUSED, REASONS = "peft/test_peft.py::test_", "peft/test_peft_reasons.py::test_"
 WRONG, FAILED = f"{HOSTILE}weights_that_are_wrong", f"{HOSTILE}a_failure_after_all_checks_changes"
 CALL = "if not (args or kwargs or self._disable_adapters or self.merged_adapters):"
 LOAD = "PeftModel.from_pretrained(model, checked, adapter_name, is_trainable)"
-LEFT = "layers/test_siblings.py::test_unloaded_models_are_plain"
+LEFT = "layers/test_sibling_search.py::test_unloaded_models_are_plain"
 
 # By file and the tests that must notice: what, right, wrong.
 COPIES = {
