@@ -39,7 +39,7 @@ COPIES = {
     ("linear", f"{FUSED}dropout_keeps_what_it_should"): [
         ("dropout goes on in evaluation", "if dropout.training and type", "if type"),
     ],
-    ("patch", "layers/test_gated_mlp.py::test_the_report_says_why_not"): [
+    ("patch", "layers/test_gated_modules.py::test_the_report_says_why_not"): [
         (
             "a report does not say why an MLP is not one operator",
             "report.lookalikes = sibling_search.lookalikes(siblings)",
