@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fastlora_kernels import launch
@@ -56,3 +58,23 @@ def test_a_plan_serves_what_it_was_made_for(monkeypatch):
     monkeypatch.setattr(launch, "MOST_PLANS", len(launcher.plans))
     launcher(x, (x, None), 3.0)
     assert len(launcher.plans) == 1
+
+
+def test_only_launchers_that_are_known_are_called(monkeypatch):
+    """Those of Triton 3.4 to 3.6, and of 3.7; a launcher that takes something else is Triton's."""
+
+    def compiled(source: str) -> SimpleNamespace:
+        body = f"class Launcher:\n    def __call__(self, {source}): pass"
+        names: dict = {}
+        exec(body, names)
+        return SimpleNamespace(run=names["Launcher"]())
+
+    monkeypatch.setattr(launch, "KNOWN_TRITON", True)
+    first, then = (", ".join(part) for part in (launch.HEAD[1:], launch.TAIL))
+    assert launch._is_known(compiled(f"{first}, *args"))
+    assert launch._is_known(compiled(f"{first}, {then}, *args"))
+    for other in (first, f"{first}, {then}", f"{then}, {first}, *args", "*args"):
+        assert not launch._is_known(compiled(other))
+    assert not launch._is_known(None)
+    monkeypatch.setattr(launch, "KNOWN_TRITON", False)
+    assert not launch._is_known(compiled(f"{first}, *args"))

@@ -35,11 +35,12 @@ class Launcher:
     def __init__(self, src, metadata) -> None:
         self.metadata, self.name = metadata, src.fn.__name__
 
-    def __call__(self, x, y, z, stream, function, packed, about, enter, leave, *args) -> None:
+    def __call__(self, gridX, gridY, gridZ, stream, function, *args) -> None:
         if launched is not None:
             uses = self.metadata.num_warps, self.metadata.num_stages, self.metadata.shared
-            given = {"grid": (x, y, z), "stream": stream, "function": function, "uses": uses}
-            given |= {"packed": packed, "name": self.name, "args": _plain(args)}
+            given = {"grid": (gridX, gridY, gridZ), "stream": stream, "function": function}
+            # Between them the hooks, and what they would be told.
+            given |= {"name": self.name, "uses": uses, "packed": args[0], "args": _plain(args[4:])}
             launched.append(given)
 
 
