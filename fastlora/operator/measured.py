@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems, and what was measured of them on this machine: a JSON file, kept between processes.
+"""What was measured of problems on this machine: a JSON file, kept between processes.
 
 The files lie in ``$FASTLORA_CACHE``, else in ``fastlora`` in the user's cache folder. The name of
 one holds all that a measurement depends on: the device, and the versions of what ran on it.
@@ -18,82 +18,17 @@ import re
 import stat
 import sys
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastlora.files import locked, replace_file
-from fastlora.operator.operands import Operands
+from fastlora.operator.operands import OPS, Problem
 
 MAX_BYTES = 16 << 20
-OPS = ("forward", "backward")
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
-
-
-class Problem(NamedTuple):
-    """What a plan is chosen for: M tokens, N outputs, K inputs, rank R, dtypes, dropout.
-
-    ``others``: N and R of further projections of the same x, R 0 without an adapter. A bias costs
-    every implementation the same and is no part of it.
-    """
-
-    M: int
-    N: int
-    K: int
-    R: int = 16
-    dtype: torch.dtype = torch.bfloat16
-    adapter: torch.dtype = torch.bfloat16
-    dropout: bool = False
-    others: tuple[tuple[int, int], ...] = ()
-
-    @staticmethod
-    def of(x: Tensor, projections: Sequence[Operands]) -> Problem | None:
-        """Return the problem that projections of x [M, K] pose; None if none has an adapter."""
-        adapted = [p for p in projections if p.a is not None]
-        if not adapted:
-            return None
-        sizes = [(p.w.shape[0], 0 if p.a is None else p.a.shape[0]) for p in projections]
-        dropout = any(p.seed is not None for p in adapted)
-        return Problem.together(*x.shape, sizes, x.dtype, adapted[0].a.dtype, dropout)
-
-    @staticmethod
-    def together(
-        M: int,
-        K: int,
-        sizes: Sequence[tuple[int, int]],
-        dtype: torch.dtype,
-        adapter: torch.dtype,
-        dropout: bool,
-    ) -> Problem:
-        """Return the problem of projections of N and R each, in whatever order they come."""
-        (n, r), *others = sorted(sizes, key=lambda size: (size[1] == 0, -size[0], -size[1]))
-        return Problem(M, n, K, r, dtype, adapter, dropout, tuple(others))
-
-    def bucketed(self) -> Problem:
-        """Return the problem with M and R rounded up to powers of two, R to 16 at least."""
-        others = tuple((n, _bucket(r)) for n, r in self.others)
-        return self._replace(M=_power(self.M), R=_bucket(self.R), others=others)
-
-    def __str__(self) -> str:
-        if self.others:
-            sizes = ", ".join(f"{n} (r = {r})" if r else f"{n} (frozen)" for n, r in self.others)
-            return f"{self._replace(others=())}, and of the same x: {sizes}"
-        names = [str(d).removeprefix("torch.") for d in (self.dtype, self.adapter)]
-        adapters = f", {names[1]} adapters" if names[0] != names[1] else ""
-        dropout = ", dropout" * self.dropout
-        return f"{self.M} x {self.N} x {self.K}, r = {self.R}, {names[0]}{adapters}{dropout}"
-
-
-def _power(size: int) -> int:
-    return 1 << max(0, size - 1).bit_length()
-
-
-def _bucket(r: int) -> int:
-    return max(16, _power(r)) if r else 0
 
 
 @dataclass(frozen=True)

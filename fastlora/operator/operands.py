@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A projection of x: a frozen weight, and beside it an adapter or none."""
+"""Projections of x, each a frozen weight with an adapter or none, and the problem they pose."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+OPS = ("forward", "backward")
 
 
 class Projection(NamedTuple):
@@ -47,3 +50,65 @@ class Operands(NamedTuple):
     seed: Tensor | None
     scaling: float
     p: float
+
+
+class Problem(NamedTuple):
+    """What a plan is chosen for: M tokens, N outputs, K inputs, rank R, dtypes, dropout.
+
+    ``others``: N and R of further projections of the same x, R 0 without an adapter. A bias costs
+    every implementation the same and is no part of it.
+    """
+
+    M: int
+    N: int
+    K: int
+    R: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    adapter: torch.dtype = torch.bfloat16
+    dropout: bool = False
+    others: tuple[tuple[int, int], ...] = ()
+
+    @staticmethod
+    def of(x: Tensor, projections: Sequence[Operands]) -> Problem | None:
+        """Return the problem that projections of x [M, K] pose; None if none has an adapter."""
+        adapted = [p for p in projections if p.a is not None]
+        if not adapted:
+            return None
+        sizes = [(p.w.shape[0], 0 if p.a is None else p.a.shape[0]) for p in projections]
+        dropout = any(p.seed is not None for p in adapted)
+        return Problem.together(*x.shape, sizes, x.dtype, adapted[0].a.dtype, dropout)
+
+    @staticmethod
+    def together(
+        M: int,
+        K: int,
+        sizes: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        adapter: torch.dtype,
+        dropout: bool,
+    ) -> Problem:
+        """Return the problem of projections of N and R each, in whatever order they come."""
+        (n, r), *others = sorted(sizes, key=lambda size: (size[1] == 0, -size[0], -size[1]))
+        return Problem(M, n, K, r, dtype, adapter, dropout, tuple(others))
+
+    def bucketed(self) -> Problem:
+        """Return the problem with M and R rounded up to powers of two, R to 16 at least."""
+        others = tuple((n, _bucket(r)) for n, r in self.others)
+        return self._replace(M=_power(self.M), R=_bucket(self.R), others=others)
+
+    def __str__(self) -> str:
+        if self.others:
+            sizes = ", ".join(f"{n} (r = {r})" if r else f"{n} (frozen)" for n, r in self.others)
+            return f"{self._replace(others=())}, and of the same x: {sizes}"
+        names = [str(d).removeprefix("torch.") for d in (self.dtype, self.adapter)]
+        adapters = f", {names[1]} adapters" if names[0] != names[1] else ""
+        dropout = ", dropout" * self.dropout
+        return f"{self.M} x {self.N} x {self.K}, r = {self.R}, {names[0]}{adapters}{dropout}"
+
+
+def _power(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _bucket(r: int) -> int:
+    return max(16, _power(r)) if r else 0

@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.operator import measured
-from fastlora.operator.measured import OPS, Problem, Timing
-from fastlora.operator.operands import Operands
+from fastlora.operator.operands import OPS, Operands, Problem
 
 IMPLEMENTATIONS = ("auto", "triton", "library", "blocks", "eager", "reference")
 # What "auto" takes, from the environment when Python starts: one of the above.
@@ -105,23 +103,27 @@ def _steps(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
 def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
     """Return the plan for ``op``: the one asked for, the measured fastest, or the default."""
     usable = usable_implementations(problem.dtype, device)
-    timing = Timing()
+    seconds, configs, with_host = {}, {}, {}
     if len(usable) > 1:
-        timing = (measured.find(problem, device) or {}).get(op, timing)
+        from fastlora.operator import measured
+
+        if (found := measured.find(problem, device)) is not None:
+            timing = found[op]
+            seconds, configs, with_host = timing.seconds, timing.configs, timing.with_host
     why = f"impl={impl!r}"
     if impl == "auto" and FORCED != "auto":
         impl, why = FORCED, f"FASTLORA_IMPL={FORCED}"
     if impl == "auto":
         impl, why = default(problem.dtype, device)
-        times = timing.with_host or timing.seconds
+        times = with_host or seconds
         best = min((i for i in usable if i in times), key=times.get, default=None)
         if best is not None:
             why = "measured on this machine"
             # Measurements scatter: a draw leaves the default.
             if times[best] < 0.98 * times.get(impl, float("inf")):
                 impl = best
-    configs = _configs(op, timing.configs, problem, device) if impl in ("triton", "library") else {}
-    return Plan(impl, why, timing.seconds, configs, timing.with_host)
+    configs = _configs(op, configs, problem, device) if impl in ("triton", "library") else {}
+    return Plan(impl, why, seconds, configs, with_host)
 
 
 def is_few(M: int, K: int, device: torch.device) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle: a LoRA linear layer in plain torch, and its gradients in closed form.
+"""The oracle: a LoRA linear layer in plain torch.
 
 Nothing here is fast and nothing else in the package imports it except by name; tests compare
 every implementation with it.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.operator.dropout import keep_mask
+from fastlora.operator.dropout import keep_mask, kept_scale
 
 
 def lora_linear(
@@ -31,37 +31,11 @@ def lora_linear(
     keeps an element; ``None`` keeps all. The low-rank path runs in the adapters' dtype.
     Differentiable by autograd.
     """
-    x_hat = _drop(x.to(lora_A.dtype), mask, dropout_p)
+    x_hat = x.to(lora_A.dtype)
+    if mask is not None:
+        x_hat = x_hat * mask * kept_scale(dropout_p)
     low_rank = F.linear(F.linear(x_hat, lora_A), lora_B) * scaling
     return (F.linear(x, weight, bias) + low_rank).to(x.dtype)
-
-
-def lora_linear_grads(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *,
-    scaling: float = 1.0,
-    dropout_p: float = 0.0,
-    mask: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Return the gradients of :func:`lora_linear` for an upstream ``dy`` [M, N], written out.
-
-    ``x`` is [M, K]. Keys: ``x``, ``weight``, ``lora_A``, ``lora_B``, ``bias``. Meant for
-    float64; no step is rounded to anything but the inputs' dtype.
-    """
-    x_hat = _drop(x, mask, dropout_p)
-    s = x_hat @ lora_A.T  # [M, K] @ [K, R]
-    ds = scaling * (dy @ lora_B)  # [M, N] @ [N, R]
-    return {
-        "x": dy @ weight + _drop(ds @ lora_A, mask, dropout_p),
-        "weight": dy.T @ x,
-        "lora_A": ds.T @ x_hat,
-        "lora_B": scaling * (dy.T @ s),
-        "bias": dy.sum(0),
-    }
 
 
 def output(
@@ -79,9 +53,3 @@ def output(
         return F.linear(x, w, bias)
     mask = None if seed is None else keep_mask(seed, range(x.shape[0]), x.shape[1], p)
     return lora_linear(x, w, a, b, bias, scaling=scaling, dropout_p=p, mask=mask)
-
-
-def _drop(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    if mask is None:
-        return x
-    return x * mask * (1.0 / (1.0 - p) if p < 1.0 else 0.0)

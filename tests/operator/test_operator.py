@@ -86,22 +86,21 @@ def test_matches_the_oracle_through_autograd(impl, kind, p):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_reference_is_right_in_float64(p):
-    """Closed form, autograd, the plain formula and the torch implementation agree."""
-    t = {n: v.detach().double() for n, v in arguments().items()}
-    leaves = {n: v.requires_grad_() for n, v in t.items()}
-    mask = keep_mask(torch.tensor([3]), range(6), 8, p) if p else None
-    options = {"scaling": 0.7, "dropout_p": p, "mask": mask}
-    y = reference.lora_linear(**leaves, **options)
-    x_hat = leaves["x"] if mask is None else leaves["x"] * mask / (1 - p)
-    formula = leaves["x"] @ t["weight"].T + t["bias"] + 0.7 * x_hat @ t["lora_A"].T @ t["lora_B"].T
-    torch.testing.assert_close(y, formula)
+def test_reference_is_the_formula(p):
+    """In float64, by name too, with the gradients of every tensor in closed form."""
+    t = {n: v.detach().double().requires_grad_() for n, v in arguments().items()}
+    x, w, a, b, bias = t.values()
+    torch.manual_seed(1)
+    y = fastlora.lora_linear(**t, scaling=0.7, dropout_p=p, training=True, impl="reference")
+    torch.manual_seed(1)
+    keep = keep_mask(new_seed(x.device), range(6), 8, p) / (1 - p)
+    x_hat = x * keep
+    torch.testing.assert_close(y, x @ w.T + bias + 0.7 * x_hat @ a.T @ b.T)
     dy = torch.randn_like(y)
-    closed = reference.lora_linear_grads(
-        dy, t["x"], t["weight"], t["lora_A"], t["lora_B"], **options
-    )
-    for name, grad in zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True):
-        torch.testing.assert_close(grad, closed[name], msg=name)
+    ds = 0.7 * dy @ b
+    closed = dy @ w + ds @ a * keep, dy.T @ x, ds.T @ x_hat, 0.7 * dy.T @ (x_hat @ a.T), dy.sum(0)
+    for grad, right in zip(torch.autograd.grad(y, list(t.values()), dy), closed, strict=True):
+        torch.testing.assert_close(grad, right)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
