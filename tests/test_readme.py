@@ -36,7 +36,8 @@ def given():
     }
 
 
-def test_under_peft(capsys):
+def test_under_peft(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = given()
     names["LoraConfig"] = lambda _: peft.LoraConfig(target_modules="all-linear")
     names["get_peft_model"] = peft.get_peft_model
@@ -46,10 +47,14 @@ def test_under_peft(capsys):
     words = set(re.findall(r"(model|fastlora)\.(\w+)\(", table))
     assert len(words) > 8 and all(hasattr(names[of], word) for of, word in words)
     names = given()
-    patch, registered = blocks("docs/peft.md")
+    patch, registered, files = blocks("docs/peft.md")
     exec(patch, names)
     (report,) = blocks("docs/peft.md", "")
     assert capsys.readouterr().out == report
+    names["base"] = given()["model"]
+    fastlora.save_adapter(names["model"], "other")
+    exec(files, names)
+    assert names["model"].peft_config.keys() == {"default", "second"}
     exec(f"from peft import LoraConfig, get_peft_model\n{registered}", names)
     again = names["get_peft_model"](given()["model"], names["config"])
     assert len(fastlora.patch_peft(again).fused) == 4

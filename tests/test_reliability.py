@@ -31,9 +31,9 @@ def test_a_failure_has_tests_that_exist(row):
     _, _, noticed_by, where = (cell.strip() for cell in row)
     assert named(noticed_by) or "`make " in noticed_by
     for file, test in named(noticed_by):
-        path = next((ROOT / "tests").rglob(f"{file}.py"), None)
-        assert path is not None, f"{file}.py is nowhere in tests"
-        assert f"def {test}(" in path.read_text(encoding="utf-8") or not test, f"{file}::{test}"
+        texts = [path.read_text("utf-8") for path in (ROOT / "tests").rglob(f"{file}.py")]
+        assert len(texts) == 1, f"there are {len(texts)} {file}.py in tests"
+        assert f"def {test}(" in texts[0] or not test, f"{file}::{test}"
     assert re.fullmatch(r"(CPU|GPU)(, (in part )?(CPU|GPU))?", where)
 
 

@@ -12,7 +12,7 @@ from fastlora.commands.shared import UserError, first_line
 
 IGNORED = -100  # the label of a token that has no part in the loss
 _EXPECTED = 'expected {"prompt": "…", "response": "…"}, {"messages": […]} or {"text": "…"}'
-_KINDS = (["prompt", "response"], ["messages"], ["text"])
+_ROLES = {"prompt": "user", "response": "assistant"}
 
 Messages = list[dict[str, str]]
 Example = Messages | str  # a talk, whose answers are learnt, or a text that is learnt whole
@@ -38,18 +38,14 @@ def _parse(line: bytes, where: str) -> Example:
         raise UserError(f"{where}: not JSON: {first_line(error)}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: got a {type(row).__name__}; {_EXPECTED}")
-    keys = sorted({key for kind in _KINDS for key in kind} & row.keys())
-    if keys not in _KINDS:
-        raise UserError(f"{where}: got {' and '.join(keys) or 'none of the keys'}; {_EXPECTED}")
+    keys = sorted({"text", "messages", *_ROLES} & row.keys())
     if keys == ["text"]:
         return _text(row, "text", where)
-    if keys == ["messages"]:
-        return _talk(row["messages"], where)
-    roles = {"prompt": "user", "response": "assistant"}
-    return [{"role": role, "content": _text(row, key, where)} for key, role in roles.items()]
-
-
-def _talk(turns: object, where: str) -> Messages:
+    if keys == list(_ROLES):
+        return [{"role": _ROLES[key], "content": _text(row, key, where)} for key in keys]
+    if keys != ["messages"]:
+        raise UserError(f"{where}: got {' and '.join(keys) or 'none of the keys'}; {_EXPECTED}")
+    turns = row["messages"]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(f'{where}: "messages" must be a list of {{"role": "…", "content": "…"}}')
     talk = [{key: _text(turn, key, where) for key in ("role", "content")} for turn in turns]

@@ -41,26 +41,20 @@ def corpus_pairs(folder: Path) -> list[tuple[str, str]]:
     return list(pairs)
 
 
-def write_data(path: Path) -> int:
-    """Write the English corpus as JSONL for ``fastlora finetune``; return the number of lines."""
-    pairs = corpus_pairs(package_folder(CORPUS) / "data/english")
-    rows = [{"prompt": prompt, "response": response} for prompt, response in pairs]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return len(rows)
-
-
 def main() -> int:
     """Write the data, then run the command that is printed; further options go along with it."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # model and data are installed packages
     data = OUTPUT / "data.jsonl"
     try:
-        model = package_folder(MODEL)
-        print(f"{write_data(data)} question-answer pairs of {CORPUS} written to {data}")
+        model, corpus = package_folder(MODEL), package_folder(CORPUS)
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is not installed; `make demo` installs it", file=sys.stderr)
         return 2
+    pairs = corpus_pairs(corpus / "data/english")
+    rows = [json.dumps({"prompt": asked, "response": said}) for asked, said in pairs]
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    data.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    print(f"{len(rows)} question-answer pairs of {CORPUS} written to {data}")
     command = ["finetune", "--model", str(model), "--data", str(data), "--output", str(OUTPUT)]
     command += [*OPTIONS.split(), "--ask", QUESTION, *sys.argv[1:]]
     print("running: python -m fastlora", shlex.join(command), flush=True)

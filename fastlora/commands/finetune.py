@@ -132,6 +132,7 @@ def _config(s: Settings) -> Any:
     shown = {"logging_steps": 1, "logging_nan_inf_filter": False, "disable_tqdm": False}
     ours = {"dataset_kwargs": {"skip_prepare_dataset": True}, "save_total_limit": 1}
     none = {"bf16": False, "gradient_checkpointing": False, "ddp_find_unused_parameters": False}
+    none |= {"router_aux_loss_coef": 0.0}  # the loss is that of the answers alone
     where = {"use_cpu": cpu, "dataloader_pin_memory": not cpu, "report_to": "none"}
     config = SFTConfig(**shares, **steps, **schedule, **saved, **shown, **ours, **none, **where)
     config._n_gpu = min(config.n_gpu, 1)  # one process uses one, however many it sees

@@ -98,8 +98,8 @@ def response_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, T
     targets = batch["labels"][:, 1:]
     keep = (targets != IGNORED).any(0).nonzero().squeeze(1)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    base = getattr(model, "module", model).get_base_model()
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+    kind = type(getattr(model, "module", model).get_base_model())  # TRL hides its forward
+    if "logits_to_keep" in inspect.signature(kind.forward).parameters:
         logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits
     else:
         logits = model(**inputs, use_cache=False).logits[:, keep]

@@ -69,15 +69,14 @@ def run(s: Settings) -> None:
         print(f"nothing to choose on {where}: only 'blocks' runs there. {why}")
         return
     drops = {"both": (False, True), "on": (True,), "off": (False,)}[s.dropout]
-    problems = []
+    problems = {}  # in this order, each once
     for m, group, rank, drop in itertools.product(s.tokens, weights, s.r, drops):
-        sizes, (_, k, _) = [(n, rank * adapted) for n, _, adapted in group], group[0]
-        problems.append(Problem.together(m, k, sizes, base, adapter, drop).bucketed())
-    problems = list(dict.fromkeys(problems))
+        sizes, k = [(n, rank * has_adapter) for n, _, has_adapter in group], group[0][1]
+        problems[Problem.together(m, k, sizes, base, adapter, drop).bucketed()] = None
     print(f"measuring on {measured.device_name(where)}")
     rows, file = [], None
     with tqdm(total=len(problems), unit="problem") as progress:
-        for problem, found, kept in tuning.tune(problems, where, progress.write, s.seconds):
+        for problem, found, kept in tuning.tune(list(problems), where, progress.write, s.seconds):
             progress.update()
             file = kept or file
             if found is not None:
@@ -98,11 +97,9 @@ def _row(problem: Problem, op: str, device: torch.device) -> tuple[str, float, f
     plan = plans.choose(op, "auto", problem, device)
     default, _ = plans.default(problem.dtype, device)
     times = plan.with_host or plan.seconds
-    seconds = times[plan.impl]
-    before = times.get(default, seconds)
-    gain = "as by default"
-    if plan.impl != default:
-        gain = f"{before / seconds:.2f}x the speed of {default}, the default"
+    seconds, before = times[plan.impl], times.get(default, times[plan.impl])
+    gain = f"{before / seconds:.2f}x the speed of {default}, the default"
+    gain = gain if plan.impl != default else "as by default"
     alone = f" ({plan.seconds[plan.impl] * 1e3:.3g} without the host)" if plan.with_host else ""
     line = f"{problem}, {op}: {plan.impl}, {seconds * 1e3:.3g} ms{alone}, {gain}"
     return line, seconds, before
@@ -124,13 +121,10 @@ def _of_model(name: str, targets: Targets) -> list[Weights]:
     report = fastlora.patch_peft(model)
     with contextlib.suppress(ValueError):
         report = fastlora.patch_peft(model, fuse_siblings=True)
-    adapters = {name.removeprefix("base_model.model.") for name in report.fused}
-    base = model.get_base_model()
-    groups = [(name,) for name in sorted(adapters)]
-    for path, names in (*report.siblings, *report.gated_mlps):
-        groups.append(tuple(f"{path}.{name}".removeprefix("base_model.model.") for name in names))
-    found = []
-    for group in groups:
-        layers = [(name, base.get_submodule(name)) for name in group]
-        found.append(tuple((m.out_features, m.in_features, n in adapters) for n, m in layers))
-    return list(dict.fromkeys(found))
+    reading = [*report.siblings, *((path, names[:2]) for path, names in report.gated_mlps)]
+    groups = [[f"{path}.{name}" for name in names] for path, names in reading]
+    found = {}  # in this order, each once
+    for group in [[name] for name in report.fused] + groups:
+        layers = [(name in report.fused, model.get_submodule(name)) for name in group]
+        found[tuple((m.out_features, m.in_features, adapted) for adapted, m in layers)] = None
+    return list(found)

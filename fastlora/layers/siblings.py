@@ -116,7 +116,9 @@ def handed(member: nn.Module, x: Tensor) -> Tensor | None:
     members = group.members()
     if members is None or members[0] is not member:
         return None
-    _drop()  # also what this group has computed for x before: this is another forward
+    _slot.held = None  # also what this group has computed for x before: this is another forward
+    if held is not None:
+        _miss(held, [seat[0] for seat in held.seats.values()])
     if member._siblings is not group or module_hooks() or any(map(may_differ, members)):
         return None
     return _compute(group, members, x)
@@ -164,14 +166,6 @@ def _is_freed(y: Tensor) -> bool:
     except RuntimeError:
         return True
     return False
-
-
-def _drop() -> None:
-    """Forget what nobody has fetched."""
-    held: _Held | None = getattr(_slot, "held", None)
-    _slot.held = None
-    if held is not None:
-        _miss(held, [seat[0] for seat in held.seats.values()])
 
 
 def _miss(held: _Held, unused: list[nn.Module]) -> None:

@@ -71,7 +71,9 @@ def load_adapter(
         own = {plain_name(k): t for k, t in base.state_dict().items() if isinstance(t, Tensor)}
         weights = Path(folder) / WEIGHTS_FILE
         tensors = checks.read_weights(weights, expected, own, of_weights, trusted)
-    changed = [own[plain_name(key)] for key in tensors if plain_name(key) in own]
+    # A copy of a module that is trained in full leaves the original as it is.
+    written = [key for key in tensors if key in expected.embeddings or key.endswith(".bias")]
+    changed = [own[plain_name(key)] for key in written if plain_name(key) in own]
     with unchanged_on_error(model, changed), tempfile.TemporaryDirectory() as checked:
         save_file(tensors, Path(checked) / WEIGHTS_FILE, metadata={"format": "pt"})
         (Path(checked) / CONFIG_FILE).write_text(json.dumps(values), encoding="utf-8")

@@ -67,34 +67,24 @@ def fuse(layer: nn.Module) -> nn.Module:
     return layer
 
 
-class FusedModel(LoraModel):
-    """PEFT's ``LoraModel``, whose new layers are fused, and whose model is plain once unloaded.
+class _Fusing:
+    """For PEFT's tuners: new layers are fused, and the model is plain once it is unloaded."""
 
-    An instance of PEFT's becomes one, and again PEFT's, by its ``__class__`` alone.
-    """
-
-    @staticmethod
-    def _create_new_module(*args: Any, **kwargs: Any) -> nn.Module:
-        return fuse(LoraModel._create_new_module(*args, **kwargs))
+    def _create_new_module(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return fuse(super()._create_new_module(*args, **kwargs))
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return _separated(super()._unload_and_optionally_merge(*args, **kwargs))
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        sibling_search.separate(model)
+        return model
 
 
-class FusedMixedModel(MixedModel):
+class FusedModel(_Fusing, LoraModel):
+    """What a ``PeftModel`` of LoRA holds; PEFT's becomes one, and again PEFT's, by its class."""
+
+
+class FusedMixedModel(_Fusing, MixedModel):
     """What a ``PeftMixedModel`` holds, likewise."""
-
-    @staticmethod
-    def _create_new_module(*args: Any, **kwargs: Any) -> nn.Module:
-        return fuse(MixedModel._create_new_module(*args, **kwargs))
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return _separated(super()._unload_and_optionally_merge(*args, **kwargs))
-
-
-def _separated(model: nn.Module) -> nn.Module:
-    sibling_search.separate(model)
-    return model
 
 
 # PEFT's classes, and those that stand in for them.

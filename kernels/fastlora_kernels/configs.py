@@ -220,6 +220,14 @@ def _tma(low_rank: str, *tiles: tuple[int, int, int, int, int], **rest) -> tuple
     )
 
 
+def _portable(block_r: int, *tiles: tuple[int, int, int, int, int]) -> tuple[Config, ...]:
+    """Return configs of the kernels that run anywhere, in the same order."""
+    return tuple(
+        Config(m, n, k, block_r, num_warps=warps, num_stages=stages)
+        for m, n, k, warps, stages in tiles
+    )
+
+
 # By kernel and kind, best first; `default_config` picks. None is measured yet. What is not listed
 # for several projections, or for a kernel at all, is as for one, or as for the kernel like it.
 LIKE = {"input_grad": "outputs", "da": "ds_db"}
@@ -228,60 +236,38 @@ DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
         *_tma("fold", (128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
         *_tma("fold", (64, 128, 64, 4, 6), (64, 64, 128, 4, 5)),
         *_tma("first", (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
-        Config(128, 256, 64, block_r=32, num_warps=8, num_stages=3),
-        Config(128, 128, 64, block_r=32, num_warps=8, num_stages=3),
-        Config(128, 128, 32, block_r=32, num_warps=8, num_stages=3),
+        *_portable(32, (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3)),
     ),
     ("outputs", "mixed"): (
         *_tma("first", (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), block_r=16),
-        Config(128, 256, 64, block_r=16, num_warps=8, num_stages=3),
-        Config(128, 128, 64, block_r=16, num_warps=8, num_stages=3),
-        Config(128, 128, 32, block_r=16, num_warps=8, num_stages=3),
+        *_portable(16, (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3)),
     ),
     ("input_grad of several", "mixed"): (
         *_tma("fold", (128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
-        Config(128, 256, 64, block_r=16, num_warps=8, num_stages=3),
-        Config(128, 128, 64, block_r=16, num_warps=8, num_stages=3),
-        Config(128, 128, 32, block_r=16, num_warps=8, num_stages=3),
-        Config(128, 64, 64, block_r=16, num_warps=8, num_stages=3),
+        *_portable(16, (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3)),
+        *_portable(16, (128, 64, 64, 8, 3)),
     ),
-    ("outputs", "32"): (Config(64, 64, 32, block_r=16, num_warps=4, num_stages=2),),
-    ("input_grad of several", "32"): (Config(64, 64, 32, block_r=16, num_warps=8, num_stages=2),),
-    ("outputs", "unaligned"): (Config(64, 64, 32, block_r=16, num_warps=4, num_stages=2),),
+    ("outputs", "32"): _portable(16, (64, 64, 32, 4, 2)),
+    ("input_grad of several", "32"): _portable(16, (64, 64, 32, 8, 2)),
+    ("outputs", "unaligned"): _portable(16, (64, 64, 32, 4, 2)),
     ("shrink", "16"): (
-        Config(64, 16, 64, num_warps=4, num_stages=4),
-        Config(64, 16, 64, num_warps=8, num_stages=4),
-        Config(32, 16, 128, num_warps=4, num_stages=5),
-        Config(16, 16, 128, num_warps=2, num_stages=6),
+        *_portable(128, (64, 16, 64, 4, 4), (64, 16, 64, 8, 4)),
+        *_portable(128, (32, 16, 128, 4, 5), (16, 16, 128, 2, 6)),
     ),
     ("shrink", "mixed"): (
-        Config(64, 16, 64, block_r=16, num_warps=4, num_stages=3),
-        Config(64, 16, 32, block_r=64, num_warps=4, num_stages=3),
-        Config(64, 16, 32, block_r=64, num_warps=8, num_stages=3),
+        *_portable(16, (64, 16, 64, 4, 3)),
+        *_portable(64, (64, 16, 32, 4, 3), (64, 16, 32, 8, 3)),
     ),
-    ("shrink", "32"): (Config(32, 16, 64, block_r=32, num_warps=4, num_stages=3),),
+    ("shrink", "32"): _portable(32, (32, 16, 64, 4, 3)),
     ("ds_db", "16"): (
-        Config(64, 128, num_warps=4, num_stages=3),
-        Config(64, 128, num_warps=8, num_stages=3),
-        Config(32, 128, num_warps=8, num_stages=3),
-        Config(32, 256, num_warps=8, num_stages=3),
-        Config(128, 64, num_warps=4, num_stages=3),
-        Config(128, 128, num_warps=8, num_stages=3),
+        *_portable(128, (64, 128, 16, 4, 3), (64, 128, 16, 8, 3), (32, 128, 16, 8, 3)),
+        *_portable(128, (32, 256, 16, 8, 3), (128, 64, 16, 4, 3), (128, 128, 16, 8, 3)),
     ),
-    ("ds_db", "mixed"): (
-        Config(32, 128, block_r=16, num_warps=8, num_stages=3),
-        Config(32, 64, block_r=16, num_warps=4, num_stages=3),
-    ),
+    ("ds_db", "mixed"): _portable(16, (32, 128, 16, 8, 3), (32, 64, 16, 4, 3)),
     # No product with b: the terms of a wider tile of ds leave room, so all ranks fit into one.
-    ("da", "mixed"): (
-        Config(32, 128, block_r=16, num_warps=8, num_stages=3),
-        Config(32, 64, block_r=64, num_warps=4, num_stages=3),
-    ),
-    ("ds_db", "unaligned"): (Config(16, 32, block_r=16, num_warps=2, num_stages=2),),
-    ("ds_db", "32"): (
-        Config(32, 64, block_r=16, num_warps=4, num_stages=2),
-        Config(32, 32, block_r=16, num_warps=4, num_stages=2),
-    ),
+    ("da", "mixed"): (*_portable(16, (32, 128, 16, 8, 3)), *_portable(64, (32, 64, 16, 4, 3))),
+    ("ds_db", "unaligned"): _portable(16, (16, 32, 16, 2, 2)),
+    ("ds_db", "32"): _portable(16, (32, 64, 16, 4, 2), (32, 32, 16, 4, 2)),
 }
 # The launchers of each direction, and those to which dropout matters.
 LAUNCHERS = {"forward": ("shrink", "outputs"), "backward": ("ds_db", "da", "input_grad")}
@@ -320,13 +306,7 @@ def default_config(
 
 
 def candidates(
-    kernel: str,
-    kind: str,
-    r: int,
-    dropout: bool,
-    chip: Chip,
-    count: int = 1,
-    aligned: bool = True,
+    kernel: str, kind: str, r: int, dropout: bool, chip: Chip, count: int = 1, aligned: bool = True
 ) -> list[Config]:
     """Return the configs of ``kernel`` that are worth measuring on ``chip``: the valid ones.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastlora_kernels.configs import ON_THE_WAY_RANK, Config, cdiv
 from fastlora_kernels.launch import Launch, chip_of, config_for, planned
+from fastlora_kernels.locate import check
 from fastlora_kernels.sums import adding
 from fastlora_kernels.tiles import dot, sum_dtype, triton_dtype
 
@@ -105,21 +106,59 @@ def split(
 
 @planned
 def ds_db(
-    dy: Tensor,
-    s: Tensor,
-    b: Tensor,
-    scaling: float = 1.0,
-    need_ds: bool = True,
-    need_db: bool = True,
+    dy: tuple[Tensor, ...],
+    s: tuple[Tensor, ...],
+    b: tuple[Tensor, ...],
+    scalings: tuple[float, ...],
+    need_ds: tuple[bool, ...],
+    need_db: tuple[bool, ...],
     config: Config | None = None,
 ):
-    """Return ``ds = scaling · dy b`` [M, R] and ``db = scaling · dyᵀ s`` [N, R], in b's dtype.
+    """Return ``ds_i = scaling_i · dy_i b_i`` and ``db_i = scaling_i · dy_iᵀ s_i``, shaped as s, b.
 
-    ``dy`` [M, N] and ``b`` [N, R] of any strides, ``s`` [M, R] contiguous. One launch reads dy
-    for both, another adds float32 partial sums up. None where not needed.
+    In b's dtype, each None where it is not needed. One to four ``dy`` [M, N_i] and ``b`` [N_i, R_i]
+    of any strides, ``s`` [M, R_i] contiguous; s and b of one dtype: that of dy, or float32. A
+    launch reads a dy for both, one more adds the float32 partial sums of all up.
     """
-    if not (need_ds or need_db):
-        return lambda *_: (None, None)
+    check(dy=dy, s=s, b=b, scalings=scalings, need_ds=need_ds, need_db=need_db)
+    acc, each, outs, scales = sum_dtype(dy[0].dtype), [], [], []
+    for i, of_one in enumerate(zip(dy, b, need_ds, need_db, strict=True)):
+        if need_ds[i] or need_db[i]:
+            launch, *shapes = _reading(*of_one, config)
+            each.append((i, launch, *shapes))
+            there = [shape for shape in shapes if shape is not None]
+            outs += [(shape[1] * shape[2], shape[0]) for shape in there]
+            scales += [float(scalings[i])] * len(there)
+    if not each:
+        return lambda *_: ((None,) * len(dy),) * 2
+    add = adding(tuple(outs), tuple(scales), acc)
+
+    def run(dy, s, b, *_):
+        dss, dbs = [None] * len(dy), [None] * len(dy)
+        parts, out = [], []
+        for i, launch, ds, db in each:
+            t, other = dy[i], b[i]
+            ds_parts = None if ds is None else t.new_empty(*ds, dtype=acc)
+            db_parts = None if db is None else t.new_empty(*db, dtype=acc)
+            launch(t, s[i], other, ds_parts, db_parts)
+            if ds is not None:
+                _, rows, r = ds
+                dss[i] = other.new_empty(rows, r)
+                parts.append(ds_parts)
+                out.append(dss[i])
+            if db is not None:
+                _, rows, r = db
+                dbs[i] = other.new_empty(rows, r)
+                parts.append(db_parts)
+                out.append(dbs[i])
+        add(tuple(parts), tuple(out))
+        return dss, dbs
+
+    return run
+
+
+def _reading(dy: Tensor, b: Tensor, need_ds: bool, need_db: bool, config: Config | None) -> tuple:
+    """Return the launch that reads ``dy``, and the shapes of partial sums [parts, ...], or None."""
     (M, N), R = dy.shape, b.shape[1]
     config = config or config_for("ds_db", (dy,), (dy,), R, b.dtype, False)
     block_r = config.rank_tile(R)
@@ -130,7 +169,6 @@ def ds_db(
     splits, steps = split(M, N, config, chip_of(dy.device).processors, kinds * tiles_r)
     chunks = tiles_n if on_the_way else cdiv(tiles_n, steps)
     tiles = (tiles_n if need_db else 0) + (steps * chunks if need_ds and not on_the_way else 0)
-    acc = sum_dtype(dy.dtype)
     launch = Launch(
         *(ds_db_kernel, (tiles * tiles_r, splits), config),
         *(M, N, R, steps),
@@ -139,19 +177,4 @@ def ds_db(
         *(need_ds, need_db, on_the_way, triton_dtype(dy.dtype)),
         *(config.block_m, config.block_n, block_r),
     )
-    outs = [(M * R, chunks)] * need_ds + [(N * R, splits)] * need_db
-    add = adding(tuple(outs), (float(scaling),), acc)
-
-    def run(dy, s, b, *_):
-        ds_parts = dy.new_empty(chunks, M, R, dtype=acc) if need_ds else None
-        db_parts = dy.new_empty(splits, N, R, dtype=acc) if need_db else None
-        launch(dy, s, b, ds_parts, db_parts)
-        ds = b.new_empty(M, R) if need_ds else None
-        db = b.new_empty(N, R) if need_db else None
-        add(
-            tuple([t for t in (ds_parts, db_parts) if t is not None]),
-            tuple([t for t in (ds, db) if t is not None]),
-        )
-        return ds, db
-
-    return run
+    return launch, (chunks, M, R) if need_ds else None, (splits, N, R) if need_db else None

@@ -58,19 +58,12 @@ def _activated(x, ACTIVATION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["blocks"])
 def gated_kernel(
-    gate_ptr,
-    up_ptr,
-    h_ptr,
-    F,
-    blocks,
-    stride_gm,
-    stride_gf,
-    stride_um,
-    stride_uf,
-    ACTIVATION: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    gate_ptr, up_ptr, h_ptr,
+    F, blocks,
+    stride_gm, stride_gf,
+    stride_um, stride_uf,
+    ACTIVATION: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) // blocks).to(tl.int64)
     offs_f = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs_f < F
@@ -82,25 +75,13 @@ def gated_kernel(
 
 @triton.jit(do_not_specialize=["blocks"])
 def gated_backward_kernel(
-    dh_ptr,
-    gate_ptr,
-    up_ptr,
-    dgate_ptr,
-    dup_ptr,
-    h_ptr,
-    F,
-    blocks,
-    stride_hm,
-    stride_hf,
-    stride_gm,
-    stride_gf,
-    stride_um,
-    stride_uf,
-    ACTIVATION: tl.constexpr,
-    HAS_H: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, h_ptr,
+    F, blocks,
+    stride_hm, stride_hf,
+    stride_gm, stride_gf,
+    stride_um, stride_uf,
+    ACTIVATION: tl.constexpr, HAS_H: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) // blocks).to(tl.int64)
     offs_f = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs_f < F

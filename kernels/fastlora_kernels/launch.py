@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,8 +37,10 @@ if INTERPRETED:
     interpreter.install()
 
 NO_CONFIGS: Mapping[str, Config] = {}
-# Whether a compiled program's own launcher takes what `Launch` gives it: read in these versions.
+# The versions of Triton whose launchers may be called by `Launch`, and what those take.
 KNOWN_TRITON = (3, 4) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
+HEAD = ("self", "gridX", "gridY", "gridZ", "stream", "function")
+TAIL = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
 MOST_PLANS = 4096  # of a launcher: lengths may be endless
 
 
@@ -202,7 +205,7 @@ class Launch:
             if first.is_cuda and torch.cuda.is_current_stream_capturing():
                 stack.enter_context(_compiled_before())
             compiled = run(*tensors, *self.rest, **self.options)
-            if KNOWN_TRITON and torch.version.hip is None and compiled is not None:
+            if _is_known(compiled):
                 self._prepare(compiled)
 
     def _prepare(self, compiled: Any) -> None:
@@ -213,6 +216,15 @@ class Launch:
         index, head = driver.get_current_device(), (*self.grid, 1, 1)[:3]
         device = index, driver.get_current_device, driver.get_current_stream
         self.ready = run, head, *device, compiled.function, compiled.packed_metadata
+
+
+def _is_known(compiled: Any) -> bool:
+    """Return whether a program's launcher is one that takes what `Launch` gives it."""
+    if compiled is None or not KNOWN_TRITON or torch.version.hip is not None:
+        return False
+    *names, last = inspect.signature(type(compiled.run).__call__).parameters.values()
+    found = tuple(p.name for p in names)
+    return last.kind is last.VAR_POSITIONAL and found in (HEAD, HEAD + TAIL)
 
 
 def _no_hooks() -> bool:

@@ -86,10 +86,13 @@ def ds_db(
     dss: Maybe = [None] * len(projections)
     dbs: Maybe = [None] * len(projections)
     config = configs.get("ds_db")
-    for i, (_, _, b, _, _, scaling, _) in enumerate(projections):
-        if dys[i] is not None and b is not None:
-            rest = scaling, need_ds[i], need_db[i], config
-            dss[i], dbs[i] = ds_db_of.ds_db(dys[i], ss[i], b, *rest)
+    for few in adapted(projections, dys):
+        _, _, b, _, _, scalings, _ = _columns(projections, few)
+        dy, s = tuple([dys[i] for i in few]), tuple([ss[i] for i in few])
+        needs = tuple([need_ds[i] for i in few]), tuple([need_db[i] for i in few])
+        found = ds_db_of.ds_db(dy, s, b, scalings, *needs, config)
+        for i, ds, db in zip(few, *found, strict=True):
+            dss[i], dbs[i] = ds, db
     return dss, dbs
 
 

@@ -324,8 +324,8 @@ def test_ds_and_db_come_from_one_launch():
     for r, needs in itertools.product((16, 128), ((True, True), (True, False), (False, True))):
         dy, b, s = empty(999, 500), empty(500, r), empty(999, r)
         with launch.recording(HOPPER) as calls:
-            found = ds_db.ds_db(dy, s, b, 1.0, *needs)
-        assert tuple(f is not None for f in found) == needs
+            found = ds_db.ds_db((dy,), (s,), (b,), (1.0,), *((need,) for need in needs))
+        assert tuple(f is not None for (f,) in found) == needs
         assert [c.args["dy_ptr"] is dy for c in calls if "dy_ptr" in c.args] == [True]
 
 

@@ -226,12 +226,7 @@ MUTANTS = {
         "min(first_row + steps * BLOCK_M, M)",
         "min(steps * BLOCK_M, M)",
     ),
-    "partial sum lost": (
-        NARROW,
-        "sums.py",
-        "tl.cast(number_of(i, parts, tl.int32), tl.int32)",
-        "tl.cast(number_of(i, parts, tl.int32), tl.int32) - 1",
-    ),
+    "partial sum lost": (NARROW, "sums.py", "in range(parts):", "in range(parts - 1):"),
     "db in bfloat16 before the sum": (
         [Joint(600, 20, (40,), (5,), "bf16-fp32", "both")],
         "ds_db.py",

@@ -48,6 +48,7 @@ def test_finding_them_leaves_the_model_as_it_was():
 
 # GPT-2 and Phi-3 have one layer each for what others have siblings for.
 ALONE = ("GPT-2", "Phi3")
+GATED = ("Llama", "Qwen2", "Qwen3", "Gemma", "Gemma3", "Mistral")
 DIFFUSION = {
     "hidden_states": torch.zeros(1, 4, 8, 8, dtype=torch.float64),
     "timestep": torch.tensor([1]),
@@ -62,7 +63,8 @@ def test_models(name, together):
     targets = ATTENTION if name == "diffusion" else "all-linear"
     plain = adapted(MODELS[name]().double(), targets)
     model = copy.deepcopy(plain)
-    patch_peft(model, fuse_siblings=DIFFUSION if name == "diffusion" else True)
+    report = patch_peft(model, fuse_siblings=DIFFUSION if name == "diffusion" else True)
+    assert len(report.gated_mlps) == 2 * (name.split()[0] in GATED)
     (loss, grads), (plain_loss, plain_grads) = (step(each, name) for each in (model, plain))
     assert loss.item() == pytest.approx(plain_loss.item(), abs=1e-9)
     assert (grads - plain_grads).norm() <= 1e-10 * plain_grads.norm()

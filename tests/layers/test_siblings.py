@@ -250,28 +250,6 @@ def test_a_sibling_on_each_side_of_a_checkpoint():
     close(*reversed(found))
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_a_checkpoint_after_the_first_of_a_group(reentrant):
-    """What is kept in it does not depend on what was held before."""
-    found = []
-    for block in pair():
-        x = X.clone().requires_grad_()
-        y, again = block.q(x), checkpoint(block, x, use_reentrant=reentrant)
-        found.append([*added(block, y.square().sum() + again.square().sum()), x.grad])
-    close(*reversed(found))
-
-
-def test_several_forwards_before_a_backward(together):
-    found = []
-    for block in pair():
-        xs = [X.clone().requires_grad_(), (X * 2).requires_grad_()]
-        ys = [block(xs[0]), block(xs[1]), block(xs[0])]
-        loss = sum(y.square().sum() * (i + 1) for i, y in enumerate(ys))
-        found.append([*ys, *gradients_of(loss, block, *xs)])
-    close(*reversed(found))
-    assert together == [3, 3, 3] and nothing_held()
-
-
 def test_the_first_of_a_group_begins_anew(together):
     """Two forwards with one x: the second one's outputs are of its own graph."""
     found = []

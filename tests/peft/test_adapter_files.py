@@ -72,6 +72,11 @@ CASES = {
     "hra": (tiny.llama, peft.HRAConfig(r=2, target_modules=LLAMA)),
     "norms": (tiny.llama, peft.LNTuningConfig(target_modules=["input_layernorm"])),
 }
+RELEASE = tuple(map(int, peft.__version__.split(".")[:2]))
+if RELEASE < (0, 21):  # it does not save what "lora_only" trains
+    del CASES["lora_only"]
+if RELEASE < (0, 20):  # it fails on experts with the transformers of today
+    del CASES["experts"]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*(tied|embedding layers found|fused nothing)"),
     pytest.mark.filterwarnings("ignore:.*Setting `save_embedding_layers`"),
@@ -98,7 +103,8 @@ def equal_files(one, other):
 
 def settings(folder):
     values = json.loads((folder / CONFIG).read_text())
-    return {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in values.items()}
+    values = {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in values.items()}
+    return {**values, "base_model_name_or_path": values["base_model_name_or_path"] or None}
 
 
 @cases
@@ -126,7 +132,9 @@ def test_from_peft_to_peft(make, config, tmp_path):
     close(back.eval(), theirs)
 
 
-@pytest.mark.parametrize("name", ["linear", "embedding", "tokens", "dora", "saved", "experts"])
+@pytest.mark.parametrize(
+    "name", sorted(CASES.keys() & {"linear", "embedding", "tokens", "dora", "saved", "experts"})
+)
 def test_beside_another_adapter(name, tmp_path):
     make, config = CASES[name]
     theirs = wrapped(make, config)
@@ -146,6 +154,7 @@ def test_beside_another_adapter(name, tmp_path):
     close(load_adapter(make(), tmp_path / "default"), wrapped(make, lora("q_proj", "key", r=2)))
 
 
+@pytest.mark.skipif(RELEASE < (0, 20), reason="this PEFT saves foobar's tensors with foo's")
 def test_names_that_begin_alike(tmp_path):
     others = {"foo": wrapped(), "foobar": wrapped(config=lora("up_proj", "q_proj", r=2))}
     for name, other in others.items():

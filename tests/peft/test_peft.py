@@ -334,9 +334,10 @@ def test_a_new_scale_and_a_hot_swapped_adapter(fused, tmp_path):
     before = model(X)
     for each in (plain, model):
         hotswap_adapter(each, str(tmp_path), adapter_name="default")
-    same(plain, model)
-    assert not torch.allclose(model(X), before)
-    assert len(fused) == 4 * 3 + 2 * 2
+    after = model(X)  # which may be frozen
+    torch.testing.assert_close(after, plain(X), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(after, before)
+    assert len(fused) == 4 * 2 + 2 * 2
 
 
 def test_dropout_keeps_what_it_should(fused):

@@ -77,6 +77,6 @@ MUTANTS = [
         "fastlora/commands/info.py",
         "            return failures + 1",
         "            return failures",
-        "operator/test_unusual_operands.py::test_info_refuses_what_layers_refuse",
+        "commands/test_tune.py::test_info_refuses_what_layers_refuse",
     ),
 ]

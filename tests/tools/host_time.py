@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import aot
 import torch
 import triton
-from fastlora_kernels import launch, steps
+from fastlora_kernels import launch, outputs, steps
 from fastlora_kernels.configs import Chip
 from triton.backends.compiler import GPUTarget
 
@@ -35,11 +35,12 @@ class Launcher:
     def __init__(self, src, metadata) -> None:
         self.metadata, self.name = metadata, src.fn.__name__
 
-    def __call__(self, x, y, z, stream, function, packed, about, enter, leave, *args) -> None:
+    def __call__(self, gridX, gridY, gridZ, stream, function, *args) -> None:
         if launched is not None:
             uses = self.metadata.num_warps, self.metadata.num_stages, self.metadata.shared
-            given = {"grid": (x, y, z), "stream": stream, "function": function, "uses": uses}
-            given |= {"packed": packed, "name": self.name, "args": _plain(args)}
+            given = {"grid": (gridX, gridY, gridZ), "stream": stream, "function": function}
+            # Between them the hooks, and what they would be told.
+            given |= {"name": self.name, "uses": uses, "packed": args[0], "args": _plain(args[4:])}
             launched.append(given)
 
 
@@ -122,7 +123,8 @@ def microseconds(call: Callable[[], None], rounds: int = ROUNDS) -> list[float]:
 def pairs() -> Iterator[dict]:
     """Yield for each launch of some layers whether the prepared one gives what Triton's does."""
     global launched
-    torch.Tensor.new_empty = _kept(torch.Tensor.new_empty)
+    torch.Tensor.new_empty, cat = _kept(torch.Tensor.new_empty), torch.cat
+    torch.cat = lambda ts, dim=0: ts[0].new_empty(*cat(ts, dim).shape)
     prepare = launch.Launch._prepare
     for count, p, dtype in (
         *((count, p, torch.bfloat16) for count in (1, 3) for p in (0.0, 0.1)),
@@ -141,6 +143,44 @@ def pairs() -> Iterator[dict]:
                 same = {name: one[name] == other[name] for name in one}
                 yield {"name": one["name"], "count": count, "same": same}
     launch.Launch._prepare = prepare
+
+
+def ways() -> Iterator[dict]:
+    """Yield how many launches of a warm forward go by Triton's own way, by what was changed."""
+    count, own = 0, launch.Launch._by_triton
+
+    def counted(self, *tensors) -> None:
+        nonlocal count
+        count += 1
+        own(self, *tensors)
+
+    launch.Launch._by_triton = counted
+    forward, _ = layer(1, 0.0)
+    driver, runtime = triton.runtime.driver.active, triton.knobs.runtime
+    kernel, hook = outputs.persistent_outputs_kernel, lambda *_, **__: None
+
+    def hooks(on: bool) -> None:
+        if hasattr(runtime.launch_enter_hook, "calls"):
+            (runtime.launch_enter_hook.add if on else runtime.launch_enter_hook.remove)(hook)
+        else:
+            runtime.launch_enter_hook = hook if on else None
+
+    changes = {
+        "nothing": lambda on: None,
+        "a hook": hooks,
+        "a hook of the kernel": lambda on: (
+            kernel.add_pre_run_hook(hook) if on else kernel.pre_run_hooks.clear()
+        ),
+        "another device": lambda on: setattr(driver, "device", int(on)),
+    }
+    for name, change in changes.items():
+        forward()
+        change(True)
+        count = 0
+        forward()
+        change(False)
+        yield {"changed": name, "by_triton": count}
+    launch.Launch._by_triton = own
 
 
 def _kept(make: Callable) -> Callable:
@@ -163,7 +203,7 @@ _kept.next = 0
 def main() -> None:
     stub()
     if sys.argv[1:] == ["check"]:
-        for found in pairs():
+        for found in (*ways(), *pairs()):
             print(json.dumps(found), flush=True)
         return
     for name, count, p in (("a layer", 1, 0.0), ("dropout", 1, 0.1), ("q/k/v", 3, 0.0)):

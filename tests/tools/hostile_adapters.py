@@ -54,115 +54,75 @@ def framed(header: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header
 
 
-# name: (file, content, what the refusal says)
-ATTACKS: dict[str, tuple[str, bytes, str]] = {
-    "rank-of-a-billion": (CONFIG, config(r=10**9), "r must be an int from 1 to 4096"),
-    "rank-zero": (CONFIG, config(r=0), "r must be an int from 1 to 4096, got 0"),
+FROZEN = "overwrite frozen weights of the model"
+BROKEN = "not a whole safetensors file"
+# Of a config that is good but for one key, and of a file's tensors: name: (what, the refusal).
+CONFIGS = {
+    "rank-of-a-billion": ({"r": 10**9}, "r must be an int from 1 to 4096"),
+    "rank-zero": ({"r": 0}, "r must be an int from 1 to 4096, got 0"),
     "rank-pattern-of-a-trillion": (
-        CONFIG,
-        config(rank_pattern={"2": 10**12}),
+        {"rank_pattern": {"2": 10**12}},
         r"rank_pattern\['2'\] must be an int from 1 to 4096",
     ),
-    "alpha-not-a-number": (
-        CONFIG,
-        config().replace(b'"lora_alpha": 6', b'"lora_alpha": NaN'),
-        "holds NaN",
-    ),
-    "alpha-infinite": (
-        CONFIG,
-        config().replace(b'"lora_alpha": 6', b'"lora_alpha": 1e999'),
-        "holds 1e999",
-    ),
-    "dropout-of-one": (CONFIG, config(lora_dropout=1.0), "lora_dropout must be"),
-    "a-key-twice": (
-        CONFIG,
-        config().replace(b'"r": 3', b'"r": 3, "r": 4000'),
-        "has 'r' more than once",
-    ),
-    "another-method": (CONFIG, config(peft_type="XLORA"), "peft_type must be one of LORA, "),
-    "another-method-s-key": (CONFIG, config(peft_type="LOKR"), "unexpected keyword .*lora_alpha"),
-    "dora": (CONFIG, config(use_dora=True), r"2 tensors missing \(.*2.lora_magnitude_vector"),
+    "dropout-of-one": ({"lora_dropout": 1.0}, "lora_dropout must be"),
+    "another-method": ({"peft_type": "XLORA"}, "peft_type must be one of LORA, "),
+    "another-method-s-key": ({"peft_type": "LOKR"}, "unexpected keyword .*lora_alpha"),
+    "dora": ({"use_dora": True}, r"2 tensors missing \(.*2.lora_magnitude_vector"),
     "changes-frozen-weights": (
-        CONFIG,
-        config(init_lora_weights="pissa"),
+        {"init_lora_weights": "pissa"},
         "init_lora_weights must be one of .* frozen weights, got 'pissa'",
     ),
-    "changes-the-model": (
-        CONFIG,
-        config(layer_replication=[[0, 10**9]]),
-        "not support layer_replication=",
-    ),
+    "changes-the-model": ({"layer_replication": [[0, 10**9]]}, "not support layer_replication="),
     "another-module-to-import": (
-        CONFIG,
-        config(megatron_core="antigravity", megatron_config={"a": 1}),
+        {"megatron_core": "antigravity", "megatron_config": {"a": 1}},
         "not support megatron_config=",
     ),
     "a-name-of-many-parts": (
-        CONFIG,
-        config(target_modules=["a." * 1000]),
+        {"target_modules": ["a." * 1000]},
         "target_modules must be .* names of at most 300 characters",
     ),
-    "a-switch-of-the-future": (CONFIG, config(run_this=["rm"]), "not support run_this="),
-    "terminal-codes": (CONFIG, config(**{"\x1b[2J": 1}), r"not support '\\x1b\[2J'=1"),
+    "a-switch-of-the-future": ({"run_this": ["rm"]}, "not support run_this="),
+    "terminal-codes": ({"\x1b[2J": 1}, r"not support '\\x1b\[2J'=1"),
     "terminal-codes-in-a-pattern": (
-        CONFIG,
-        config(target_modules="(?\x1b[2J"),
+        {"target_modules": "(?\x1b[2J"},
         r"not a regular expression: 'unknown extension \?\\x1b",
     ),
     "code-to-import": (
-        CONFIG,
-        config(auto_mapping={"parent_library": "antigravity"}, r=4),
+        {"auto_mapping": {"parent_library": "antigravity"}, "r": 4},
         r"must be \[4, 8\]",
     ),
-    "everything-is-a-target": (
-        CONFIG,
-        config(target_modules=["0", "2", "head"]),
-        "2 tensors missing",
-    ),
+    "everything-is-a-target": ({"target_modules": ["0", "2", "head"]}, "2 tensors missing"),
+}
+TENSORS = {
+    "overwrites-a-frozen-weight": ({f"{P}head.base_layer.weight": (5, 8)}, FROZEN),
+    "overwrites-another-layer": ({f"{P}0.weight": (8, 6)}, FROZEN),
+    "another-shape": ({f"{P}head.lora_A.weight": (3, 9)}, r"must be \[3, 8\]"),
+}
+HUGE = b'{"a": {"dtype": "F32", "shape": [4611686018427387904], "data_offsets": [0, 0]}}'
+OVERLAP = (
+    b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+    b'"b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}'
+)
+# name: (file, content, what the refusal says)
+ATTACKS: dict[str, tuple[str, bytes, str]] = {
+    **{name: (CONFIG, config(**changes), why) for name, (changes, why) in CONFIGS.items()},
+    **{name: (WEIGHTS, weights(SHAPES | more), why) for name, (more, why) in TENSORS.items()},
+    "alpha-not-a-number": (CONFIG, config().replace(b": 6", b": NaN"), "holds NaN"),
+    "alpha-infinite": (CONFIG, config().replace(b": 6", b": 1e999"), "holds 1e999"),
+    "a-key-twice": (CONFIG, config().replace(b": 3", b': 3, "r": 4000'), "'r' more than once"),
     "cut-off": (CONFIG, config()[:40], "refused"),
     "not-utf-8": (CONFIG, b"\xff\xfe" + config(), "refused"),
     "nested": (CONFIG, b"[" * 100_000, "nested too deeply"),
-    "overwrites-a-frozen-weight": (
-        WEIGHTS,
-        weights(SHAPES | {f"{P}head.base_layer.weight": (5, 8)}),
-        "overwrite frozen weights",
-    ),
-    "overwrites-another-layer": (
-        WEIGHTS,
-        weights(SHAPES | {f"{P}0.weight": (8, 6)}),
-        "overwrite frozen weights of the model",
-    ),
     "a-tensor-missing": (
         WEIGHTS,
         weights({k: v for k, v in SHAPES.items() if "head.lora_A" not in k}),
         "1 tensors missing",
     ),
     "weights-not-a-number": (WEIGHTS, weights(value=float("nan")), "holds NaN or infinity"),
-    "another-shape": (
-        WEIGHTS,
-        weights(SHAPES | {f"{P}head.lora_A.weight": (3, 9)}),
-        r"must be \[3, 8\]",
-    ),
     "integers": (WEIGHTS, weights(dtype="I32"), "got I32"),
-    "says-it-is-huge": (
-        WEIGHTS,
-        framed(b'{"a": {"dtype": "F32", "shape": [4611686018427387904], "data_offsets": [0, 0]}}'),
-        "not a whole safetensors file",
-    ),
-    "header-beyond-the-end": (
-        WEIGHTS,
-        struct.pack("<Q", 1 << 60) + b"{}",
-        "not a whole safetensors file",
-    ),
-    "tensors-that-overlap": (
-        WEIGHTS,
-        framed(
-            b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
-            b'"b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}'
-        )
-        + b"\0" * 12,
-        "not a whole safetensors file",
-    ),
+    "says-it-is-huge": (WEIGHTS, framed(HUGE), BROKEN),
+    "header-beyond-the-end": (WEIGHTS, struct.pack("<Q", 1 << 60) + b"{}", BROKEN),
+    "tensors-that-overlap": (WEIGHTS, framed(OVERLAP) + b"\0" * 12, BROKEN),
 }
 
 
