@@ -26,7 +26,8 @@ def ds_db_kernel(
     dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr,
     M, N, R, steps,
     stride_dym, stride_dyn,
-    stride_bn, stride_br,
+    stride_br, stride_bn,
+    stride_on,
     NEED_DS: tl.constexpr, NEED_DB: tl.constexpr, ON_THE_WAY: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +67,8 @@ def ds_db_kernel(
                 row = tile.to(tl.int64) * M + rows
                 tl.store(ds_ptr + row[:, None] * R + ranks[None, :], ds, mask=mask_mr)
         db_ptrs = db_ptr + split.to(tl.int64) * N * R
-        tl.store(db_ptrs + (columns[:, None] * R + ranks[None, :]), db, mask=mask_nr)
+        db_ptrs += columns[:, None] * stride_on + ranks[None, :]
+        tl.store(db_ptrs, db, mask=mask_nr)
     else:
         # dy b of a row tile, over as many column tiles as the others have row tiles.
         if NEED_DB:
@@ -173,7 +175,8 @@ def _reading(dy: Tensor, b: Tensor, need_ds: bool, need_db: bool, config: Config
         *(ds_db_kernel, (tiles * tiles_r, splits), config),
         *(M, N, R, steps),
         *dy.stride(),
-        *b.stride(),
+        *b.stride()[::-1],
+        R,
         *(need_ds, need_db, on_the_way, triton_dtype(dy.dtype)),
         *(config.block_m, config.block_n, block_r),
     )
