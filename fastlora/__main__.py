@@ -13,10 +13,23 @@ import warnings
 from fastlora.commands import finetune, ranks, tune
 from fastlora.commands.shared import UserError, leave, rank
 
+# What runs it, its options, and what it does.
 COMMANDS = {
-    "finetune": (finetune, "fine-tune a language model on your own lines of text"),
-    "ranks": (ranks, "find the rank and the layers to fine-tune with, by short runs of finetune"),
-    "tune": (tune, "measure which implementation is fastest for a model's layers on this machine"),
+    "finetune": (
+        finetune.run,
+        finetune.Settings,
+        "fine-tune a language model on your own lines of text",
+    ),
+    "ranks": (
+        ranks.run,
+        ranks.RankSettings,
+        "find the rank and the layers to fine-tune with, by short runs of finetune",
+    ),
+    "tune": (
+        tune.run,
+        tune.TuneSettings,
+        "measure which implementation is fastest for a model's layers on this machine",
+    ),
 }
 
 
@@ -34,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     targets = tuple(options["target_modules"])
     if len(targets) == 1 and (targets == ("all-linear",) or not re.fullmatch(r"\w+", targets[0])):
         targets = targets[0]  # one expression
-    module, _ = COMMANDS[command]
+    run, settings, _ = COMMANDS[command]
     try:
-        module.run(module.Settings(**options | {"target_modules": targets}))
+        run(settings(**options | {"target_modules": targets}))
     except UserError as error:
         which = f"process {rank()}: " if rank() else ""
         print(f"{which}error: {error}", file=sys.stderr)
@@ -54,9 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="say what runs here: versions, device, implementations")
     shown = argparse.ArgumentDefaultsHelpFormatter
-    for name, (module, text) in COMMANDS.items():
+    for name, (_, settings, text) in COMMANDS.items():
         one = commands.add_parser(name, help=text, formatter_class=shown)
-        for field in dataclasses.fields(module.Settings):
+        for field in dataclasses.fields(settings):
             if field.metadata:
                 one.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata)
     return parser

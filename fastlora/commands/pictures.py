@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from fastlora.commands.ranks import Trial, listed
+from fastlora.commands.rank_search import Trial, listed
 
 TRAIN, HELD_OUT, INK = "#2a78b8", "#d1495b", "#33383d"
 

@@ -25,7 +25,7 @@ Weights = tuple[tuple[int, int, bool], ...]
 
 
 @dataclass(frozen=True)
-class Settings:
+class TuneSettings:
     """What is measured."""
 
     model: str | None = option(None, "Hugging Face folder or id, or a folder with one .gguf")
@@ -49,7 +49,7 @@ class Settings:
         check(self, "adapter_dtype", right, f"{self.dtype} or fp32")
 
 
-def run(s: Settings) -> None:
+def run(s: TuneSettings) -> None:
     """Measure, print what was chosen and what that gains, and keep it for every later process.
 
     Raises UserError for what the user can put right.

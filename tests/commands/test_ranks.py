@@ -15,7 +15,7 @@ import transformers
 
 from fastlora.__main__ import main
 from fastlora.commands import models, pictures, ranks, trainer
-from fastlora.commands.ranks import Trial, reason, search, table, taken
+from fastlora.commands.rank_search import Trial, reason, search, table, taken
 from fastlora.commands.shared import UserError
 
 QV, ATTENTION, ALL = ("q_proj", "v_proj"), ("q_proj", "v_proj", "k_proj", "o_proj"), "all-linear"

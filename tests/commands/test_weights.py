@@ -32,4 +32,4 @@ def test_weights_are_measured_alone_and_with_those_that_read_the_same(tmp_path, 
 def test_either_a_model_or_shapes_is_asked_for():
     for both in ({}, {"model": "a", "shapes": ["8x8"]}):
         with pytest.raises(UserError, match="give either --model or --shapes"):
-            tune.Settings(**both)
+            tune.TuneSettings(**both)

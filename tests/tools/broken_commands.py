@@ -6,7 +6,7 @@ from __future__ import annotations
 from broken_copies import Mutant
 
 FINETUNE, DATA = "fastlora/commands/finetune.py", "fastlora/commands/data.py"
-TRAINER, RANKS = "fastlora/commands/trainer.py", "fastlora/commands/ranks.py"
+TRAINER, RANKS = "fastlora/commands/trainer.py", "fastlora/commands/rank_search.py"
 
 MUTANTS = [
     Mutant(
