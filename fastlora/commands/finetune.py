@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-import fastlora
 from fastlora.commands import data, models, shared
 from fastlora.commands.shared import UserError, check, first_line, option, rank, say
 
@@ -185,6 +184,7 @@ class _Run:
         from transformers import set_seed
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+        import fastlora
         from fastlora.commands.trainer import Progress, ProgressCallback, Trainer
 
         self.settings, self.output, self.begun = s, Path(s.output), begun
@@ -218,6 +218,8 @@ class _Run:
         trainer, tokens, after = self.trainer, self.progress.tokens[-1], self._measure("after")
         trainable, _ = trainer.model.get_nb_trainable_parameters()
         say("saved", f"{self.output / 'adapter'} (PEFT format){self._save_and_check()}")
+        import fastlora
+
         steps = [row for row in trainer.state.log_history if "loss" in row]
         losses, seconds = [row["loss"] for row in steps], steps[-1]["seconds"]
         if rank() == 0:
@@ -292,6 +294,8 @@ class _Run:
     @torch.no_grad()
     def _save_and_check(self) -> str:
         """Save the adapter, load it beside the trained one; return how the outputs compare."""
+        import fastlora
+
         folder, model = self.output / "adapter", self.trainer.model
         if _sharded() or rank() == 0:
             fastlora.save_adapter(model, folder)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-import fastlora
 from fastlora.commands.models import Targets, adapted, empty_model
 from fastlora.commands.shared import DTYPES, UserError, check, option, require, torch_device
 from fastlora.operator import measured, plans
@@ -117,6 +116,8 @@ def _of_model(name: str, targets: Targets) -> list[Weights]:
     No weight is loaded, and nothing computed. Siblings are found where the model brings an input
     along.
     """
+    import fastlora
+
     model = adapted(empty_model(name), targets)
     report = fastlora.patch_peft(model)
     with contextlib.suppress(ValueError):

@@ -24,9 +24,9 @@ from fastlora.layers.classes import unwrapped
 from fastlora.peft import checks
 from fastlora.peft.checks import CONFIG_FILE, WEIGHTS_FILE, few, finite, plain_name
 from fastlora.peft.config import parsed
-from fastlora.peft.patch import check_not_compiled, check_release, patch_peft
 from fastlora.peft.patterns import check_patterns
 from fastlora.peft.rehearsal import rehearsed, unchanged_on_error
+from fastlora.peft.require import check_not_compiled, check_release
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,10 +52,12 @@ def load_adapter(
     is not one for this model, is damaged, or asks for what is not supported; the model is then as
     it was. Warns where the config is not the one that the weights were saved with.
     """
+    check_release()
     from peft import PeftModel
     from safetensors.torch import save_file
 
-    check_release()
+    from fastlora.peft.patch import patch_peft
+
     _check_model(model, adapter_name)
     with locked(Path(folder), shared=True):
         path, data, of_weights = checks.find_config(Path(folder))

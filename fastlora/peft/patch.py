@@ -6,7 +6,6 @@ PEFT itself is imported when one of them is called.
 
 from __future__ import annotations
 
-import re
 import warnings
 from typing import TYPE_CHECKING
 
@@ -15,12 +14,10 @@ from torch import nn
 from fastlora.layers import sibling_search
 from fastlora.layers.classes import rebased, unwrapped
 from fastlora.layers.report import PatchReport
+from fastlora.peft.require import check_not_compiled, check_release
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-# The releases whose layers were tested: from the first to before the last.
-TESTED = ((0, 19), (0, 22))
 
 
 def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -> PatchReport:
@@ -112,31 +109,3 @@ def register(config: LoraConfig) -> LoraConfig:
         raise TypeError(f"config must be a peft.LoraConfig, got {type(config).__name__}")
     config._register_custom_module(dict.fromkeys((nn.Linear, Conv1D), registered_layer))
     return config
-
-
-def check_release() -> None:
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("PEFT is needed: pip install 'fastlora-kernels[peft]'") from error
-    first, end = TESTED
-    release = tuple(int(part) for part in re.findall(r"\d+", peft.__version__)[:2])
-    if not first <= release < end:
-        raise RuntimeError(
-            f"PEFT {peft.__version__} was not tested with this fastlora, whose fused layers stand "
-            f"in for those of {_text(first)} up to before {_text(end)}"
-        )
-
-
-def _text(release: tuple[int, int]) -> str:
-    return ".".join(map(str, release))
-
-
-def check_not_compiled(model: nn.Module) -> nn.Module:
-    plain = unwrapped(model)
-    for part in (model, *plain.modules()):
-        if "_orig_mod" in part._modules or part._compiled_call_impl is not None:
-            raise ValueError(
-                f"{type(part).__name__} is compiled: patch the model first, then compile it"
-            )
-    return plain
