@@ -230,8 +230,8 @@ MUTANTS = {
     "db in bfloat16 before the sum": (
         [Joint(600, 20, (40,), (5,), "bf16-fp32", "both")],
         "ds_db.py",
-        "ranks[None, :]), db, mask",
-        "ranks[None, :]), db.to(tl.bfloat16).to(tl.float32), mask",
+        "tl.store(db_ptrs, db, mask",
+        "tl.store(db_ptrs, db.to(tl.bfloat16).to(tl.float32), mask",
     ),
     "by TMA: w of the first": (
         FOLD,
