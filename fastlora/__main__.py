@@ -15,20 +15,12 @@ from fastlora.commands.shared import UserError, leave, rank
 
 # What runs it, its options, and what it does.
 COMMANDS = {
-    "finetune": (
-        finetune.run,
-        finetune.Settings,
-        "fine-tune a language model on your own lines of text",
-    ),
-    "ranks": (
-        ranks.run,
-        ranks.RankSettings,
-        "find the rank and the layers to fine-tune with, by short runs of finetune",
-    ),
+    "finetune": (finetune.run, finetune.Settings, "fine-tune a language model on your own lines"),
+    "ranks": (ranks.run, ranks.RankSettings, "find the rank and the layers, by runs of finetune"),
     "tune": (
         tune.run,
         tune.TuneSettings,
-        "measure which implementation is fastest for a model's layers on this machine",
+        "measure which implementation is fastest on this machine",
     ),
 }
 

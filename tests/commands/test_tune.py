@@ -12,6 +12,7 @@ from measuring import CPU, PROBLEM, timings
 from tiny_models import llama
 
 from fastlora.__main__ import main
+from fastlora.commands import info, tune
 from fastlora.operator import measured, plans, tuning
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
@@ -56,9 +57,18 @@ def test_the_command_reads_a_model(capsys, monkeypatch, tmp_path):
     assert len(together) == 2
 
 
+def test_weights_are_measured_alone_and_with_those_that_read_the_same(tmp_path):
+    llama().config.save_pretrained(tmp_path)
+    alone = [((16, 16, True),), ((8, 16, True),), ((24, 16, True),), ((16, 24, True),)]
+    together = [((16, 16, True), (8, 16, True), (8, 16, True)), ((24, 16, True), (24, 16, True))]
+    assert tune._of_model(str(tmp_path), "all-linear") == alone + together
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        ([], "give either --model or --shapes"),
+        (["--model", "a", "--shapes", "8x8"], "give either --model or --shapes"),
         (["--shapes", "48"], "--shapes takes NxK, such as 14336x4096, got '48'"),
         (["--shapes", "8x8", "--r", "0"], "--r must be positive, got 0"),
         (["--shapes", "8x8", "--adapter-dtype", "fp16"], "--adapter-dtype must be bf16 or fp32"),
@@ -82,14 +92,16 @@ def test_the_command_names_what_is_wrong(options, message, capsys, tmp_path, mon
 
 def test_the_command_where_there_is_nothing_to_choose(capsys, monkeypatch):
     monkeypatch.setattr(plans, "triton_unusable", lambda device: "no GPU.")
-    assert run_tune("--shapes", "48") == 2
-    assert "--shapes takes NxK" in capsys.readouterr().err
     assert run_tune("--shapes", "48x32") == 0
     said = capsys.readouterr().out
     assert said == "nothing to choose on cpu: only 'blocks' runs there. no GPU.\n"
 
 
-def test_a_forced_choice_leaves_nothing_to_tune(capsys, monkeypatch):
+def test_nothing_is_measured(capsys, monkeypatch):
+    """As the environment forces a choice, or nothing could be."""
+    monkeypatch.setattr(tuning, "_measure", lambda *_: None)
+    assert run_tune("--shapes", "48x32") == 2
+    assert "nothing could be measured on cpu" in capsys.readouterr().err
     monkeypatch.setattr(plans, "FORCED", "reference")
     assert run_tune("--shapes", "48x32") == 2
     assert "FASTLORA_IMPL=reference leaves nothing to choose" in capsys.readouterr().err
@@ -102,12 +114,6 @@ def test_the_command_does_not_say_kept_when_it_is_not(capsys, monkeypatch, tmp_p
     with pytest.warns(UserWarning, match="cannot be kept in"):
         assert run_tune("--shapes", "48x32") == 0
     assert "not kept: it held for this process only" in capsys.readouterr().out
-
-
-def test_nothing_could_be_measured(capsys, monkeypatch):
-    monkeypatch.setattr(tuning, "_measure", lambda *_: None)
-    assert run_tune("--shapes", "48x32") == 2
-    assert "nothing could be measured on cpu" in capsys.readouterr().err
 
 
 # info
@@ -129,7 +135,6 @@ def test_info_ends_in_ok(interpret):
 
 
 def test_info_says_what_failed(monkeypatch, capsys):
-    from fastlora.commands import info
     from fastlora.operator import blocks
 
     def wrong(*args):
@@ -145,8 +150,6 @@ def test_info_says_what_failed(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("value", "said"), [("nonsense", "must be one of"), ("triton", "usable")])
 def test_info_refuses_what_layers_refuse(value, said, monkeypatch, capsys):
-    from fastlora.commands import info
-
     monkeypatch.setattr(plans, "FORCED", value)
     monkeypatch.setattr(info, "_check", lambda *_: True)
     monkeypatch.setattr(plans, "triton_unusable", lambda device: "for a reason")
