@@ -86,8 +86,7 @@ def run(settings: Settings) -> dict[str, Any]:
         except OSError as error:
             raise UserError(f"--output {output} cannot be made: {error.strerror}") from error
         if settings.restart and rank() == 0:
-            _forget(output)
-            (output / "metrics.json").unlink(missing_ok=True)
+            _forget(output, "metrics.json")
         metrics = _read(output / "metrics.json", fingerprint)
         begun = _read(output / "run.json", fingerprint)
     if metrics is not None:
@@ -161,10 +160,11 @@ def _read(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     return found
 
 
-def _forget(output: Path) -> None:
+def _forget(output: Path, *more: str) -> None:
     """Delete what a run that is not done goes on from."""
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    (output / "run.json").unlink(missing_ok=True)
+    for name in ("run.json", *more):
+        (output / name).unlink(missing_ok=True)
 
 
 def _last_checkpoint(output: Path) -> Path | None:
@@ -225,16 +225,13 @@ class _Run:
         if rank() == 0:
             from fastlora.commands.pictures import loss_curve
 
-            s, ends = self.settings, (self.begun["loss"], after["loss"])
+            s, ends = self.settings, (self.begun["held_out_before"], after["held_out_after"])
             how = f"r = {s.r}, dropout {s.dropout:g}, lr {s.lr:g}, {s.batch_size} examples a step"
             loss_curve(self.output, losses, ends, f"{models.title(s.model)}: LoRA fine-tuning", how)
         say("speed", f"{tokens / seconds:.0f} tokens/s, {seconds / 60:.1f} minutes of training")
         return {
-            "settings": self.begun["settings"],
-            "held_out_before": self.begun["loss"],
-            "held_out_after": after["loss"],
-            "answer_before": self.begun["answer"],
-            "answer_after": after["answer"],
+            **self.begun,
+            **after,
             "trainable": trainable,
             "tokens": tokens,
             "seconds": round(seconds, 2),
@@ -245,7 +242,7 @@ class _Run:
         }
 
     def _train(self) -> None:
-        checkpoint = _last_checkpoint(self.output) if "loss" in self.begun else None
+        checkpoint = _last_checkpoint(self.output) if "held_out_before" in self.begun else None
         if checkpoint is not None:
             step = checkpoint.name.rpartition("-")[2]
             say("resumed", f"after step {step} of {self.settings.steps}")
@@ -285,11 +282,12 @@ class _Run:
         loss, count = (sum(each.item() for each in column) for column in zip(*found, strict=True))
         shared.check_finite(loss, f"the end, {when} training", s.lr)
         say(when, f"held-out loss {loss / count:.3f}")
-        text = None if s.ask is None else models.answer(model, self.tokenizer, s.ask)
+        text = None
         if s.ask is not None:
+            text = models.answer(model, self.tokenizer, s.ask)
             say("question", s.ask)
             say("answer", text)
-        return {"loss": loss / count, "answer": text}
+        return {f"held_out_{when}": loss / count, f"answer_{when}": text}
 
     @torch.no_grad()
     def _save_and_check(self) -> str:

@@ -37,11 +37,10 @@ def _check_device(device: torch.device) -> int:
     """Print a line for each implementation on ``device`` and return how many are wrong."""
     failures = 0
     for impl in ("blocks", "library", "triton"):
-        why = None if impl == "blocks" else plans.triton_unusable(device)
-        if why is not None:
+        if impl != "blocks" and (why := plans.triton_unusable(device)) is not None:
             print(f"{impl} on {device}: not usable. {why}")
-            continue
-        failures += sum(not _check(impl, device, dtype) for dtype in TOLERANCE)
+        else:
+            failures += sum(not _check(impl, device, dtype) for dtype in TOLERANCE)
     chosen, why = plans.default(torch.bfloat16, device)
     if plans.FORCED != "auto":
         chosen, why = plans.FORCED, f"FASTLORA_IMPL={plans.FORCED}"
@@ -77,13 +76,9 @@ def _check(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
 def _results(impl: str, device: torch.device, held: torch.dtype, dtype: torch.dtype) -> list:
     """Return y, dx, dA and dB in ``dtype``, of inputs that ``held`` holds."""
     torch.manual_seed(0)
-    shapes = {"x": (100, 80), "lora_A": (8, 80), "lora_B": (96, 8)} | {
-        "weight": (96, 80),
-        "bias": (96,),
-    }
-    tensors = {
-        name: torch.randn(shape).to(device, held).to(dtype) for name, shape in shapes.items()
-    }
+    shapes = {"x": (100, 80), "lora_A": (8, 80), "lora_B": (96, 8)}
+    shapes |= {"weight": (96, 80), "bias": (96,)}
+    tensors = {n: torch.randn(s).to(device, held).to(dtype) for n, s in shapes.items()}
     dy = torch.randn(100, 96).to(device, held).to(dtype)
     trained = [tensors[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
     y = lora_linear(**tensors, scaling=0.5, dropout_p=0.1, training=True, impl=impl)

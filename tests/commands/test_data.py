@@ -47,13 +47,11 @@ def test_an_answer_that_a_template_writes_otherwise_later_is_context(tokenizer):
 
 
 def test_without_a_chat_template_prompt_and_newline_come_first(tokenizer):
+    """Of a talk of two turns; a longer one is refused, as is what a template refuses."""
     tokenizer.chat_template = None
     assert learnt(tokenizer, ASKED) == ("what is one two <eos>", "two <eos>")
     with pytest.raises(UserError, match="the model's chat template: "):
         data.encode(tokenizer, ASKED + AGAIN, 100)
-
-
-def test_a_template_that_refuses_a_talk_says_why(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UserError, match=r"^the model's chat template: roles must alternate$"):
         data.encode(tokenizer, ASKED, 100)
@@ -77,11 +75,8 @@ def test_the_order_is_a_function_of_the_seed():
 def test_answers_to_one_prompt_stay_on_one_side(talk):
     examples = [f"q{i // 3}" for i in range(60)]
     if talk:
-        turns = [("user", "q{}"), ("assistant", "a"), ("user", "and"), ("assistant", "b")]
-        examples = [
-            [{"role": role, "content": text.format(i // 3)} for role, text in turns]
-            for i in range(60)
-        ]
+        asked = [[{"role": "user", "content": text}] for text in examples]
+        examples = [[*one, ASKED[1], *AGAIN] for one in asked]
     training, held_out = data.split(examples, 0.1, seed=0, at_most=256)
     assert len(held_out) == 6 and len(training) == 54
     assert not any(example in held_out for example in training)
@@ -100,10 +95,7 @@ def test_answers_to_one_prompt_stay_on_one_side(talk):
         ('{"prompt": "a", "response": " "}', "got ' '"),
         (r'{"prompt": "\ud800", "response": "a"}', r"got '\ud800'"),
         ('{"messages": "a"}', '"messages" must be a list of {"role": "…", "content": "…"}'),
-        (
-            '{"messages": [{"role": "user"}]}',
-            '"content" must be a text that is not empty, got None',
-        ),
+        ('{"messages": [{"role": "user"}]}', '"content" must be a text that is not empty, got'),
         ('{"messages": [{"role": "user", "content": "a"}]}', 'must hold an answer of "assistant"'),
         ('{"messages": []}', 'must hold an answer of "assistant"'),
         (b'{"text": "\xff"}', "not JSON"),
