@@ -25,14 +25,9 @@ from fastlora.commands.models import Targets
 from fastlora.commands.rank_search import Trial, listed, reason, search, table, taken
 from fastlora.commands.shared import UserError, check, option, rank, say, write_json
 
-# Where a search starts: query and value as in arXiv:2106.09685, or the one layer that makes them.
-STARTS = (
-    ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT, GPT-J
-    ("qkv_proj",),  # Phi-3, CodeGen
-    ("query_key_value",),  # GPT-NeoX, Falcon, Bloom
-    ("Wqkv",),  # MPT
-    ("c_attn",),  # GPT-2
-)
+# Where a search starts: query and value as in arXiv:2106.09685, or the one layer that makes them
+# (Phi-3 and CodeGen; GPT-NeoX, Falcon and Bloom; MPT; GPT-2).
+STARTS = (("q_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("Wqkv",), ("c_attn",))
 # What else attention projects with. GPT-2 calls a layer of its MLP c_proj, too.
 OTHERS = ("k_proj", "o_proj", "out_proj", "dense", "attn.c_proj")
 _GAIN = "of held-out loss that twice the rank, or more layers, must take off; 0.01 is 1%%"

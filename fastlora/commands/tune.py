@@ -84,9 +84,10 @@ def run(s: TuneSettings) -> None:
     if not rows:
         raise UserError(f"nothing could be measured on {where}")
     _, ours, defaults = zip(*rows, strict=True)
+    chosen, default = sum(ours) * 1e3, sum(defaults) * 1e3
+    what = f"{len(rows) // 2} problems, forward and backward"
     print(
-        f"{len(rows) // 2} problems, forward and backward: {sum(ours) * 1e3:.2f} ms as chosen, "
-        f"{sum(defaults) * 1e3:.2f} ms by default ({sum(defaults) / sum(ours):.2f}x)"
+        f"{what}: {chosen:.2f} ms as chosen, {default:.2f} ms by default ({default / chosen:.2f}x)"
     )
     print(f"kept in {file}" if file else "not kept: it held for this process only")
 

@@ -94,9 +94,8 @@ def test_the_first_loss_is_that_of_the_batch(tiny, finished):
 
 def test_a_killed_run_goes_on_to_the_same_numbers(run, finished, tmp_path, capsys):
     words = run.words(tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastlora", *words], stdout=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-m", "fastlora", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     saved, deadline = tmp_path / "checkpoints" / "checkpoint-8", time.monotonic() + 120
     while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -126,9 +125,7 @@ def stopped(run, tmp_path, monkeypatch, capsys) -> Path:
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(run, finished, stopped, capsys):
-    assert [path.name for path in (stopped / "checkpoints").glob("checkpoint*")] == [
-        "checkpoint-16"
-    ]
+    assert [path.name for path in stopped.glob("checkpoints/checkpoint*")] == ["checkpoint-16"]
     # Killed while it wrote the next one: the state comes last.
     half = stopped / "checkpoints" / "checkpoint-24"
     half.mkdir()
@@ -218,11 +215,6 @@ def test_a_missing_dependency_says_what_to_install(run, tmp_path, capsys, monkey
     assert error == 'error: trl not installed: pip install "fastlora-kernels[finetune]"\n'
 
 
-def test_the_package_does_not_import_what_only_commands_need():
-    code = "import sys, fastlora; print({'transformers', 'trl', 'peft'} & {*sys.modules})"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
-
-
 def test_a_hub_id_is_taken_from_the_cache(run, tiny, tmp_path):
     """As after a download: the hub's folders, and no network."""
     cached = tmp_path / "hub" / "models--someone--tiny"
@@ -231,10 +223,9 @@ def test_a_hub_id_is_taken_from_the_cache(run, tiny, tmp_path):
     shutil.copytree(tiny.model, cached / "snapshots" / "0123abc")
     words = run.words(tmp_path / "out", model="someone/tiny", steps=2)
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "fastlora", *words],
-        env=environment, check=True, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "fastlora", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert "FutureWarning" not in done.stderr and "tokens/s" in done.stderr
     assert len(tiny_chat.numbers(tmp_path / "out")["losses"]) == 2
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())

@@ -26,18 +26,10 @@ def model(path):
     )
     tokenizer.save_pretrained(path)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocab),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        eos_token_id=0,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    ids = {"vocab_size": len(vocab), "eos_token_id": 0, "pad_token_id": 0, "bos_token_id": None}
+    config = transformers.LlamaConfig(**sizes, **heads, **ids)
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     return path
 
