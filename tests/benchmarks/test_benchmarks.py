@@ -90,6 +90,7 @@ def test_lorafusion_scales_the_narrow_factor(monkeypatch):
 
 
 def test_rows_say_what_was_measured():
+    assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
     for row in measure.measure(PROBLEM, EAGER, 0.0):
         assert row["rounds"] >= 3 and row["both"]["median_s"] > 0
         assert row["way"] != "frozen" or row["both"]["ratio"] == 1
@@ -193,29 +194,10 @@ def test_times_without_ratios_are_shown(tiny, tmp_path, monkeypatch):
     assert [line[1::2][:3] for line in line_of(table, "PEFT")] == [["–"] * 3] * 4
 
 
-def test_ways_take_turns():
-    order = []
-
-    def step(name):
-        def run():
-            order.append(name)
-            yield
-            yield
-
-        return run
-
-    rounds = interleaved({"a": step("a"), "b": step("b")}, torch.device("cpu"), 0.0, least=3)
-    # Once before anything is timed, then each round begins with another.
-    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert [len(times) for times in rounds["a"]] == [2, 2, 2]
-    assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
-
-
 def test_few_rows_with_dropout_take_little_memory():
     """The mask is drawn in memory for the rows there are, not for a whole block of them."""
-    rows = measure.measure(
-        Problem("few", 8, 256, 256, R=4, p=0.05), ["frozen", "fastlora blocks"], 0.0
-    )
+    few = Problem("few", 8, 256, 256, R=4, p=0.05)
+    rows = measure.measure(few, ["frozen", "fastlora blocks"], 0.0)
     frozen, mine = (row["peak_bytes"] for row in rows)
     assert mine < frozen + 64 * 1024
 
@@ -281,28 +263,13 @@ def test_a_run_writes_all_that_it_measures(tiny, tmp_path, capsys, monkeypatch):
 
 
 def test_what_is_measured_outlives_the_ceilings(tiny, tmp_path, monkeypatch):
-    def full(device, dtype):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(measure, "_ceilings", full)
+    monkeypatch.setattr(measure, "_ceilings", out_of_memory)
     monkeypatch.setattr(run, "ceilings", measure.ceilings)
     result, table, pictures = made(tmp_path, "--only", "layer")
-    why = "OutOfMemoryError: CUDA out of memory."
-    assert result["ceilings"] == {"torch.float32": {"error": why}}
-    assert f"Measured ceilings, fp32: {why}" in table
+    assert result["ceilings"] == {"torch.float32": {"error": ERROR}}
+    assert f"Measured ceilings, fp32: {ERROR}" in table
     assert [len(p["rows"]) for p in result["problems"]] == [6, 6]
     assert "roofline" in pictures
-
-
-def test_the_report_is_made_again_from_the_json_file(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(WAYS["loralib"], "forward", out_of_memory)
-    _, table, pictures = made(tmp_path)
-    (path,) = tmp_path.glob("*.json")
-    again = tmp_path / "again"
-    again.mkdir()
-    shutil.copy(path, again)
-    report.write(again / path.name)
-    assert written(again)[1:] == (table, pictures)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
@@ -457,19 +424,15 @@ def test_an_interrupted_section_keeps_its_problems(tiny, tmp_path, monkeypatch):
     assert written(tmp_path)[2] == {"ratio", "tokens", "roofline"}
 
 
-def test_without_matplotlib_there_are_no_pictures(tiny, tmp_path, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result, table, pictures = made(tmp_path, "--only", "layer")
-    assert result["problems"] and "| fastlora blocks |" in table and not pictures
-    assert "no pictures: import of matplotlib" in capsys.readouterr().err
-
-
-def test_a_picture_that_fails_costs_itself_alone(tiny, tmp_path, monkeypatch, capsys):
+def test_pictures_that_cannot_be_drawn_cost_themselves_alone(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "draw_tokens", lambda *_: 1 / 0)
     assert made(tmp_path, "--only", "layer")[2] == {"ratio", "roofline"}
     assert "no picture of tokens: ZeroDivisionError" in capsys.readouterr().err
+    for name in ["matplotlib", *(n for n in sys.modules if n.startswith("matplotlib."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    result, table, pictures = made(tmp_path / "without", "--only", "layer")
+    assert result["problems"] and "| fastlora blocks |" in table and not pictures
+    assert "no pictures: import of matplotlib" in capsys.readouterr().err
 
 
 def test_files_are_whole_or_as_they_were(tiny, tmp_path, monkeypatch):
@@ -501,21 +464,15 @@ def test_only_selects_from_all_sections(only, sections, pictures, tiny, tmp_path
     assert bool(result["ceilings"]) == ("problems" in sections)
     assert ("Not measured" in table) == ("problems" in sections)
     assert "about 8.0 min" in capsys.readouterr().out  # all of it is for the one section
-
-
-def test_only_what_there_is_can_be_selected(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        made(tmp_path, "--only", "Llama-9")
-    assert (
-        "--only 'Llama-9' is in no name; there are: layer; plain; model" in capsys.readouterr().err
-    )
-    assert not list(tmp_path.iterdir())
+        made(tmp_path / "none", "--only", "Llama-9")
+    said = "--only 'Llama-9' is in no name; there are: layer; plain; model"
+    assert said in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_no_time_leaves_everything_out(tiny, tmp_path, capsys):
     result, table, pictures = made(tmp_path, "--minutes", "0")
-    names = ["layer: 300x40x64 r=4 float32/float32 dropout=0"]
-    names += ["layer: 20x40x64 r=4 float32/float32 dropout=0"]
+    names = [f"layer: {m}x40x64 r=4 float32/float32 dropout=0" for m in (300, 20)]
     names += ["plain, 20 tokens, dropout 0", "plain, 20 tokens, dropout 0.05"]
     names += ["model, batch 1", "model, batch 2"]
     assert result["left_out"] == names and not pictures
