@@ -120,6 +120,13 @@ def is_valid(
         warps = 8 if major == 10 else 4
         if config.num_warps != warps or (major == 8 and r_tile == 16):
             return False
+    if (
+        kernel == "da"
+        and dropout
+        and major == 10
+        and (n > 128 or (kind == "mixed" and r_tile > 16))
+    ):
+        return False  # spills
     rows = {"shrink": m, "da": max(m, n)}.get(kernel, 0)
     if kind == "32" and dropout and major == 10 and rows >= 64:
         # Triton 3.7 multiplies a masked float32 tile of 64 rows in TF32 there, asked or not.

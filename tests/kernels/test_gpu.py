@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import fastlora_kernels
 import joints
 import pytest
-import test_gated
+import test_gated_kernels
 import torch
 import triton
 from fastlora_kernels import configs
@@ -90,7 +90,7 @@ def test_first_contact(asked, kind, p, sizes):
 
 
 def test_first_contact_of_a_gated_mlp():
-    test_gated.test_gated("silu", torch.bfloat16, (32, 512), "cuda")
+    test_gated_kernels.test_gated("silu", torch.bfloat16, (32, 512), "cuda")
 
 
 # The second does not know what tensor memory access waits for.
@@ -247,7 +247,7 @@ def test_real_sizes(mode, shape, kind):
     ],
 )
 def test_gated_at_real_sizes(activation, dtype):
-    test_gated.test_gated(activation, dtype, (2000, 14336), "cuda")
+    test_gated_kernels.test_gated(activation, dtype, (2000, 14336), "cuda")
 
 
 @large
