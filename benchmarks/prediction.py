@@ -102,9 +102,8 @@ def best_configs(op: str, problem, machine: Machine) -> dict[str, Config]:
     """Return for each launcher of ``op`` the config that is predicted fastest."""
     found: dict[str, Config] = {}
     for name in LAUNCHERS[op]:
-        known = candidates(*_asked(name, problem), machine.chip) or [
-            _default(name, problem, machine)
-        ]
+        asked = *_asked(name, problem), machine.chip
+        known = candidates(*asked) or [default_config(*asked)]
         seconds = [predict(op, "triton", problem, machine, {name: c}).seconds for c in known]
         found[name] = known[seconds.index(min(seconds))]
     return found
@@ -252,27 +251,20 @@ def summed(name: str, m: Machine, of: list[tuple[int, int]], out: int) -> Step:
 
 def _triton(op: str, p, m: Machine, configs: Mapping[str, Config]) -> Iterator[Step]:
     """Yield what `fastlora_kernels` runs: dx follows ds, da comes last."""
-    launcher = "outputs" if op == "forward" else "input_grad"
-    _, kind, _, drops = _asked(launcher, p)
-    config = configs.get(launcher) or _default(launcher, p, m)
-    yield from _narrow(op, p, m, configs, "shrink", "ds_db")
-    yield product(launcher, m, kind, *_sizes(op, p), p.R, config, drops)
-    yield from _narrow(op, p, m, configs, "da")
-
-
-def _narrow(op: str, p, m: Machine, configs: Mapping[str, Config], *names: str) -> Iterator[Step]:
-    """Yield those steps of ``op`` that "triton" and "library" share: all as narrow as the rank."""
-    kind = kind_of(p.dtype, p.adapter)
-    for name in (name for name in LAUNCHERS[op] if name in names):
-        config = configs.get(name) or _default(name, p, m)
-        sizes = p.M, (p.N if name == "ds_db" else p.K), p.R
-        yield from narrow(name, m, kind, *sizes, config, p.dropout and name in DRAWING)
+    for name in sorted(LAUNCHERS[op], key="da".__eq__):
+        _, kind, _, drops = asked = _asked(name, p)
+        config = configs.get(name) or default_config(*asked, m.chip)
+        if name in ("outputs", "input_grad"):
+            yield product(name, m, kind, *_sizes(op, p), p.R, config, drops)
+        else:
+            sizes = p.M, (p.N if name == "ds_db" else p.K), p.R
+            yield from narrow(name, m, kind, *sizes, config, drops)
 
 
 def _library(op: str, p, m: Machine, configs: Mapping[str, Config]) -> Iterator[Step]:
-    """Yield what "library" runs: the low-rank product first, the wide one on top."""
+    """Yield what "library" runs: the low-rank product before the wide one on top."""
     kind, (M, N, K) = kind_of(p.dtype, p.adapter), _sizes(op, p)
-    yield from _narrow(op, p, m, configs, "shrink", "ds_db", "da")
+    yield from (s for s in _triton(op, p, m, configs) if s.name not in ("outputs", "input_grad"))
     if op == "backward" and p.dropout:
         config = default_config("input_grad", kind, p.R, True, m.chip, even=False)  # its x is empty
         yield product("expand", m, kind, M, N, 0, p.R, config, True)
@@ -321,10 +313,6 @@ def _sizes(op: str, p) -> tuple[int, int, int]:
 def _asked(launcher: str, p) -> tuple[str, str, int, bool]:
     """Return what a launcher's config depends on beside the chip."""
     return launcher, kind_of(p.dtype, p.adapter), p.R, p.dropout and launcher in DRAWING
-
-
-def _default(launcher: str, p, m: Machine) -> Config:
-    return default_config(*_asked(launcher, p), m.chip)
 
 
 def _beside(m: Machine, config: Config, shared: int, accumulators: int) -> int:
