@@ -305,20 +305,14 @@ def test_too_little_memory_costs_one_way(when, tiny, tmp_path, monkeypatch):
 
     def failing(make):
         def layer_of(*posed):
-            if when == "made":
-                out_of_memory()
             layer = make(*posed)
-            forward, left = layer.forward, 3 if when == "timed" else 0
-
-            def fails(*args, **options):
-                nonlocal left
-                left -= 1
-                return forward(*args, **options) if left >= 0 else out_of_memory()
-
-            layer.forward = fails
+            forward, works = layer.forward, iter([True] * (3 if when == "timed" else 0))
+            layer.forward = lambda *args, **options: (
+                forward(*args, **options) if next(works, False) else out_of_memory()
+            )
             return layer
 
-        return layer_of
+        return out_of_memory if when == "made" else layer_of
 
     for ways in (WAYS, decoder_layer.WAYS, end_to_end.WAYS):
         monkeypatch.setitem(ways, "PEFT", failing(ways["PEFT"]))

@@ -18,7 +18,6 @@ from pathlib import Path
 import aot
 import fastlora_kernels
 import torch
-import triton
 from acceptance import KINDS
 from fastlora_kernels import gated, gated_backward, launch, steps
 from fastlora_kernels.configs import DROPPING, candidates, kind_of
@@ -270,16 +269,12 @@ def main(share: int, of: int, which: str) -> None:
         found = aot.compile_call(call, capability)
         report = {
             "capability": capability,
-            "triton": triton.__version__,
             "name": name,
             "problem": problem,
             "kernel": call.kernel.__name__,
-            "dropout": bool(call.args.get("HAS_DROPOUT")),
-            "config": str(call.config),
             "registers": found.registers,
             "stack": found.stack,
             "shared": found.shared,
-            "warps": found.warps,
             "instructions": found.instructions,
             "figures": figures(found),
             "pipelined_loads": pipelined_loads(call),
