@@ -6,8 +6,8 @@ from __future__ import annotations
 from broken_copies import Mutant
 
 OPERATOR, UNUSUAL = "operator/test_operator.py::test_", "operator/test_unusual_operands.py::test_"
-FAULTS, MEASURED = "test_faults.py::test_", "operator/test_measured.py::test_"
-TUNE_AT_ONCE = f"{MEASURED}processes_that_measure_at_once_keep_each_others_results"
+FAULTS, TUNING = "test_faults.py::test_", "operator/test_tuning.py::test_"
+TUNE_AT_ONCE = f"{TUNING}processes_that_measure_at_once_keep_each_others_results"
 AUTOCAST = f"{UNUSUAL}autocast_casts_what_pytorch_s_casts {UNUSUAL}autocast_leaves_float64_alone"
 LOCKED = "while not _taken(handle, kind | fcntl.LOCK_NB) and time.monotonic() < until:"
 SHAPED = "return _unsafe_view(y, (*shape[:-1], y.shape[1]))"
