@@ -272,6 +272,7 @@ def main(share: int, of: int, which: str) -> None:
             "name": name,
             "problem": problem,
             "kernel": call.kernel.__name__,
+            "dropout": bool(call.args.get("HAS_DROPOUT")),
             "registers": found.registers,
             "stack": found.stack,
             "shared": found.shared,
