@@ -66,19 +66,16 @@ class Machine:
         capability = next((c for c in ((p.major, p.minor), (p.major, 0)) if c in MATRIX), None)
         if capability is None or not all(hasattr(p, name) for name in known):
             return None
-        clocks = p.multi_processor_count * p.clock_rate * 1e3
-        halved = 2 if "GeForce" in p.name and capability in GEFORCE else 1
-        return Machine(
-            p.name,
-            (p.major, p.minor),
-            p.multi_processor_count,
-            MATRIX[capability] * clocks / halved,
-            (128 if capability == (8, 0) else 256) * clocks,
-            2 * p.memory_clock_rate * 1e3 * p.memory_bus_width / 8,
-            getattr(p, "L2_cache_size", 32 << 20),
-            getattr(p, "shared_memory_per_multiprocessor", p.shared_memory_per_block_optin),
-            p.shared_memory_per_block_optin,
-        )
+        count, shared = p.multi_processor_count, p.shared_memory_per_block_optin
+        clocks = count * p.clock_rate * 1e3
+        matrix = MATRIX[capability] * clocks
+        matrix /= 2 if "GeForce" in p.name and capability in GEFORCE else 1
+        vector = (128 if capability == (8, 0) else 256) * clocks
+        memory = 2 * p.memory_clock_rate * 1e3 * p.memory_bus_width / 8
+        l2 = getattr(p, "L2_cache_size", 32 << 20)
+        of_one = getattr(p, "shared_memory_per_multiprocessor", shared)
+        rates = matrix, vector, memory
+        return Machine(p.name, (p.major, p.minor), count, *rates, l2, of_one, shared)
 
     @property
     def copy(self) -> float:

@@ -102,9 +102,8 @@ def best_configs(op: str, problem, machine: Machine) -> dict[str, Config]:
     """Return for each launcher of ``op`` the config that is predicted fastest."""
     found: dict[str, Config] = {}
     for name in LAUNCHERS[op]:
-        known = candidates(*_asked(name, problem), machine.chip) or [
-            _default(name, problem, machine)
-        ]
+        asked = *_asked(name, problem), machine.chip
+        known = candidates(*asked) or [default_config(*asked)]
         seconds = [predict(op, "triton", problem, machine, {name: c}).seconds for c in known]
         found[name] = known[seconds.index(min(seconds))]
     return found
@@ -127,9 +126,7 @@ def library(name: str, m: Machine, kind: str, M: int, N: int, K: int, reads_y=Fa
     return Step(name, 2.0 * M * N * K, moved, tiles, seconds)
 
 
-def product_bytes(
-    m: Machine, M: int, N: int, K: int, e: int, bm: int, bn: int, group: int
-) -> float:
+def product_bytes(m: Machine, M: int, N: int, K: int, e: int, bm: int, bn: int, group: int):
     """Return the bytes of a tiled product [M, K] @ [K, N], elements of ``e`` bytes.
 
     The programs of a wave step through K together: each reads a band of both operands once, and
@@ -200,87 +197,46 @@ def streamed(
 
 
 def narrow(
-    name: str,
-    m: Machine,
-    kind: str,
-    *,
-    flops: float,
-    computed: float,
-    width: int,
-    moved: float,
-    cached: float,
-    drawn: float,
-    programs: int,
-    streaming: float,
-) -> Step:
-    """Return a kernel that reads something tall once for a product as narrow as the rank.
+    name: str, m: Machine, kind: str, M: int, C: int, R: int, config: Config, drops: bool
+) -> tuple[Step, ...]:
+    """Return the steps of "shrink" (of x [M, C]), "ds_db" (of dy [M, C]) or "da" (of x [M, C]).
 
-    ``flops`` are useful, ``computed`` those of whole tiles, ``width`` that of one. ``moved`` bytes
-    go through memory, ``cached`` ones come from L2. ``drawn`` elements of a dropout mask.
-    """
-    busy = min(1.0, programs / m.processors) or 1.0
-    share = busy if kind == "32" else busy * NARROW * min(1.0, width / 64)
-    computing = TERMS[kind] * computed / (m.rate("cp.async", kind) * share)
-    drawing = drawn * MASK_OPS * 2 / (m.vector * busy)
-    reading = (moved + cached) / (CACHE * m.copy * busy)
-    return Step(name, flops, moved, programs, m.gap + max(streaming, computing, drawing, reading))
-
-
-def shrink(m: Machine, kind: str, M: int, K: int, R: int, config: Config, drops: bool) -> Step:
-    """Return s = dropout(x) aᵀ: x once from memory, a once a program from L2."""
-    e, wide, rt = *widths(kind), config.rank_tile(R)
-    tiles_r, rows = cdiv(R, rt), cdiv(M, config.block_m)
-    programs, moved = rows * tiles_r, M * K * e + (R * K + M * R) * wide
-    flight = pipeline(config, "shrink", kind, R)
-    beside = _beside(m, config, flight, config.block_m * rt)
-    return narrow(
-        *("shrink", m, kind),
-        flops=2.0 * M * K * R,
-        computed=2.0 * rows * config.block_m * K * tiles_r * rt,
-        width=rt,
-        moved=moved,
-        cached=(tiles_r - 1) * M * K * e + programs * rt * K * wide,
-        drawn=drops * M * K * tiles_r,
-        programs=programs,
-        # Rank tiles of the same rows wait for the same bytes.
-        streaming=streamed(m, moved, programs, beside, flight / tiles_r, cdiv(K, config.block_k)),
-    )
-
-
-def columns(
-    launcher: str, m: Machine, kind: str, M: int, C: int, R: int, config: Config, drops=False
-) -> tuple[Step, Step]:
-    """Return the steps of "ds_db" (t = dy [M, C]) or "da" (t = x [M, C]): a pass and its sums.
-
-    Partial sums are float32, written to memory and read from L2 where they fit.
+    What is tall comes once from memory, for products as narrow as the rank. Partial sums of
+    "ds_db" and "da" are float32, written to memory and read from L2 where they fit.
     """
     e, wide, rt = *widths(kind), config.rank_tile(R)
-    both = launcher == "ds_db"
-    apart = both and R > ON_THE_WAY_RANK
-    tiles_r, tiles_c = cdiv(R, rt), cdiv(C, config.block_n)
-    n, steps = split(M, C, config, m.processors, (2 if apart else 1) * tiles_r)
-    chunks = cdiv(tiles_c, steps) if apart else tiles_c
-    programs = (tiles_c + (steps * chunks if apart else 0)) * tiles_r * n
-    moved = M * C * e + (M + C) * R * wide * (2 if both else 1)
-    moved += (4 * chunks * M * R if both else 0) + 4 * n * C * R
-    readers = tiles_r * (2 if apart else 1)
-    cached = (readers - 1) * M * C * e + tiles_c * M * R * wide
-    cached += both * (cdiv(M, config.block_m) if apart else n) * C * R * wide
-    beside = _beside(m, config, pipeline(config, launcher, kind, R), config.block_n * rt)
-    # Of what is in flight, only t comes from memory, and its other readers wait for the same bytes.
-    flight = config.block_m * config.block_n * e * max(1, config.num_stages - 1) / readers
-    tall = narrow(
-        *(launcher, m, kind),
-        flops=2.0 * (1 + both) * M * C * R,
-        computed=2.0 * (1 + both) * M * C * tiles_r * rt,
-        width=rt,
-        moved=moved,
-        cached=cached,
-        drawn=drops * M * C * tiles_r,
-        programs=programs,
-        streaming=streamed(m, moved, programs, beside, flight, steps),
+    tiles_r, both, sums_of = cdiv(R, rt), name == "ds_db", []
+    if name == "shrink":
+        rows, steps, readers = cdiv(M, config.block_m), cdiv(C, config.block_k), tiles_r
+        programs, moved, padded = rows * tiles_r, (C + M) * R * wide, rows * config.block_m
+        cached, held = programs * rt * C * wide, config.block_m * rt
+        flight = pipeline(config, name, kind, R)
+    else:
+        apart, tiles_c, padded = both and R > ON_THE_WAY_RANK, cdiv(C, config.block_n), M
+        readers = tiles_r * (2 if apart else 1)
+        n, steps = split(M, C, config, m.processors, readers)
+        chunks = cdiv(tiles_c, steps) if apart else tiles_c
+        programs = (tiles_c + (steps * chunks if apart else 0)) * tiles_r * n
+        sums_of = [(chunks, M * R)] * both + [(n, C * R)]
+        moved = (M + C) * R * wide * (1 + both) + sum(4 * parts * size for parts, size in sums_of)
+        again = both * (cdiv(M, config.block_m) if apart else n)
+        cached, held = (tiles_c * M + again * C) * R * wide, config.block_n * rt
+        # Of what is in flight, only what is tall comes from memory.
+        flight = config.block_m * config.block_n * e * max(1, config.num_stages - 1)
+    moved, cached = moved + M * C * e, cached + (readers - 1) * M * C * e
+    beside = _beside(m, config, pipeline(config, name, kind, R), held)
+    busy, flops = min(1.0, programs / m.processors) or 1.0, 2.0 * (1 + both) * M * C * R
+    share = busy if kind == "32" else busy * NARROW * min(1.0, rt / 64)
+    computed = TERMS[kind] * 2.0 * (1 + both) * padded * C * tiles_r * rt
+    seconds = m.gap + max(
+        # Other readers of the same rows wait for the same bytes.
+        streamed(m, moved, programs, beside, flight / readers, steps),
+        computed / (m.rate("cp.async", kind) * share),
+        drops * M * C * tiles_r * MASK_OPS * 2 / (m.vector * busy),
+        (moved + cached) / (CACHE * m.copy * busy),
     )
-    return tall, summed(f"sum {launcher}", m, [(chunks, M * R)] * both + [(n, C * R)], wide)
+    found = Step(name, flops, moved, programs, seconds)
+    return (found, summed(f"sum {name}", m, sums_of, wide)) if sums_of else (found,)
 
 
 def summed(name: str, m: Machine, of: list[tuple[int, int]], out: int) -> Step:
@@ -295,30 +251,20 @@ def summed(name: str, m: Machine, of: list[tuple[int, int]], out: int) -> Step:
 
 def _triton(op: str, p, m: Machine, configs: Mapping[str, Config]) -> Iterator[Step]:
     """Yield what `fastlora_kernels` runs: dx follows ds, da comes last."""
-    launcher = "outputs" if op == "forward" else "input_grad"
-    config = configs.get(launcher) or _default(launcher, p, m)
-    kind, drops = kind_of(p.dtype, p.adapter), p.dropout and launcher in DRAWING
-    yield from _narrow(op, p, m, configs, "shrink", "ds_db")
-    yield product(launcher, m, kind, *_sizes(op, p), p.R, config, drops)
-    yield from _narrow(op, p, m, configs, "da")
-
-
-def _narrow(op: str, p, m: Machine, configs: Mapping[str, Config], *names: str) -> Iterator[Step]:
-    """Yield those steps of ``op`` that "triton" and "library" share: all as narrow as the rank."""
-    kind = kind_of(p.dtype, p.adapter)
-    for name in (name for name in LAUNCHERS[op] if name in names):
-        config = configs.get(name) or _default(name, p, m)
-        if name == "shrink":
-            yield shrink(m, kind, p.M, p.K, p.R, config, p.dropout)
+    for name in sorted(LAUNCHERS[op], key="da".__eq__):
+        _, kind, _, drops = asked = _asked(name, p)
+        config = configs.get(name) or default_config(*asked, m.chip)
+        if name in ("outputs", "input_grad"):
+            yield product(name, m, kind, *_sizes(op, p), p.R, config, drops)
         else:
-            sizes = p.M, (p.K if name == "da" else p.N), p.R
-            yield from columns(name, m, kind, *sizes, config, p.dropout and name == "da")
+            sizes = p.M, (p.N if name == "ds_db" else p.K), p.R
+            yield from narrow(name, m, kind, *sizes, config, drops)
 
 
 def _library(op: str, p, m: Machine, configs: Mapping[str, Config]) -> Iterator[Step]:
-    """Yield what "library" runs: the low-rank product first, the wide one on top."""
+    """Yield what "library" runs: the low-rank product before the wide one on top."""
     kind, (M, N, K) = kind_of(p.dtype, p.adapter), _sizes(op, p)
-    yield from _narrow(op, p, m, configs, "shrink", "ds_db", "da")
+    yield from (s for s in _triton(op, p, m, configs) if s.name not in ("outputs", "input_grad"))
     if op == "backward" and p.dropout:
         config = default_config("input_grad", kind, p.R, True, m.chip, even=False)  # its x is empty
         yield product("expand", m, kind, M, N, 0, p.R, config, True)
@@ -366,12 +312,7 @@ def _sizes(op: str, p) -> tuple[int, int, int]:
 
 def _asked(launcher: str, p) -> tuple[str, str, int, bool]:
     """Return what a launcher's config depends on beside the chip."""
-    kind, drops = kind_of(p.dtype, p.adapter), p.dropout and launcher in DRAWING
-    return launcher, kind, p.R, drops
-
-
-def _default(launcher: str, p, m: Machine) -> Config:
-    return default_config(*_asked(launcher, p), m.chip)
+    return launcher, kind_of(p.dtype, p.adapter), p.R, p.dropout and launcher in DRAWING
 
 
 def _beside(m: Machine, config: Config, shared: int, accumulators: int) -> int:

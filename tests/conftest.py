@@ -75,9 +75,8 @@ def few_are_none(monkeypatch):
     """Small tensors stand for large ones here, and take the way of those; `few` is for few."""
     from fastlora.operator import blocks, plans
 
-    limits = (plans, "FEW"), (blocks, "LEAST_ELEMENTS")
-    own = {limit: getattr(*limit) for limit in limits}
-    for limit in limits:
+    own = {limit: getattr(*limit) for limit in ((plans, "FEW"), (blocks, "LEAST_ELEMENTS"))}
+    for limit in own:
         monkeypatch.setattr(*limit, 0)
     return own
 
@@ -107,9 +106,8 @@ def fused(monkeypatch):
 @pytest.fixture
 def one_process():
     """A process group of this process alone."""
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 

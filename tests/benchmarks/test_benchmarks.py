@@ -15,7 +15,6 @@ from pathlib import Path
 import baselines
 import decoder_layer
 import end_to_end
-import lorafusion
 import machine
 import measure
 import predict
@@ -66,25 +65,10 @@ def test_all_ways_compute_the_same_layer():
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=way)
 
 
-@pytest.mark.parametrize("dropped", [False, True])
-@pytest.mark.parametrize("shape", [(300, 136, 72, 8), (64, 256, 128, 16)], ids=str)
-def test_lorafusion_kernels(shape, dropped):
-    """In the interpreter, as they run on a GPU: what the formulas give."""
-    M, N, K, R = shape
-    dy, w, a, b, s = (torch.randn(d) for d in ((M, N), (N, K), (R, K), (N, R), (M, R)))
-    keep = torch.rand(M, K) > 0.5 if dropped else None
-    ds, db = lorafusion.ds_db(dy, s, b, 0.5)
-    dx = lorafusion.dx(dy, w, ds, a, keep, 2.0)
-    torch.testing.assert_close(ds, 0.5 * dy @ b, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(db, dy.t() @ s, rtol=1e-4, atol=1e-3)  # s comes scaled
-    low_rank = ds @ a * (2.0 * keep if dropped else 1.0)
-    torch.testing.assert_close(dx, dy @ w + low_rank, rtol=1e-4, atol=1e-3)
-
-
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_lorafusion_as_on_a_gpu(p, monkeypatch):
     """Its kernels, in the interpreter, make what library products make in their place."""
-    problem = dataclasses.replace(PROBLEM, M=60, p=p)
+    problem = dataclasses.replace(PROBLEM, p=p)
     torch.manual_seed(0)
     expected = outputs(problem, ["LoRAFusion schedule"])
     monkeypatch.setattr(baselines, "on_gpu", lambda t: True)
@@ -106,6 +90,7 @@ def test_lorafusion_scales_the_narrow_factor(monkeypatch):
 
 
 def test_rows_say_what_was_measured():
+    assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
     for row in measure.measure(PROBLEM, EAGER, 0.0):
         assert row["rounds"] >= 3 and row["both"]["median_s"] > 0
         assert row["way"] != "frozen" or row["both"]["ratio"] == 1
@@ -202,45 +187,17 @@ def test_a_way_that_fails_has_a_row_that_says_so(monkeypatch, capsys):
 
 
 def test_times_without_ratios_are_shown(tiny, tmp_path, monkeypatch):
-    drawn, finish = {}, report._finish
-
-    def recorded(figure, axes, title, *rest):
-        drawn[title.partition(":")[0]] = axes.get_legend_handles_labels()[1]
-        finish(figure, axes, title, *rest)
-
-    monkeypatch.setattr(report, "_finish", recorded)
     for ways in (WAYS, decoder_layer.WAYS):
         monkeypatch.setitem(ways, "frozen", out_of_memory)
     _, table, pictures = made(tmp_path)
     assert pictures == set(PICTURES)
     assert [line[1::2][:3] for line in line_of(table, "PEFT")] == [["–"] * 3] * 4
-    assert drawn["What LoRA costs"] == drawn["What LoRA costs a decoder layer"] == ["frozen layer"]
-    assert "PEFT" in drawn["Time against tokens"] and "PEFT" in drawn["Roofline, fp32"]
-
-
-def test_ways_take_turns():
-    order = []
-
-    def step(name):
-        def run():
-            order.append(name)
-            yield
-            yield
-
-        return run
-
-    rounds = interleaved({"a": step("a"), "b": step("b")}, torch.device("cpu"), 0.0, least=3)
-    # Once before anything is timed, then each round begins with another.
-    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert [len(times) for times in rounds["a"]] == [2, 2, 2]
-    assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
 
 
 def test_few_rows_with_dropout_take_little_memory():
     """The mask is drawn in memory for the rows there are, not for a whole block of them."""
-    rows = measure.measure(
-        Problem("few", 8, 256, 256, R=4, p=0.05), ["frozen", "fastlora blocks"], 0.0
-    )
+    few = Problem("few", 8, 256, 256, R=4, p=0.05)
+    rows = measure.measure(few, ["frozen", "fastlora blocks"], 0.0)
     frozen, mine = (row["peak_bytes"] for row in rows)
     assert mine < frozen + 64 * 1024
 
@@ -306,28 +263,13 @@ def test_a_run_writes_all_that_it_measures(tiny, tmp_path, capsys, monkeypatch):
 
 
 def test_what_is_measured_outlives_the_ceilings(tiny, tmp_path, monkeypatch):
-    def full(device, dtype):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(measure, "_ceilings", full)
+    monkeypatch.setattr(measure, "_ceilings", out_of_memory)
     monkeypatch.setattr(run, "ceilings", measure.ceilings)
     result, table, pictures = made(tmp_path, "--only", "layer")
-    why = "OutOfMemoryError: CUDA out of memory."
-    assert result["ceilings"] == {"torch.float32": {"error": why}}
-    assert f"Measured ceilings, fp32: {why}" in table
+    assert result["ceilings"] == {"torch.float32": {"error": ERROR}}
+    assert f"Measured ceilings, fp32: {ERROR}" in table
     assert [len(p["rows"]) for p in result["problems"]] == [6, 6]
     assert "roofline" in pictures
-
-
-def test_the_report_is_made_again_from_the_json_file(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(WAYS["loralib"], "forward", out_of_memory)
-    _, table, pictures = made(tmp_path)
-    (path,) = tmp_path.glob("*.json")
-    again = tmp_path / "again"
-    again.mkdir()
-    shutil.copy(path, again)
-    report.write(again / path.name)
-    assert written(again)[1:] == (table, pictures)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
@@ -363,20 +305,14 @@ def test_too_little_memory_costs_one_way(when, tiny, tmp_path, monkeypatch):
 
     def failing(make):
         def layer_of(*posed):
-            if when == "made":
-                out_of_memory()
             layer = make(*posed)
-            forward, left = layer.forward, 3 if when == "timed" else 0
-
-            def fails(*args, **options):
-                nonlocal left
-                left -= 1
-                return forward(*args, **options) if left >= 0 else out_of_memory()
-
-            layer.forward = fails
+            forward, works = layer.forward, iter([True] * (3 if when == "timed" else 0))
+            layer.forward = lambda *args, **options: (
+                forward(*args, **options) if next(works, False) else out_of_memory()
+            )
             return layer
 
-        return layer_of
+        return out_of_memory if when == "made" else layer_of
 
     for ways in (WAYS, decoder_layer.WAYS, end_to_end.WAYS):
         monkeypatch.setitem(ways, "PEFT", failing(ways["PEFT"]))
@@ -393,16 +329,6 @@ def test_too_little_memory_costs_one_way(when, tiny, tmp_path, monkeypatch):
     assert not any("".join(cells[1:]).strip(" |") for cells in lines)
     assert line_of(table, "model", "2", "PEFT")[0][:3] == ["8", ERROR, ""]
     assert line_of(table, "model", "2", "fastlora")[0][2] == "–"  # no PEFT to compare with
-
-
-def test_too_little_memory_for_all_ways_is_said_of_each(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure.Step, "__call__", out_of_memory)
-    monkeypatch.setattr(end_to_end, "_step", lambda *_: out_of_memory)
-    result, table, pictures = made(tmp_path)
-    rows = [r for s in ("problems", "decoder_layers") for p in result[s] for r in p["rows"]]
-    rows += result["end_to_end"]
-    assert len(rows) == 6 + 6 + 5 + 4 + 6 and {row["error"] for row in rows} == {ERROR}
-    assert table.count(ERROR) == len(rows) and pictures == set()
 
 
 def test_a_problem_that_cannot_be_posed_is_said(tiny, tmp_path, monkeypatch):
@@ -475,23 +401,6 @@ def test_what_a_failed_way_held_is_free_before_the_next(monkeypatch):
     assert alive[:2] == [[False, True, False], [False, False, False]]
 
 
-def test_an_interrupted_run_keeps_what_it_measured(tiny, tmp_path, monkeypatch):
-    found = []
-
-    def stopped(*_):
-        found.append(written(tmp_path))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(end_to_end.Measure, "__call__", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        made(tmp_path)
-    result, table, pictures = written(tmp_path)
-    assert [len(result[s]) for s in ("problems", "decoder_layers", "end_to_end")] == [2, 2, 0]
-    assert "## layer: 20 x 40 x 64" in table and "### plain, 20 tokens, dropout 0.05" in table
-    assert pictures == set(PICTURES) - {"memory"}
-    assert found == [(result, table, pictures)]  # it was there before
-
-
 def test_an_interrupted_section_keeps_its_problems(tiny, tmp_path, monkeypatch):
     found, inputs = [], Problem.inputs
 
@@ -509,19 +418,15 @@ def test_an_interrupted_section_keeps_its_problems(tiny, tmp_path, monkeypatch):
     assert written(tmp_path)[2] == {"ratio", "tokens", "roofline"}
 
 
-def test_without_matplotlib_there_are_no_pictures(tiny, tmp_path, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result, table, pictures = made(tmp_path, "--only", "layer")
-    assert result["problems"] and "| fastlora blocks |" in table and not pictures
-    assert "no pictures: import of matplotlib" in capsys.readouterr().err
-
-
-def test_a_picture_that_fails_costs_itself_alone(tiny, tmp_path, monkeypatch, capsys):
+def test_pictures_that_cannot_be_drawn_cost_themselves_alone(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "draw_tokens", lambda *_: 1 / 0)
     assert made(tmp_path, "--only", "layer")[2] == {"ratio", "roofline"}
     assert "no picture of tokens: ZeroDivisionError" in capsys.readouterr().err
+    for name in ["matplotlib", *(n for n in sys.modules if n.startswith("matplotlib."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    result, table, pictures = made(tmp_path / "without", "--only", "layer")
+    assert result["problems"] and "| fastlora blocks |" in table and not pictures
+    assert "no pictures: import of matplotlib" in capsys.readouterr().err
 
 
 def test_files_are_whole_or_as_they_were(tiny, tmp_path, monkeypatch):
@@ -553,21 +458,15 @@ def test_only_selects_from_all_sections(only, sections, pictures, tiny, tmp_path
     assert bool(result["ceilings"]) == ("problems" in sections)
     assert ("Not measured" in table) == ("problems" in sections)
     assert "about 8.0 min" in capsys.readouterr().out  # all of it is for the one section
-
-
-def test_only_what_there_is_can_be_selected(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        made(tmp_path, "--only", "Llama-9")
-    assert (
-        "--only 'Llama-9' is in no name; there are: layer; plain; model" in capsys.readouterr().err
-    )
-    assert not list(tmp_path.iterdir())
+        made(tmp_path / "none", "--only", "Llama-9")
+    said = "--only 'Llama-9' is in no name; there are: layer; plain; model"
+    assert said in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_no_time_leaves_everything_out(tiny, tmp_path, capsys):
     result, table, pictures = made(tmp_path, "--minutes", "0")
-    names = ["layer: 300x40x64 r=4 float32/float32 dropout=0"]
-    names += ["layer: 20x40x64 r=4 float32/float32 dropout=0"]
+    names = [f"layer: {m}x40x64 r=4 float32/float32 dropout=0" for m in (300, 20)]
     names += ["plain, 20 tokens, dropout 0", "plain, 20 tokens, dropout 0.05"]
     names += ["model, batch 1", "model, batch 2"]
     assert result["left_out"] == names and not pictures
@@ -585,13 +484,12 @@ def test_sections_share_the_time_that_is_left(tiny, tmp_path, monkeypatch):
 
     def section(name, share, takes, count):
         def measure(problem, ways, seconds):
-            given.append((str(problem), pytest.approx(seconds)))
+            given.append(seconds)
             clock.now += takes
             return []
 
         posed = [decoder_layer.Problem(f"{name}{i}") for i in range(count)]
-        entries = lambda problem, found: [problem.name]  # noqa: E731
-        return run.Section(name, name, share, posed, [], measure, entries)
+        return run.Section(name, name, share, posed, [], measure, lambda p, found: [p.name])
 
     monkeypatch.setattr(report, "write", lambda *_: None)
     chosen = [section("decoder_layers", 0.5, 40.0, 3), section("end_to_end", 0.5, 1.0, 2)]
@@ -600,7 +498,7 @@ def test_sections_share_the_time_that_is_left(tiny, tmp_path, monkeypatch):
     assert result["decoder_layers"] == ["decoder_layers0", "decoder_layers1"]
     assert result["end_to_end"] == ["end_to_end0", "end_to_end1"]
     assert result["left_out"] == ["decoder_layers2, 20 tokens, dropout 0"]
-    assert [seconds for _, seconds in given] == [0.7 * s for s in (50 / 3, 10 / 2, 20 / 2, 19)]
+    assert given == pytest.approx([0.7 * s for s in (50 / 3, 10 / 2, 20 / 2, 19)])
 
 
 def test_few_tokens_on_a_gpu_are_timed_with_the_host_too(tiny, tmp_path, monkeypatch):
@@ -625,30 +523,19 @@ def test_few_tokens_on_a_gpu_are_timed_with_the_host_too(tiny, tmp_path, monkeyp
     columns = " | forward with host | backward with host | both with host |"
     assert [head.endswith(columns) for head in heads[:2]] == [False, True]
     assert re.fullmatch(r"[\d.]+ \(1.00\)", line_of(table, "frozen")[1][-3])
-    assert "*with host*" in table
-
-
-def test_a_report_from_a_gpu_says_that_steps_wait_for_the_host(tiny, tmp_path):
-    result, table, _ = made(tmp_path, "--only", "model")
-    said = "Steps begin on an idle GPU"
-    assert said not in table
+    assert "*with host*" in table and "Steps begin on an idle GPU" not in table
     result["machine"]["cuda"] = "13.0"
-    assert said in report.markdown(result)
+    assert "Steps begin on an idle GPU" in report.markdown(result)
 
 
-def frozen_of(module):
-    """Return where a module's frozen parameters and buffers lie."""
-    tensors = (*module.parameters(), *module.buffers())
-    return {t.data_ptr() for t in tensors if not t.requires_grad}
-
-
-def trained_of(module):
-    return {p.data_ptr() for p in module.parameters() if p.requires_grad}
-
-
-def assert_alone(modules):
-    """What they train is each one's own."""
-    trained = [trained_of(module) for module in modules]
+def assert_shared(frozen, ways):
+    """All read the same frozen weights; what each one trains is its own."""
+    lies = [{True: set(), False: set()} for _ in (frozen, *ways)]
+    for found, module in zip(lies, (frozen, *ways), strict=True):
+        for t in (*module.parameters(), *module.buffers()):
+            found[t.requires_grad].add(t.data_ptr())
+    assert not lies[0][True] and all(found[False] == lies[0][False] for found in lies)
+    trained = [found[True] for found in lies[1:]]
     assert len(set().union(*trained)) == sum(map(len, trained)) > 0
 
 
@@ -666,14 +553,12 @@ def test_layers_share_their_frozen_weights(small_decoders, monkeypatch):
     measure.measure(problem, EAGER, 0.0)
     decoder = decoder_layer.Problem("biased", dtype=torch.float32, tokens=10)
     decoder_layer.measure(decoder, [w for w in decoder_layer.WAYS if w != "PEFT compiled"], 0.0)
+    assert len(layers) == 11
     for ways, again in ((layers[:6], problem.linear()), (layers[6:], decoder_layer.Layer(decoder))):
-        frozen, *adapted = ways
         linears = [{m for m in way.modules() if type(m) is torch.nn.Linear} for way in ways]
         assert len(set().union(*linears)) == sum(map(len, linears))  # PEFT puts its own around it
-        assert len(adapted) in (5, 4) and not trained_of(frozen)
-        assert all(frozen_of(layer) == frozen_of(frozen) for layer in adapted)
-        assert_alone(adapted)
-        for used, fresh in zip(frozen.parameters(), again.parameters(), strict=True):
+        assert_shared(ways[0], ways[1:])
+        for used, fresh in zip(ways[0].parameters(), again.parameters(), strict=True):
             assert torch.equal(used, fresh)
 
 
@@ -687,12 +572,7 @@ def test_models_share_their_frozen_weights(tiny, monkeypatch):
         models |= set(measuring.models.values())
     (base,) = bases
     assert len(models) == len(ways)  # they served both batch sizes
-    assert not trained_of(base) and base.lm_head.weight is base.model.embed_tokens.weight
-    assert measuring.models.keys() == set(ways)
-    for model in measuring.models.values():
-        assert frozen_of(model) == frozen_of(base)
-        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        assert len(trained_of(model)) == 14
-    assert_alone(measuring.models.values())
+    assert_shared(base, models)
+    assert all(m.get_output_embeddings().weight is base.lm_head.weight for m in models)
     fresh = make("model", torch.device("cpu")).state_dict()
     assert all(torch.equal(t, fresh[name]) for name, t in base.state_dict().items())

@@ -12,16 +12,16 @@ from pathlib import Path
 import first_minute
 import pytest
 import torch
+from fastlora_kernels.configs import Chip, candidates
 
 BENCHMARKS = Path(first_minute.__file__).parent
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(first_minute, "SIZE", 64)
-    monkeypatch.setattr(first_minute, "CALLS", 1)
-    monkeypatch.setattr(first_minute, "ROUNDS", 1)
-    monkeypatch.setattr(first_minute, "ceilings", lambda device, dtype: {})
+    small = {"SIZE": 64, "CALLS": 1, "ROUNDS": 1, "ceilings": lambda device, dtype: {}}
+    for name, value in small.items():
+        monkeypatch.setattr(first_minute, name, value)
 
 
 def run(path, tokens=16):
@@ -46,23 +46,23 @@ def test_every_part_in_the_interpreter(tiny, tmp_path, capsys):
 
 def test_every_config_runs_where_it_is_measured(tiny, monkeypatch):
     """A config's name says which it is, and each direction gets the config that it can run with."""
-    from fastlora_kernels.configs import Chip, candidates
+    ran = []
 
-    hopper, ran = Chip((9, 0), 232448, 132), []
-    monkeypatch.setattr(
-        first_minute, "tried", lambda kernel, x: candidates(kernel, "16", 16, False, hopper)
-    )
+    def tried(kernel, _):
+        return candidates(kernel, "16", 16, False, Chip((9, 0), 232448, 132))
+
+    monkeypatch.setattr(first_minute, "tried", tried)
     for name in ("forward", "backward"):
         monkeypatch.setattr(first_minute.steps, name, lambda *arguments: ran.append(arguments[-1]))
     t = torch.ones(16, 64, dtype=torch.bfloat16)
     ways = first_minute.layers(t, t, t[:, :64].expand(16, 64), t, t[:, :16])
-    configs = candidates("outputs", "16", 16, False, hopper)
+    configs = tried("outputs", t)
     assert len(ways) == 4 + len(configs)
     assert {w.partition(",")[0] for w in ways} >= {"fold", "first", "portable"}
     for config in configs:
         ran.clear()
         list(ways[first_minute.named(config)]())
-        fits = config in candidates("input_grad", "16", 16, False, hopper)
+        fits = config in tried("input_grad", t)
         names = ("outputs", "input_grad") if fits else ("outputs",)
         assert ran == [dict.fromkeys(names, config)] * 2
 
@@ -71,19 +71,15 @@ def test_what_was_measured_outlives_what_fails(tiny, tmp_path, monkeypatch):
     def fails(device):
         raise RuntimeError("the driver is gone")
 
-    def none(x, w):
-        def step():
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-            yield
-
-        return {"frozen": step, "it": step}
+    def step():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+        yield
 
     monkeypatch.setattr(first_minute, "host", fails)
-    monkeypatch.setattr(first_minute, "products", none)
-    path = tmp_path / "found.json"
+    monkeypatch.setattr(first_minute, "products", lambda x, w: {"frozen": step, "it": step})
     with pytest.raises(RuntimeError, match="the driver is gone"):
-        run(path)
-    found = json.loads(path.read_text())
+        run(tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
     assert found["layers, 16 tokens"][0]["seconds"]
     said = "OutOfMemoryError: CUDA out of memory."
     assert [row["error"] for row in found["one tile"]] == [said, said]

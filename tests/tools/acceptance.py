@@ -70,6 +70,18 @@ class Case:
         return t if self.bias else {**t, "bias": None}
 
 
+def integers(t: dict[str, Tensor | None], generator: torch.Generator) -> dict[str, Tensor | None]:
+    """Return small integers in the place of tensors: the dtypes hold every sum and product."""
+    found = dict(t)
+    for name, value in t.items():
+        if value is not None and name != "seed":
+            most = 1 if name in "ab" else 2
+            small = torch.randint(-most, most + 1, value.shape, generator=generator)
+            sparse = torch.rand(value.shape, generator=generator) < 0.3
+            found[name] = (small * sparse).to(value.dtype)
+    return found
+
+
 def run(body, case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """Return y and the gradients of x, lora_A and lora_B from an implementation's two functions."""
     rest = (t["seed"], case.scaling, case.dropout_p)
@@ -123,15 +135,8 @@ def verify(body, case: Case, t: dict[str, Tensor | None] | None = None) -> None:
 
 def verify_exactly(body, case: Case) -> None:
     """Check a case of small integers, whose every sum and product the dtypes hold, for equality."""
-    generator = torch.Generator().manual_seed(case.seed)
     case = replace(case, scaling=2.0)
-    t = case.tensors()
-    for name, value in t.items():
-        if value is not None and name != "seed":
-            most = 1 if name in "ab" else 2
-            small = torch.randint(-most, most + 1, value.shape, generator=generator)
-            sparse = torch.rand(value.shape, generator=generator) < 0.3
-            t[name] = (small * sparse).to(value.dtype)
+    t = integers(case.tensors(), torch.Generator().manual_seed(case.seed))
     results, exact = run(body, case, t), oracle(case, t)
     for name in NAMES:
         expected = exact[name].to(results[name].dtype)

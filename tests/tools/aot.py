@@ -50,14 +50,12 @@ _TYPES = {
 class Resources:
     """What one compiled kernel uses: per thread registers and stack bytes, per block shared bytes.
 
-    ``warps`` a block, with those that Triton adds where it specialises them; ``blocks`` a
-    processor; ``instructions`` counts the opcodes of the machine code, without modifiers.
+    ``blocks`` a processor; ``instructions`` counts the opcodes of the machine code.
     """
 
     registers: int
     stack: int
     shared: int
-    warps: int
     blocks: int
     instructions: Counter = field(repr=False)
     ptx: str = field(repr=False)
@@ -70,14 +68,12 @@ def compile_call(call: Call, capability: int) -> Resources:
     compiled = _compile(call, GPUTarget("cuda", capability, 32))
     usage, sass = _disassemble(compiled.asm["cubin"])
     registers, code, uses = int(re.search(r"REG:(\d+)", usage)[1]), Code(sass), compiled.metadata
+    held = capability, uses.num_warps, registers, uses.shared, uses.tmem_size or 0
     return Resources(
         registers=registers,
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
         shared=uses.shared,
-        warps=uses.num_warps,
-        blocks=blocks_per_processor(
-            capability, uses.num_warps, registers, uses.shared, uses.tmem_size or 0
-        ),
+        blocks=blocks_per_processor(*held),
         instructions=code.opcodes,
         ptx=compiled.asm["ptx"],
         sass=sass,

@@ -5,90 +5,68 @@ from __future__ import annotations
 
 from broken_copies import Mutant
 
+OPERATOR, UNUSUAL = "operator/test_operator.py::test_", "operator/test_unusual_operands.py::test_"
+FAULTS, TUNING = "test_faults.py::test_", "operator/test_tuning.py::test_"
+TUNE_AT_ONCE = f"{TUNING}processes_that_measure_at_once_keep_each_others_results"
+AUTOCAST = f"{UNUSUAL}autocast_casts_what_pytorch_s_casts {UNUSUAL}autocast_leaves_float64_alone"
+LOCKED = "while not _taken(handle, kind | fcntl.LOCK_NB) and time.monotonic() < until:"
+SHAPED = "return _unsafe_view(y, (*shape[:-1], y.shape[1]))"
+CAST = "_CAST = (torch.float32, torch.bfloat16, torch.float16)"
+SCALED = "lora_A, lora_B = with_scaling(lora_A, lora_B, scaling)"
+NEW_NAME = 'f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"'
+IN_PLACE = "        os.replace(temporary, path)\n    except BaseException:"
+
+# By file and the tests that must notice: what, right, wrong.
+COPIES = {
+    ("functional", f"{OPERATOR}leading_dimensions"): [
+        ("y keeps the rows of x only", SHAPED, SHAPED.replace("*shape[:-1]", "-1")),
+    ],
+    ("functional", f"{OPERATOR}float32_adapters_keep_their_precision_under_autocast"): [
+        ("autocast rounds float32 adapters", " and lora_A.dtype != torch.float32:", ":"),
+    ],
+    ("functional", f"{OPERATOR}wrong_arguments"): [
+        (
+            "a rank of b other than a's is taken",
+            "lora_B.shape == (w[0], a[0])",
+            "lora_B.shape[0] == w[0]",
+        ),
+        ("a scaling that is not finite is taken", "-LARGEST <= scaling <= LARGEST", "True"),
+    ],
+    ("functional", f"{OPERATOR}a_scaling_tensor_never_recompiles"): [
+        (
+            "a scaling becomes part of the compiled graph",
+            SCALED,
+            "lora_B = lora_B * scaling if scaling != 1 else lora_B",
+        ),
+    ],
+    ("functional", f"{UNUSUAL}outputs_are_no_views"): [
+        ("outputs are views", SHAPED, "return y.reshape(*shape[:-1], y.shape[1])"),
+    ],
+    ("functional", AUTOCAST): [
+        (
+            "autocast casts anything",
+            CAST,
+            "_CAST = tuple(v for v in vars(torch).values() if isinstance(v, torch.dtype))",
+        ),
+    ],
+    ("functional", f"{UNUSUAL}scalings_that_no_kernel_takes"): [
+        ("scalings beyond float32 are taken", "= torch.finfo(torch.float32).max", "= math.inf"),
+    ],
+    ("files", TUNE_AT_ONCE): [
+        ("processes that tune at once lose each other's results", LOCKED, "while False:"),
+    ],
+    ("files", f"{FAULTS}two_processes_save_while_a_third_reads"): [
+        ("processes that save at once mix their files", LOCKED, "while False:"),
+    ],
+    ("files", f"{FAULTS}a_file_replaced_while_another_process_replaces_it"): [
+        ("processes write to one temporary file", NEW_NAME, 'f".{path.name}.tmp"'),
+    ],
+    ("files", "test_faults.py"): [
+        ("a file has its name before it is whole", IN_PLACE, "    except BaseException:"),
+    ],
+}
 MUTANTS = [
-    Mutant(
-        "y keeps the rows of x only",
-        "fastlora/functional.py",
-        "(y, (*shape[:-1], y.shape[1]))",
-        "(y, (-1, y.shape[1]))",
-        "operator/test_operator.py::test_leading_dimensions",
-    ),
-    Mutant(
-        "autocast rounds float32 adapters",
-        "fastlora/functional.py",
-        "if lora_A is not None and lora_A.dtype != torch.float32:",
-        "if lora_A is not None:",
-        "operator/test_operator.py::test_float32_adapters_keep_their_precision_under_autocast",
-    ),
-    Mutant(
-        "a rank of b other than a's is taken",
-        "fastlora/functional.py",
-        "            and lora_B.shape == (w[0], a[0])",
-        "            and lora_B.shape[0] == w[0]",
-        "operator/test_operator.py::test_wrong_arguments",
-    ),
-    Mutant(
-        "a scaling that is not finite is taken",
-        "fastlora/functional.py",
-        "        and -LARGEST <= scaling <= LARGEST",
-        "        and True",
-        "operator/test_operator.py::test_wrong_arguments",
-    ),
-    Mutant(
-        "processes that tune at once lose each other's results",
-        "fastlora/files.py",
-        "            while not _taken(handle, kind | fcntl.LOCK_NB) and time.monotonic() < until:",
-        "            while False:",
-        "operator/test_measured.py::test_processes_that_measure_at_once_keep_each_others_results",
-    ),
-    Mutant(
-        "processes that save at once mix their files",
-        "fastlora/files.py",
-        "            while not _taken(handle, kind | fcntl.LOCK_NB) and time.monotonic() < until:",
-        "            while False:",
-        "test_faults.py::test_two_processes_save_while_a_third_reads",
-    ),
-    Mutant(
-        "processes write to one temporary file",
-        "fastlora/files.py",
-        'f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"',
-        'f".{path.name}.tmp"',
-        "test_faults.py::test_a_file_replaced_while_another_process_replaces_it",
-    ),
-    Mutant(
-        "a file has its name before it is whole",
-        "fastlora/files.py",
-        "        os.replace(temporary, path)\n    except BaseException:",
-        "    except BaseException:",
-        "test_faults.py",
-    ),
-    Mutant(
-        "a scaling becomes part of the compiled graph",
-        "fastlora/functional.py",
-        "lora_A, lora_B = with_scaling(lora_A, lora_B, scaling)",
-        "lora_B = lora_B * scaling if scaling != 1 else lora_B",
-        "operator/test_operator.py::test_a_scaling_tensor_never_recompiles",
-    ),
-    Mutant(
-        "outputs are views",
-        "fastlora/functional.py",
-        "return _unsafe_view(y, (*shape[:-1], y.shape[1]))",
-        "return y.reshape(*shape[:-1], y.shape[1])",
-        "operator/test_unusual_operands.py::test_outputs_are_no_views",
-    ),
-    Mutant(
-        "autocast casts anything",
-        "fastlora/functional.py",
-        "_CAST = (torch.float32, torch.bfloat16, torch.float16)",
-        "_CAST = tuple(v for v in vars(torch).values() if isinstance(v, torch.dtype))",
-        "operator/test_unusual_operands.py::test_autocast_casts_what_pytorch_s_casts "
-        "operator/test_unusual_operands.py::test_autocast_leaves_float64_alone",
-    ),
-    Mutant(
-        "scalings beyond float32 are taken",
-        "fastlora/functional.py",
-        "LARGEST = torch.finfo(torch.float32).max",
-        "LARGEST = math.inf",
-        "operator/test_unusual_operands.py::test_scalings_that_no_kernel_takes",
-    ),
+    Mutant(what, f"fastlora/{file}.py", right, wrong, tests)
+    for (file, tests), copies in COPIES.items()
+    for what, right, wrong in copies
 ]

@@ -18,7 +18,6 @@ from pathlib import Path
 import aot
 import fastlora_kernels
 import torch
-import triton
 from acceptance import KINDS
 from fastlora_kernels import gated, gated_backward, launch, steps
 from fastlora_kernels.configs import DROPPING, candidates, kind_of
@@ -74,10 +73,8 @@ def calls(
             seed, outputs = empty(1, dtype=torch.int64) if p else None, (N, N // 4, N // 4)[:count]
             x, dys, all_of = empty(M, K), [empty(M, n) for n in outputs], [True] * count
             a, s = empty(r, K, dtype=adapter), [empty(M, r, dtype=adapter)] * count
-            of = [
-                (empty(n, K), a, empty(n, r, dtype=adapter), empty(n), seed, 0.5, p)
-                for n in outputs
-            ]
+            bs = [empty(n, r, dtype=adapter) for n in outputs]
+            of = [(empty(len(b), K), a, b, empty(len(b)), seed, 0.5, p) for b in bs]
             # By step, in the order in which layers run them.
             run = {
                 "shrink": lambda c, x=x, of=of: steps.shrink(x, of, c),
@@ -106,8 +103,7 @@ def jobs(asked: str) -> list[tuple[int, str, str, launch.Call]]:
     found, names = [], set()
     problems = [(*problem, "default") for problem in (SAMPLE if asked == "sample" else PROBLEMS)]
     if every:
-        more = itertools.product(("even",), ("bf16", "bf16-fp32"), (16, 128), ("every",))
-        problems += more
+        problems += itertools.product(("even",), ("bf16", "bf16-fp32"), (16, 128), ("every",))
     for capability in CAPABILITIES + (MORE_CAPABILITIES if every else ()):
         seen = set()
         for size, kind, r, which in problems:
@@ -273,16 +269,13 @@ def main(share: int, of: int, which: str) -> None:
         found = aot.compile_call(call, capability)
         report = {
             "capability": capability,
-            "triton": triton.__version__,
             "name": name,
             "problem": problem,
             "kernel": call.kernel.__name__,
             "dropout": bool(call.args.get("HAS_DROPOUT")),
-            "config": str(call.config),
             "registers": found.registers,
             "stack": found.stack,
             "shared": found.shared,
-            "warps": found.warps,
             "instructions": found.instructions,
             "figures": figures(found),
             "pipelined_loads": pipelined_loads(call),

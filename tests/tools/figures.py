@@ -133,15 +133,8 @@ def compiled(kept: dict[int, Programs]) -> list[dict]:
 
     def share(i: int) -> str:
         command = [sys.executable, str(script), str(i), str(of), "every"]
-        done = subprocess.run(
-            command,
-            input=names,
-            stdout=subprocess.PIPE,
-            env=os.environ | environment,
-            text=True,
-            check=True,
-        )
-        return done.stdout
+        options = {"env": os.environ | environment, "text": True, "check": True}
+        return subprocess.run(command, input=names, stdout=subprocess.PIPE, **options).stdout
 
     with ThreadPoolExecutor(of) as pool:
         return [json.loads(line) for out in pool.map(share, range(of)) for line in out.splitlines()]
@@ -169,9 +162,8 @@ def main() -> None:
         old.unlink()
     parts = [ABOUT.format(version=version)]
     for capability, programs in sorted(chips.items()):
-        (FOLDER / f"sm_{capability}.json").write_text(
-            text(version, about["kernels"], programs), encoding="utf-8"
-        )
+        file = FOLDER / f"sm_{capability}.json"
+        file.write_text(text(version, about["kernels"], programs), encoding="utf-8")
         parts.append(f"## sm_{capability}\n\n{table(programs)}\n")
         print(f"sm_{capability}: {len(programs)} programs")
     (FOLDER / "README.md").write_text("\n".join(parts), encoding="utf-8")

@@ -119,12 +119,8 @@ def replace_what_needs_a_gpu(patch: pytest.MonkeyPatch) -> None:
     for module, values in replaced.items():
         for name, value in values.items():
             patch.setattr(module, name, value)
-    says = {
-        "memory_allocated": 0,
-        "current_device": 0,
-        "get_device_name": "H100",
-        "device": nothing(),
-    }
+    says = {"memory_allocated": 0, "current_device": 0, "get_device_name": "H100"}
+    says["device"] = nothing()
     cuda = {name: lambda *_, value=value: value for name, value in says.items()}
     patch.setattr(torch, "cuda", MagicMock(**cuda))
 

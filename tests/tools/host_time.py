@@ -10,6 +10,7 @@ launcher that only notes its arguments or drops them. The interpreter must be of
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -84,13 +85,13 @@ def stub() -> Driver:
     return driver
 
 
-def layer(count: int, p: float, adapter: torch.dtype = torch.bfloat16, M: int = 64):
+def layer(count: int, p: float, adapter: torch.dtype = torch.bfloat16):
     """Return a forward and a backward of projections of one x by the five steps."""
-    x, r, sizes = torch.zeros(M, 256, dtype=torch.bfloat16), 16, (256, 128, 128)[:count]
+    x, r, sizes = torch.zeros(64, 256, dtype=torch.bfloat16), 16, (256, 128, 128)[:count]
     seed = torch.ones(1, dtype=torch.int64) if p else None
-    of = [
-        (x.new_zeros(n, 256), *factors(n, r, adapter), x.new_zeros(n), seed, 2.0, p) for n in sizes
-    ]
+    zeros = torch.zeros
+    factors = [(zeros(r, 256, dtype=adapter), zeros(n, r, dtype=adapter)) for n in sizes]
+    of = [(x.new_zeros(len(b), 256), a, b, x.new_zeros(len(b)), seed, 2.0, p) for a, b in factors]
     ss, scaled = steps.shrink(x, of)
     dys, needs = steps.outputs(x, of, ss, scaled), [True] * count
 
@@ -106,14 +107,10 @@ def layer(count: int, p: float, adapter: torch.dtype = torch.bfloat16, M: int = 
     return forward, backward
 
 
-def factors(n: int, r: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.zeros(r, 256, dtype=dtype), torch.zeros(n, r, dtype=dtype)
-
-
-def microseconds(call: Callable[[], None], rounds: int = ROUNDS) -> list[float]:
+def microseconds(call: Callable[[], None]) -> list[float]:
     call()
     found = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         start = time.perf_counter()
         call()
         found.append((time.perf_counter() - start) * 1e6)
@@ -126,10 +123,8 @@ def pairs() -> Iterator[dict]:
     torch.Tensor.new_empty, cat = _kept(torch.Tensor.new_empty), torch.cat
     torch.cat = lambda ts, dim=0: ts[0].new_empty(*cat(ts, dim).shape)
     prepare = launch.Launch._prepare
-    for count, p, dtype in (
-        *((count, p, torch.bfloat16) for count in (1, 3) for p in (0.0, 0.1)),
-        *((count, 0.1, torch.float32) for count in (1, 3)),
-    ):
+    kinds = (0.0, torch.bfloat16), (0.1, torch.bfloat16), (0.1, torch.float32)
+    for count, (p, dtype) in itertools.product((1, 3), kinds):
         for call in layer(count, p, dtype):
             ways = []
             for own in (False, True):

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import fastlora_kernels
 import torch
-from acceptance import KINDS, Case, accept, mask_of, oracle, plain
+from acceptance import KINDS, Case, accept, integers, mask_of, oracle, plain
 from fastlora_kernels.dropout import kept_scale
 
 from fastlora.operator.operands import Operands
@@ -61,16 +61,9 @@ class Joint:
 
     def integers(self) -> list[dict]:
         """Return small integers whose every sum and product the dtypes hold, as the tensors."""
-        generator, ts = torch.Generator().manual_seed(3), self.tensors()
-        for t in ts:
-            for name, value in t.items():
-                if value is not None and name != "seed":
-                    most = 1 if name in "ab" else 2
-                    small = torch.randint(-most, most + 1, value.shape, generator=generator)
-                    sparse = torch.rand(value.shape, generator=generator) < 0.3
-                    t[name] = (small * sparse).to(value.dtype)
-            t["x"] = ts[0]["x"]
-        return ts
+        generator = torch.Generator().manual_seed(3)
+        ts = [integers(t, generator) for t in self.tensors()]
+        return [{**t, "x": ts[0]["x"]} for t in ts]
 
     def projections(self, ts: list[dict]) -> list[Operands]:
         """Return what the five steps take."""

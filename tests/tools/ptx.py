@@ -177,13 +177,7 @@ class Ptx(Code):
 
 def _split(text: str) -> list[str]:
     """Return the operands of a statement; those in braces or brackets are one."""
-    parts, depth = [""], 0
-    for c in text:
-        depth += (c in "{[") - (c in "}]")
-        if c == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += c
+    parts = re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", text)
     return [part.strip() for part in parts if part.strip()]
 
 

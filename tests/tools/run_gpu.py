@@ -43,12 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"GPU tests on {where}", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit: sum up what there is
     code = side_by_side.run(
-        [*PYTEST, TESTS, *rest],
-        ROOT,
-        workers=options.workers,
-        minutes=options.minutes,
-        silence=600 if options.sanitizer else options.silence,
-        environment=environment,
+        lambda: side_by_side.Process([*PYTEST, TESTS, *rest], ROOT, environment),
+        options.workers,
+        options.minutes,
+        600 if options.sanitizer else options.silence,
     )
     print(f"GPU tests {'did not pass' if code else 'passed'} on {where}", flush=True)
     return code

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
+import networkx  # PyTorch needs it, too
+
 # Matrix instructions, the largest first: of two loops the one with the larger kind is the main one.
 MATRIX = (("UTCHMMA",), ("HGMMA",), ("HMMA",), ("FFMA", "FFMA2"))
 ASYNC = ("LDGSTS", "UTMALDG")  # loads that a pipeline is made of
@@ -134,18 +136,15 @@ class Code:
         """
         loops = [(part, self._count(part)) for part in self.loops()]
         for kinds in (*MATRIX, LOADS):
-            having = [(part, counts) for part, counts in loops if _sum(counts, kinds)]
-            inner = [
-                (part, counts)
-                for part, counts in having
-                if not any(other < part for other, _ in having)
+            # Of two alike the one with the pipeline, then the one with less around them.
+            having = [
+                ((_sum(counts, kinds), _sum(counts, ASYNC), -sum(counts.values())), part, counts)
+                for part, counts in loops
+                if _sum(counts, kinds)
             ]
+            inner = [one for one in having if not any(other < one[1] for _, other, _ in having)]
             if inner:
-                # Of two alike the one with the pipeline, then the one with less around them.
-                part, counts = max(
-                    inner,
-                    key=lambda i: (_sum(i[1], kinds), _sum(i[1], ASYNC), -sum(i[1].values())),
-                )
+                _, part, counts = max(inner, key=lambda one: one[0])
                 opcodes = LOADS if kinds is LOADS else _largest(counts, kinds)
                 turn = self._count(self._turn(part, opcodes))
                 return MainLoop("" if kinds is LOADS else "+".join(opcodes), counts, turn)
@@ -189,31 +188,8 @@ def _largest(counts: Counter, largest: tuple[str, ...]) -> list[str]:
 
 def _components(nodes: frozenset[int], successors: dict[int, set[int]]) -> list[frozenset[int]]:
     """Return the strongly connected components among ``nodes``, each before those it leads to."""
-    before: dict[int, set[int]] = {n: set() for n in nodes}
-    for n in nodes:
-        for after in successors[n] & nodes:
-            before[after].add(n)
-    order: list[int] = []
-    seen: set[int] = set()
-    for root in sorted(nodes):
-        stack = [(root, False)]
-        while stack:
-            n, done = stack.pop()
-            if done:
-                order.append(n)
-            elif n not in seen:
-                seen.add(n)
-                stack += [(n, True), *((after, False) for after in successors[n] & nodes)]
-    components, taken = [], set()
-    for root in reversed(order):
-        if root in taken:
-            continue
-        part, stack = set(), [root]
-        while stack:
-            n = stack.pop()
-            if n not in taken:
-                taken.add(n)
-                part.add(n)
-                stack += before[n]
-        components.append(frozenset(part))
-    return components
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(sorted(nodes))
+    graph.add_edges_from((n, after) for n in sorted(nodes) for after in successors[n] & nodes)
+    parts = networkx.condensation(graph)
+    return [frozenset(parts.nodes[n]["members"]) for n in networkx.topological_sort(parts)]

@@ -17,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -85,17 +85,12 @@ class Process:
     def __init__(self, arguments: Sequence[str], folder: Path, environment: Mapping) -> None:
         self.connection, theirs = Pipe()
         self.output = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the process
-        fd = theirs.fileno()
-        self.popen = subprocess.Popen(
-            [sys.executable, __file__, str(fd), *arguments],
-            cwd=folder,
-            env=environment,
-            pass_fds=[fd],
-            stdin=subprocess.DEVNULL,
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # what it starts ends with it
-        )
+        fd, none = theirs.fileno(), subprocess.DEVNULL
+        command = [sys.executable, __file__, str(fd), *arguments]
+        said = {"stdin": none, "stdout": self.output, "stderr": subprocess.STDOUT}
+        # A session of its own: what it starts ends with it.
+        options = {"cwd": folder, "env": environment, "pass_fds": [fd], "start_new_session": True}
+        self.popen = subprocess.Popen(command, **said, **options)
         theirs.close()
         self.collected = self.ready = False  # to be told a test
         self.test: str | None = None
@@ -159,11 +154,11 @@ class Tests:
                     continue
                 process.heard = time.monotonic()
                 getattr(self, what)(process, *rest)
-            elif not process.ready:
-                limit = self.silence if process.test else START
-                if time.monotonic() - process.heard > limit:
-                    words = process.end(where=True)
-                    self.lose(process, words, f"ended: nothing was heard for {limit:.0f} s")
+                continue
+            limit = self.silence if process.test else START
+            if not process.ready and time.monotonic() - process.heard > limit:
+                words = process.end(where=True)
+                self.lose(process, words, f"ended: nothing was heard for {limit:.0f} s")
         for process in self.processes:
             if process.ready and (self.over() or not self.waiting):
                 process.tell(None)
@@ -224,19 +219,14 @@ class Tests:
         counts = f"{len(self.outcomes)} done, {len(self.waiting or ())} wait"
         print(f"{now - self.began:.0f} s: {counts}, {len(self.failed)} failed{longest}", flush=True)
 
-    def not_run(self) -> dict[str, list[str]]:
-        """Return by function what its tests' names begin with, which is a kernel or a body."""
-        found: dict[str, list[str]] = {}
-        for test in self.waiting or ():
-            function, _, rest = test.partition("[")
-            found.setdefault(function, []).append(re.split(r"[-(\]]", rest)[0])
-        return found
-
     def summary(self) -> int:
         """Print what became of all tests; return 0, 1 where some failed, 5 where none ran."""
         for reason, count in self.reasons.items():
             print(f"skipped {count}: {reason}")
-        for function, tests in self.not_run().items():
+        not_run = defaultdict(list)  # by function: what its tests' names begin with
+        for function, _, rest in (test.partition("[") for test in self.waiting or ()):
+            not_run[function].append(re.split(r"[-(\]]", rest)[0])
+        for function, tests in not_run.items():
             print(f"not run: {len(tests)} of {function}: {', '.join(dict.fromkeys(tests))}")
         for test in self.failed:
             print(f"failed: {test}")
@@ -246,21 +236,13 @@ class Tests:
         return 1 if self.failed else 0 if counts["passed"] else 5
 
 
-def run(
-    arguments: Sequence[str],
-    folder: Path,
-    *,
-    workers: int,
-    minutes: float,
-    silence: float,
-    environment: Mapping[str, str] = os.environ,
-) -> int:
-    """Run pytest with ``arguments`` in ``folder`` by ``workers`` processes; return an exit code.
+def run(start: Callable[[], Process], workers: int, minutes: float, silence: float) -> int:
+    """Run the tests by as many processes as ``workers``; return an exit code.
 
     After ``minutes`` no test is begun. A process that says nothing for ``silence`` seconds is
     ended, and its test has failed. 0: none failed; 1: some did; 5: none ran.
     """
-    tests = Tests(lambda: Process(arguments, folder, environment), minutes, silence)
+    tests = Tests(start, minutes, silence)
     try:
         tests.processes += [tests.start() for _ in range(workers)]
         while tests.processes:
