@@ -42,14 +42,14 @@ COPIES = {
             "report.lookalikes = []",
         ),
     ],
-    ("patch", f"{REASONS}a_compiled_model"): [
+    ("require", f"{REASONS}a_compiled_model"): [
         (
             "a compiled model is patched",
             '"_orig_mod" in part._modules or part._',
             "False and part._",
         ),
     ],
-    ("patch", f"{REASONS}a_release_that_was_not_tested"): [
+    ("require", f"{REASONS}a_release_that_was_not_tested"): [
         ("a PEFT that was not tested is patched", "if not first <= release < end:", "if False:"),
     ],
     ("checks", WRONG): [
