@@ -18,7 +18,6 @@ QUESTION = "My computer is slow. What can I do?"
 
 
 def package_folder(name: str) -> Path:
-    """Return where an installed package lies, without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)

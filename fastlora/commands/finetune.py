@@ -113,12 +113,12 @@ def _config(s: Settings) -> Any:
         raise UserError(f"--device {s.device}: several processes get theirs from accelerate")
     check(s, "batch_size", s.batch_size % count == 0, f"a multiple of the {count} processes")
     # Left alone, Accelerate takes processes without a GPU for so many runs of one.
-    cpu = shared.torch_device(s.device).type == "cpu"
-    if shared.torch_device(s.device).index:
+    device = shared.torch_device(s.device)
+    cpu = device.type == "cpu"
+    if device.index:
         raise UserError(f"--device {s.device}: choose by CUDA_VISIBLE_DEVICES, as Trainer does")
-    asked = os.environ.get
-    wrong = _sharded() and (cpu or asked("FSDP_VERSION") != "2")
-    if wrong or asked("ACCELERATE_USE_DEEPSPEED") == "true":
+    wrong = _sharded() and (cpu or os.environ.get("FSDP_VERSION") != "2")
+    if wrong or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise UserError("accelerate's configuration must be data-parallel, or FSDP2 on GPUs")
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # --dtype says it
     from trl import SFTConfig
@@ -188,10 +188,9 @@ class _Run:
         from fastlora.commands.trainer import Progress, ProgressCallback, Trainer
 
         self.settings, self.output, self.begun = s, Path(s.output), begun
-        where, count = config.device.type, config.world_size
-        if count > 1:
-            how = "FSDP2" if _sharded() else "data-parallel"
-            where = f"{count} processes ({how}, {where})"
+        where, how = config.device.type, "FSDP2" if _sharded() else "data-parallel"
+        if config.world_size > 1:
+            where = f"{config.world_size} processes ({how}, {where})"
         say("model", f"{s.model}, {s.dtype} on {where}; loading may take half a minute")
         model, self.tokenizer = models.load_model(s.model, shared.DTYPES[s.dtype])
         torch.manual_seed(s.seed)
@@ -204,10 +203,10 @@ class _Run:
         self.progress = Progress(read[s.batch_size - 1 :: s.batch_size], self._begin)
         collate = DataCollatorForLanguageModeling(self.tokenizer.pad_token_id)
         held_out.sort(key=lambda row: len(row["input_ids"]))
-        size = s.batch_size
-        self.held_out = [collate(held_out[i : i + size]) for i in range(0, len(held_out), size)]
-        ordered, tokenizer = Dataset.from_list(training).select(order), self.tokenizer
-        self.trainer = Trainer(model, config, collate, ordered, processing_class=tokenizer)
+        starts = range(0, len(held_out), s.batch_size)
+        self.held_out = [collate(held_out[i : i + s.batch_size]) for i in starts]
+        rows = Dataset.from_list(training).select(order)
+        self.trainer = Trainer(model, config, collate, rows, processing_class=self.tokenizer)
         self.trainer.remove_callback(ProgressCallback)
         self.trainer.add_callback(self.progress)
         set_seed(s.seed + rank())  # each process drops others

@@ -49,10 +49,7 @@ class TuneSettings:
 
 
 def run(s: TuneSettings) -> None:
-    """Measure, print what was chosen and what that gains, and keep it for every later process.
-
-    Raises UserError for what the user can put right.
-    """
+    """Measure, print what was chosen and what that gains, and keep it for every later process."""
     require("tqdm")
     from tqdm import tqdm
 
@@ -98,8 +95,9 @@ def _row(problem: Problem, op: str, device: torch.device) -> tuple[str, float, f
     default, _ = plans.default(problem.dtype, device)
     times = plan.with_host or plan.seconds
     seconds, before = times[plan.impl], times.get(default, times[plan.impl])
-    gain = f"{before / seconds:.2f}x the speed of {default}, the default"
-    gain = gain if plan.impl != default else "as by default"
+    gain = "as by default"
+    if plan.impl != default:
+        gain = f"{before / seconds:.2f}x the speed of {default}, the default"
     alone = f" ({plan.seconds[plan.impl] * 1e3:.3g} without the host)" if plan.with_host else ""
     line = f"{problem}, {op}: {plan.impl}, {seconds * 1e3:.3g} ms{alone}, {gain}"
     return line, seconds, before
