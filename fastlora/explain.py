@@ -77,8 +77,12 @@ def explain(
         adapter = adapter_dtype or default_adapter_dtype(dtype)
         found = []
         for shape in [what] if _is_shape(what) else what:
-            same = _problems(shape, sizes, r, dtype, adapter, dropout)
-            found += [(where, problem) for problem in same]
+            if isinstance(shape, Problem):
+                found.append((where, shape))
+                continue
+            if len(shape) != 2 or any(not isinstance(size, int) or size < 1 for size in shape):
+                raise ValueError(f"a shape is (N, K), two positive integers, got {shape!r}")
+            found += [(where, Problem(m, *shape, r, dtype, adapter, dropout)) for m in sizes]
     chosen = {
         (where, problem): {op: _chosen(op, problem, where) for op in OPS}
         for where, problem in found
@@ -141,22 +145,6 @@ def _problem(tokens: int, row: list[Layer]) -> Problem:
     _, k, _, dtype, adapter, _ = next(key for key in keys if key[2])
     sizes = [(n, r) for n, _, r, *_ in keys]
     return Problem.together(tokens, k, sizes, dtype, adapter, any(key[-1] for key in keys))
-
-
-def _problems(
-    shape: Sequence[int] | Problem,
-    tokens: Iterable[int],
-    r: int,
-    dtype: torch.dtype,
-    adapter: torch.dtype,
-    dropout: bool,
-) -> list[Problem]:
-    """Return the problem of a weight (N, K) at each number of ``tokens``."""
-    if isinstance(shape, Problem):
-        return [shape]
-    if len(shape) != 2 or any(not isinstance(size, int) or size < 1 for size in shape):
-        raise ValueError(f"a shape is (N, K), two positive integers, got {shape!r}")
-    return [Problem(m, *shape, r, dtype, adapter, dropout) for m in tokens]
 
 
 def _key(weight: Tensor, adapters: list[Adapter]) -> tuple:

@@ -15,7 +15,9 @@ from fastlora.operator.op import PLAIN, run, wrapped
 from fastlora.operator.operands import Operands, Projection, with_scaling
 from fastlora.operator.steps import exact
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What autocast casts; it leaves float64, integers and complex numbers alone.
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*_CAST, torch.float64)
 _unsafe_view = torch.ops.aten._unsafe_view.default
 LARGEST = torch.finfo(torch.float32).max  # what kernels take as a scaling
 
@@ -116,7 +118,12 @@ def _outputs(
     shape = x.shape
     if len(shape) != 2:
         return [shaped(y, shape) for y in _outputs(_flat(x), operands, impl, plain)]
-    return run(x, operands, impl, plain) if impl != "reference" else _references(x, operands)
+    if impl != "reference":
+        return run(x, operands, impl, plain)
+    from fastlora.operator import reference
+
+    with exact(x.device):
+        return [reference.output(x, *one) for one in operands]
 
 
 def shaped(y: Tensor, shape: torch.Size) -> Tensor:
@@ -157,7 +164,6 @@ def _plain(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> bool:
     if not (
         not torch.compiler.is_compiling()
         and type(x) in PLAIN
-        and type(weight) in PLAIN
         and type(scaling) is type(dropout_p) is float
         and -LARGEST <= scaling <= LARGEST
         and 0.0 <= dropout_p <= 1.0
@@ -167,56 +173,39 @@ def _plain(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> bool:
     if not (
         shape
         and dtype in DTYPES
-        and x.layout is torch.strided
-        and not (x.is_neg() or x.is_meta or wrapped(x) or torch._C._is_any_autocast_enabled())
+        and not (x.is_meta or torch._C._is_any_autocast_enabled())
+        and _bare(x, dtype, device)
+        and _bare(weight, dtype, device)
     ):
         return False
     w = weight.shape
-    if not (
-        len(w) == 2
-        and shape[-1] == w[1]
-        and weight.dtype == dtype
-        and weight.device == device
-        and weight.layout is torch.strided
-        and not (weight.is_neg() or wrapped(weight))
-    ):
+    if len(w) != 2 or shape[-1] != w[1]:
         return False
     if lora_A is not lora_B:  # both None, or one tensor twice, which is rare
-        if not (type(lora_A) in PLAIN and type(lora_B) in PLAIN):
-            return False
-        a, adapter = lora_A.shape, lora_A.dtype
+        adapter = lora_A.dtype if type(lora_A) in PLAIN else dtype
         if not (
-            len(a) == 2
+            (adapter == dtype or (adapter == torch.float32 and dtype.itemsize == 2))
+            and _bare(lora_A, adapter, device)
+            and _bare(lora_B, adapter, device)
+            and len(a := lora_A.shape) == 2
             and a[1] == w[1]
-            and (adapter == dtype or (adapter == torch.float32 and dtype.itemsize == 2))
-            and lora_A.device == device
-            and lora_A.layout is torch.strided
-            and not (lora_A.is_neg() or wrapped(lora_A))
-            and lora_B.shape == (w[0], a[0])
             and a[0] >= 1
-            and lora_B.dtype == adapter
-            and lora_B.device == device
-            and lora_B.layout is torch.strided
-            and not (lora_B.is_neg() or wrapped(lora_B))
+            and lora_B.shape == (w[0], a[0])
         ):
             return False
     elif lora_A is not None:
         return False
-    return bias is None or (
-        type(bias) in PLAIN
-        and bias.shape == w[:1]
-        and bias.dtype == dtype
-        and bias.device == device
-        and bias.layout is torch.strided
-        and not (bias.is_neg() or wrapped(bias))
+    return bias is None or (_bare(bias, dtype, device) and bias.shape == w[:1])
+
+
+def _bare(t, dtype: torch.dtype, device: torch.device) -> bool:
+    return (
+        type(t) in PLAIN
+        and t.dtype == dtype
+        and t.device == device
+        and t.layout is torch.strided
+        and not (t.is_neg() or wrapped(t))
     )
-
-
-def _references(x: Tensor, operands: Sequence[Operands]) -> list[Tensor]:
-    from fastlora.operator import reference
-
-    with exact(x.device):
-        return [reference.output(x, *one) for one in operands]
 
 
 def _checked(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> tuple[Tensor, Projection]:
@@ -244,10 +233,6 @@ def _autocast(x, weight, lora_A, lora_B, bias):
     if lora_A is not None and lora_A.dtype != torch.float32:
         lora_A, lora_B = cast(lora_A), cast(lora_B)
     return cast(x), cast(weight), lora_A, lora_B, cast(bias)
-
-
-# What autocast casts; it leaves float64, integers and complex numbers alone.
-_CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check_types(x, weight, lora_A, lora_B, bias):

@@ -87,20 +87,16 @@ def test_explains_what_is_forced(monkeypatch, forced):
 
 
 def test_explain_says_what_it_cannot_take():
-    with pytest.raises(
-        ValueError, match=r"Linear holds no LoRALinear.*replace_linears\(model, names\)"
-    ):
-        fastlora.explain(torch.nn.Linear(2, 2))
-    with pytest.raises(
-        ValueError, match=r"a shape is \(N, K\), two positive integers, got \(1, 2, 3\)"
-    ):
-        fastlora.explain((1, 2, 3))
-    with pytest.raises(ValueError, match=r"got \(0, 3\)"):
-        fastlora.explain([(4, 4), (0, 3)])
+    wrong = [
+        (torch.nn.Linear(2, 2), {}, r"Linear holds no LoRALinear.*replace_linears\(model, names\)"),
+        ((1, 2, 3), {}, r"a shape is \(N, K\), two positive integers, got \(1, 2, 3\)"),
+        ([(4, 4), (0, 3)], {}, r"got \(0, 3\)"),
+        ((4, 4), {"tokens": 0}, "tokens must be positive integers, got 0"),
+    ]
+    if not torch.cuda.is_available():
+        wrong.append(((4, 4), {"device": "cuda"}, "device is 'cuda', but PyTorch can use no GPU"))
+    for what, options, said in wrong:
+        with pytest.raises(ValueError, match=said):
+            fastlora.explain(what, **options)
     with pytest.raises(TypeError, match=r"what must be .* got str"):
         fastlora.explain("llama")
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device is 'cuda', but PyTorch can use no GPU here"):
-            fastlora.explain((4, 4), device="cuda")
-    with pytest.raises(ValueError, match="tokens must be positive integers, got 0"):
-        fastlora.explain((4, 4), tokens=0)

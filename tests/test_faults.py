@@ -15,6 +15,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -280,19 +281,6 @@ def test_the_newest_of_many_configs_that_were_left_is_found(folder):
 # Memory
 
 
-class Once:
-    """A function that runs out of memory the first time."""
-
-    def __init__(self, real) -> None:
-        self.real, self.calls = real, 0
-
-    def __call__(self, *args, **options):
-        self.calls += 1
-        if self.calls == 1:
-            raise torch.OutOfMemoryError("out of memory")
-        return self.real(*args, **options)
-
-
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -325,12 +313,13 @@ def step(block: nn.Module) -> list[torch.Tensor]:
     return [y, *torch.autograd.grad(y.square().sum(), trained)]
 
 
+STAGES = ["_shrink", "expand", "_ds_db", "_add_low_rank"]
+
+
 @pytest.mark.parametrize(
     ("module", "name", "fused"),
     [
-        *itertools.product(
-            [blocks], ["_shrink", "expand", "_ds_db", "_add_low_rank"], [False, True]
-        ),
+        *itertools.product([blocks], STAGES, [False, True]),
         (gated, "_kernels", True),  # between the two halves of a gated MLP
         (siblings, "_Held", True),  # between a group's outputs and their hand-out
     ],
@@ -350,9 +339,10 @@ def test_out_of_memory_in_the_middle(module, name, fused, monkeypatch):
         blocks.append(block)
     first, other = blocks
     expected = step(other)
-    once = Once(getattr(module, name))
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, once)
+        effects = [torch.OutOfMemoryError("out of memory"), *[mock.DEFAULT] * 100]
+        real = getattr(module, name)
+        patch.setattr(module, name, mock.Mock(wraps=real, side_effect=effects))
         with pytest.raises(torch.OutOfMemoryError):
             step(first)
         found = step(first)

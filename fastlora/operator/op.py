@@ -15,6 +15,7 @@ through it and back costs as much Python time as ten small products.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -69,10 +70,7 @@ _autocast = torch._C._is_any_autocast_enabled
 
 def _read(projections: Sequence[Operands]) -> list[Tensor | None]:
     """Return what is read beside x and dy."""
-    found: list[Tensor | None] = []
-    for w, a, b, _, _, _, _ in projections:
-        found += w, a, b
-    return found
+    return [t for p in projections for t in p[:3]]
 
 
 # The operators, which hold lists of tensors.
@@ -247,10 +245,6 @@ def gradients(
     return dx, dw, da, db, dbias
 
 
-def _watched(x: Tensor, projections: Sequence[Operands]) -> list[Tensor]:
-    return eager.outputs(x, projections, observed=True)
-
-
 def _observed_backward(dys, x, projections, ss, impl, need_x, needs):
     """Do what `_backward` does through the operator, for whom it may concern."""
     alike = _alike(projections)
@@ -371,3 +365,4 @@ def looked_into(*dys: Tensor | None) -> bool:
 wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _legacy = torch._C._functorch.is_legacy_batchedtensor
 PLAIN = (Tensor, torch.nn.Parameter)
+_watched = functools.partial(eager.outputs, observed=True)

@@ -131,9 +131,8 @@ def is_few(M: int, K: int, device: torch.device) -> bool:
 
     Not under autocast: a backward in it would round float32 adapters.
     """
-    elements = M * K
     return (
-        elements <= FEW
+        M * K <= FEW
         and device.type == "cpu"
         and FORCED == "auto"
         and not torch._C._is_any_autocast_enabled()

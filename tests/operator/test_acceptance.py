@@ -30,111 +30,99 @@ CASES = [
 SCALED = "acc *= tl.cast(number_of(i, scales, ACC), ACC)"
 ROUNDED = ".to(tl.bfloat16).to(tl.float32)"
 
-# name: (file, line as it is, line as it would be wrong)
-KERNELS = {
-    "scaling forgotten": ("outputs.py", SCALED, "acc *= 1.0"),
-    "scaling applied twice": ("outputs.py", SCALED, f"{SCALED}\n        {SCALED}"),
-    "low-rank path subtracted": ("outputs.py", SCALED, SCALED.replace("tl.cast", "-tl.cast")),
-    "low-rank path dropped": ("outputs.py", SCALED, "acc *= 0.0"),
-    "bias dropped": ("outputs.py", "acc += tl.load(bias_tile", "tl.load(bias_tile"),
-    "base path dropped": ("tiles.py", "acc = dot(x, w, acc)", "pass"),
-    "K mask one short": ("tiles.py", "mask_k = offs_k < K - k", "mask_k = offs_k < K - k - 1"),
-    "K mask not advanced": ("tiles.py", "mask_k = offs_k < K - k", "mask_k = offs_k < K"),
-    "step of x not taken": ("tiles.py", "x_ptrs += step_x", "pass"),
-    "16-bit sum of the base path": (
-        *("tiles.py", "acc = dot(x, w, acc)", f"acc = dot(x, w, acc){ROUNDED}"),
-    ),
-    "rank tiles beyond the first lost": (
-        *("tiles.py", "tl.range(0, R, BLOCK_R", "tl.range(0, 1, BLOCK_R"),
-    ),
-    "8 bits of float32 adapters": (
-        *("tiles.py", "part = tl.dot(left, middle, part)", "part = part * 1.0"),
-    ),
-    "mask of dx at the wrong column": (
-        *("input_grad.py", "keep_tile(seed_ptr, offs_m, first_k, K, keep_from, BLOCK_N).to"),
-        "keep_tile(seed_ptr, offs_m, 0, K, keep_from, BLOCK_N).to",
-    ),
-    "dx not masked": (
-        "input_grad.py",
-        "part *= keep_tile(seed_ptr, offs_m, first_k, K, keep_from, BLOCK_N).to(ACC)",
-        "pass",
-    ),
-    "1 / (1 - p) forgotten in dx": ("input_grad.py", f"part{SCALED[3:]}", "pass"),
-    "s summed in bfloat16": (
-        "shrink.py",
-        "dot(x_hat, a, sums[i])",
-        f"dot(x_hat, a, sums[i]){ROUNDED}",
-    ),
-    "1 / (1 - p) forgotten": ("shrink.py", "* tl.cast(scales[i], ACC)", "* 1.0"),
-    "dropout of x forgotten": (
-        *("shrink.py", "x_hat = (x.to(ACC) * keep.to(ACC)).to(x.dtype)", "x_hat = x"),
-    ),
-    "mask of x at the wrong column": (
-        "shrink.py",
-        "offs_m, k, K, keep_froms",
-        "offs_m, 0, K, keep_froms",
-    ),
-    "rank mask of s one short": ("shrink.py", "(offs_r < ranks[i])", "(offs_r < ranks[i] - 1)"),
-    "dropout drawn again with another mask": (
-        *("da.py", "offs_m, first_k, K, keep_froms[i]", "offs_m + 1, first_k, K, keep_froms[i]"),
-    ),
-    "ds of the wrong sign": ("ds_db.py", "dot(tl.trans(dy), b, ds)", "dot(tl.trans(dy), -b, ds)"),
-    "ds of the wrong sign at a high rank": ("ds_db.py", "dot(dy, b, ds)", "dot(dy, -b, ds)"),
-    "column tiles of ds beyond a program's first lost": (
-        *("ds_db.py", "min((chunk + 1) * steps * BLOCK_N, N)"),
-        "min(chunk * steps * BLOCK_N + BLOCK_N, N)",
-    ),
-    "ds of one row tile for all": (
-        *("ds_db.py", "offs_m = first_row + tile % steps * BLOCK_M +", "offs_m = first_row +"),
-    ),
-    "rows of later splits lost": (
-        *("ds_db.py", "min(first_row + steps * BLOCK_M, M)", "min(steps * BLOCK_M, M)"),
-    ),
-    "partial sum lost": (
-        "sums.py",
-        "parts, tl.int32), tl.int32)):",
-        "parts, tl.int32), tl.int32) - 1):",
-    ),
-    "sum not scaled": ("sums.py", SCALED, "pass"),
-    "db in bfloat16 before the sum": (
-        *("ds_db.py", "columns[:, None] * R + ranks[None, :]), db,"),
-        f"columns[:, None] * R + ranks[None, :]), db{ROUNDED},",
-    ),
-    "mask from one word for two elements": (
-        *("dropout.py", "(low >> 16).to(tl.int16)", "low.to(tl.int16)"),
-    ),
+# By file: what, the line as it is, the line as it would be wrong.
+COPIES = {
+    "outputs.py": {
+        "scaling forgotten": (SCALED, "acc *= 1.0"),
+        "scaling applied twice": (SCALED, f"{SCALED}\n        {SCALED}"),
+        "low-rank path subtracted": (SCALED, SCALED.replace("tl.cast", "-tl.cast")),
+        "low-rank path dropped": (SCALED, "acc *= 0.0"),
+        "bias dropped": ("acc += tl.load(bias_tile", "tl.load(bias_tile"),
+    },
+    "tiles.py": {
+        "base path dropped": ("acc = dot(x, w, acc)", "pass"),
+        "K mask one short": ("mask_k = offs_k < K - k", "mask_k = offs_k < K - k - 1"),
+        "K mask not advanced": ("mask_k = offs_k < K - k", "mask_k = offs_k < K"),
+        "step of x not taken": ("x_ptrs += step_x", "pass"),
+        "16-bit sum of the base path": ("acc = dot(x, w, acc)", f"acc = dot(x, w, acc){ROUNDED}"),
+        "rank tiles beyond the first lost": ("tl.range(0, R, BLOCK_R", "tl.range(0, 1, BLOCK_R"),
+        "8 bits of float32 adapters": ("part = tl.dot(left, middle, part)", "part = part * 1.0"),
+    },
+    "input_grad.py": {
+        "mask of dx at the wrong column": (
+            "keep_tile(seed_ptr, offs_m, first_k, K, keep_from, BLOCK_N).to",
+            "keep_tile(seed_ptr, offs_m, 0, K, keep_from, BLOCK_N).to",
+        ),
+        "dx not masked": (
+            "part *= keep_tile(seed_ptr, offs_m, first_k, K, keep_from, BLOCK_N).to(ACC)",
+            "pass",
+        ),
+        "1 / (1 - p) forgotten in dx": ("part *= tl.cast(number_of(i, scales, ACC), ACC)", "pass"),
+    },
+    "shrink.py": {
+        "s summed in bfloat16": ("dot(x_hat, a, sums[i])", f"dot(x_hat, a, sums[i]){ROUNDED}"),
+        "1 / (1 - p) forgotten": ("* tl.cast(scales[i], ACC)", "* 1.0"),
+        "dropout of x forgotten": ("x_hat = (x.to(ACC) * keep.to(ACC)).to(x.dtype)", "x_hat = x"),
+        "mask of x at the wrong column": ("offs_m, k, K, keep_froms", "offs_m, 0, K, keep_froms"),
+        "rank mask of s one short": ("(offs_r < ranks[i])", "(offs_r < ranks[i] - 1)"),
+    },
+    "da.py": {
+        "dropout drawn again with another mask": (", first_k, K, ", " + 1, first_k, K, "),
+    },
+    "ds_db.py": {
+        "ds of the wrong sign": ("dot(tl.trans(dy), b, ds)", "dot(tl.trans(dy), -b, ds)"),
+        "ds of the wrong sign at a high rank": ("dot(dy, b, ds)", "dot(dy, -b, ds)"),
+        "column tiles of ds beyond a program's first lost": (
+            "min((chunk + 1) * steps * BLOCK_N, N)",
+            "min(chunk * steps * BLOCK_N + BLOCK_N, N)",
+        ),
+        "ds of one row tile for all": ("= first_row + tile % steps * BLOCK_M +", "= first_row +"),
+        "rows of later splits lost": ("(first_row + steps * BLOCK_M, M)", "(steps * BLOCK_M, M)"),
+        "db in bfloat16 before the sum": (
+            "tl.store(db_ptrs, db,",
+            f"tl.store(db_ptrs, db{ROUNDED},",
+        ),
+    },
+    "sums.py": {
+        "partial sum lost": ("tl.int32) // 2 - 1", "tl.int32) // 2 - 2"),
+        "sum not scaled": (SCALED, "pass"),
+    },
+    "dropout.py": {
+        "mask from one word for two elements": ("(low >> 16).to(tl.int16)", "low.to(tl.int16)"),
+    },
 }
+KERNELS = {name: (file, *of[name]) for file, of in COPIES.items() for name in of}
 
 # The same for the products of sm_90 and later, with the low-rank step at which it has to show.
-PERSISTENT = {
-    "steps of the fold lost": ("fold", "outputs.py", "+= tl.cdiv(R_tile, BLOCK_K)", "+= 0"),
-    "fold from the wrong columns": (
-        *("fold", "outputs.py", "b_desc, (step - steps) * BLOCK_K", "b_desc, step * BLOCK_K"),
-    ),
-    "s of the first row tile": (
-        *("first", "outputs.py", "rows = wrapped(first_m + tl.arange", "rows = wrapped(tl.arange"),
-    ),
-    "b of the first column tile": (
-        *("first", "outputs.py", "columns = wrapped(offs_n, N_tile)"),
-        "columns = wrapped(tl.arange(0, BLOCK_N), N_tile)",
-    ),
-    "16-bit sum of the base path": (
-        *("fold", "outputs.py", "acc = tl.dot(x, w, acc)", f"acc = tl.dot(x, w, acc){ROUNDED}"),
-    ),
-    "bias dropped": ("fold", "outputs.py", "acc += bias.to(tl.float32)[None, :]", "pass"),
-    "later tiles lost": ("fold", "outputs.py", "tiles_m * tiles_n, tl.num", "1, tl.num"),
-    "right half of a tile lost": (
-        *("fold", "tiles.py", "y_desc.store([first_m, first_n + acc.shape[1] // 2], right"),
-        "y_desc.store([first_m, first_n], right",
-    ),
-    "dx of the first row tile": (
-        "fold",
-        "input_grad.py",
-        "dy_from.load([first_m, n])",
-        "dy_from.load([0, n])",
-    ),
-    "s not scaled": ("fold", "shrink.py", "s *= tl.cast(factor, ACC)", "pass"),
+PERSISTENT_COPIES = {
+    ("fold", "outputs.py"): {
+        "steps of the fold lost": ("+= tl.cdiv(R_tile, BLOCK_K)", "+= 0"),
+        "fold from the wrong columns": (", (step - steps) * BLOCK_K", ", step * BLOCK_K"),
+        "16-bit sum of the base path": (
+            "acc = tl.dot(x, w, acc)",
+            f"acc = tl.dot(x, w, acc){ROUNDED}",
+        ),
+        "bias dropped": ("acc += bias.to(tl.float32)[None, :]", "pass"),
+        "later tiles lost": ("tiles_m * tiles_n, tl.num", "1, tl.num"),
+    },
+    ("first", "outputs.py"): {
+        "s of the first row tile": (" = wrapped(first_m + tl.arange", " = wrapped(tl.arange"),
+        "b of the first column tile": (
+            "columns = wrapped(offs_n, N_tile)",
+            "columns = wrapped(tl.arange(0, BLOCK_N), N_tile)",
+        ),
+    },
+    ("fold", "tiles.py"): {
+        "right half of a tile lost": (" first_n + acc.shape[1] // 2], right", " first_n], right"),
+    },
+    ("fold", "input_grad.py"): {
+        "dx of the first row tile": ("dy_from.load([first_m, n])", "dy_from.load([0, n])"),
+    },
+    ("fold", "shrink.py"): {
+        "s not scaled": ("s *= tl.cast(factor, ACC)", "pass"),
+    },
 }
+PERSISTENT = {name: (*where, *of[name]) for where, of in PERSISTENT_COPIES.items() for name in of}
 PERSISTENT_CASES = [
     Case(50, 104, 152, 16, kind="bf16", mode="base"),
     Case(50, 296, 40, 16, kind="bf16", mode="low_rank"),
@@ -143,48 +131,24 @@ PERSISTENT_CASES = [
 # The same for the blocks: name: (line as it is, line as it would be wrong)
 BLOCKS = {
     "mask of every block that of the first": (
-        "            ones = mask.draw(here.stop)\n",
-        "            mask.step = 0\n            ones = mask.draw(here.stop)\n",
+        "ones = mask.draw(here.stop)",
+        "mask.step = 0\n            ones = mask.draw(here.stop)",
     ),
     "1 / (1 - p) forgotten in dx": (", value=kept_scale(p))", ")"),
     "1 / (1 - p) forgotten in da": ("else total.mul_(kept_scale(p))", "else total"),
     "dx not masked": ("addcmul_(part, ones, value=kept_scale(p))", "add_(part * kept_scale(p))"),
-    "float32 factors rounded to 16 bits": (
-        "return first.to(torch.bfloat16), rest",
-        "return first.to(torch.bfloat16), rest.zero_()",
-    ),
-    "scaling forgotten": (
-        "return out.addmm_(left, right, beta=0, alpha=alpha)\n    for",
-        "return out.addmm_(left, right, beta=0)\n    for",
-    ),
-    "ds and db not scaled": (
-        "return out.addmm_(left, right, beta=0, alpha=alpha)\n\n\ndef _turned",
-        "return out.addmm_(left, right, beta=0)\n\n\ndef _turned",
-    ),
-    "scaling forgotten where there is a bias": (
-        "torch.addmm(bias, left, right, alpha=alpha, out=out)",
-        "torch.addmm(bias, left, right, out=out)",
-    ),
+    "float32 factors rounded to 16 bits": (".bfloat16), rest", ".bfloat16), rest.zero_()"),
+    "scaling forgotten": (", right, beta=0, alpha=alpha)\n    for", ", right, beta=0)\n    for"),
+    "ds and db not scaled": ("beta=0, alpha=alpha)\n\n\ndef _turned", "beta=0)\n\n\ndef _turned"),
+    "scaling forgotten where there is a bias": ("right, alpha=alpha, out=out)", "right, out=out)"),
     "base product forgotten": ("ys.append(y.addmm_(x, w.t()))", "ys.append(y)"),
-    "low-rank part of dx forgotten": (
-        "            _add_product(dx, ds, a)\n",
-        "            pass\n",
-    ),
-    "db not scaled": (
-        "_scaled_product(_turned(s, dy), dy, scaling)",
-        "_scaled_product(_turned(s, dy), dy, 1.0)",
-    ),
-    "db of the last block alone": ("db.addmm_(s[rows].t(), dy_rows)", "db = s[rows].t() @ dy_rows"),
+    "low-rank part of dx forgotten": ("_add_product(dx, ds, a)", "pass"),
+    "db not scaled": ("(_turned(s, dy), dy, scaling)", "(_turned(s, dy), dy, 1.0)"),
+    "db of the last block alone": (".addmm_(s[rows].t(), dy_rows)", " = s[rows].t() @ dy_rows"),
     "da of the last block alone": ("if total is None else total.add_(part)", ""),
     "db of few rows not scaled": ("_scaled_product(dy.t(), s, scaling)", "dy.t() @ s"),
-    "few elements not scaled": (
-        "(_part(left, rows) @ right).mul_(alpha)",
-        "(_part(left, rows) @ right)",
-    ),
-    "s of few rows from 16 bits": (
-        "return x.to(a.dtype) @ a.t()",
-        "return (x @ a.t().to(x.dtype)).to(a.dtype)",
-    ),
+    "few elements not scaled": ("(left, rows) @ right).mul_(alpha)", "(left, rows) @ right)"),
+    "s of few rows from 16 bits": ("x.to(a.dtype) @ a.t()", "(x @ a.t().to(x.dtype)).to(a.dtype)"),
     "bias dropped": ("w.shape[0]), bias)", "w.shape[0]))"),
     "bias of few elements dropped": ("part if bias is None else part.add_(bias)", "part"),
 }
@@ -210,10 +174,7 @@ EAGER = {
         "torch.addmm(low_rank.to(x.dtype), x, w.t())",
         "low_rank.to(x.dtype)",
     ),
-    "s from 16 bits": (
-        "F.linear(x_hat.to(a.dtype), a)",
-        "F.linear(x_hat, a.to(x.dtype)).to(a.dtype)",
-    ),
+    "s from 16 bits": ("linear(x_hat.to(a.dtype), a)", "linear(x_hat, a.to(x.dtype)).to(a.dtype)"),
 }
 
 

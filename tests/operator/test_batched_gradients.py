@@ -122,6 +122,15 @@ def test_per_sample_gradients(names, p, randomness):
         assert alike == (randomness == "same")
 
 
+def one_by_one(way, y, trained, vs):
+    """Several gradients at once are what each is alone."""
+    found = WAYS[way](y, trained, vs)
+    for i, v in enumerate(vs):
+        right = torch.autograd.grad(y, trained, v, retain_graph=True)
+        for one, other in zip(found, right, strict=True):
+            torch.testing.assert_close(one[i], other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_several_adapters(way, p):
@@ -129,11 +138,7 @@ def test_several_adapters(way, p):
     made = model(["one", "two"], p, True)
     trained = [x, *(t for t in made.parameters() if t.requires_grad)]
     y = made(x)
-    found = WAYS[way](y, trained, vs)
-    for i, v in enumerate(vs):
-        right = torch.autograd.grad(y, trained, v, retain_graph=True)
-        for one, other in zip(found, right, strict=True):
-            torch.testing.assert_close(one[i], other, rtol=1e-4, atol=1e-5)
+    one_by_one(way, y, trained, vs)
 
 
 class MLP(nn.Module):
@@ -156,8 +161,4 @@ def test_a_gated_mlp(way):
     trained = [x, *(t for t in made.parameters() if t.requires_grad)]
     y = made(x)
     assert y.grad_fn.name() == "_GatedMLPBackward"
-    found = WAYS[way](y, trained, vs)
-    for i, v in enumerate(vs):
-        right = torch.autograd.grad(y, trained, v, retain_graph=True)
-        for one, other in zip(found, right, strict=True):
-            torch.testing.assert_close(one[i], other, rtol=1e-4, atol=1e-5)
+    one_by_one(way, y, trained, vs)

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tracemalloc
 
 import pytest
 import torch
-from measuring import CPU, GROUP, PROBLEM, SMALL, SOME_CONFIG, chosen, operands, timings
+from measuring import CPU, GROUP, PROBLEM, SMALL, SOME_CONFIG, chosen, operands, run_python, timings
 
 import fastlora
 from fastlora.operator import measured, plans
@@ -27,14 +24,6 @@ def names(pair):
 
 def one(x, w, a, b):
     return x, [Operands(w, a, b, None, None, 1.0, 0.0)]
-
-
-def run_python(code, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 # Defaults and what the user asks for

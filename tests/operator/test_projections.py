@@ -53,13 +53,8 @@ def tensors(group, given):
 def operands(given, drawn):
     return [
         Operands(
-            t["w"],
-            t["a"],
-            t["b"],
-            t["bias"],
-            t["seed"] if t["a"] is not None else None,
-            case.scaling,
-            case.dropout_p,
+            *(t[name] for name in ("w", "a", "b", "bias")),
+            *(None if t["a"] is None else t["seed"], case.scaling, case.dropout_p),
         )
         for case, t in zip(given, drawn, strict=True)
     ]
@@ -233,12 +228,8 @@ def test_outputs_that_nobody_uses():
             for y in (ys, alone)
         )
         assert [g is None for g in found] == [g is None for g in expected]
-        close(
-            [g for g in found if g is not None],
-            [g for g in expected if g is not None],
-            rtol=1e-4,
-            atol=1e-4,
-        )
+        found, expected = ([g for g in gs if g is not None] for gs in (found, expected))
+        close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_trained_weights_and_biases():
@@ -334,16 +325,6 @@ def test_compiled(p):
         else:
             gradients(found, leaves(x, projections))
     assert compiles <= 2
-
-
-def test_autocast():
-    x, projections = given(GROUPS["q and v"])
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = fastlora.lora_linears(x, projections), apart(x, projections)
-        assert [y.dtype for y in found] == [torch.bfloat16] * 3
-    close(found, expected, rtol=2e-2, atol=2e-2)
-    wanted = leaves(x, projections)
-    close(gradients(found, wanted), gradients(expected, wanted), rtol=5e-2, atol=0.5)
 
 
 def test_transforms():

@@ -128,6 +128,15 @@ def drawn(asked: Asked) -> tuple[Tensor, list[Tensor], list[fastlora.Projection]
     return x, dys, made
 
 
+def masks_of(asked: Asked, made, rows: int) -> list[Tensor | None]:
+    """Return what each projection keeps, None where it drops nothing."""
+    torch.manual_seed(asked.seed)
+    return [
+        None if a is None or not p else keep_mask(new_seed(a.device), range(rows), asked.k, p)
+        for _, a, _, _, _, p in made
+    ]
+
+
 def answer(x: Tensor, dys, made, masks, dtype) -> tuple[list[Tensor], dict]:
     """Return y and gradients of everything by the plain formula, in ``dtype`` or as it is."""
 
@@ -193,11 +202,7 @@ def right(asked: Asked) -> None:
         else:
             ys = fastlora.lora_linears(given_x, given_projections, training=True, impl=asked.impl)
     rows = x.shape[0]
-    torch.manual_seed(asked.seed)
-    masks = [
-        keep_mask(new_seed(x.device), range(rows), asked.k, p) if p and a is not None else None
-        for _, a, _, _, _, p in made
-    ]
+    masks = masks_of(asked, made, rows)
     (plains, plain_grads), (exact, exact_grads) = (
         answer(x, dys, made, masks, dtype) for dtype in (None, torch.float64)
     )
@@ -249,11 +254,7 @@ def infinite_alike(asked: tuple[Asked, list]) -> None:
         given_projections.append(fastlora.Projection(w, a, b, *rest))
     torch.manual_seed(asked.seed)
     ys = fastlora.lora_linears(x, given_projections, training=True, impl=asked.impl)
-    torch.manual_seed(asked.seed)
-    masks = [
-        keep_mask(new_seed(x.device), range(len(x)), asked.k, p) if p and a is not None else None
-        for _, a, _, _, _, p in made
-    ]
+    masks = masks_of(asked, made, len(x))
     plain_ys, plain_grads = answer(x, dys, made, masks, None)
     grads = dict(zip(leaves, torch.autograd.grad(ys, leaves.values(), dys), strict=True))
     found = {**dict(enumerate(ys)), **grads}

@@ -305,11 +305,10 @@ def test_a_user_without_a_home(monkeypatch):
 def test_the_folder_of_the_user(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("FASTLORA_CACHE", "~/there")
-    assert measured.path_of(CPU).parent == tmp_path / "there"
-    monkeypatch.delenv("FASTLORA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert measured.path_of(CPU).parent == tmp_path / "fastlora"
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    for folder, name in {"there": "FASTLORA_CACHE", "fastlora": "XDG_CACHE_HOME"}.items():
+        assert measured.path_of(CPU).parent == tmp_path / folder
+        monkeypatch.delenv(name)
     assert measured.path_of(CPU).parent == tmp_path / ".cache" / "fastlora"
 
 

@@ -5,355 +5,233 @@ from __future__ import annotations
 
 from broken_copies import Mutant
 
+# By file and the tests that must notice (file::name, without "test_"): what, right, wrong.
+COPIES = {
+    ("op", "projections::trained_weights_and_biases"): [
+        ("a trained bias gets no gradient", "if need_bias:", "if False:"),
+    ],
+    ("op", "operator::gradcheck_and_double_backward"): [
+        ("second derivatives are those of a constant", "elif looked_into(*dys):", "elif False:"),
+    ],
+    ("op", "projections::modes_and_subclasses_see_the_operator"): [
+        (
+            "projections of other scalings take the first one's",
+            "if all(p.scaling == first.scaling for p in others):",
+            "if True:",
+        ),
+    ],
+    ("dropout", "blocks::more_rows_than_one_block"): [
+        ("every block drops the same elements", "self.next.add_(self.step)", "pass"),
+    ],
+    (
+        "dropout",
+        "operator::successive_seeds_differ operator::dropout_is_that_of_torch_in_distribution",
+    ): [
+        ("every call drops the same elements", "randint(0, 2**63 - 1, (1,), ", "full((1,), 7, "),
+    ],
+    ("dropout", "operator::dropout_is_that_of_torch_in_distribution"): [
+        ("p is the share that is kept", "p * 65536), 65535) - ", "(1 - p) * 65536), 65535) - "),
+    ],
+    (
+        "dropout",
+        "operator::checkpoint_draws_the_same_mask_again operator::successive_seeds_differ",
+    ): [
+        (
+            "the seed is kept from torch's generator",
+            "int64, device=device)",
+            "int64, device=device, generator=torch.Generator(device))",
+        ),
+    ],
+    ("plans", "plans::the_fastest_measured_runs_in_each_direction"): [
+        ("the slowest runs", "min((i for i in usable if i in ", "max((i for i in usable if i in "),
+    ],
+    ("timing", "timing::a_phase_is_the_time_of_its_kernels"): [
+        ("a GPU is idle when its time is taken", "not full and spin < MOST_SPIN:", "False:"),
+    ],
+    ("timing", "timing::a_way_that_fails_fails_alone"): [
+        ("a way that fails takes the others along", "if failed is None:", "if True:"),
+    ],
+    ("plans", "tuning::few_tokens_are_timed_with_the_host_too"): [
+        (
+            "few tokens are chosen for as if the host took no time",
+            "with_host or seconds",
+            "seconds",
+        ),
+    ],
+    ("op", "eager::few_is_counted_in_elements_of_x"): [
+        (
+            "few tokens are told by their number alone",
+            "x.numel() > plans.FEW",
+            "len(x) > plans.FEW",
+        ),
+    ],
+    ("op", "eager::where_the_operator_runs_all_the_same"): [
+        ("few tokens lose precision under autocast", "plans.FEW or _autocast():", "plans.FEW:"),
+    ],
+    ("plans", "plans::a_draw_leaves_the_default"): [
+        (
+            "a draw leaves for another implementation",
+            "best] < 0.98 * times",
+            "best] < 1.02 * times",
+        ),
+    ],
+    ("measured", "plans::measurements_hold_for_their_bucket"): [
+        ("measurements hold for one number of tokens", ".get(problem.bucketed())", ".get(problem)"),
+    ],
+    ("measured", "tuning::measurements_of_other_versions_lie_in_another_file"): [
+        ("measurements of other versions count", "in versions(device.type).items()]", "in ()]"),
+    ],
+    ("measured", "tuning::a_file_that_does_not_parse_is_ignored_with_one_warning"): [
+        (
+            "a file that is damaged stops the run",
+            "TypeError, KeyError, AttributeError, RecursionError) as error:",
+            "RecursionError) as error:",
+        ),
+    ],
+    ("tuning", "tuning::an_implementation_that_fails_is_left_out"): [
+        ("an implementation that fails ends the tuning", "Exception as error", "KeyError as error"),
+    ],
+    ("plans", "operator::where_triton_cannot_run_that_is_said"): [
+        (
+            "an implementation that is named falls back",
+            "raise RuntimeError",
+            "return 'blocks'\n            raise RuntimeError",
+        ),
+    ],
+    ("tuning", "tuning::tuning_on_first_use"): [
+        (
+            "the tuner draws from the user's random numbers",
+            "generator = torch.Generator(device).manual_seed(0)",
+            "generator = None",
+        ),
+    ],
+    ("tuning", "tuning::a_problem_that_does_not_fit_is_left_out"): [
+        ("a config that does not fit ends the tuning", "Exception as error:", "KeyError as error:"),
+    ],
+    ("op", "unusual_operands::gradients_with_a_put_off_negation"): [
+        ("a negation that was put off is not carried out", " or t.is_neg()):", "):"),
+    ],
+    ("eager", "unusual_operands::float16_is_scaled_before_it_overflows"): [
+        (
+            "few tokens of float16 are scaled when they are rounded",
+            "x_hat, narrow = x, a.dtype == torch.float16",
+            "x_hat, narrow = x, False",
+        ),
+    ],
+    ("operands", "unusual_operands::small_scalings_of_float16_adapters_keep_their_bits"): [
+        ("a scaling leaves float16 factors few bits", "if b.dtype == torch.float16:", "if False:"),
+    ],
+    ("plans", "plans::the_environment_is_read_when_python_starts"): [
+        ("an empty variable names an implementation", '") or "auto"', '", "auto")'),
+    ],
+    ("measured", "tuning::the_folder_of_the_user"): [
+        ("~ is a folder", "return Path(folder).expanduser() /", "return Path(folder) /"),
+    ],
+    ("op", "unusual_operands::a_second_import_works_and_leaves_the_first_as_it_is"): [
+        (
+            "a second import defines the operators again",
+            'if not hasattr(torch.ops.fastlora, "lora_linears"):',
+            "if True:",
+        ),
+    ],
+    ("op", "batched_gradients::gradients_of_several_outputs_at_once"): [
+        (
+            "several gradients at once are read as one",
+            "return any(dy is not None and (wrapped(dy) or _legacy(dy)) for dy in dys)",
+            "return False",
+        ),
+    ],
+    ("dropout", "batched_gradients::per_sample_gradients"): [
+        ("a seed for each sample meets a mask for all", " + seed, None, ", ".add_(seed), None, "),
+    ],
+    ("blocks", "operator::matches_the_oracle_through_autograd"): [
+        (
+            "the low-rank product is not scaled",
+            "t(), scaling, x.new_empty",
+            "t(), 1.0, x.new_empty",
+        ),
+        ("the bias is dropped where there is an adapter", ", w.shape[0]), bias)", ", w.shape[0]))"),
+        ("ds is not scaled", "_scaled_product(dy, b, scaling) if need_ds ", "(dy @ b) if need_ds "),
+        ("db is not scaled", "ds, _scaled_product(dy.t(), s, scaling)", "ds, dy.t() @ s"),
+        ("dx has no low-rank part", "_add_product(dx, ds, a)", "pass"),
+        ("kept elements are not scaled", "s if seed is None else s.mul_(kept_scale(p))", "s"),
+    ],
+    ("blocks", "blocks::acceptance_rule"): [
+        ("float32 factors are cut to one bfloat16 term", "rest.to(", "torch.zeros_like(first).to("),
+    ],
+    ("blocks", "blocks::more_rows_than_one_block"): [
+        (
+            "a block takes the rows of the first",
+            "return t if rows.stop - rows.start == t.shape[0] else t[rows]",
+            "return t[: rows.stop - rows.start]",
+        ),
+    ],
+    ("blocks", "projections::acceptance_rule"): [
+        ("dx is that of the last projection", "@ w if dx is None else dx.addmm_(dy, w)", "@ w"),
+    ],
+    ("blocks", "projections::only_what_is_asked_for"): [
+        (
+            "a gradient that is not asked for is made",
+            "i] = part if needs[i] else None",
+            "i] = part",
+        ),
+    ],
+    ("blocks", "operator::inputs_are_never_modified"): [
+        ("dy is written to", "_scaled_product(dy, b, scaling) if ", "dy.mul_(scaling) @ b if "),
+    ],
+    ("blocks", "unusual_operands::infinities_stay_under_float32_adapters"): [
+        (
+            "terms are rounded where there is no Triton",
+            "first = (t.view(torch.int32) & -0x10000).view(t.dtype)",
+            "first = t.to(torch.bfloat16).to(t.dtype)",
+        ),
+    ],
+    ("blocks", "unusual_operands::float16_is_scaled_before_it_overflows"): [
+        (
+            "float16 products are scaled when they are rounded",
+            "out = left.new_empty(left.shape[0], right.shape[1])\n    return out.addmm_(",
+            "return (left @ right).mul_(alpha)\n    return out.addmm_(",
+        ),
+    ],
+    ("blocks", "unusual_operands::what_is_kept_by_dropout_is_not_scaled_early"): [
+        (
+            "what dropout keeps is scaled in ds",
+            "_part(dx, rows).addcmul_(part, ones, value=kept_scale(p))",
+            "_part(dx, rows).addcmul_((_part(left, rows) * kept_scale(p)) @ right, ones)",
+        ),
+    ],
+    ("blocks", "unusual_operands::many_rows_of_a_tiny_layer_take_few_calls"): [
+        ("narrow inputs go by as few rows as wide ones", "= 1 << 18", "= 1"),
+    ],
+    ("library", "library"): [
+        ("low-rank products of float32 factors take a dozen launches", ", ss, there)", ", ss)"),
+    ],
+    ("eager", "operator::gradcheck_and_double_backward"): [
+        ("a gradient at create_graph is cut from its graph", '": create_graph', '": False'),
+    ],
+    ("plans", "plans::measured_configs_reach_the_kernels"): [
+        (
+            "configs run where loads are narrow",
+            "if 1 not in strides or sum(strides) % 16 != 1 or t.data_ptr() % 16:",
+            "if False:",
+        ),
+    ],
+    ("tuning", "tuning::tuning_on_first_use tuning::what_is_measured_is_planned_with"): [
+        ("what was planned before a measurement stays", "            plans.forget()\n", ""),
+    ],
+    ("tuning", "tuning::a_problem_that_fails_is_tried_once"): [
+        ("a problem is measured again each time", "        _tried.add((problem, device))\n", ""),
+    ],
+}
+
+
+def _node(short: str) -> str:
+    file, *name = short.split("::")
+    return "::".join([f"operator/test_{file}.py", *(f"test_{n}" for n in name)])
+
+
 MUTANTS = [
-    Mutant(
-        "a trained bias gets no gradient",
-        "fastlora/operator/op.py",
-        "        if need_bias:\n",
-        "        if False:\n",
-        "operator/test_projections.py::test_trained_weights_and_biases",
-    ),
-    Mutant(
-        "second derivatives are those of a constant",
-        "fastlora/operator/op.py",
-        "    elif looked_into(*dys):",
-        "    elif False:",
-        "operator/test_operator.py::test_gradcheck_and_double_backward",
-    ),
-    Mutant(
-        "projections of other scalings take the first one's",
-        "fastlora/operator/op.py",
-        "    if all(p.scaling == first.scaling for p in others):",
-        "    if True:",
-        "operator/test_projections.py::test_modes_and_subclasses_see_the_operator",
-    ),
-    Mutant(
-        "every block drops the same elements",
-        "fastlora/operator/dropout.py",
-        "        self.next.add_(self.step)",
-        "        pass",
-        "operator/test_blocks.py::test_more_rows_than_one_block",
-    ),
-    Mutant(
-        "every call drops the same elements",
-        "fastlora/operator/dropout.py",
-        "return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)",
-        "return torch.full((1,), 7, dtype=torch.int64, device=device)",
-        "operator/test_operator.py::test_successive_seeds_differ operator/test_operator.py::"
-        "test_dropout_is_that_of_torch_in_distribution",
-    ),
-    Mutant(
-        "p is the share that is kept",
-        "fastlora/operator/dropout.py",
-        "return min(round(p * 65536), 65535) - 32768",
-        "return min(round((1 - p) * 65536), 65535) - 32768",
-        "operator/test_operator.py::test_dropout_is_that_of_torch_in_distribution",
-    ),
-    Mutant(
-        "the seed is kept from torch's generator",
-        "fastlora/operator/dropout.py",
-        "return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)",
-        "return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device, "
-        "generator=torch.Generator(device))",
-        "operator/test_operator.py::test_checkpoint_draws_the_same_mask_again "
-        "operator/test_operator.py::test_successive_seeds_differ",
-    ),
-    Mutant(
-        "the slowest runs",
-        "fastlora/operator/plans.py",
-        "best = min((i for i in usable if i in times)",
-        "best = max((i for i in usable if i in times)",
-        "operator/test_plans.py::test_the_fastest_measured_runs_in_each_direction",
-    ),
-    Mutant(
-        "a GPU is idle when its time is taken",
-        "fastlora/operator/timing.py",
-        "    while not full and spin < MOST_SPIN:",
-        "    while False:",
-        "operator/test_timing.py::test_a_phase_is_the_time_of_its_kernels",
-    ),
-    Mutant(
-        "a way that fails takes the others along",
-        "fastlora/operator/timing.py",
-        "            if failed is None:",
-        "            if True:",
-        "operator/test_timing.py::test_a_way_that_fails_fails_alone",
-    ),
-    Mutant(
-        "few tokens are chosen for as if the host took no time",
-        "fastlora/operator/plans.py",
-        "        times = with_host or seconds",
-        "        times = seconds",
-        "operator/test_tuning.py::test_few_tokens_are_timed_with_the_host_too",
-    ),
-    Mutant(
-        "few tokens are told by their number alone",
-        "fastlora/operator/op.py",
-        "    if x.numel() > plans.FEW",
-        "    if len(x) > plans.FEW",
-        "operator/test_eager.py::test_few_is_counted_in_elements_of_x",
-    ),
-    Mutant(
-        "few tokens lose precision under autocast",
-        "fastlora/operator/op.py",
-        "plans.FEW or _autocast():",
-        "plans.FEW:",
-        "operator/test_eager.py::test_where_the_operator_runs_all_the_same",
-    ),
-    Mutant(
-        "a draw leaves for another implementation",
-        "fastlora/operator/plans.py",
-        "            if times[best] < 0.98 * times",
-        "            if times[best] < 1.02 * times",
-        "operator/test_plans.py::test_a_draw_leaves_the_default",
-    ),
-    Mutant(
-        "measurements hold for one number of tokens",
-        "fastlora/operator/measured.py",
-        "return known(device).get(problem.bucketed())",
-        "return known(device).get(problem)",
-        "operator/test_plans.py::test_measurements_hold_for_their_bucket",
-    ),
-    Mutant(
-        "measurements of other versions count",
-        "fastlora/operator/measured.py",
-        "for name, version in versions(device.type).items()]",
-        "for name, version in ()]",
-        "operator/test_tuning.py::test_measurements_of_other_versions_lie_in_another_file",
-    ),
-    Mutant(
-        "a file that is damaged stops the run",
-        "fastlora/operator/measured.py",
-        "TypeError, KeyError, AttributeError, RecursionError) as error:",
-        "RecursionError) as error:",
-        "operator/test_tuning.py::test_a_file_that_does_not_parse_is_ignored_with_one_warning",
-    ),
-    Mutant(
-        "an implementation that fails ends the tuning",
-        "fastlora/operator/tuning.py",
-        "    except Exception as error:  # whatever",
-        "    except KeyError as error:  # whatever",
-        "operator/test_tuning.py::test_an_implementation_that_fails_is_left_out",
-    ),
-    Mutant(
-        "an implementation that is named falls back",
-        "fastlora/operator/plans.py",
-        '        if why is not None and x.device.type != "meta":\n            raise RuntimeError(',
-        "        if why is not None and x.device.type != \"meta\":\n            return 'blocks'\n"
-        "            raise RuntimeError(",
-        "operator/test_operator.py::test_where_triton_cannot_run_that_is_said",
-    ),
-    Mutant(
-        "the tuner draws from the user's random numbers",
-        "fastlora/operator/tuning.py",
-        "generator = torch.Generator(device).manual_seed(0)",
-        "generator = None",
-        "operator/test_tuning.py::test_tuning_on_first_use",
-    ),
-    Mutant(
-        "a config that does not fit ends the tuning",
-        "fastlora/operator/tuning.py",
-        "    except Exception as error:  # whatever a compiler",
-        "    except KeyError as error:  # whatever a compiler",
-        "operator/test_tuning.py::test_a_problem_that_does_not_fit_is_left_out",
-    ),
-    Mutant(
-        "a negation that was put off is not carried out",
-        "fastlora/operator/op.py",
-        " or t.is_neg()):",
-        "):",
-        "operator/test_unusual_operands.py::test_gradients_with_a_put_off_negation",
-    ),
-    Mutant(
-        "few tokens of float16 are scaled when they are rounded",
-        "fastlora/operator/eager.py",
-        "x_hat, narrow = x, a.dtype == torch.float16",
-        "x_hat, narrow = x, False",
-        "operator/test_unusual_operands.py::test_float16_is_scaled_before_it_overflows",
-    ),
-    Mutant(
-        "a scaling leaves float16 factors few bits",
-        "fastlora/operator/operands.py",
-        "    if b.dtype == torch.float16:",
-        "    if False:",
-        ""
-        "operator/test_unusual_operands.py::test_small_scalings_of_float16_adapters_keep_their_bits",
-    ),
-    Mutant(
-        "an empty variable names an implementation",
-        "fastlora/operator/plans.py",
-        'os.environ.get("FASTLORA_IMPL") or "auto"',
-        'os.environ.get("FASTLORA_IMPL", "auto")',
-        "operator/test_plans.py::test_the_environment_is_read_when_python_starts",
-    ),
-    Mutant(
-        "~ is a folder",
-        "fastlora/operator/measured.py",
-        "return Path(folder).expanduser() /",
-        "return Path(folder) /",
-        "operator/test_tuning.py::test_the_folder_of_the_user",
-    ),
-    Mutant(
-        "a second import defines the operators again",
-        "fastlora/operator/op.py",
-        'if not hasattr(torch.ops.fastlora, "lora_linears"):',
-        "if True:",
-        ""
-        "operator/test_unusual_operands.py::test_a_second_import_works_and_leaves_the_first_as_it_is",
-    ),
-    Mutant(
-        "several gradients at once are read as one",
-        "fastlora/operator/op.py",
-        "    return any(dy is not None and (wrapped(dy) or _legacy(dy)) for dy in dys)",
-        "    return False",
-        "operator/test_batched_gradients.py::test_gradients_of_several_outputs_at_once",
-    ),
-    Mutant(
-        "a seed for each sample meets a mask for all",
-        "fastlora/operator/dropout.py",
-        "z = _mixed(z.mul_(GAMMA) + seed, None, None)",
-        "z = _mixed(z.mul_(GAMMA).add_(seed), None, None)",
-        "operator/test_batched_gradients.py::test_per_sample_gradients",
-    ),
-    Mutant(
-        "the low-rank product is not scaled",
-        "fastlora/operator/blocks.py",
-        "y = expand(s, b.t(), scaling, x.new_empty",
-        "y = expand(s, b.t(), 1.0, x.new_empty",
-        "operator/test_operator.py::test_matches_the_oracle_through_autograd",
-    ),
-    Mutant(
-        "the bias is dropped where there is an adapter",
-        "fastlora/operator/blocks.py",
-        "x.new_empty(x.shape[0], w.shape[0]), bias)",
-        "x.new_empty(x.shape[0], w.shape[0]))",
-        "operator/test_operator.py::test_matches_the_oracle_through_autograd",
-    ),
-    Mutant(
-        "float32 factors are cut to one bfloat16 term",
-        "fastlora/operator/blocks.py",
-        "    return first.to(torch.bfloat16), rest.to(torch.bfloat16)",
-        "    return first.to(torch.bfloat16), torch.zeros_like(first).to(torch.bfloat16)",
-        "operator/test_blocks.py::test_acceptance_rule",
-    ),
-    Mutant(
-        "a block takes the rows of the first",
-        "fastlora/operator/blocks.py",
-        "return t if rows.stop - rows.start == t.shape[0] else t[rows]",
-        "return t[: rows.stop - rows.start]",
-        "operator/test_blocks.py::test_more_rows_than_one_block",
-    ),
-    Mutant(
-        "ds is not scaled",
-        "fastlora/operator/blocks.py",
-        "        ds = _scaled_product(dy, b, scaling) if need_ds else None",
-        "        ds = (dy @ b) if need_ds else None",
-        "operator/test_operator.py::test_matches_the_oracle_through_autograd",
-    ),
-    Mutant(
-        "db is not scaled",
-        "fastlora/operator/blocks.py",
-        "return ds, _scaled_product(dy.t(), s, scaling)",
-        "return ds, dy.t() @ s",
-        "operator/test_operator.py::test_matches_the_oracle_through_autograd",
-    ),
-    Mutant(
-        "dx has no low-rank part",
-        "fastlora/operator/blocks.py",
-        "        _add_product(dx, ds, a)",
-        "        pass",
-        "operator/test_operator.py::test_matches_the_oracle_through_autograd",
-    ),
-    Mutant(
-        "dx is that of the last projection",
-        "fastlora/operator/blocks.py",
-        "dx = dy @ w if dx is None else dx.addmm_(dy, w)",
-        "dx = dy @ w",
-        "operator/test_projections.py::test_acceptance_rule",
-    ),
-    Mutant(
-        "a gradient that is not asked for is made",
-        "fastlora/operator/blocks.py",
-        "das[i] = part if needs[i] else None",
-        "das[i] = part",
-        "operator/test_projections.py::test_only_what_is_asked_for",
-    ),
-    Mutant(
-        "dy is written to",
-        "fastlora/operator/blocks.py",
-        "        ds = _scaled_product(dy, b, scaling) if need_ds else None",
-        "        ds = dy.mul_(scaling) @ b if need_ds else None",
-        "operator/test_operator.py::test_inputs_are_never_modified",
-    ),
-    Mutant(
-        "kept elements are not scaled",
-        "fastlora/operator/blocks.py",
-        "return s if seed is None else s.mul_(kept_scale(p))",
-        "return s",
-        "operator/test_operator.py::test_matches_the_oracle_through_autograd",
-    ),
-    Mutant(
-        "terms are rounded where there is no Triton",
-        "fastlora/operator/blocks.py",
-        "first = (t.view(torch.int32) & -0x10000).view(t.dtype)",
-        "first = t.to(torch.bfloat16).to(t.dtype)",
-        "operator/test_unusual_operands.py::test_infinities_stay_under_float32_adapters",
-    ),
-    Mutant(
-        "float16 products are scaled when they are rounded",
-        "fastlora/operator/blocks.py",
-        "    out = left.new_empty(left.shape[0], right.shape[1])\n    return out.addmm_(",
-        "    return (left @ right).mul_(alpha)\n    return out.addmm_(",
-        "operator/test_unusual_operands.py::test_float16_is_scaled_before_it_overflows",
-    ),
-    Mutant(
-        "what dropout keeps is scaled in ds",
-        "fastlora/operator/blocks.py",
-        "_part(dx, rows).addcmul_(part, ones, value=kept_scale(p))",
-        "_part(dx, rows).addcmul_((_part(left, rows) * kept_scale(p)) @ right, ones)",
-        "operator/test_unusual_operands.py::test_what_is_kept_by_dropout_is_not_scaled_early",
-    ),
-    Mutant(
-        "narrow inputs go by as few rows as wide ones",
-        "fastlora/operator/blocks.py",
-        "LEAST_ELEMENTS = 1 << 18",
-        "LEAST_ELEMENTS = 1",
-        "operator/test_unusual_operands.py::test_many_rows_of_a_tiny_layer_take_few_calls",
-    ),
-    Mutant(
-        "low-rank products of float32 factors take a dozen launches",
-        "fastlora/operator/library.py",
-        "return blocks.outputs(x, projections, ss, there)",
-        "return blocks.outputs(x, projections, ss)",
-        "operator/test_library.py",
-    ),
-    Mutant(
-        "a gradient at create_graph is cut from its graph",
-        "fastlora/operator/eager.py",
-        '"create_graph": create_graph',
-        '"create_graph": False',
-        "operator/test_operator.py::test_gradcheck_and_double_backward",
-    ),
-    Mutant(
-        "configs run where loads are narrow",
-        "fastlora/operator/plans.py",
-        "if 1 not in strides or sum(strides) % 16 != 1 or t.data_ptr() % 16:",
-        "if False:",
-        "operator/test_plans.py::test_measured_configs_reach_the_kernels",
-    ),
-    Mutant(
-        "what was planned before a measurement stays",
-        "fastlora/operator/tuning.py",
-        "            plans.forget()\n",
-        "",
-        "operator/test_tuning.py::test_tuning_on_first_use operator/test_tuning.py::"
-        "test_what_is_measured_is_planned_with",
-    ),
-    Mutant(
-        "a problem is measured again each time",
-        "fastlora/operator/tuning.py",
-        "        _tried.add((problem, device))\n",
-        "",
-        "operator/test_tuning.py::test_a_problem_that_fails_is_tried_once",
-    ),
+    Mutant(what, f"fastlora/operator/{file}.py", right, wrong, " ".join(map(_node, tests.split())))
+    for (file, tests), copies in COPIES.items()
+    for what, right, wrong in copies
 ]

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems, and what could have been measured of them."""
+"""Problems, what could have been measured of them, and what another process prints."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import asdict
 
 import torch
@@ -34,3 +37,11 @@ def chosen(op="forward", problem=PROBLEM, impl="auto"):
 def operands(m=64, dtype=torch.bfloat16, adapter=torch.float32):
     x, w = torch.randn(m, 32).to(dtype), torch.randn(48, 32).to(dtype)
     return x, w, torch.randn(16, 32).to(adapter), torch.randn(48, 16).to(adapter)
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
