@@ -22,7 +22,8 @@ ROWS = (
     ("fastlora",),  # __init__.py: what people import
     ("fastlora.commands", "fastlora.__main__"),
 )
-FLOORS, LINES, TEST_LINES = 9, 6500, 11500
+# Lines are what they are: they may shrink.
+FLOORS, LINES, TEST_LINES = 9, 9_500, 18_300
 
 MODULES = {
     ".".join(path.relative_to(above).with_suffix("").parts).removesuffix(".__init__"): path
