@@ -50,11 +50,6 @@ _NOTHING = {"RESUME", "NOP", "EXTENDED_ARG", "PUSH_NULL", "PRECALL"}
 _CALLS = {"CALL", "CALL_KW", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_METHOD"}
 _VARIABLES = re.compile("(LOAD|STORE)_FAST(?:_CHECK|_(LOAD|STORE)_FAST)?")
 
-# Instructions of Python 3.10 to 3.14. The NULL that some put beside a function is left out.
-_NOTHING = {"RESUME", "NOP", "EXTENDED_ARG", "PUSH_NULL", "PRECALL"}
-_CALLS = {"CALL", "CALL_KW", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_METHOD"}
-_VARIABLES = re.compile("(LOAD|STORE)_FAST(?:_CHECK|_(LOAD|STORE)_FAST)?")
-
 
 # The operator
 
