@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import fastlora
 from fastlora import load_adapter, save_adapter
-from fastlora.peft import checks, files
+from fastlora.peft import checks, files, patch
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 P = "base_model.model."
@@ -327,8 +327,8 @@ def test_other_embeddings_have_to_be_allowed(tmp_path, monkeypatch):
     before = tiny.bits(plain := tiny.llama())
     with pytest.raises(ValueError, match=r"overwrite frozen .*: \S*embed_tokens.weight$"):
         load_adapter(plain, tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(files, "patch_peft", fail)
+    with monkeypatch.context() as broken, pytest.raises(MemoryError):
+        broken.setattr(patch, "patch_peft", fail)
         load_adapter(plain, tmp_path, trusted=True)
     assert tiny.same(before, tiny.bits(plain))
     loaded = load_adapter(plain, tmp_path, trusted=True)
@@ -479,7 +479,7 @@ def test_links_to_files_are_followed(folder, tmp_path):
 def test_a_failure_after_all_checks_changes_nothing(made, bias, tmp_path, monkeypatch):
     """In the last thing that is done: all is taken back, biases too."""
     save_adapter(good(bias=bias), tmp_path)
-    monkeypatch.setattr(files, "patch_peft", fail)
+    monkeypatch.setattr(patch, "patch_peft", fail)
     model = made()
     kept = {} if made is tiny.mlp else dict(model.peft_config)
     before, y = tiny.bits(model), tiny.outputs(model)
