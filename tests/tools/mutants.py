@@ -4,7 +4,7 @@
 python tests/tools/mutants.py [TEXT]    # all, or those whose description has TEXT; make mutants
 
 `broken_copies.py` collects them. What the acceptance rule notices of the kernels runs inside the
-suite: test_acceptance.py, test_joint_kernels.py and test_joint_persistent.py.
+suite: test_acceptance.py and test_wrong_kernels.py.
 """
 
 from __future__ import annotations
