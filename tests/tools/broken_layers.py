@@ -5,472 +5,449 @@ from __future__ import annotations
 
 from broken_copies import Mutant
 
-MUTANTS = [
-    Mutant(
-        "something is dropped in evaluation",
-        "fastlora/layers/lora.py",
-        "dropout.p if dropout.training and",
-        "dropout.p if",
-        "layers/test_layer.py::test_dropout_is_a_child_and_read_at_each_call",
-    ),
-    Mutant(
-        "a second adapter drops what the first does",
-        "fastlora/layers/active.py",
-        "        seed = new_seed(x.device) if p else None",
-        "        seed = torch.ones(1, dtype=torch.int64, device=x.device) if p else None",
-        "layers/test_active.py::test_dropped_inputs_are_not_kept_but_drawn_again "
-        "layers/test_active.py::test_each_drops_its_own_elements",
-    ),
-    Mutant(
-        "several adapters keep what they have dropped",
-        "fastlora/layers/active.py",
-        "        if transformed():",
-        "        if True:",
-        "layers/test_active.py::test_dropped_inputs_are_not_kept_but_drawn_again",
-    ),
-    Mutant(
-        "alpha / r with rsLoRA",
-        "fastlora/layers/lora.py",
-        "(math.sqrt(r) if use_rslora else r)",
-        "r",
-        "layers/test_layer.py::test_scaling",
-    ),
-    Mutant(
-        "the base weight trains",
-        "fastlora/layers/lora.py",
-        "        self.weight.requires_grad_(False)\n        if self.bias",
-        "        if self.bias",
-        "layers/test_layer.py::test_starts_as_its_base_and_trains_only_the_adapter",
-    ),
-    Mutant(
-        "unmerging subtracts",
-        "fastlora/layers/lora.py",
-        ".copy_(self.base_weight)\n",
-        ".sub_(self.delta_weight())\n",
-        "layers/test_layer.py::test_unmerge_restores_every_bit",
-    ),
-    Mutant(
-        "merging makes another weight",
-        "fastlora/layers/lora.py",
-        "        weight.copy_(merged)",
-        "        self.weight = nn.Parameter(merged, requires_grad=False)",
-        "layers/test_layer.py::test_merging_writes_into_the_weight_s_own_memory",
-    ),
-    Mutant(
-        "layers of one weight merge into each other",
-        "fastlora/layers/lora.py",
-        "        return same and other.merged",
-        "        return False and other.merged",
-        "layers/test_layer.py::test_two_layers_of_one_weight_do_not_merge_into_each_other",
-    ),
-    Mutant(
-        "copies of merged layers are not known as such",
-        "fastlora/layers/lora.py",
-        "        super().__setstate__(state)\n        if self.merged:",
-        "        super().__setstate__(state)\n        if False:",
-        "layers/test_layer.py::test_two_layers_of_one_weight_do_not_merge_into_each_other",
-    ),
-    Mutant(
-        "what is sharded is merged",
-        "fastlora/layers/lora.py",
-        "        elif type(weight.data) is not Tensor:",
-        "        elif False:",
-        "layers/test_layer.py::test_sharded",
-    ),
-    Mutant(
-        "a merged layer adds its adapter again among its siblings",
-        "fastlora/layers/lora.py",
-        "        if self.merged:\n            return []",
-        "        if False:\n            return []",
-        "layers/test_replace.py::test_offloaded",
-    ),
-    Mutant(
-        "a merged layer adds its adapter again",
-        "fastlora/layers/lora.py",
-        "        if self.merged:\n            return F.linear(input, self._oriented(), self.bias)\n"
-        "        ((a, b, scaling, p),) = self.adapters()",
-        "        a, b, scaling, p = self.lora_A, self.lora_B, self.scaling, 0.0",
-        "layers/test_layer.py::test_unmerge_restores_every_bit",
-    ),
-    Mutant(
-        "a safe merge takes what is not finite",
-        "fastlora/layers/lora.py",
-        "        if safe and not torch.isfinite(merged).all():",
-        "        if False:",
-        "layers/test_layer.py::test_safe_merge_refuses_infinities_and_changes_nothing",
-    ),
-    Mutant(
-        "a state saved while merged is loaded as if it were not",
-        "fastlora/layers/lora.py",
-        "        if saved_merged:\n            self.base_weight",
-        "        state_dict.pop(f'{prefix}base_weight', None)\n"
-        "        if False:\n            self.base_weight",
-        "layers/test_layer.py::test_no_state_has_the_adapter_twice",
-    ),
-    Mutant(
-        "a merged layer stays merged when a state is loaded",
-        "fastlora/layers/lora.py",
-        "            self.unmerge()\n        if saved",
-        "            pass\n        if saved",
-        "layers/test_layer.py::test_no_state_has_the_adapter_twice",
-    ),
-    Mutant(
-        "a base checkpoint has to hold adapters",
-        "fastlora/layers/lora.py",
-        "        if own.keys().isdisjoint(state_dict):",
-        "        if False:",
-        "layers/test_layer.py::test_a_base_checkpoint_loads_unchanged",
-    ),
-    Mutant(
-        "what is drawn again stays merged",
-        "fastlora/layers/lora.py",
-        "            self.base_weight = None\n            self._draw",
-        "            self._draw",
-        "layers/test_layer.py::test_meta_device",
-    ),
-    Mutant(
-        "a layer that is compiled by itself is copied",
-        "fastlora/layers/lora.py",
-        "    if module._compiled_call_impl is not None:",
-        "    if False:",
-        "layers/test_layer.py::test_what_cannot_become_a_lora_layer",
-    ),
-    Mutant(
-        "what was wrapped by compile alone is replaced inside",
-        "fastlora/layers/replace.py",
-        "        if id(module) in compiled:",
-        "        if False:",
-        "layers/test_replace.py::test_what_cannot_be_is_refused_and_nothing_changed",
-    ),
-    Mutant(
-        "the rest of the model trains",
-        "fastlora/layers/replace.py",
-        "        if id(parameter) not in adapters:",
-        "        if False:",
-        "layers/test_replace.py::test_the_same_layers_as_in_peft_and_the_same_numbers",
-    ),
-    Mutant(
-        "adapters that were there are frozen",
-        "fastlora/layers/replace.py",
-        "        if id(parameter) not in adapters:",
-        "        if True:",
-        "layers/test_replace.py::test_what_was_replaced_before_stays",
-    ),
-    Mutant(
-        "a replacement that fails leaves layers frozen",
-        "fastlora/layers/replace.py",
-        "            parameter.requires_grad_(value)\n",
-        "            pass\n",
-        "layers/test_replace.py::test_a_failure_half_way_changes_nothing",
-    ),
-    Mutant(
-        "a shared layer is replaced under one of its names",
-        "fastlora/layers/replace.py",
-        "                parent._modules[name] = new[id(child)]",
-        "                parent._modules[name] = new.pop(id(child))",
-        "layers/test_replace.py::test_a_module_under_two_names_is_replaced_once",
-    ),
-    Mutant(
-        "names select by their end, wherever it begins",
-        "fastlora/layers/replace.py",
-        "[not each.isdisjoint(names) for each in ends]",
-        "[name.endswith(tuple(names)) for name, _ in named]",
-        "layers/test_replace.py::test_names_that_are_no_module_s_are_reported",
-    ),
-    Mutant(
-        "PyTorch's encoder reads weights past the adapters",
-        "fastlora/layers/replace.py",
-        "            module.activation_relu_or_gelu = 0  # the layer's switch\n",
-        "            pass\n",
-        "layers/test_replace.py::test_pytorch_s_fast_path_does_not_pass_an_adapter_by",
-    ),
-    Mutant(
-        "an adapter is saved under each of its names",
-        "fastlora/layers/replace.py",
-        "            own.remove(id(tensor))  # once, whatever its names\n",
-        "",
-        "layers/test_replace.py::test_a_module_under_two_names_is_replaced_once",
-    ),
-    Mutant(
-        "a model that is spread by DDP gets adapters that nobody synchronises",
-        "fastlora/layers/replace.py",
-        "        if spread := kinds & _SPREAD:",
-        "        if spread := None:",
-        "layers/test_replace.py::test_what_cannot_be_is_refused_and_nothing_changed",
-    ),
-    Mutant(
-        "siblings are handed out for another tensor",
-        "fastlora/layers/siblings.py",
-        "held.group is group and held.x is x and",
-        "held.group is group and",
-        "layers/test_siblings.py::test_another_tensor_and_members_alone",
-    ),
-    Mutant(
-        "siblings are handed out after x was written to",
-        "fastlora/layers/siblings.py",
-        "return *how, x._version, x.requires_grad,",
-        "return *how, 0, x.requires_grad,",
-        "layers/test_siblings.py::test_x_written_to_in_between",
-    ),
-    Mutant(
-        "siblings of an earlier forward are handed out after the first was called again",
-        "fastlora/layers/siblings.py",
-        "and held.x is x and id(member) in held.seats:\n        return _fetch(held, member, x)",
-        "and held.x is x:\n"
-        "        return _fetch(held, member, x) if id(member) in held.seats else None",
-        "layers/test_siblings.py::test_the_first_of_a_group_begins_anew",
-    ),
-    Mutant(
-        "siblings are handed out after a backward has freed them",
-        "fastlora/layers/siblings.py",
-        " and not _is_freed(y)",
-        "",
-        "layers/test_siblings.py::test_outputs_whose_graph_is_gone",
-    ),
-    Mutant(
-        "siblings are looked at as if no output were a view",
-        "fastlora/layers/siblings.py",
-        'hasattr(node.next_functions[0][0], "_raw_saved_tensors")',
-        "pass",
-        "layers/test_siblings.py::test_outputs_whose_graph_is_gone",
-    ),
-    Mutant(
-        "siblings made in inference mode are handed out outside of it",
-        "fastlora/layers/siblings.py",
-        "torch.is_inference_mode_enabled(), torch",
-        "False, torch",
-        "layers/test_siblings.py::test_what_was_switched_in_between",
-    ),
-    Mutant(
-        "siblings made under a dispatch mode are handed out outside of it",
-        "fastlora/layers/siblings.py",
-        "torch._C._len_torch_dispatch_stack()",
-        "0",
-        "layers/test_siblings.py::test_what_was_switched_in_between",
-    ),
-    Mutant(
-        "siblings made under a transform are handed out outside of it",
-        "fastlora/layers/siblings.py",
-        "if torch._C._are_functorch_transforms_active():",
-        "if False:",
-        "layers/test_siblings.py::test_compiled_and_transformed",
-    ),
-    Mutant(
-        "siblings made under autocast are handed out outside of it",
-        "fastlora/layers/siblings.py",
-        "x.requires_grad, dtype, _stream",
-        "x.requires_grad, None, _stream",
-        "layers/test_siblings.py::test_any_order",
-    ),
-    Mutant(
-        "frozen siblings have their own name for their input",
-        "fastlora/layers/siblings.py",
-        "    def forward(self, input: Tensor) -> Tensor:",
-        "    def forward(self, x: Tensor) -> Tensor:\n        input = x",
-        "layers/test_siblings.py::test_keywords",
-    ),
-    Mutant(
-        "the layer has its own name for its input",
-        "fastlora/layers/lora.py",
-        "    def forward(self, input: Tensor) -> Tensor:",
-        "    def forward(self, x: Tensor) -> Tensor:\n        input = x",
-        "layers/test_siblings.py::test_keywords",
-    ),
-    Mutant(
-        "siblings are copied with their parent or not at all",
-        "fastlora/layers/siblings.py",
-        "group.parent = None if parent is None else weakref.ref(parent)",
-        "group.parent = weakref.ref(parent)",
-        "layers/test_siblings.py::test_a_copy_without_its_parent",
-    ),
-    Mutant(
-        "siblings are handed out on another stream",
-        "fastlora/layers/siblings.py",
-        "dtype, _stream(x), *modes",
-        "dtype, *modes",
-        "layers/test_siblings.py::test_another_stream",
-    ),
-    Mutant(
-        "siblings are handed out after a parameter was written to",
-        "fastlora/layers/siblings.py",
-        "t._base), t._version, t.requires_grad, t.data_ptr())",
-        "t._base), 0, t.requires_grad, t.data_ptr())",
-        "layers/test_siblings.py::test_changed_in_between",
-    ),
-    Mutant(
-        "siblings are handed out twice",
-        "fastlora/layers/siblings.py",
-        "held.seats.pop(id(member))",
-        "held.seats.get(id(member))",
-        "layers/test_siblings.py::test_the_same_outputs_gradients_and_dropout",
-    ),
-    Mutant(
-        "siblings without gradients are handed out when they are asked for",
-        "fastlora/layers/siblings.py",
-        "how = torch.is_grad_enabled(), hooks,",
-        "how = True, hooks,",
-        "layers/test_siblings.py::test_what_was_switched_in_between",
-    ),
-    Mutant(
-        "siblings cross into a checkpoint",
-        "fastlora/layers/siblings.py",
-        "how = torch.is_grad_enabled(), hooks,",
-        "how = torch.is_grad_enabled(), None,",
-        "layers/test_siblings.py::test_a_sibling_on_each_side_of_a_checkpoint",
-    ),
-    Mutant(
-        "siblings are computed under hooks that may change x",
-        "fastlora/layers/siblings.py",
-        "        member._forward_pre_hooks\n        or member._backward_hooks",
-        "        member._backward_hooks",
-        "layers/test_siblings.py::test_hooks_on_a_member",
-    ),
-    Mutant(
-        "threads share what is held",
-        "fastlora/layers/siblings.py",
-        "_slot = threading.local()",
-        "_slot = type('Slot', (), {})()",
-        "layers/test_siblings.py::test_many_threads",
-    ),
-    Mutant(
-        "siblings that are not called are computed for ever",
-        "fastlora/layers/siblings.py",
-        '            vars(member).pop("_siblings", None)',
-        "            pass",
-        "layers/test_siblings.py::test_a_group_that_misses_is_given_up_and_says_so_once",
-    ),
-    Mutant(
-        "one miss in a hundred parts siblings",
-        "fastlora/layers/siblings.py",
-        "held.group.misses = max(0, held.group.misses - 1)",
-        "pass",
-        "layers/test_siblings.py::test_a_group_that_seldom_misses_stays",
-    ),
-    Mutant(
-        "siblings part between a forward and its checkpoint",
-        "fastlora/layers/siblings.py",
-        "held.circumstances[:3] == (True, None, -1)",
-        "True",
-        "layers/test_siblings.py::test_a_group_that_misses_in_checkpoints_goes_on",
-    ),
-    Mutant(
-        "siblings part within a reentrant checkpoint's backward",
-        "fastlora/layers/siblings.py",
-        "held.circumstances[:3] == (True, None, -1)",
-        "held.circumstances[:2] == (True, None)",
-        "layers/test_siblings.py::test_a_group_that_misses_in_checkpoints_goes_on",
-    ),
-    Mutant(
-        "a few tokens go the way of many",
-        "fastlora/layers/siblings.py",
-        "    if plans.is_few(x.numel(), 1, x.device):",
-        "    if False:",
-        "layers/test_siblings.py::test_few_tokens_run_as_plain_layers",
-    ),
-    Mutant(
-        "images have one channel",
-        "fastlora/layers/examples.py",
-        'said("num_channels", "in_channels", default=3)',
-        "1",
-        "layers/test_sibling_search.py::test_an_input_is_made_by_what_a_model_says",
-    ),
-    Mutant(
-        "spectrograms lie one way round",
-        "fastlora/layers/examples.py",
-        "zeros((bands, FRAMES), (FRAMES, bands), (bands, whole))",
-        "zeros((bands, FRAMES), (bands, whole))",
-        "layers/test_sibling_search.py::test_an_input_is_made_by_what_a_model_says",
-    ),
-    Mutant(
-        "an error names what the model does not have",
-        "fastlora/layers/sibling_search.py",
-        "tuple(names[:3]) for names in known.values() if len(names) > 1), None)",
-        "('q', 'k') for names in known.values()), ('q', 'k'))",
+# By file and the tests that must notice: what, right, wrong.
+COPIES = {
+    ("lora", "layers/test_layer.py::test_dropout_is_a_child_and_read_at_each_call"): [
+        ("something is dropped in evaluation", "dropout.p if dropout.training and", "dropout.p if"),
+    ],
+    (
+        "active",
+        (
+            "layers/test_active.py::test_dropped_inputs_are_not_kept_but_drawn_again "
+            "layers/test_active.py::test_each_drops_its_own_elements"
+        ),
+    ): [
+        (
+            "a second adapter drops what the first does",
+            "        seed = new_seed(x.device) if p else None",
+            "        seed = torch.ones(1, dtype=torch.int64, device=x.device) if p else None",
+        ),
+    ],
+    ("active", "layers/test_active.py::test_dropped_inputs_are_not_kept_but_drawn_again"): [
+        (
+            "several adapters keep what they have dropped",
+            "        if transformed():",
+            "        if True:",
+        ),
+    ],
+    ("lora", "layers/test_layer.py::test_scaling"): [
+        ("alpha / r with rsLoRA", "(math.sqrt(r) if use_rslora else r)", "r"),
+    ],
+    ("lora", "layers/test_layer.py::test_starts_as_its_base_and_trains_only_the_adapter"): [
+        (
+            "the base weight trains",
+            "        self.weight.requires_grad_(False)\n        if self.bias",
+            "        if self.bias",
+        ),
+    ],
+    ("lora", "layers/test_layer.py::test_unmerge_restores_every_bit"): [
+        ("unmerging subtracts", ".copy_(self.base_weight)\n", ".sub_(self.delta_weight())\n"),
+        (
+            "a merged layer adds its adapter again",
+            (
+                "        if self.merged:\n"
+                "            return F.linear(input, self._oriented(), self.bias)\n"
+                "        ((a, b, scaling, p),) = self.adapters()"
+            ),
+            "        a, b, scaling, p = self.lora_A, self.lora_B, self.scaling, 0.0",
+        ),
+    ],
+    ("lora", "layers/test_layer.py::test_merging_writes_into_the_weight_s_own_memory"): [
+        (
+            "merging makes another weight",
+            "        weight.copy_(merged)",
+            "        self.weight = nn.Parameter(merged, requires_grad=False)",
+        ),
+    ],
+    (
+        "lora",
+        ("layers/test_layer.py::test_two_layers_of_one_weight_do_not_merge_into_each_other"),
+    ): [
+        (
+            "layers of one weight merge into each other",
+            "        return same and other.merged",
+            "        return False and other.merged",
+        ),
+        (
+            "copies of merged layers are not known as such",
+            "        super().__setstate__(state)\n        if self.merged:",
+            "        super().__setstate__(state)\n        if False:",
+        ),
+    ],
+    ("lora", "layers/test_layer.py::test_sharded"): [
+        (
+            "what is sharded is merged",
+            "        elif type(weight.data) is not Tensor:",
+            "        elif False:",
+        ),
+    ],
+    ("lora", "layers/test_replace.py::test_offloaded"): [
+        (
+            "a merged layer adds its adapter again among its siblings",
+            "        if self.merged:\n            return []",
+            "        if False:\n            return []",
+        ),
+    ],
+    ("lora", ("layers/test_layer.py::test_safe_merge_refuses_infinities_and_changes_nothing")): [
+        (
+            "a safe merge takes what is not finite",
+            "        if safe and not torch.isfinite(merged).all():",
+            "        if False:",
+        ),
+    ],
+    ("lora", "layers/test_layer.py::test_no_state_has_the_adapter_twice"): [
+        (
+            "a state saved while merged is loaded as if it were not",
+            "        if saved_merged:\n            self.base_weight",
+            (
+                "        state_dict.pop(f'{prefix}base_weight', None)\n"
+                "        if False:\n"
+                "            self.base_weight"
+            ),
+        ),
+        (
+            "a merged layer stays merged when a state is loaded",
+            "            self.unmerge()\n        if saved",
+            "            pass\n        if saved",
+        ),
+    ],
+    ("lora", "layers/test_layer.py::test_a_base_checkpoint_loads_unchanged"): [
+        (
+            "a base checkpoint has to hold adapters",
+            "        if own.keys().isdisjoint(state_dict):",
+            "        if False:",
+        ),
+    ],
+    ("lora", "layers/test_layer.py::test_meta_device"): [
+        (
+            "what is drawn again stays merged",
+            "            self.base_weight = None\n            self._draw",
+            "            self._draw",
+        ),
+    ],
+    ("lora", "layers/test_layer.py::test_what_cannot_become_a_lora_layer"): [
+        (
+            "a layer that is compiled by itself is copied",
+            "    if module._compiled_call_impl is not None:",
+            "    if False:",
+        ),
+    ],
+    ("replace", "layers/test_replace.py::test_what_cannot_be_is_refused_and_nothing_changed"): [
+        (
+            "what was wrapped by compile alone is replaced inside",
+            "        if id(module) in compiled:",
+            "        if False:",
+        ),
+        (
+            "a model that is spread by DDP gets adapters that nobody synchronises",
+            "        if spread := kinds & _SPREAD:",
+            "        if spread := None:",
+        ),
+    ],
+    ("replace", ("layers/test_replace.py::test_the_same_layers_as_in_peft_and_the_same_numbers")): [
+        (
+            "the rest of the model trains",
+            "        if id(parameter) not in adapters:",
+            "        if False:",
+        ),
+    ],
+    ("replace", "layers/test_replace.py::test_what_was_replaced_before_stays"): [
+        (
+            "adapters that were there are frozen",
+            "        if id(parameter) not in adapters:",
+            "        if True:",
+        ),
+    ],
+    ("replace", "layers/test_replace.py::test_a_failure_half_way_changes_nothing"): [
+        (
+            "a replacement that fails leaves layers frozen",
+            "            parameter.requires_grad_(value)\n",
+            "            pass\n",
+        ),
+    ],
+    ("replace", "layers/test_replace.py::test_a_module_under_two_names_is_replaced_once"): [
+        (
+            "a shared layer is replaced under one of its names",
+            "                parent._modules[name] = new[id(child)]",
+            "                parent._modules[name] = new.pop(id(child))",
+        ),
+        (
+            "an adapter is saved under each of its names",
+            "            own.remove(id(tensor))  # once, whatever its names\n",
+            "",
+        ),
+    ],
+    ("replace", "layers/test_replace.py::test_names_that_are_no_module_s_are_reported"): [
+        (
+            "names select by their end, wherever it begins",
+            "[not each.isdisjoint(names) for each in ends]",
+            "[name.endswith(tuple(names)) for name, _ in named]",
+        ),
+    ],
+    ("replace", ("layers/test_replace.py::test_pytorch_s_fast_path_does_not_pass_an_adapter_by")): [
+        (
+            "PyTorch's encoder reads weights past the adapters",
+            "            module.activation_relu_or_gelu = 0  # the layer's switch\n",
+            "            pass\n",
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_another_tensor_and_members_alone"): [
+        (
+            "siblings are handed out for another tensor",
+            "held.group is group and held.x is x and",
+            "held.group is group and",
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_x_written_to_in_between"): [
+        (
+            "siblings are handed out after x was written to",
+            "return *how, x._version, x.requires_grad,",
+            "return *how, 0, x.requires_grad,",
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_the_first_of_a_group_begins_anew"): [
+        (
+            "siblings of an earlier forward are handed out after the first was called again",
+            "and held.x is x and id(member) in held.seats:\n        return _fetch(held, member, x)",
+            (
+                "and held.x is x:\n"
+                "        return _fetch(held, member, x) if id(member) in held.seats else None"
+            ),
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_outputs_whose_graph_is_gone"): [
+        ("siblings are handed out after a backward has freed them", " and not _is_freed(y)", ""),
+        (
+            "siblings are looked at as if no output were a view",
+            'hasattr(node.next_functions[0][0], "_raw_saved_tensors")',
+            "pass",
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_what_was_switched_in_between"): [
+        (
+            "siblings made in inference mode are handed out outside of it",
+            "torch.is_inference_mode_enabled(), torch",
+            "False, torch",
+        ),
+        (
+            "siblings made under a dispatch mode are handed out outside of it",
+            "torch._C._len_torch_dispatch_stack()",
+            "0",
+        ),
+        (
+            "siblings without gradients are handed out when they are asked for",
+            "how = torch.is_grad_enabled(), hooks,",
+            "how = True, hooks,",
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_compiled_and_transformed"): [
+        (
+            "siblings made under a transform are handed out outside of it",
+            "if torch._C._are_functorch_transforms_active():",
+            "if False:",
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_any_order"): [
+        (
+            "siblings made under autocast are handed out outside of it",
+            "x.requires_grad, dtype, _stream",
+            "x.requires_grad, None, _stream",
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_keywords"): [
+        (
+            "frozen siblings have their own name for their input",
+            "    def forward(self, input: Tensor) -> Tensor:",
+            "    def forward(self, x: Tensor) -> Tensor:\n        input = x",
+        ),
+    ],
+    ("lora", "layers/test_siblings.py::test_keywords"): [
+        (
+            "the layer has its own name for its input",
+            "    def forward(self, input: Tensor) -> Tensor:",
+            "    def forward(self, x: Tensor) -> Tensor:\n        input = x",
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_a_copy_without_its_parent"): [
+        (
+            "siblings are copied with their parent or not at all",
+            "group.parent = None if parent is None else weakref.ref(parent)",
+            "group.parent = weakref.ref(parent)",
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_another_stream"): [
+        ("siblings are handed out on another stream", "dtype, _stream(x), *modes", "dtype, *modes"),
+    ],
+    ("siblings", "layers/test_siblings.py::test_changed_in_between"): [
+        (
+            "siblings are handed out after a parameter was written to",
+            "t._base), t._version, t.requires_grad, t.data_ptr())",
+            "t._base), 0, t.requires_grad, t.data_ptr())",
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_the_same_outputs_gradients_and_dropout"): [
+        (
+            "siblings are handed out twice",
+            "held.seats.pop(id(member))",
+            "held.seats.get(id(member))",
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_a_sibling_on_each_side_of_a_checkpoint"): [
+        (
+            "siblings cross into a checkpoint",
+            "how = torch.is_grad_enabled(), hooks,",
+            "how = torch.is_grad_enabled(), None,",
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_hooks_on_a_member"): [
+        (
+            "siblings are computed under hooks that may change x",
+            "        member._forward_pre_hooks\n        or member._backward_hooks",
+            "        member._backward_hooks",
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_many_threads"): [
+        (
+            "threads share what is held",
+            "_slot = threading.local()",
+            "_slot = type('Slot', (), {})()",
+        ),
+    ],
+    (
+        "siblings",
+        ("layers/test_siblings.py::test_a_group_that_misses_is_given_up_and_says_so_once"),
+    ): [
+        (
+            "siblings that are not called are computed for ever",
+            '            vars(member).pop("_siblings", None)',
+            "            pass",
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_a_group_that_seldom_misses_stays"): [
+        (
+            "one miss in a hundred parts siblings",
+            "held.group.misses = max(0, held.group.misses - 1)",
+            "pass",
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_a_group_that_misses_in_checkpoints_goes_on"): [
+        (
+            "siblings part between a forward and its checkpoint",
+            "held.circumstances[:3] == (True, None, -1)",
+            "True",
+        ),
+        (
+            "siblings part within a reentrant checkpoint's backward",
+            "held.circumstances[:3] == (True, None, -1)",
+            "held.circumstances[:2] == (True, None)",
+        ),
+    ],
+    ("siblings", "layers/test_siblings.py::test_few_tokens_run_as_plain_layers"): [
+        (
+            "a few tokens go the way of many",
+            "    if plans.is_few(x.numel(), 1, x.device):",
+            "    if False:",
+        ),
+    ],
+    ("examples", "layers/test_sibling_search.py::test_an_input_is_made_by_what_a_model_says"): [
+        ("images have one channel", 'said("num_channels", "in_channels", default=3)', "1"),
+        (
+            "spectrograms lie one way round",
+            "zeros((bands, FRAMES), (FRAMES, bands), (bands, whole))",
+            "zeros((bands, FRAMES), (bands, whole))",
+        ),
+    ],
+    (
+        "sibling_search",
         "layers/test_sibling_search.py::test_an_error_names_only_what_the_model_has",
-    ),
-    Mutant(
-        "the gated MLP forgets up",
-        "fastlora/layers/gated.py",
-        "return ACTIVATIONS[activation][0](g).mul_(u)",
-        "return ACTIVATIONS[activation][0](g)",
-        "layers/test_gated.py::test_acceptance_rule",
-    ),
-    Mutant(
-        "the gated MLP's gradient of up is that of gate's input",
-        "fastlora/layers/gated.py",
-        "du = act(g).mul_(dh)",
-        "du = g * dh",
-        "layers/test_gated.py::test_acceptance_rule",
-    ),
-    Mutant(
-        "a gated MLP counts what its input depends on twice when gradients are differentiated",
-        "fastlora/layers/gated.py",
-        "[t if t is None else t.view_as(t) for t in (x,",
-        "[t for t in (x,",
-        "layers/test_gated_modules.py::test_gradients_that_will_be_differentiated",
-    ),
-    Mutant(
-        "a gated MLP may do what nobody can follow",
-        "fastlora/layers/gated.py",
-        "        elif what not in _NOTHING:",
-        "        elif False:",
-        "layers/test_gated_modules.py::test_what_only_looks_like_one",
-    ),
-    Mutant(
-        "a gated MLP may make something beside",
-        "fastlora/layers/gated.py",
-        'elif what == "RETURN_VALUE" and stack[-1].count("(") == made:',
-        'elif what == "RETURN_VALUE":',
-        "layers/test_gated_modules.py::test_what_only_looks_like_one",
-    ),
-    Mutant(
-        "a gated MLP's forward is read once",
-        "fastlora/layers/gated.py",
-        "if _form(_code(kind))[0] != form:",
-        "if False:",
-        "layers/test_gated_modules.py::test_what_a_forward_loads_is_looked_up_each_time",
-    ),
-    Mutant(
-        "a gated MLP's layers are its children, whatever hides them",
-        "fastlora/layers/gated.py",
-        "[getattr(module, name, None) for name in form.names]",
-        "[module._modules[name] for name in form.names]",
-        "layers/test_gated_modules.py::test_what_a_forward_loads_is_looked_up_each_time",
-    ),
-    Mutant(
-        "a gated MLP's layers may do more than theirs",
-        "fastlora/layers/gated.py",
-        'return "sibling_operands" in own and',
-        'return hasattr(type(module), "sibling_operands") and',
-        "layers/test_gated_modules.py::test_what_a_forward_loads_is_looked_up_each_time",
-    ),
-    Mutant(
-        "a gated MLP's activation may be called otherwise",
-        "fastlora/layers/gated.py",
-        "return other_call or bool(",
-        "return bool(",
-        "layers/test_gated_modules.py::test_what_a_forward_loads_is_looked_up_each_time "
-        "layers/test_gated_modules.py::test_what_only_looks_like_one",
-    ),
-    Mutant(
-        "a gated MLP's gelu is always the exact one",
-        "fastlora/layers/gated.py",
-        '.get(str(given.get("approximate", "none")))',
-        '.get("none")',
-        "layers/test_gated_modules.py::test_what_a_forward_does_not_load_is_free",
-    ),
-    Mutant(
-        "second derivatives of a gated MLP are those of no product",
-        "fastlora/layers/gated.py",
-        "ACTIVATIONS[activation][0](g) * u, parts[2:],",
-        "ACTIVATIONS[activation][0](g), parts[2:],",
-        "layers/test_gated.py::test_first_and_second_derivatives",
-    ),
-    Mutant(
-        "several adapters that drop know no transforms",
-        "fastlora/layers/active.py",
-        "        if transformed():",
-        "        if False:",
-        "operator/test_batched_gradients.py::test_per_sample_gradients",
-    ),
+    ): [
+        (
+            "an error names what the model does not have",
+            "tuple(names[:3]) for names in known.values() if len(names) > 1), None)",
+            "('q', 'k') for names in known.values()), ('q', 'k'))",
+        ),
+    ],
+    ("gated", "layers/test_gated.py::test_acceptance_rule"): [
+        (
+            "the gated MLP forgets up",
+            "return ACTIVATIONS[activation][0](g).mul_(u)",
+            "return ACTIVATIONS[activation][0](g)",
+        ),
+        (
+            "the gated MLP's gradient of up is that of gate's input",
+            "du = act(g).mul_(dh)",
+            "du = g * dh",
+        ),
+    ],
+    ("gated", "layers/test_gated_modules.py::test_gradients_that_will_be_differentiated"): [
+        (
+            "a gated MLP counts what its input depends on twice when gradients are differentiated",
+            "[t if t is None else t.view_as(t) for t in (x,",
+            "[t for t in (x,",
+        ),
+    ],
+    ("gated", "layers/test_gated_modules.py::test_what_only_looks_like_one"): [
+        (
+            "a gated MLP may do what nobody can follow",
+            "        elif what not in _NOTHING:",
+            "        elif False:",
+        ),
+        (
+            "a gated MLP may make something beside",
+            'elif what == "RETURN_VALUE" and stack[-1].count("(") == made:',
+            'elif what == "RETURN_VALUE":',
+        ),
+    ],
+    ("gated", ("layers/test_gated_modules.py::test_what_a_forward_loads_is_looked_up_each_time")): [
+        ("a gated MLP's forward is read once", "if _form(_code(kind))[0] != form:", "if False:"),
+        (
+            "a gated MLP's layers are its children, whatever hides them",
+            "[getattr(module, name, None) for name in form.names]",
+            "[module._modules[name] for name in form.names]",
+        ),
+        (
+            "a gated MLP's layers may do more than theirs",
+            'return "sibling_operands" in own and',
+            'return hasattr(type(module), "sibling_operands") and',
+        ),
+    ],
+    (
+        "gated",
+        (
+            "layers/test_gated_modules.py::test_what_a_forward_loads_is_looked_up_each_time "
+            "layers/test_gated_modules.py::test_what_only_looks_like_one"
+        ),
+    ): [
+        (
+            "a gated MLP's activation may be called otherwise",
+            "return other_call or bool(",
+            "return bool(",
+        ),
+    ],
+    ("gated", "layers/test_gated_modules.py::test_what_a_forward_does_not_load_is_free"): [
+        (
+            "a gated MLP's gelu is always the exact one",
+            '.get(str(given.get("approximate", "none")))',
+            '.get("none")',
+        ),
+    ],
+    ("gated", "layers/test_gated.py::test_first_and_second_derivatives"): [
+        (
+            "second derivatives of a gated MLP are those of no product",
+            "ACTIVATIONS[activation][0](g) * u, parts[2:],",
+            "ACTIVATIONS[activation][0](g), parts[2:],",
+        ),
+    ],
+    ("active", "operator/test_batched_gradients.py::test_per_sample_gradients"): [
+        (
+            "several adapters that drop know no transforms",
+            "        if transformed():",
+            "        if False:",
+        ),
+    ],
+}
+MUTANTS = [
+    Mutant(what, f"fastlora/layers/{file}.py", right, wrong, tests)
+    for (file, tests), copies in COPIES.items()
+    for what, right, wrong in copies
 ]
