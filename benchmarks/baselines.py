@@ -253,7 +253,7 @@ def cannot(way: str, problem: Problem) -> str | None:
         return "has no dropout"
     if way in ("loralib", "LoRAFusion schedule") and problem.adapter != problem.dtype:
         return "has adapters in the base's dtype only"
-    few = plans.is_few(problem.M, problem.K, torch.device(problem.device))
+    few = plans.is_few(problem.M * problem.K, torch.device(problem.device))
     if way == "fastlora eager" and not few:
         return "is for few tokens on a CPU"
     if way in ("fastlora library", "fastlora triton") and problem.device == "cpu":

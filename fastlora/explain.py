@@ -91,7 +91,7 @@ def explain(
 
 
 def _chosen(op: str, problem: Problem, device: torch.device) -> Plan:
-    if plans.is_few(problem.M, problem.K, device):
+    if plans.is_few(problem.M * problem.K, device):
         return Plan("eager", "few tokens", {}, {}, {})
     return plans.choose(op, "auto", problem, device)
 

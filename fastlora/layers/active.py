@@ -24,9 +24,7 @@ def lora_sum(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[
 
     Shapes, dtypes and errors as for `lora_linear`; each adapter drops its own elements of x.
     """
-    if len(adapters) > 1 and not any(p for *_, p in adapters):
-        adapters = [stacked(weight.dtype, adapters)]
-    (a, b, scaling, p), *others = adapters
+    (a, b, scaling, p), *others = stacked(weight.dtype, adapters)
     y = lora_linear(x, weight, a, b, bias, scaling=scaling, dropout_p=p, training=p > 0.0)
     for a, b, scaling, p in others:
         seed = new_seed(x.device) if p else None
@@ -39,11 +37,14 @@ def lora_sum(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[
     return y
 
 
-def stacked(base: torch.dtype, adapters: Sequence[Adapter]) -> Adapter:
-    """Return the adapter of the ranks' sum that adds what ``adapters`` add together."""
+def stacked(base: torch.dtype, adapters: Sequence[Adapter]) -> Sequence[Adapter]:
+    """Return one adapter of the ranks' sum that adds what ``adapters`` do; them where any drops."""
+    if len(adapters) < 2 or any(p for *_, p in adapters):
+        return adapters
     dtype = base if all(a.dtype == base for a, *_ in adapters) else torch.float32
     scaled = [with_scaling(a.to(dtype), b.to(dtype), scaling) for a, b, scaling, _ in adapters]
-    return torch.cat([a for a, _ in scaled]), torch.cat([b for _, b in scaled], dim=1), 1.0, 0.0
+    a, b = zip(*scaled, strict=True)
+    return [(torch.cat(a), torch.cat(b, dim=1), 1.0, 0.0)]
 
 
 def _low_rank(

@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from fastlora import functional
 from fastlora.layers.classes import rebased
 from fastlora.layers.siblings import is_plain, may_differ, module_hooks, projection_of
-from fastlora.operator import op, plans
+from fastlora.operator import eager, op, plans
 from fastlora.operator.operands import Operands
 
 _aten = torch.ops.aten
@@ -123,7 +123,8 @@ class _GatedMLP(torch.autograd.Function):
         ]
         (activation, impl), (need_x, _, _, _, *flat) = ctx.how, ctx.needs_input_grad
         if op.looked_into(dy):
-            dx, *grads = _differentiable_grads(dy, x, projections, activation, [need_x, *flat])
+            y_of, needs = functools.partial(_outputs, activation), [need_x, *flat]
+            dx, *grads = eager.gradients(y_of, [dy], x, projections, needs)
             return dx, None, None, None, *grads
         needs = [flat[i : i + 4] for i in (0, 4, 8)]
         need_inner = need_x or any(map(any, needs[:2]))
@@ -140,19 +141,10 @@ class _GatedMLP(torch.autograd.Function):
         return dx, None, None, None, *(grad for row in of_each for grad in row)
 
 
-def _differentiable_grads(dy, x, projections, activation, needs):
-    """Return a gradient for x and for w, a, b and bias of each projection, or None."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # An alias for each: x may depend on the others, and two of them may be one tensor.
-        aliases = [t if t is None else t.view_as(t) for t in (x, *_tensors(projections))]
-        x, *flat = aliases
-        parts = [Operands(*flat[4 * i : 4 * i + 4], *p[4:]) for i, p in enumerate(projections)]
-        g, u = op.run(x, parts[:2], "auto")
-        (y,) = op.run(ACTIVATIONS[activation][0](g) * u, parts[2:], "auto")
-    wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
-    return [next(found) if need else None for need in needs]
+def _outputs(activation: str, x: Tensor, projections: Sequence[Operands]) -> Sequence[Tensor]:
+    """Return y, of two operators that PyTorch can differentiate again."""
+    g, u = op.run(x, projections[:2], "auto")
+    return op.run(ACTIVATIONS[activation][0](g) * u, projections[2:], "auto")
 
 
 # Which modules are one
@@ -353,7 +345,7 @@ def _output(module: nn.Module, x: Tensor) -> Tensor | None:
     form: Form | None = module.__dict__.get("_gated_form")  # torch 2.8 does not compile vars()
     if form is None or torch.compiler.is_compiling() or not is_plain(x) or module_hooks():
         return None
-    if plans.is_few(x.numel(), 1, x.device):  # nothing that would pay for the way
+    if plans.is_few(x.numel(), x.device):  # nothing that would pay for the way
         return None
     kind = type(module)._gated_of
     if _form(_code(kind))[0] != form:

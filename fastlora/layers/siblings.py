@@ -108,7 +108,7 @@ def handed(member: nn.Module, x: Tensor) -> Tensor | None:
         return None
     if torch._C._are_functorch_transforms_active():  # what it computes is of use in there alone
         return None
-    if plans.is_few(x.numel(), 1, x.device):  # nothing that would pay for the way
+    if plans.is_few(x.numel(), x.device):  # nothing that would pay for the way
         return None
     held: _Held | None = getattr(_slot, "held", None)
     if held is not None and held.group is group and held.x is x and id(member) in held.seats:
@@ -222,12 +222,8 @@ def projection_of(layer: Layer) -> Projection | None:
     weight, bias, adapters = layer
     if not adapters:
         return Projection(weight, None, None, bias)
-    if len(adapters) > 1:
-        if any(p for *_, p in adapters):
-            return None
-        adapters = [stacked(weight.dtype, adapters)]
-    ((a, b, scaling, p),) = adapters
-    return Projection(weight, a, b, bias, scaling, p)
+    (a, b, scaling, p), *others = stacked(weight.dtype, adapters)
+    return None if others else Projection(weight, a, b, bias, scaling, p)
 
 
 def _state(layer: Layer) -> list:

@@ -26,8 +26,7 @@ def shrink(
     x: Tensor, projections: Sequence[Operands], configs: Mapping[str, Any] = _DEFAULTS
 ) -> tuple[list[Tensor | None], None]:
     """Return s = dropout(x) aᵀ [M, R] of each projection, which `outputs` scales itself."""
-    unscaled = [(w, a, b, bias, seed, 1.0, p) for w, a, b, bias, seed, _, p in projections]
-    return kernels.shrink(x, unscaled, configs)[0], None
+    return kernels.shrink(x, projections, configs, for_outputs=False)
 
 
 def outputs(

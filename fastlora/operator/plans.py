@@ -126,13 +126,13 @@ def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
     return Plan(impl, why, seconds, configs, with_host)
 
 
-def is_few(M: int, K: int, device: torch.device) -> bool:
-    """Return whether "auto" takes "eager" for x [M, K] in eager mode.
+def is_few(elements: int, device: torch.device) -> bool:
+    """Return whether "auto" takes "eager" for an x of so many elements in eager mode.
 
     Not under autocast: a backward in it would round float32 adapters.
     """
     return (
-        M * K <= FEW
+        elements <= FEW
         and device.type == "cpu"
         and FORCED == "auto"
         and not torch._C._is_any_autocast_enabled()

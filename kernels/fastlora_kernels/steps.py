@@ -29,11 +29,16 @@ _THE_ONE = [(0,)]
 
 
 def shrink(
-    x: Tensor, projections: Sequence[Projection], configs: Mapping[str, Config] = NO_CONFIGS
+    x: Tensor,
+    projections: Sequence[Projection],
+    configs: Mapping[str, Config] = NO_CONFIGS,
+    *,
+    for_outputs: bool = True,
 ) -> tuple[Maybe, Maybe | None]:
     """Return s_i = dropout_i(x) a_iᵀ [M, R_i] in a's dtype, contiguous, None without an adapter.
 
-    Second, the same times the scaling for `outputs`, or None where that scales s itself.
+    Second, the same times the scaling for `outputs`, or None where that scales s itself, or s is
+    not ``for_outputs`` of this file.
     """
     ss: Maybe = [None] * len(projections)
     scaled: Maybe = [None] * len(projections)
@@ -42,7 +47,7 @@ def shrink(
         w, a, b, _, seeds, scalings, p = _columns(projections, few)
         # What `outputs` folds in has to be scaled before. Float16 might overflow then.
         into = w, b, scalings, configs.get("outputs")
-        into = into if a[0].dtype == x.dtype == torch.bfloat16 else ()
+        into = into if for_outputs and a[0].dtype == x.dtype == torch.bfloat16 else ()
         found, made = shrink_of.shrink(x, a, seeds, p, configs.get("shrink"), *into)
         for j, i in enumerate(few):
             ss[i] = found[j]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+
 from broken_copies import Mutant
 
 # By file and the tests that must notice: what, right, wrong.
@@ -345,7 +347,7 @@ COPIES = {
     ("siblings", "layers/test_siblings.py::test_few_tokens_run_as_plain_layers"): [
         (
             "a few tokens go the way of many",
-            "    if plans.is_few(x.numel(), 1, x.device):",
+            "    if plans.is_few(x.numel(), x.device):",
             "    if False:",
         ),
     ],
@@ -379,11 +381,14 @@ COPIES = {
             "du = g * dh",
         ),
     ],
-    ("gated", "layers/test_gated_modules.py::test_gradients_that_will_be_differentiated"): [
+    (
+        "../operator/eager",
+        "layers/test_gated_modules.py::test_gradients_that_will_be_differentiated",
+    ): [
         (
             "a gated MLP counts what its input depends on twice when gradients are differentiated",
-            "[t if t is None else t.view_as(t) for t in (x,",
-            "[t for t in (x,",
+            "[t if t is None else t.view_as(t) for t in inputs]",
+            "list(inputs)",
         ),
     ],
     ("gated", "layers/test_gated_modules.py::test_what_only_looks_like_one"): [
@@ -434,8 +439,8 @@ COPIES = {
     ("gated", "layers/test_gated.py::test_first_and_second_derivatives"): [
         (
             "second derivatives of a gated MLP are those of no product",
-            "ACTIVATIONS[activation][0](g) * u, parts[2:],",
-            "ACTIVATIONS[activation][0](g), parts[2:],",
+            "ACTIVATIONS[activation][0](g) * u, projections[2:],",
+            "ACTIVATIONS[activation][0](g), projections[2:],",
         ),
     ],
     ("active", "operator/test_batched_gradients.py::test_per_sample_gradients"): [
@@ -447,7 +452,7 @@ COPIES = {
     ],
 }
 MUTANTS = [
-    Mutant(what, f"fastlora/layers/{file}.py", right, wrong, tests)
+    Mutant(what, os.path.normpath(f"fastlora/layers/{file}.py"), right, wrong, tests)
     for (file, tests), copies in COPIES.items()
     for what, right, wrong in copies
 ]
