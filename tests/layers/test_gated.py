@@ -100,6 +100,11 @@ def test_first_and_second_derivatives(act, p):
 
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
+    # Which holds for the gradients of anything: those that are differentiated are the first ones.
+    y = function()
+    once = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+    again = torch.autograd.grad(y.sum(), inputs, create_graph=True)
+    torch.testing.assert_close(again, once)
 
 
 def twice(x, projections, act):
