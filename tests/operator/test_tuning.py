@@ -69,10 +69,10 @@ def test_a_config_that_fails_is_left_out_and_named_once(monkeypatch):
 
     right, said = steps.shrink, []
 
-    def shrink(*args, configs=None):
+    def shrink(*args, configs=None, **rest):
         if configs and configs["shrink"].num_warps == 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
-        return right(*args, **({"configs": configs} if configs else {}))
+        return right(*args, **({"configs": configs} if configs else {}), **rest)
 
     monkeypatch.setattr(steps, "shrink", shrink)
     problem = SMALL._replace(adapter=torch.bfloat16)
