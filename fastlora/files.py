@@ -67,27 +67,21 @@ def locked(folder: Path, shared: bool = False) -> Iterator[None]:
     except (ImportError, OSError):  # Windows; no such folder
         yield
         return
+    kind, until = fcntl.LOCK_SH if shared else fcntl.LOCK_EX, time.monotonic() + PATIENCE
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            until = time.monotonic() + PATIENCE
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            while not _taken(handle, kind | fcntl.LOCK_NB) and time.monotonic() < until:
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(handle, kind | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
                 time.sleep(0.005)
+            except OSError:  # a file system without locks
+                break
         yield
     finally:
         with contextlib.suppress(OSError):  # a process forked meanwhile has the handle too
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
-
-
-def _taken(handle: int, kind: int) -> bool:
-    import fcntl
-
-    try:
-        fcntl.flock(handle, kind)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _opened(folder: Path) -> int:

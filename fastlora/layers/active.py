@@ -27,12 +27,13 @@ def lora_sum(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[
     (a, b, scaling, p), *others = stacked(weight.dtype, adapters)
     y = lora_linear(x, weight, a, b, bias, scaling=scaling, dropout_p=p, training=p > 0.0)
     for a, b, scaling, p in others:
-        seed = new_seed(x.device) if p else None
+        operands = x, a, b, scaling, new_seed(x.device) if p else None, p
         if transformed():  # `torch.func` has no way to make anything again
-            low_rank = _low_rank(x, a, b, scaling, seed, p)
+            low_rank = _low_rank(*operands)
         else:  # backward makes the dropped input again instead of keeping it
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            low_rank = checkpoint(_low_rank, x, a, b, scaling, seed, p, **options)
+            low_rank = checkpoint(
+                _low_rank, *operands, use_reentrant=False, preserve_rng_state=False
+            )
         y = y + low_rank.to(y.dtype)
     return y
 

@@ -11,13 +11,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model that DistributedDataParallel or torch.compile holds."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod
-        else:
-            return model
+    while isinstance(model, DistributedDataParallel) or "_orig_mod" in model._modules:
+        model = model._orig_mod if "_orig_mod" in model._modules else model.module
+    return model
 
 
 def rebased(kind: type, old: type, new: type) -> type:

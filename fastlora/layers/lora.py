@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`LoRALinear`: a drop-in for ``nn.Linear`` with a low-rank adapter on a frozen weight."""
+"""`LoRALinear`, an ``nn.Linear`` with an adapter; `replace_linears` puts it into a model."""
 
 from __future__ import annotations
 
 import copy
 import math
-import warnings
+import re
 import weakref
+from collections.abc import Callable, Collection
 from numbers import Real
 from typing import Any
 
@@ -14,23 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.functional import DTYPES, LARGEST, lora_linear
-from fastlora.layers.active import Adapter
+from fastlora.functional import DTYPES, LARGEST
+from fastlora.layers import sibling_search
+from fastlora.layers.active import lora_sum
+from fastlora.layers.classes import unwrapped
+from fastlora.layers.report import PatchReport, counted
 from fastlora.layers.siblings import FrozenLinear, Group, Layer, handed
 
-INIT_METHODS = (True, False, "gaussian")
-
-# What is merged, so that two layers of one weight do not merge into each other.
-_merged: weakref.WeakSet[LoRALinear] = weakref.WeakSet()
+# All that live, so that two layers of one weight do not merge into each other.
+_layers: weakref.WeakSet[LoRALinear] = weakref.WeakSet()
 
 
 class LoRALinear(nn.Linear):
     """``y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`` (LoRA, Hu et al., arXiv:2106.09685).
 
     Parameters: ``weight`` [out, in] and ``bias`` [out], frozen; ``lora_A`` [r, in] and ``lora_B``
-    [out, r]. Dropout is the child ``lora_dropout``, an ``nn.Dropout``, whose ``p`` and mode are
-    read at each call. A state dict without an adapter, such as that of the plain layer, loads and
-    leaves the adapter as it is.
+    [out, r]. Dropout is the child ``lora_dropout``, an ``nn.Dropout`` that is read at each call.
+    A state dict without an adapter, such as the plain layer's, leaves the adapter as it is.
 
     ``scaling`` is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``
     (Kalajdzievski, arXiv:2312.03732). ``init_lora_weights``: True draws A Kaiming-uniform,
@@ -59,7 +60,7 @@ class LoRALinear(nn.Linear):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        self._adapt(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
 
     @classmethod
     def from_linear(
@@ -82,39 +83,40 @@ class LoRALinear(nn.Linear):
         are the class's; ``bias``, ``device`` and ``dtype`` are ``linear``'s own.
         Raises TypeError for any other module, and ValueError where one of those three differs.
         """
-        why = unsupported(linear)
-        if why is not None:
+        if why := unsupported(linear):
             raise TypeError(f"linear {why}")
-        _check_shared(linear, bias, device, dtype)
+        weight, device = linear.weight, device and torch.device(device)
+        for name, asked, own in (
+            ("bias", bias, (linear.bias is not None,)),
+            ("device", device, (weight.device, torch.device(weight.device.type))),
+            ("dtype", dtype, (weight.dtype,)),
+        ):
+            if asked is not None and asked not in own:
+                raise ValueError(f"{name}={asked}, but linear's, which is shared, is {own[0]}")
         layer = cls.__new__(cls)
         for key, value in vars(linear).items():
             layer.__dict__[key] = copy.copy(value) if isinstance(value, (dict, set)) else value
         if is_conv1d(linear):
             layer.fan_in_fan_out = True
-            layer.in_features, layer.out_features = linear.weight.shape
-        layer._add_adapter(
-            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
-        )
+            layer.in_features, layer.out_features = weight.shape
+        layer._adapt(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
         return layer
 
-    def _add_adapter(
-        self,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        use_rslora: bool,
-        init_lora_weights: bool | str,
-        adapter_dtype: torch.dtype | None,
-    ) -> None:
-        _check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights)
+    def _adapt(self, r, lora_alpha, lora_dropout, use_rslora, init, adapter_dtype) -> None:
+        for name, value, right, wanted in (
+            ("r", r, type(r) is int and r >= 1, "an int, 1 or more"),
+            ("lora_alpha", lora_alpha, _within(lora_alpha, -LARGEST, LARGEST), "a finite number"),
+            ("lora_dropout", lora_dropout, _within(lora_dropout, 0, 1), "between 0 and 1"),
+            ("init_lora_weights", init, init in (True, False, "gaussian"), "a bool or 'gaussian'"),
+        ):
+            if not right:
+                raise ValueError(f"{name} must be {wanted}, got {value!r:.40}")
         base, device = self.weight.dtype, self.weight.device
-        dtype = adapter_dtype or default_adapter_dtype(base)
-        if dtype not in (base, default_adapter_dtype(base)):
-            raise TypeError(
-                f"adapter_dtype must be the base's {base} or, under a 16-bit base, torch.float32; "
-                f"got {dtype}"
-            )
-        self.r, self.lora_alpha, self.init_lora_weights = r, lora_alpha, init_lora_weights
+        usual = default_adapter_dtype(base)
+        dtype = adapter_dtype or usual
+        if dtype not in (base, usual):
+            raise TypeError(f"adapter_dtype must be {usual} or the weight's {base}, got {dtype}")
+        self.r, self.lora_alpha, self.init_lora_weights = r, lora_alpha, init
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.lora_dropout = nn.Dropout(lora_dropout).train(self.training)
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
@@ -125,16 +127,16 @@ class LoRALinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
+        _layers.add(self)
 
     def _draw_adapter(self) -> None:
         if self.init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.r)
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if self.init_lora_weights is False:
+        nn.init.zeros_(self.lora_B)
+        if not self.init_lora_weights:
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(self.lora_B)
 
     def reset_parameters(self) -> None:
         """Draw the weight, the bias and the adapter again, as at the start; nothing is merged."""
@@ -143,34 +145,25 @@ class LoRALinear(nn.Linear):
             self.base_weight = None
             self._draw_adapter()
 
-    # Forward
-
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., out] for input [..., in] in its dtype; see `fastlora.lora_linear`."""
         y = handed(self, input)
         if y is not None:
             return y
-        if self.merged:
+        found = self.sibling_operands()
+        if found is None:
             return F.linear(input, self._oriented(), self.bias)
-        ((a, b, scaling, p),) = self.adapters()
-        return lora_linear(
-            input, self._oriented(), a, b, self.bias, scaling=scaling, dropout_p=p, training=p > 0.0
-        )
+        return lora_sum(input, *found)
 
-    def adapters(self) -> list[Adapter]:
-        """Return the adapter as the operator takes it, in a list; an empty one while merged."""
+    def sibling_operands(self, x: Tensor | None = None) -> Layer | None:
+        """Return weight, bias and adapter as the operator takes them, None while merged."""
         if self.merged:
-            return []
+            return None
         dropout = self.lora_dropout
         if not isinstance(dropout, (nn.Dropout, nn.Identity)):
             raise TypeError(f"lora_dropout must be an nn.Dropout, got {type(dropout).__name__}")
         p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        return [(self.lora_A, self.lora_B, self.scaling, p)]
-
-    def sibling_operands(self, x: Tensor | None = None) -> Layer | None:
-        """Return what `siblings` computes with, None while the weight alone is used."""
-        adapters = self.adapters()
-        return (self._oriented(), self.bias, adapters) if adapters else None
+        return self._oriented(), self.bias, [(self.lora_A, self.lora_B, self.scaling, p)]
 
     def _oriented(self) -> Tensor:
         return self.weight.t() if self.fan_in_fan_out else self.weight
@@ -193,11 +186,11 @@ class LoRALinear(nn.Linear):
     def merge(self, safe: bool = False) -> None:
         """Add the adapter to the weight, so that forward costs the base product alone.
 
-        It is written into the weight's own memory: whatever shares the weight, such as a tied
-        embedding, has the merged one from then on. A copy of the weight as it was is kept beside,
-        from which `unmerge` restores every bit. It is saved too, as ``base_weight``, and a state
-        dict loads as merged or not as it was saved. What takes known keys alone, such as
-        torch.distributed.checkpoint, would leave it out: unmerge() before that saves.
+        It is written into the weight's own memory, so that what shares the weight, such as a tied
+        embedding, has it too. A copy of the weight as it was is kept, from which `unmerge` restores
+        every bit, and saved, as ``base_weight``: a state dict loads as merged or not as it was
+        saved. What takes known keys alone, such as torch.distributed.checkpoint, would leave it
+        out: unmerge() before that saves.
         Raises RuntimeError where the weight is no plain tensor of this layer's own, or merged
         already, and with ``safe`` ValueError where it would hold a NaN or an infinity.
         """
@@ -209,7 +202,6 @@ class LoRALinear(nn.Linear):
         if safe and not torch.isfinite(merged).all():
             raise ValueError("merging would put NaN or infinity into the weight")
         self.base_weight = weight.detach().clone(memory_format=torch.preserve_format)
-        _merged.add(self)
         weight.copy_(merged)
 
     @torch.no_grad()
@@ -221,45 +213,37 @@ class LoRALinear(nn.Linear):
 
     def _weight_to_write(self, what: str) -> Tensor:
         weight = self._parameters.get("weight")
+        others = [layer for layer in list(_layers) if layer is not self and layer.merged]
         if weight is None:
             why = "is computed: it is parametrized, pruned or weight-normalised"
         elif weight.is_meta or self.lora_A.is_meta:
             why = "is on the meta device: not made yet, or there for a forward alone (offloading)"
         elif type(weight.data) is not Tensor:
             why = f"is a {type(weight.data).__name__}, not a plain tensor"
-        elif any(self._is_shared_with(other) for other in list(_merged)):
+        elif any(layer._parameters.get("weight") is weight for layer in others):
             why = "is shared with another layer that is merged: unmerge that one first"
         else:
             return weight
         raise RuntimeError(f"cannot {what}: the weight {why}")
 
-    def _is_shared_with(self, other: LoRALinear) -> bool:
-        same = other._parameters.get("weight") is self._parameters["weight"]
-        return same and other.merged and other is not self
-
     # State
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Become what the state says: merged with both weights, or unmerged."""
-        weight, base = (state_dict.get(f"{prefix}{name}") for name in ("weight", "base_weight"))
-        saved_merged = weight is not None and base is not None and base.shape == self.weight.shape
-        if self.merged and any(f"{prefix}{name}" in state_dict for name in self._parameters):
-            if not saved_merged:
-                what = prefix or "the layer "
-                warnings.warn(f"{what}is merged: unmerged for loading", stacklevel=2)
-            self.unmerge()
-        if saved_merged:
+        own = {f"{prefix}{name}": p for name, p in self._parameters.items() if p is not None}
+        base = state_dict.get(f"{prefix}base_weight")
+        if f"{prefix}weight" in state_dict and base is not None and base.shape == self.weight.shape:
             self.base_weight = torch.empty_like(self.weight, requires_grad=False)
-            _merged.add(self)
-        own = {f"{prefix}{name}": self._parameters.get(name) for name in ("lora_A", "lora_B")}
-        if own.keys().isdisjoint(state_dict):  # a base checkpoint: the adapter stays
-            state_dict.update((key, value) for key, value in own.items() if value is not None)
+        elif self.merged and not own.keys().isdisjoint(state_dict):
+            self.unmerge()
+        adapter = {key: p for key, p in own.items() if key.startswith(f"{prefix}lora_")}
+        if adapter.keys().isdisjoint(state_dict):  # a base checkpoint: the adapter stays
+            state_dict.update(adapter)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.merged:
-            _merged.add(self)
+        _layers.add(self)
 
     def extra_repr(self) -> str:
         merged = ", merged" if self.merged else ""
@@ -273,26 +257,20 @@ def default_adapter_dtype(base: torch.dtype) -> torch.dtype:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether ``module`` is transformers' Conv1D, a linear layer stored [in, out]."""
-    return (
-        type(module).__name__ == "Conv1D"
-        and type(module).__module__ == "transformers.pytorch_utils"
-    )
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def unsupported(module: nn.Module) -> str | None:
     """Return why ``module`` cannot become a `LoRALinear`, or None when it can."""
     kind = type(module)
-    if isinstance(module, LoRALinear):
-        return "is a LoRALinear already"
-    if not is_conv1d(module):
-        if not isinstance(module, nn.Linear):
-            return f"must be an nn.Linear or a transformers Conv1D, got {kind.__name__}"
-        if kind.forward is not nn.Linear.forward and kind is not FrozenLinear:
-            return f"is a {kind.__name__}, whose forward is not that of nn.Linear"
-        if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
-            return "belongs to nn.MultiheadAttention, which reads its weight and never calls it"
-    if "forward" in vars(module):  # it would be copied, and run in place of LoRALinear's
-        return "has a forward set on the object itself, as accelerate's hooks do"
+    if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+        return f"must be an nn.Linear or a transformers Conv1D, got {kind.__name__}"
+    known = is_conv1d(module) or kind.forward in (nn.Linear.forward, FrozenLinear.forward)
+    if not known or "forward" in vars(module):  # on the object: as accelerate's hooks set one
+        return f"is a {kind.__name__} with a forward of its own, not that of nn.Linear"
+    if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return "belongs to nn.MultiheadAttention, which reads its weight and never calls it"
     if module._compiled_call_impl is not None:
         return "is compiled by itself: replace first, then compile"
     weight = module._parameters.get("weight")
@@ -303,41 +281,130 @@ def unsupported(module: nn.Module) -> str | None:
     return None
 
 
-def _check_shared(
-    linear: nn.Module,
-    bias: bool | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> None:
-    own = linear.weight.device
-    if bias is not None and bias != (linear.bias is not None):
-        has = "has no bias" if linear.bias is None else "has a bias"
-        raise ValueError(f"bias={bias}, but the linear layer, whose bias is shared, {has}")
-    if device is not None:
-        wanted = torch.device(device)
-        if wanted.type != own.type or wanted.index not in (None, own.index):
-            raise ValueError(f"device={device}, but the weight, which is shared, is on {own}")
-    if dtype is not None and dtype != linear.weight.dtype:
-        raise ValueError(
-            f"dtype={dtype}, but the weight, which is shared, is {linear.weight.dtype}"
-        )
+def _within(number: float, least: float, most: float) -> bool:
+    return isinstance(number, Real) and bool(least <= number <= most)
 
 
-def _check_hyperparameters(
-    r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str
-) -> None:
-    if not isinstance(r, int) or isinstance(r, bool):
-        raise TypeError(f"r must be an int, got {type(r).__name__}")
-    if r < 1:
-        raise ValueError(f"r must be at least 1, got {r}")
-    for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not abs(lora_alpha) <= LARGEST:
-        raise ValueError(f"lora_alpha must be finite, got {lora_alpha!s:.40}")
-    if not 0.0 <= lora_dropout <= 1.0:
-        raise ValueError(f"lora_dropout must be between 0 and 1, got {lora_dropout}")
-    if type(init_lora_weights) not in (bool, str) or init_lora_weights not in INIT_METHODS:
-        raise ValueError(
-            f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}"
+# In a model
+
+Which = Collection[str] | str | Callable[[str, nn.Module], bool]
+
+_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")  # parts of names, of what wraps modules
+# Kinds of modules that a model may not hold. What DDP and FSDP hold is synchronised as they met it.
+_REFUSED = {
+    "DistributedDataParallel": "replace first, then wrap it",
+    "FullyShardedDataParallel": "replace first, then wrap it",
+    "BaseTunerLayer": "patch_peft() fuses PEFT's layers as they are",
+}
+
+
+def replace_linears(
+    model: nn.Module, names: Which, *, fuse_siblings: sibling_search.How = False, **same: Any
+) -> PatchReport:
+    """Put `LoRALinear` in the place of linear layers of ``model``, in place; freeze the rest.
+
+    ``names`` selects modules: a list of names, whole or their last parts (``["q_proj"]``); a
+    regular expression that matches whole names; or a function of a name and a module. A module
+    under several names stays one. ``same`` are the arguments of `LoRALinear.from_linear`. The
+    adapters of LoRALinears that are there already stay as they are.
+    With ``fuse_siblings`` layers that are called with the same tensor, such as q, k and v, run as
+    one operator, the frozen ``nn.Linear`` among them included; see `patch_peft` for its values.
+
+    Returns what was replaced, and what was selected but not, with the reason.
+    Raises ValueError where nothing would be replaced, and ValueError or TypeError for arguments
+    that are wrong. The model is then as it was.
+    """
+    outer, model = model, unwrapped(model)
+    for name, module in outer.named_modules():
+        for kind in {kind.__name__ for kind in type(module).__mro__} & _REFUSED.keys():
+            raise ValueError(f"{name or 'model'} is a {kind}: {_REFUSED[kind]}")
+    selected, unknown = _selected(model, names)
+    report = PatchReport([], [(name, "no module has this name") for name in unknown])
+    old: dict[int, nn.Module] = {}
+    for name, module in selected:
+        if why := unsupported(module):
+            report.not_fused.append((name, why))
+        elif id(module) not in old:
+            report.fused.append(name)
+            old[id(module)] = module
+    if not old:
+        linears = [name for name, m in model.named_modules() if unsupported(m) is None]
+        there = f"the linear layers inside the model are {counted(linears) or 'none'}"
+        raise ValueError(f"names={names!r:.300} replaces nothing: {report}\n  {there}")
+    groups = []
+    if fuse_siblings is not False:
+        adapted = [m for m in model.modules() if id(m) in old or isinstance(m, LoRALinear)]
+        groups = sibling_search.find(model, fuse_siblings, adapted)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        new = {key: LoRALinear.from_linear(module, **same) for key, module in old.items()}
+    except BaseException:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise
+    adapters = _adapters(model)
+    for parameter in trained:
+        parameter.requires_grad_(id(parameter) in adapters)
+    for parent in list(model.modules()):
+        encoder = isinstance(parent, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
+        if encoder and not new.keys().isdisjoint(map(id, parent.modules())):
+            # Its inference kernel would read weights past the adapters; these are its switches.
+            parent.activation_relu_or_gelu, parent.use_nested_tensor = 0, False
+        for name, child in parent._modules.items():
+            parent._modules[name] = new.get(id(child), child)
+    report.lookalikes = sibling_search.lookalikes(groups)
+    report.siblings, report.gated_mlps = sibling_search.make(groups)
+    return report
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapters of a model's LoRALinears by their names in it: what there is to save.
+
+    The same tensors, not copies. ``model.load_state_dict(..., strict=False)`` takes them.
+    Raises ValueError where there is no LoRALinear, or where an adapter is on the meta device.
+    """
+    model = unwrapped(model)
+    adapters, found = _adapters(model), {}
+    if not adapters:
+        raise ValueError(f"{type(model).__name__} has no LoRALinear; replace_linears() makes some")
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if adapters.pop(id(tensor), None) is not None:  # once, whatever its names
+            if tensor.is_meta:
+                raise ValueError(f"{name} is on the meta device: offloaded, or not made yet")
+            found[name] = tensor.detach()
+    return found
+
+
+def _adapters(model: nn.Module) -> dict[int, Tensor]:
+    """Return the adapters' parameters by id."""
+    layers = (module for module in model.modules() if isinstance(module, LoRALinear))
+    return {id(p): p for layer in layers for name, p in layer.named_parameters() if "lora_" in name}
+
+
+def _selected(model: nn.Module, names: Which) -> tuple[list[tuple[str, nn.Module]], list[str]]:
+    """Return the modules that ``names`` selects by their names, and what in it selects none.
+
+    Without the parts that checkpointing and compiling wrappers add to names. A layer that is
+    compiled by itself is only found as its wrapper, which would never call what took its place.
+    """
+    named = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        *parents, last = path.split(".")
+        if last not in ("", "_orig_mod") and "_checkpoint_wrapped_module" not in module._modules:
+            parts = [part for part in (*parents, last) if part not in _WRAPPERS]
+            named.append((".".join(parts), module))
+    if callable(names):
+        return [each for each in named if names(*each)], []
+    if isinstance(names, str):
+        try:
+            pattern = re.compile(names)
+        except re.error as error:
+            raise ValueError(f"names={names!r:.200} is no regular expression: {error}") from None
+        return [each for each in named if pattern.fullmatch(each[0])], []
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"names must be a list of names, a regular expression or a function, got {names!r:.100}"
         )
+    ends = tuple(f".{name}" for name in names)
+    unknown = [end[1:] for end in ends if not any(f".{name}".endswith(end) for name, _ in named)]
+    return [each for each in named if f".{each[0]}".endswith(ends)], unknown

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 # The path of a module and its children's names.
 Names = tuple[str, tuple[str, ...]]
 
-_SHOWN = 8
-
 
 @dataclass
 class PatchReport:
@@ -30,13 +28,12 @@ class PatchReport:
     lookalikes: list[tuple[str, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
-        total = len(self.fused) + len(self.not_fused)
-        lines = [f"{len(self.fused)} of {total} LoRA layers fused"]
+        lines = [f"{len(self.fused)} of {len(self.fused) + len(self.not_fused)} LoRA layers fused"]
         if self.fused:
             lines.append(f"  fused: {counted(self.fused)}")
-        together = Counter(f"siblings: {', '.join(names)}" for _, names in self.siblings)
-        together.update(f"gated MLP: {', '.join(names)}" for _, names in self.gated_mlps)
-        lines += [f"  {_times(line, n)}" for line, n in together.items()]
+        for what, found in ("siblings", self.siblings), ("gated MLP", self.gated_mlps):
+            together = Counter(", ".join(names) for _, names in found)
+            lines += [f"  {what}: {_times(*item)}" for item in together.items()]
         lines += [f"  not as one operator: {kind} ({why})" for kind, why in self.lookalikes]
         reasons = defaultdict(list)
         for name, why in self.not_fused:
@@ -48,9 +45,8 @@ class PatchReport:
 def counted(names: Iterable[str]) -> str:
     """Return the last parts of names, and how often each comes."""
     last = Counter(name.rpartition(".")[2] for name in names)
-    shown = [_times(name, n) for name, n in last.most_common(_SHOWN)]
-    more = len(last) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
+    more = f" and {len(last) - 8} more" if len(last) > 8 else ""
+    return ", ".join(_times(*item) for item in last.most_common(8)) + more
 
 
 def _times(text: str, n: int) -> str:

@@ -7,191 +7,99 @@ import os
 
 from broken_copies import Mutant
 
+LAYER, REPLACE = "layers/test_layer.py::test_", "layers/test_replace.py::test_"
+DRAWN_AGAIN = "layers/test_active.py::test_dropped_inputs_are_not_kept_but_drawn_again"
+OTHER_MASK = "layers/test_active.py::test_each_drops_its_own_elements"
+NOT_TWICE = f"{LAYER}no_state_has_the_adapter_twice"
+ALONE = f"{LAYER}two_layers_of_one_weight_do_not_merge_into_each_other"
+NO_BASE = "self.base_weight = torch.empty_like("
+SWITCHES = "parent.activation_relu_or_gelu, parent.use_nested_tensor"
+FREEZE, CHILD = "requires_grad_(id(parameter) in adapters)", "new.get(id(child), child)"
+FORWARD = "    def forward(self, input: Tensor) -> Tensor:"
+RENAMED = "    def forward(self, x: Tensor) -> Tensor:\n        input = x"
+
 # By file and the tests that must notice: what, right, wrong.
 COPIES = {
-    ("lora", "layers/test_layer.py::test_dropout_is_a_child_and_read_at_each_call"): [
+    ("lora", f"{LAYER}dropout_is_a_child_and_read_at_each_call"): [
         ("something is dropped in evaluation", "dropout.p if dropout.training and", "dropout.p if"),
     ],
-    (
-        "active",
-        (
-            "layers/test_active.py::test_dropped_inputs_are_not_kept_but_drawn_again "
-            "layers/test_active.py::test_each_drops_its_own_elements"
-        ),
-    ): [
-        (
-            "a second adapter drops what the first does",
-            "        seed = new_seed(x.device) if p else None",
-            "        seed = torch.ones(1, dtype=torch.int64, device=x.device) if p else None",
-        ),
-    ],
-    ("active", "layers/test_active.py::test_dropped_inputs_are_not_kept_but_drawn_again"): [
-        (
-            "several adapters keep what they have dropped",
-            "        if transformed():",
-            "        if True:",
-        ),
-    ],
-    ("lora", "layers/test_layer.py::test_scaling"): [
+    ("lora", f"{LAYER}scaling"): [
         ("alpha / r with rsLoRA", "(math.sqrt(r) if use_rslora else r)", "r"),
     ],
-    ("lora", "layers/test_layer.py::test_starts_as_its_base_and_trains_only_the_adapter"): [
-        (
-            "the base weight trains",
-            "        self.weight.requires_grad_(False)\n        if self.bias",
-            "        if self.bias",
-        ),
+    ("lora", f"{LAYER}starts_as_its_base_and_trains_only_the_adapter"): [
+        ("the base weight trains", "self.weight.requires_grad_(False)", "pass"),
     ],
-    ("lora", "layers/test_layer.py::test_unmerge_restores_every_bit"): [
+    ("lora", f"{LAYER}unmerge_restores_every_bit"): [
         ("unmerging subtracts", ".copy_(self.base_weight)\n", ".sub_(self.delta_weight())\n"),
-        (
-            "a merged layer adds its adapter again",
-            (
-                "        if self.merged:\n"
-                "            return F.linear(input, self._oriented(), self.bias)\n"
-                "        ((a, b, scaling, p),) = self.adapters()"
-            ),
-            "        a, b, scaling, p = self.lora_A, self.lora_B, self.scaling, 0.0",
-        ),
+        ("a merged layer adds its adapter again", "if self.merged:\n            return None", ""),
     ],
-    ("lora", "layers/test_layer.py::test_merging_writes_into_the_weight_s_own_memory"): [
-        (
-            "merging makes another weight",
-            "        weight.copy_(merged)",
-            "        self.weight = nn.Parameter(merged, requires_grad=False)",
-        ),
+    ("lora", f"{LAYER}merging_writes_into_the_weight_s_own_memory"): [
+        ("merging makes another weight", "weight.copy_(merged)", "self.weight.data = merged"),
     ],
-    (
-        "lora",
-        ("layers/test_layer.py::test_two_layers_of_one_weight_do_not_merge_into_each_other"),
-    ): [
-        (
-            "layers of one weight merge into each other",
-            "        return same and other.merged",
-            "        return False and other.merged",
-        ),
-        (
-            "copies of merged layers are not known as such",
-            "        super().__setstate__(state)\n        if self.merged:",
-            "        super().__setstate__(state)\n        if False:",
-        ),
+    ("lora", ALONE): [
+        ("layers of one weight merge into each other", "if layer is not self and", "if 0 and"),
+        ("merged layers' copies are not known", "(state)\n        _layers.add(self)", "(state)"),
     ],
-    ("lora", "layers/test_layer.py::test_sharded"): [
-        (
-            "what is sharded is merged",
-            "        elif type(weight.data) is not Tensor:",
-            "        elif False:",
-        ),
+    ("lora", f"{LAYER}sharded"): [
+        ("what is sharded is merged", "elif type(weight.data) is not Tensor:", "elif False:"),
     ],
-    ("lora", "layers/test_replace.py::test_offloaded"): [
-        (
-            "a merged layer adds its adapter again among its siblings",
-            "        if self.merged:\n            return []",
-            "        if False:\n            return []",
-        ),
+    ("lora", f"{LAYER}safe_merge_refuses_infinities_and_changes_nothing"): [
+        ("a safe merge takes what is not finite", "if safe and not", "if False and not"),
     ],
-    ("lora", ("layers/test_layer.py::test_safe_merge_refuses_infinities_and_changes_nothing")): [
-        (
-            "a safe merge takes what is not finite",
-            "        if safe and not torch.isfinite(merged).all():",
-            "        if False:",
-        ),
-    ],
-    ("lora", "layers/test_layer.py::test_no_state_has_the_adapter_twice"): [
-        (
-            "a state saved while merged is loaded as if it were not",
-            "        if saved_merged:\n            self.base_weight",
-            (
-                "        state_dict.pop(f'{prefix}base_weight', None)\n"
-                "        if False:\n"
-                "            self.base_weight"
-            ),
-        ),
+    ("lora", NOT_TWICE): [
+        ("a state saved while merged is loaded as another", NO_BASE, "_ = torch.empty_like("),
         (
             "a merged layer stays merged when a state is loaded",
-            "            self.unmerge()\n        if saved",
-            "            pass\n        if saved",
+            "elif self.merged and",
+            "elif 0 and",
+        ),
+        ("the state that is loaded is written to", NO_BASE, f"self.unmerge(); {NO_BASE}"),
+    ],
+    ("lora", f"{LAYER}a_base_checkpoint_loads_unchanged"): [
+        ("a base checkpoint has to hold adapters", "if adapter.keys().isdisjoint", "if 0 and"),
+    ],
+    ("lora", f"{LAYER}meta_device"): [
+        ("what is drawn again stays merged", "self.base_weight = None\n            self", "self"),
+    ],
+    ("lora", f"{LAYER}what_cannot_become_a_lora_layer"): [
+        ("a compiled layer is copied", "module._compiled_call_impl is not None", "False"),
+    ],
+    ("lora", f"{REPLACE}what_cannot_be_is_refused_and_nothing_changed"): [
+        ("what compile has wrapped is replaced inside", 'last not in ("", "_orig_mod")', "last"),
+        ("what DDP has spread gets adapters", '"DistributedDataParallel": "', '"": "'),
+    ],
+    ("lora", f"{REPLACE}what_was_replaced_before_stays"): [
+        ("the rest of the model trains", FREEZE, "requires_grad_(True)"),
+        ("adapters that were there are frozen", FREEZE, "requires_grad_(False)"),
+    ],
+    ("lora", f"{REPLACE}a_failure_half_way_changes_nothing"): [
+        ("a failed replacement freezes layers", "parameter.requires_grad_(True)", "pass"),
+    ],
+    ("lora", f"{REPLACE}a_module_under_two_names_is_replaced_once"): [
+        ("a shared layer is replaced once", CHILD, CHILD.replace("get", "pop")),
+        ("adapters are saved under all their names", "adapters.pop(id(tensor), None)", "tensor"),
+    ],
+    ("lora", f"{REPLACE}names_that_are_no_module_s_are_reported"): [
+        ("names may begin anywhere", 'f".{each[0]}".endswith(ends)', "each[0].endswith((*names,))"),
+    ],
+    ("lora", f"{REPLACE}pytorch_s_fast_path_does_not_pass_an_adapter_by"): [
+        ("PyTorch's encoder reads weights past the adapters", SWITCHES, "_, _"),
+    ],
+    ("lora", "layers/test_siblings.py::test_keywords"): [
+        ("the layer has its own name for its input", FORWARD, RENAMED),
+    ],
+    ("active", f"{DRAWN_AGAIN} {OTHER_MASK}"): [
+        (
+            "a second adapter drops what the first does",
+            "new_seed(x.device)",
+            "torch.ones(1).long()",
         ),
     ],
-    ("lora", "layers/test_layer.py::test_a_base_checkpoint_loads_unchanged"): [
-        (
-            "a base checkpoint has to hold adapters",
-            "        if own.keys().isdisjoint(state_dict):",
-            "        if False:",
-        ),
+    ("active", DRAWN_AGAIN): [
+        ("several adapters keep what they have dropped", "if transformed():", "if True:"),
     ],
-    ("lora", "layers/test_layer.py::test_meta_device"): [
-        (
-            "what is drawn again stays merged",
-            "            self.base_weight = None\n            self._draw",
-            "            self._draw",
-        ),
-    ],
-    ("lora", "layers/test_layer.py::test_what_cannot_become_a_lora_layer"): [
-        (
-            "a layer that is compiled by itself is copied",
-            "    if module._compiled_call_impl is not None:",
-            "    if False:",
-        ),
-    ],
-    ("replace", "layers/test_replace.py::test_what_cannot_be_is_refused_and_nothing_changed"): [
-        (
-            "what was wrapped by compile alone is replaced inside",
-            "        if id(module) in compiled:",
-            "        if False:",
-        ),
-        (
-            "a model that is spread by DDP gets adapters that nobody synchronises",
-            "        if spread := kinds & _SPREAD:",
-            "        if spread := None:",
-        ),
-    ],
-    ("replace", ("layers/test_replace.py::test_the_same_layers_as_in_peft_and_the_same_numbers")): [
-        (
-            "the rest of the model trains",
-            "        if id(parameter) not in adapters:",
-            "        if False:",
-        ),
-    ],
-    ("replace", "layers/test_replace.py::test_what_was_replaced_before_stays"): [
-        (
-            "adapters that were there are frozen",
-            "        if id(parameter) not in adapters:",
-            "        if True:",
-        ),
-    ],
-    ("replace", "layers/test_replace.py::test_a_failure_half_way_changes_nothing"): [
-        (
-            "a replacement that fails leaves layers frozen",
-            "            parameter.requires_grad_(value)\n",
-            "            pass\n",
-        ),
-    ],
-    ("replace", "layers/test_replace.py::test_a_module_under_two_names_is_replaced_once"): [
-        (
-            "a shared layer is replaced under one of its names",
-            "                parent._modules[name] = new[id(child)]",
-            "                parent._modules[name] = new.pop(id(child))",
-        ),
-        (
-            "an adapter is saved under each of its names",
-            "            own.remove(id(tensor))  # once, whatever its names\n",
-            "",
-        ),
-    ],
-    ("replace", "layers/test_replace.py::test_names_that_are_no_module_s_are_reported"): [
-        (
-            "names select by their end, wherever it begins",
-            "[not each.isdisjoint(names) for each in ends]",
-            "[name.endswith(tuple(names)) for name, _ in named]",
-        ),
-    ],
-    ("replace", ("layers/test_replace.py::test_pytorch_s_fast_path_does_not_pass_an_adapter_by")): [
-        (
-            "PyTorch's encoder reads weights past the adapters",
-            "            module.activation_relu_or_gelu = 0  # the layer's switch\n",
-            "            pass\n",
-        ),
+    ("active", "operator/test_batched_gradients.py::test_per_sample_gradients"): [
+        ("several adapters that drop know no transforms", "if transformed():", "if False:"),
     ],
     ("siblings", "layers/test_siblings.py::test_another_tensor_and_members_alone"): [
         (
@@ -259,13 +167,6 @@ COPIES = {
     ("siblings", "layers/test_siblings.py::test_keywords"): [
         (
             "frozen siblings have their own name for their input",
-            "    def forward(self, input: Tensor) -> Tensor:",
-            "    def forward(self, x: Tensor) -> Tensor:\n        input = x",
-        ),
-    ],
-    ("lora", "layers/test_siblings.py::test_keywords"): [
-        (
-            "the layer has its own name for its input",
             "    def forward(self, input: Tensor) -> Tensor:",
             "    def forward(self, x: Tensor) -> Tensor:\n        input = x",
         ),
@@ -441,13 +342,6 @@ COPIES = {
             "second derivatives of a gated MLP are those of no product",
             "ACTIVATIONS[activation][0](g) * u, projections[2:],",
             "ACTIVATIONS[activation][0](g), projections[2:],",
-        ),
-    ],
-    ("active", "operator/test_batched_gradients.py::test_per_sample_gradients"): [
-        (
-            "several adapters that drop know no transforms",
-            "        if transformed():",
-            "        if False:",
         ),
     ],
 }
