@@ -3,7 +3,8 @@
 
 from fastlora.explain import Explanation, explain
 from fastlora.functional import lora_linear, lora_linears
-from fastlora.layers.lora import LoRALinear, lora_state_dict, replace_linears
+from fastlora.layers.lora import LoRALinear
+from fastlora.layers.replace import lora_state_dict, replace_linears
 from fastlora.layers.report import PatchReport
 from fastlora.operator.operands import Projection
 from fastlora.peft.files import load_adapter, save_adapter

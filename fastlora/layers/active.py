@@ -17,6 +17,7 @@ from fastlora.operator.operands import with_scaling
 
 # lora_A [R, K], lora_B [N, R], scaling, and the dropout's probability: 0 where none is drawn now.
 Adapter = tuple[Tensor, Tensor, "float | Tensor", float]
+_AGAIN = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 def lora_sum(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
@@ -31,9 +32,7 @@ def lora_sum(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[
         if transformed():  # `torch.func` has no way to make anything again
             low_rank = _low_rank(*operands)
         else:  # backward makes the dropped input again instead of keeping it
-            low_rank = checkpoint(
-                _low_rank, *operands, use_reentrant=False, preserve_rng_state=False
-            )
+            low_rank = checkpoint(_low_rank, *operands, **_AGAIN)
         y = y + low_rank.to(y.dtype)
     return y
 
@@ -48,9 +47,7 @@ def stacked(base: torch.dtype, adapters: Sequence[Adapter]) -> Sequence[Adapter]
     return [(torch.cat(a), torch.cat(b, dim=1), 1.0, 0.0)]
 
 
-def _low_rank(
-    x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, seed: Tensor | None, p: float
-) -> Tensor:
+def _low_rank(x, a, b, scaling, seed, p) -> Tensor:
     x_hat = x.to(a.dtype)
     if seed is not None:
         keep = keep_mask(seed, range(x.shape[:-1].numel()), x.shape[-1], p).view(x.shape)

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`LoRALinear`, an ``nn.Linear`` with an adapter; `replace_linears` puts it into a model."""
+"""`LoRALinear`: a drop-in for ``nn.Linear`` with a low-rank adapter on a frozen weight."""
 
 from __future__ import annotations
 
 import copy
 import math
-import re
 import weakref
-from collections.abc import Callable, Collection
 from numbers import Real
 from typing import Any
 
@@ -16,10 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.functional import DTYPES, LARGEST
-from fastlora.layers import sibling_search
 from fastlora.layers.active import lora_sum
-from fastlora.layers.classes import unwrapped
-from fastlora.layers.report import PatchReport, counted
 from fastlora.layers.siblings import FrozenLinear, Group, Layer, handed
 
 # All that live, so that two layers of one weight do not merge into each other.
@@ -102,25 +97,24 @@ class LoRALinear(nn.Linear):
         layer._adapt(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
         return layer
 
-    def _adapt(self, r, lora_alpha, lora_dropout, use_rslora, init, adapter_dtype) -> None:
+    def _adapt(self, r, alpha, p, use_rslora, init, adapter_dtype) -> None:
+        usual = default_adapter_dtype(self.weight.dtype)
+        dtype = adapter_dtype or usual
         for name, value, right, wanted in (
             ("r", r, type(r) is int and r >= 1, "an int, 1 or more"),
-            ("lora_alpha", lora_alpha, _within(lora_alpha, -LARGEST, LARGEST), "a finite number"),
-            ("lora_dropout", lora_dropout, _within(lora_dropout, 0, 1), "between 0 and 1"),
+            ("lora_alpha", alpha, isinstance(alpha, Real) and abs(alpha) <= LARGEST, "finite"),
+            ("lora_dropout", p, isinstance(p, Real) and 0 <= p <= 1, "between 0 and 1"),
             ("init_lora_weights", init, init in (True, False, "gaussian"), "a bool or 'gaussian'"),
+            ("adapter_dtype", dtype, dtype in (self.weight.dtype, usual), f"{usual} or the base's"),
         ):
             if not right:
                 raise ValueError(f"{name} must be {wanted}, got {value!r:.40}")
-        base, device = self.weight.dtype, self.weight.device
-        usual = default_adapter_dtype(base)
-        dtype = adapter_dtype or usual
-        if dtype not in (base, usual):
-            raise TypeError(f"adapter_dtype must be {usual} or the weight's {base}, got {dtype}")
-        self.r, self.lora_alpha, self.init_lora_weights = r, lora_alpha, init
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.lora_dropout = nn.Dropout(lora_dropout).train(self.training)
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
+        self.r, self.lora_alpha, self.init_lora_weights = r, alpha, init
+        self.scaling = alpha / (math.sqrt(r) if use_rslora else r)
+        self.lora_dropout = nn.Dropout(p).train(self.training)
+        like = {"device": self.weight.device, "dtype": dtype}
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **like))
         self._draw_adapter()
         # While merged: the weight as it was. Saved, as it tells that the other one is merged.
         self.register_buffer("base_weight", None)
@@ -186,19 +180,17 @@ class LoRALinear(nn.Linear):
     def merge(self, safe: bool = False) -> None:
         """Add the adapter to the weight, so that forward costs the base product alone.
 
-        It is written into the weight's own memory, so that what shares the weight, such as a tied
-        embedding, has it too. A copy of the weight as it was is kept, from which `unmerge` restores
-        every bit, and saved, as ``base_weight``: a state dict loads as merged or not as it was
-        saved. What takes known keys alone, such as torch.distributed.checkpoint, would leave it
-        out: unmerge() before that saves.
+        In the weight's own memory: what shares it, such as a tied embedding, has it too. The weight
+        as it was is kept, for `unmerge`, and saved as ``base_weight``: a state dict loads as merged
+        or not as it was saved; unmerge() before what saves known keys alone, such as
+        torch.distributed.checkpoint.
         Raises RuntimeError where the weight is no plain tensor of this layer's own, or merged
         already, and with ``safe`` ValueError where it would hold a NaN or an infinity.
         """
         if self.merged:
             raise RuntimeError("already merged: unmerge() first")
         weight = self._weight_to_write("merge")
-        merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        merged = merged.add_(self.delta_weight()).to(weight.dtype)
+        merged = self.delta_weight().add_(weight).to(weight.dtype)
         if safe and not torch.isfinite(merged).all():
             raise ValueError("merging would put NaN or infinity into the weight")
         self.base_weight = weight.detach().clone(memory_format=torch.preserve_format)
@@ -246,8 +238,8 @@ class LoRALinear(nn.Linear):
         _layers.add(self)
 
     def extra_repr(self) -> str:
-        merged = ", merged" if self.merged else ""
-        return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}{merged}"
+        own = f"r={self.r}, scaling={self.scaling:g}{', merged' if self.merged else ''}"
+        return f"{super().extra_repr()}, {own}"
 
 
 def default_adapter_dtype(base: torch.dtype) -> torch.dtype:
@@ -279,132 +271,3 @@ def unsupported(module: nn.Module) -> str | None:
     if weight.dtype not in DTYPES or type(weight.data) is not Tensor:
         return f"has a weight of {type(weight.data).__name__} {weight.dtype}, not a dense float"
     return None
-
-
-def _within(number: float, least: float, most: float) -> bool:
-    return isinstance(number, Real) and bool(least <= number <= most)
-
-
-# In a model
-
-Which = Collection[str] | str | Callable[[str, nn.Module], bool]
-
-_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")  # parts of names, of what wraps modules
-# Kinds of modules that a model may not hold. What DDP and FSDP hold is synchronised as they met it.
-_REFUSED = {
-    "DistributedDataParallel": "replace first, then wrap it",
-    "FullyShardedDataParallel": "replace first, then wrap it",
-    "BaseTunerLayer": "patch_peft() fuses PEFT's layers as they are",
-}
-
-
-def replace_linears(
-    model: nn.Module, names: Which, *, fuse_siblings: sibling_search.How = False, **same: Any
-) -> PatchReport:
-    """Put `LoRALinear` in the place of linear layers of ``model``, in place; freeze the rest.
-
-    ``names`` selects modules: a list of names, whole or their last parts (``["q_proj"]``); a
-    regular expression that matches whole names; or a function of a name and a module. A module
-    under several names stays one. ``same`` are the arguments of `LoRALinear.from_linear`. The
-    adapters of LoRALinears that are there already stay as they are.
-    With ``fuse_siblings`` layers that are called with the same tensor, such as q, k and v, run as
-    one operator, the frozen ``nn.Linear`` among them included; see `patch_peft` for its values.
-
-    Returns what was replaced, and what was selected but not, with the reason.
-    Raises ValueError where nothing would be replaced, and ValueError or TypeError for arguments
-    that are wrong. The model is then as it was.
-    """
-    outer, model = model, unwrapped(model)
-    for name, module in outer.named_modules():
-        for kind in {kind.__name__ for kind in type(module).__mro__} & _REFUSED.keys():
-            raise ValueError(f"{name or 'model'} is a {kind}: {_REFUSED[kind]}")
-    selected, unknown = _selected(model, names)
-    report = PatchReport([], [(name, "no module has this name") for name in unknown])
-    old: dict[int, nn.Module] = {}
-    for name, module in selected:
-        if why := unsupported(module):
-            report.not_fused.append((name, why))
-        elif id(module) not in old:
-            report.fused.append(name)
-            old[id(module)] = module
-    if not old:
-        linears = [name for name, m in model.named_modules() if unsupported(m) is None]
-        there = f"the linear layers inside the model are {counted(linears) or 'none'}"
-        raise ValueError(f"names={names!r:.300} replaces nothing: {report}\n  {there}")
-    groups = []
-    if fuse_siblings is not False:
-        adapted = [m for m in model.modules() if id(m) in old or isinstance(m, LoRALinear)]
-        groups = sibling_search.find(model, fuse_siblings, adapted)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        new = {key: LoRALinear.from_linear(module, **same) for key, module in old.items()}
-    except BaseException:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        raise
-    adapters = _adapters(model)
-    for parameter in trained:
-        parameter.requires_grad_(id(parameter) in adapters)
-    for parent in list(model.modules()):
-        encoder = isinstance(parent, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
-        if encoder and not new.keys().isdisjoint(map(id, parent.modules())):
-            # Its inference kernel would read weights past the adapters; these are its switches.
-            parent.activation_relu_or_gelu, parent.use_nested_tensor = 0, False
-        for name, child in parent._modules.items():
-            parent._modules[name] = new.get(id(child), child)
-    report.lookalikes = sibling_search.lookalikes(groups)
-    report.siblings, report.gated_mlps = sibling_search.make(groups)
-    return report
-
-
-def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the adapters of a model's LoRALinears by their names in it: what there is to save.
-
-    The same tensors, not copies. ``model.load_state_dict(..., strict=False)`` takes them.
-    Raises ValueError where there is no LoRALinear, or where an adapter is on the meta device.
-    """
-    model = unwrapped(model)
-    adapters, found = _adapters(model), {}
-    if not adapters:
-        raise ValueError(f"{type(model).__name__} has no LoRALinear; replace_linears() makes some")
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if adapters.pop(id(tensor), None) is not None:  # once, whatever its names
-            if tensor.is_meta:
-                raise ValueError(f"{name} is on the meta device: offloaded, or not made yet")
-            found[name] = tensor.detach()
-    return found
-
-
-def _adapters(model: nn.Module) -> dict[int, Tensor]:
-    """Return the adapters' parameters by id."""
-    layers = (module for module in model.modules() if isinstance(module, LoRALinear))
-    return {id(p): p for layer in layers for name, p in layer.named_parameters() if "lora_" in name}
-
-
-def _selected(model: nn.Module, names: Which) -> tuple[list[tuple[str, nn.Module]], list[str]]:
-    """Return the modules that ``names`` selects by their names, and what in it selects none.
-
-    Without the parts that checkpointing and compiling wrappers add to names. A layer that is
-    compiled by itself is only found as its wrapper, which would never call what took its place.
-    """
-    named = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        *parents, last = path.split(".")
-        if last not in ("", "_orig_mod") and "_checkpoint_wrapped_module" not in module._modules:
-            parts = [part for part in (*parents, last) if part not in _WRAPPERS]
-            named.append((".".join(parts), module))
-    if callable(names):
-        return [each for each in named if names(*each)], []
-    if isinstance(names, str):
-        try:
-            pattern = re.compile(names)
-        except re.error as error:
-            raise ValueError(f"names={names!r:.200} is no regular expression: {error}") from None
-        return [each for each in named if pattern.fullmatch(each[0])], []
-    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
-        raise TypeError(
-            f"names must be a list of names, a regular expression or a function, got {names!r:.100}"
-        )
-    ends = tuple(f".{name}" for name in names)
-    unknown = [end[1:] for end in ends if not any(f".{name}".endswith(end) for name, _ in named)]
-    return [each for each in named if f".{each[0]}".endswith(ends)], unknown

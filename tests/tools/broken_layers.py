@@ -64,25 +64,25 @@ COPIES = {
     ("lora", f"{LAYER}what_cannot_become_a_lora_layer"): [
         ("a compiled layer is copied", "module._compiled_call_impl is not None", "False"),
     ],
-    ("lora", f"{REPLACE}what_cannot_be_is_refused_and_nothing_changed"): [
-        ("what compile has wrapped is replaced inside", 'last not in ("", "_orig_mod")', "last"),
+    ("replace", f"{REPLACE}what_cannot_be_is_refused_and_nothing_changed"): [
+        ("what compile has wrapped is replaced inside", ' and not path.endswith("_orig_mod")', ""),
         ("what DDP has spread gets adapters", '"DistributedDataParallel": "', '"": "'),
     ],
-    ("lora", f"{REPLACE}what_was_replaced_before_stays"): [
+    ("replace", f"{REPLACE}what_was_replaced_before_stays"): [
         ("the rest of the model trains", FREEZE, "requires_grad_(True)"),
         ("adapters that were there are frozen", FREEZE, "requires_grad_(False)"),
     ],
-    ("lora", f"{REPLACE}a_failure_half_way_changes_nothing"): [
+    ("replace", f"{REPLACE}a_failure_half_way_changes_nothing"): [
         ("a failed replacement freezes layers", "parameter.requires_grad_(True)", "pass"),
     ],
-    ("lora", f"{REPLACE}a_module_under_two_names_is_replaced_once"): [
+    ("replace", f"{REPLACE}a_module_under_two_names_is_replaced_once"): [
         ("a shared layer is replaced once", CHILD, CHILD.replace("get", "pop")),
         ("adapters are saved under all their names", "adapters.pop(id(tensor), None)", "tensor"),
     ],
-    ("lora", f"{REPLACE}names_that_are_no_module_s_are_reported"): [
+    ("replace", f"{REPLACE}names_that_are_no_module_s_are_reported"): [
         ("names may begin anywhere", 'f".{each[0]}".endswith(ends)', "each[0].endswith((*names,))"),
     ],
-    ("lora", f"{REPLACE}pytorch_s_fast_path_does_not_pass_an_adapter_by"): [
+    ("replace", f"{REPLACE}pytorch_s_fast_path_does_not_pass_an_adapter_by"): [
         ("PyTorch's encoder reads weights past the adapters", SWITCHES, "_, _"),
     ],
     ("lora", "layers/test_siblings.py::test_keywords"): [
