@@ -78,6 +78,30 @@ def mlp(bias=True):
     return model.eval()
 
 
+class MLP(nn.Module):
+    """A gated one."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(*d) for d in ((8, 24), (8, 24), (24, 8)))
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """Three siblings, and a gated MLP; always the same weights."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        self.mlp = MLP()
+
+    def forward(self, x):
+        return self.mlp(self.q(x) + self.k(x) * self.v(x))
+
+
 def tokens():
     return torch.randint(0, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(1))
 
