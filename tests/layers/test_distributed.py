@@ -8,8 +8,10 @@ import copy
 import itertools
 import os
 import traceback
+from unittest import mock
 
 import pytest
+import tiny_models as tiny
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -33,42 +35,37 @@ STEPS = 4
 CASES = list(itertools.product(("ours", "patched", "siblings"), ("ddp", "fsdp2")))
 
 
-class Block(nn.Module):
-    """Two siblings, and a gated MLP."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
-        self.mlp = MLP()
-
-    def forward(self, x):
-        return self.mlp(self.q(x) * self.k(x))
-
-
-class MLP(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 8)
-
-    def forward(self, x):
-        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
-
-
-def build(whose):
+def build(whose, alone=False):
+    """A model, or the one on a process of its own that it has to train as."""
     torch.manual_seed(0)
-    if whose in ("siblings", "apart"):
-        model = nn.Sequential(Block())
-        how = whose == "siblings" and torch.ones(1, 16)
+    if whose == "siblings":
+        model = nn.Sequential(tiny.Block())
+        how = False if alone else torch.ones(1, 8)
         fastlora.replace_linears(model, ["q", "gate", "down"], fuse_siblings=how, **LORA)
         return model
-    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8))
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8))
     if whose == "ours":
         fastlora.replace_linears(model, ["0", "2"], **LORA)
         return model
     model = get_peft_model(model, LoraConfig(target_modules=["0", "2"], **LORA))
-    if whose == "patched":
-        assert len(fastlora.patch_peft(model).fused) == 2
+    assert alone or len(fastlora.patch_peft(model).fused) == 2
     return model
+
+
+def wrap(model, how):
+    """The model in its wrapper, and an optimizer."""
+    if how == "ddp":
+        wrapped = DistributedDataParallel(model)
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        kinds = fastlora.LoRALinear, peft_layer.lora.Linear
+        if any(isinstance(module, tiny.Block) for module in model.modules()):
+            kinds = tiny.Block, tiny.MLP  # what shards its own layers has no siblings left
+        for module in reversed(list(model.modules())):
+            if isinstance(module, kinds):
+                fully_shard(module, mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    return wrapped, optimizer_of(model)
 
 
 def optimizer_of(model):
@@ -82,20 +79,27 @@ def train(model, optimizer, batches, steps=STEPS):
         optimizer.step()
 
 
-def wrap(model, how):
-    if how == "ddp":
-        return DistributedDataParallel(model)
-    mesh = init_device_mesh("cpu", (2,))
-    kinds = fastlora.LoRALinear, peft_layer.lora.Linear
-    if any(isinstance(module, Block) for module in model.modules()):
-        kinds = Block, MLP  # what shards its own layers one by one has no siblings left
-    for module in reversed(list(model.modules())):
-        if isinstance(module, kinds):
-            fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def check(model, expected, before):
+def trains_as_one(rank, whose, how, folder):
+    torch.manual_seed(1)
+    batches = torch.randn(2, 12, 8).unbind()
+    expected, model = build(whose, alone=True), build(whose)
+    before = copy.deepcopy(expected.state_dict())
+    train(expected, optimizer_of(expected), batches)
+    expected = expected.state_dict()
+    wrapped, optimizer = wrap(model, how)
+    train(wrapped, optimizer, [batches[rank]], STEPS // 2)
+    if how == "fsdp2":  # saved, and taken up by another model
+        states = get_state_dict(wrapped, optimizer)
+        dcp.save(dict(zip(("model", "optim"), states, strict=True)), checkpoint_id=folder)
+        model = build(whose)
+        nn.init.zeros_(next(p for p in model.parameters() if p.requires_grad))
+        wrapped, optimizer = wrap(model, how)
+        states = get_state_dict(wrapped, optimizer)
+        saved = dict(zip(("model", "optim"), states, strict=True))
+        dcp.load(saved, checkpoint_id=folder)
+        own = {f"{name}_state_dict": state for name, state in saved.items()}
+        set_state_dict(wrapped, optimizer, **own)
+    train(wrapped, optimizer, [batches[rank]], STEPS - STEPS // 2)
     for name, parameter in model.named_parameters():
         value = parameter.detach()
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -103,55 +107,18 @@ def check(model, expected, before):
         assert torch.equal(value, before[name]) == ("lora_" not in name), name
 
 
-def trains_as_one(rank, whose, how, folder):
-    torch.manual_seed(1)
-    batches = torch.randn(2, 12, 16).unbind()
-    expected = build({"patched": "peft", "siblings": "apart"}.get(whose, whose))
-    model = build(whose)
-    before = copy.deepcopy(expected.state_dict())
-    train(expected, optimizer_of(expected), batches)
-    expected = expected.state_dict()
-
-    calls, own = [], peft_layer.lora_sum
-    peft_layer.lora_sum = lambda *args: calls.append(1) or own(*args)
-    mlps = []
-    siblings.functional, gated.run = Counted(calls), counted(mlps, gated.run)
-    wrapped = wrap(model, how)
-    optimizer = optimizer_of(model)
-    train(wrapped, optimizer, [batches[rank]], STEPS // 2)
-    if how == "fsdp2":  # saved, and taken up by another model
-        state, states = get_state_dict(wrapped, optimizer)
-        dcp.save({"model": state, "optimizer": states}, checkpoint_id=folder)
-        model = build(whose)
-        torch.nn.init.zeros_(next(p for p in model.parameters() if p.requires_grad))
-        wrapped = wrap(model, how)
-        optimizer = optimizer_of(model)
-        state, states = get_state_dict(wrapped, optimizer)
-        saved = {"model": state, "optimizer": states}
-        dcp.load(saved, checkpoint_id=folder)
-        set_state_dict(
-            wrapped,
-            optimizer,
-            model_state_dict=saved["model"],
-            optim_state_dict=saved["optimizer"],
-        )
-    train(wrapped, optimizer, [batches[rank]], STEPS - STEPS // 2)
-    check(model, expected, before)
-    assert len(calls) == {"patched": 2 * STEPS, "siblings": STEPS}.get(whose, 0)
-    assert len(mlps) == (STEPS if whose == "siblings" else 0)
-
-
-def counted(calls, own):
-    return lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)
-
-
-class Counted:
-    """The module `functional` as siblings see it."""
-
-    checked = staticmethod(functional.checked)
-
-    def __init__(self, calls):
-        self.run_checked = counted(calls, functional.run_checked)
+@contextlib.contextmanager
+def counted():
+    """Yield what counts the calls of PEFT's layers, of siblings and of gated MLPs, as they run."""
+    fused = mock.Mock(wraps=peft_layer.lora_sum)
+    groups = mock.Mock(wraps=functional)
+    mlps = mock.Mock(wraps=gated.run)
+    with (
+        mock.patch.object(peft_layer, "lora_sum", fused),
+        mock.patch.object(siblings, "functional", groups),
+        mock.patch.object(gated, "run", mlps),
+    ):
+        yield lambda: (fused.call_count, groups.run_checked.call_count, mlps.call_count)
 
 
 def worker(rank, folder):
@@ -169,7 +136,11 @@ def worker(rank, folder):
         for whose, how in CASES:
             if how == "fsdp2" and not AVERAGES:
                 continue
-            trains_as_one(rank, whose, how, folder / f"{whose}-{how}-saved")
+            with counted() as calls:
+                trains_as_one(rank, whose, how, folder / f"{whose}-{how}-saved")
+            calls = calls()
+            wanted = {"patched": (2 * STEPS, 0, 0), "siblings": (0, STEPS, STEPS)}
+            assert calls == wanted.get(whose, (0, 0, 0)), calls
             dist.barrier()  # the other process may still be asking for this one's shards
             (folder / f"{whose}-{how}-{rank}").touch()
     except BaseException:
