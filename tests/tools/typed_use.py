@@ -27,19 +27,15 @@ def layers(linear: nn.Linear, x: Tensor) -> Tensor:
     return y if merged else y + delta.sum()
 
 
-def models(model: nn.Module) -> str:
+def models(model: nn.Module, folder: Path) -> str:
     report: fastlora.PatchReport = fastlora.replace_linears(
         model, ["q_proj", "v_proj"], fuse_siblings=True, r=8, lora_dropout=0.05
     )
     fastlora.replace_linears(model, lambda name, module: "_proj" in name and len(name) < 9)
     state: dict[str, Tensor] = fastlora.lora_state_dict(model)
-    return f"{report}{sorted(state)}"
-
-
-def peft(model: nn.Module, folder: Path) -> str:
     fastlora.save_adapter(model, folder, "default")
     fastlora.load_adapter(model, str(folder), "b", is_trainable=True)
-    report: fastlora.PatchReport = fastlora.patch_peft(model, fuse_siblings=[("q_proj", "k_proj")])
+    patched: fastlora.PatchReport = fastlora.patch_peft(model, fuse_siblings=[("q", "k")])
     fastlora.unpatch_peft(model)
     explained: fastlora.Explanation = fastlora.explain(model, 512)
-    return f"{report}{explained}"
+    return f"{report}{sorted(state)}{patched}{explained}"
