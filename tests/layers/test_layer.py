@@ -22,16 +22,16 @@ from transformers.pytorch_utils import Conv1D
 from fastlora import LoRALinear
 
 
-def conv1d():
-    conv = Conv1D(10, 12)
-    nn.init.normal_(conv.bias)
-    return conv
-
-
 def layer_with(linear=None, dtype=torch.float32, **arguments):
     """A layer whose adapter is not the identity."""
     layer = LoRALinear.from_linear((linear or nn.Linear(12, 10)).to(dtype), **arguments)
     nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def merged_layer(*arguments):
+    layer = layer_with(*arguments)
+    layer.merge()
     return layer
 
 
@@ -45,40 +45,35 @@ def formula(layer, x):
 
 
 def test_starts_as_its_base_and_trains_only_the_adapter():
-    linear = nn.Linear(12, 10)
-    layer = LoRALinear.from_linear(linear, r=3, lora_alpha=6)
-    x = torch.randn(5, 12)
+    linear = nn.Linear(12, 10, dtype=torch.bfloat16)
+    same = {"bias": True, "device": "cpu", "dtype": torch.bfloat16}
+    layer = LoRALinear.from_linear(linear, 3, 6, **same, adapter_dtype=torch.bfloat16)
+    x = torch.randn(5, 12, dtype=torch.bfloat16)
     assert torch.equal(layer(x), linear(x))
     assert torch.equal(layer(input=x), linear(input=x))  # a drop-in has nn.Linear's keyword too
     assert layer.weight is linear.weight and layer.bias is linear.bias
     assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     layer(x).sum().backward()
-    assert layer.weight.grad is None and layer.lora_B.grad is not None
+    assert layer.weight.grad is None and layer.lora_B.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_scaling(rslora):
-    layer = layer_with(r=4, lora_alpha=6, use_rslora=rslora)
-    assert layer.scaling == 6 / (math.sqrt(4) if rslora else 4)
-    x = torch.randn(3, 5, 12)
-    assert_close(layer(x), formula(layer, x))
-
-
-def test_constructors():
+def test_constructor_is_that_of_a_linear():
     torch.manual_seed(1)
     expected = nn.Linear(12, 10).weight
     torch.manual_seed(1)
     assert torch.equal(LoRALinear(12, 10).weight, expected)
-    assert LoRALinear(4, 4, dtype=torch.float64).lora_A.dtype == torch.float64
     layer = LoRALinear(12, 10, r=2, bias=False, dtype=torch.bfloat16)
     assert isinstance(layer, nn.Linear) and layer.bias is None and layer.weight.shape == (10, 12)
     assert layer.lora_A.shape == (2, 12) and layer.lora_B.shape == (10, 2)
     assert layer.weight.dtype == torch.bfloat16 and layer.lora_A.dtype == torch.float32  # as PEFT
-    linear = nn.Linear(12, 10, bias=False, dtype=torch.bfloat16)
-    same = {"bias": False, "device": "cpu", "dtype": torch.bfloat16}
-    layer = LoRALinear.from_linear(linear, 4, 8, 0.1, **same, adapter_dtype=torch.bfloat16)
-    assert layer.weight is linear.weight and layer.lora_A.dtype == torch.bfloat16
-    assert (layer.r, layer.scaling, layer.lora_dropout.p) == (4, 2.0, 0.1)
+    assert LoRALinear(4, 4, dtype=torch.float64).lora_A.dtype == torch.float64
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_scaling(rslora):
+    layer, x = layer_with(r=4, lora_alpha=6, use_rslora=rslora), torch.randn(3, 5, 12)
+    assert layer.scaling == 6 / (math.sqrt(4) if rslora else 4)
+    assert_close(layer(x), formula(layer, x))
 
 
 @pytest.mark.parametrize("method", [True, "gaussian", False])
@@ -94,37 +89,43 @@ def test_initialisation_follows_peft(method):
 
 
 def test_dropout_is_a_child_and_read_at_each_call():
-    layer, x = layer_with(lora_dropout=0.5), torch.randn(64, 12)
+    layer, x = layer_with(nn.Linear(12, 10).eval(), lora_dropout=0.5), torch.randn(64, 12)
     whole = formula(layer, x)
-    assert type(layer.lora_dropout) is nn.Dropout
+    assert type(layer.lora_dropout) is nn.Dropout and not layer.lora_dropout.training
+    assert_close(layer(x), whole)
+    layer.train()
     assert not torch.equal(layer(x), layer(x))
     layer.lora_dropout.p = 0.0  # as trl's disable_dropout_in_model
     assert_close(layer(x), whole)
-    layer.lora_dropout.p = 1.0
-    assert_close(layer(x), base(layer, x))
-    assert_close(layer.eval()(x), whole)
-    layer.lora_dropout.train()  # Monte Carlo: the child alone drops
+    layer.eval().lora_dropout.train().p = 1.0  # Monte Carlo: the child alone drops
     assert_close(layer(x), base(layer, x))
     layer.lora_dropout = nn.Identity()
     assert_close(layer.train()(x), whole)
     layer.lora_dropout = nn.ReLU()
     with pytest.raises(TypeError, match=r"lora_dropout must be an nn\.Dropout, got ReLU"):
         layer(x)
-    assert not layer_with(nn.Linear(12, 10).eval(), lora_dropout=0.5).lora_dropout.training
 
 
 # Merging
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(12, 10), conv1d], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("make", [nn.Linear, lambda k, n: Conv1D(n, k)], ids=["linear", "conv1d"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_unmerge_restores_every_bit(make, dtype):
-    layer, x = layer_with(make(), dtype, lora_dropout=0.5).eval(), torch.randn(4, 12, dtype=dtype)
+    """And merging writes into the weight's own memory, as others may hold it."""
+    linear, flat, x = (
+        make(12, 10).to(dtype),
+        torch.randn(200).to(dtype),
+        torch.randn(4, 12).to(dtype),
+    )
+    linear.weight = nn.Parameter(flat[:120].view_as(linear.weight))
+    nn.init.normal_(linear.bias)
+    layer, bits = layer_with(linear, dtype, lora_dropout=0.5).eval(), flat.clone()
     assert (layer.in_features, layer.out_features) == (12, 10)
-    weight, bits, unmerged = layer.weight, layer.weight.detach().clone(), layer(x)
+    weight, unmerged = layer.weight, layer(x)
     assert not torch.allclose(unmerged, base(layer, x), atol=0.1)
     layer.merge()
-    assert layer.merged and layer.weight is weight and not torch.equal(weight, bits)
+    assert layer.merged and layer.weight is weight and not torch.equal(flat, bits)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
     assert_close(layer.train()(x), unmerged, rtol=tolerance, atol=tolerance)
     assert torch.equal(layer(x), base(layer, x))
@@ -133,28 +134,14 @@ def test_unmerge_restores_every_bit(make, dtype):
         layer.merge()
     layer.eval().unmerge()
     layer.unmerge()
-    assert layer.weight is weight and torch.equal(weight, bits) and not layer.merged
+    assert layer.weight is weight and torch.equal(flat, bits) and not layer.merged
     assert torch.equal(layer(x), unmerged)
-
-
-def test_merging_writes_into_the_weight_s_own_memory():
-    """Whoever holds the weight has the merged one: a tied layer, an optimizer, a flat parameter."""
-    flat = torch.randn(200)
-    embedding, linear = nn.Embedding(10, 12), nn.Linear(12, 10, bias=False)
-    linear.weight = embedding.weight = nn.Parameter(flat[:120].view(10, 12))
-    layer, before = layer_with(linear), flat.clone()
-    layer.merge()
-    assert layer.weight is embedding.weight
-    assert_close(flat[:120].view(10, 12), before[:120].view(10, 12) + layer.delta_weight())
-    layer.unmerge()
-    assert torch.equal(flat, before) and layer.weight is embedding.weight
 
 
 def test_two_layers_of_one_weight_do_not_merge_into_each_other():
     linear = nn.Linear(12, 10)
     bits = linear.weight.detach().clone()
-    one, other = layer_with(linear), layer_with(linear)
-    one.merge()
+    one, other = merged_layer(linear), layer_with(linear)
     copies = pickle.loads(pickle.dumps([one, other]))
     for second in (other, copies[1]):
         with pytest.raises(RuntimeError, match="shared with another layer that is merged"):
@@ -166,35 +153,25 @@ def test_two_layers_of_one_weight_do_not_merge_into_each_other():
     assert torch.equal(linear.weight, bits)
 
 
-def weight_hooked(layer):
-    with pytest.warns(FutureWarning):
-        return nn.utils.weight_norm(layer)
-
-
 COMPUTED = {
-    "weight norm": (parametrizations.weight_norm, "is computed"),
-    "old weight norm": (weight_hooked, "is computed"),
-    "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), "pruned"),
-    "meta": (lambda layer: layer.to("meta"), "is on the meta device"),
+    "is computed": parametrizations.weight_norm,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    "is on the meta device": lambda layer: layer.to("meta"),
 }
 
 
-@pytest.mark.parametrize("how", COMPUTED)
-def test_a_weight_that_is_not_the_layer_s_own_is_not_merged(how):
-    change, why = COMPUTED[how]
-    layer, merged = layer_with().eval(), layer_with()
-    merged.merge()
-    for each, what in (layer, "merge"), (merged, "unmerge"):
-        change(each)
-        before = copy.deepcopy(each.state_dict())
+@pytest.mark.parametrize("why", COMPUTED)
+def test_a_weight_that_is_not_the_layer_s_own_is_not_merged(why):
+    for layer, what in (layer_with(), "merge"), (merged_layer(), "unmerge"):
+        COMPUTED[why](layer)
+        before, x = copy.deepcopy(layer.state_dict()), torch.randn(3, 12)
         with pytest.raises(RuntimeError, match=f"cannot {what}: the weight .*{why}"):
-            getattr(each, what)()
-        after = each.state_dict()
-        assert after.keys() == before.keys() and each.merged == (each is merged)
-        assert how == "meta" or all(torch.equal(after[key], before[key]) for key in before)
-    if how != "meta":
-        x = torch.randn(3, 12)
-        assert_close(layer(x), formula(layer, x))
+            getattr(layer, what)()
+        assert layer.merged == (what == "unmerge")
+        assert before.keys() == layer.state_dict().keys()
+        if "meta" not in why:
+            assert_close(layer.state_dict(), before)
+            assert layer.merged or torch.allclose(layer(x), formula(layer, x), atol=1e-5)
 
 
 def test_sharded(one_process):
@@ -243,18 +220,12 @@ def test_a_base_checkpoint_loads_unchanged():
     half = {k: v for k, v in layer.state_dict().items() if k != "lora_B"}
     with pytest.raises(RuntimeError, match=r"Missing key.*lora_B"):
         layer.load_state_dict(half)
-    other = layer_with(nn.Linear(12, 9))
-    other.merge()
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
-        layer.load_state_dict(other.state_dict())
+        layer.load_state_dict(merged_layer(nn.Linear(12, 9)).state_dict())
     assert not layer.merged
 
 
-KEPT = {
-    "all": lambda key: True,
-    "the base": lambda key: not key.startswith("lora"),
-    "the adapter": lambda key: key.startswith("lora"),
-}
+KEPT = {"all": ("0.",), "the base": ("0.weight", "0.bias", "0.base"), "the adapter": ("0.lora",)}
 
 
 @pytest.mark.parametrize("kept", KEPT)
@@ -265,14 +236,13 @@ def test_no_state_has_the_adapter_twice(saved, into, assign, kept):
     """Saved merged or not, loaded into a merged layer or another: what is in it, and once."""
     one, other = (nn.Sequential(layer_with(r=4)) for _ in range(2))
     expected = copy.deepcopy(other)
-    for name, value in one[0].named_parameters():
-        if KEPT[kept](name):
-            getattr(expected[0], name).data.copy_(value)
+    for name, value in one.named_parameters():
+        if name.startswith(KEPT[kept]):
+            expected.get_parameter(name).data.copy_(value)
     x, own = torch.randn(3, 12), one[0].weight.detach().clone()
-    for layer, merged in (one[0], saved), (other[0], into):
-        if merged:
-            layer.merge()
-    state = {k: v.clone() for k, v in one.state_dict().items() if KEPT[kept](k[2:])}
+    for layer in [one[0]] * saved + [other[0]] * into:
+        layer.merge()
+    state = {k: v.clone() for k, v in one.state_dict().items() if k.startswith(KEPT[kept])}
     merged = saved and kept != "the adapter"
     assert ("0.base_weight" in state) == merged
     for _ in range(2):  # what is assigned may not be written to
@@ -290,15 +260,14 @@ def test_no_state_has_the_adapter_twice(saved, into, assign, kept):
 def test_a_state_of_tied_weights(into, first):
     """The plain layer of a merged weight comes before the merged one, or after."""
 
-    def made():
+    def made(merge):
         layers = [nn.Linear(12, 12), layer_with(nn.Linear(12, 12))]
         layers[0].weight = layers[1].weight
-        return nn.Sequential(*(layers if first == 0 else reversed(layers))), layers[1]
+        if merge:
+            layers[1].merge()
+        return nn.Sequential(*layers[:: 1 if first == 0 else -1]), layers[1]
 
-    (model, layer), (other, another), x = made(), made(), torch.randn(3, 12)
-    layer.merge()
-    if into:
-        another.merge()
+    (model, layer), (other, another), x = made(True), made(into), torch.randn(3, 12)
     other.load_state_dict(model.state_dict())
     assert_close(other(x), model(x))
     layer.unmerge()
@@ -307,9 +276,7 @@ def test_a_state_of_tied_weights(into, first):
 
 
 def test_states_of_some_layers_and_for_plain_ones():
-    model, x = nn.Sequential(layer_with(), layer_with(nn.Linear(10, 5))), torch.randn(3, 12)
-    for layer in model:
-        layer.merge()
+    model, x = nn.Sequential(merged_layer(), merged_layer(nn.Linear(10, 5))), torch.randn(3, 12)
     plain = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 5))
     plain.load_state_dict(model.state_dict(), strict=False)
     assert torch.equal(plain(x), model(x))
@@ -331,14 +298,12 @@ def test_merged_layers_are_moved_cast_and_copied(change):
     bits = layer.weight.detach().clone()
     layer.merge()
     other = CHANGES[change](layer)
-    dtype = other.weight.dtype
-    x = torch.randn(3, 12, dtype=dtype)
+    x = torch.randn(3, 12).to(other.weight.dtype)
     assert torch.equal(other(x), base(other, x))
     other.unmerge()
-    assert torch.equal(other.weight, bits.to(dtype)) and isinstance(other.weight, nn.Parameter)
+    assert torch.equal(other.weight, bits.to(x.dtype)) and isinstance(other.weight, nn.Parameter)
     assert_close(other(x), formula(other, x), rtol=1e-2, atol=1e-2)
-    if other is not layer:
-        assert layer.merged and other.weight.data_ptr() != layer.weight.data_ptr()
+    assert other is layer or (layer.merged and other.weight.data_ptr() != layer.weight.data_ptr())
 
 
 def test_attributes_and_hooks_come_along():
@@ -353,15 +318,13 @@ def test_attributes_and_hooks_come_along():
 
 
 def test_meta_device():
-    layer = LoRALinear(12, 10, r=2, device="meta")
-    y = layer(torch.empty(3, 12, device="meta"))
-    assert y.shape == (3, 10) and y.is_meta
+    layer, x = LoRALinear(12, 10, r=2, device="meta"), torch.randn(3, 12)
+    assert layer(x.to("meta")).shape == (3, 10)
     real = copy.deepcopy(layer).to_empty(device="cpu")
     for parameter in real.parameters():
         nn.init.constant_(parameter, 777.0)
     real.merge()
     real.reset_parameters()
-    x = torch.randn(3, 12)
     assert all(p.abs().max() < 2 for p in real.parameters()) and not real.merged
     assert (real.lora_B == 0).all() and (real.lora_A != 0).any()
     layer.load_state_dict(real.state_dict(), assign=True)
@@ -375,11 +338,8 @@ def test_autocast_and_sixteen_bits():
     layer, x = layer_with(), torch.randn(6, 12)
     expected = formula(layer, x)
     with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-    assert y.dtype == torch.bfloat16
-    assert_close(y.float(), expected, rtol=5e-2, atol=5e-2)
-    assert {p.dtype for p in layer.half().parameters()} == {torch.float16}
-    assert_close(layer(x.half()).float(), expected, rtol=2e-2, atol=2e-2)
+        assert_close(layer(x), expected.bfloat16(), rtol=5e-2, atol=5e-2)
+    assert_close(layer.half()(x.half()), expected.half(), rtol=2e-2, atol=2e-2)
 
 
 def test_compiles_in_one_graph_and_trains():
@@ -392,14 +352,6 @@ def test_compiles_in_one_graph_and_trains():
     assert_close(compiled(x), base(layer, x))
 
 
-# What is refused
-
-
-class Twice(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 def after(change, *args):
     linear = nn.Linear(4, 4)
     change(linear, *args)
@@ -410,14 +362,12 @@ INT8 = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
 COMPUTES = "linear computes its weight or bias"
 REFUSED = [
     (lambda: nn.Embedding(3, 3), {}, "linear must be an nn.Linear or a .* Conv1D, got Embedding"),
-    (lambda: Twice(3, 3), {}, "linear is a Twice with a forward of its own"),
     (lambda: LoRALinear(3, 3), {}, "linear is a LoRALinear with a forward of its own"),
     (lambda: after(setattr, "forward", len), {}, "linear is a Linear with a forward of its own"),
     (lambda: nn.MultiheadAttention(4, 2).out_proj, {}, "linear belongs to nn.MultiheadAttention"),
     (lambda: after(setattr, "weight", INT8), {}, "torch.int8, not a dense float"),
     (lambda: after(nn.Module.compile), {}, "linear is compiled by itself"),
     (lambda: after(parametrizations.weight_norm), {}, rf"{COMPUTES} \(parametrized"),
-    (lambda: after(prune.identity, "weight"), {}, f"{COMPUTES}.*, pruned"),
     (lambda: after(prune.identity, "bias"), {}, f"{COMPUTES}.*, pruned"),
     (None, {"bias": False}, "bias=False, but linear's, which is shared, is True"),
     (None, {"device": "meta"}, "device=meta, but linear's, .* is cpu"),
@@ -426,9 +376,7 @@ REFUSED = [
     (None, {"r": 2.0}, "r must be an int, 1 or more, got 2.0"),
     (None, {"lora_alpha": math.nan}, "lora_alpha must be finite, got nan"),
     (None, {"lora_alpha": "8"}, "lora_alpha must be finite, got '8'"),
-    (None, {"lora_alpha": 1e299}, "lora_alpha must be finite, got 1e"),
     (None, {"lora_dropout": 1.1}, "lora_dropout must be between 0 and 1, got 1.1"),
-    (None, {"lora_dropout": math.nan}, "lora_dropout must be between 0 and 1, got nan"),
     (None, {"init_lora_weights": "pissa"}, "init_lora_weights must be a bool .* got 'pissa'"),
     (None, {"adapter_dtype": torch.bfloat16}, "adapter_dtype must be .* got torch.bfloat16"),
 ]
@@ -438,6 +386,6 @@ REFUSED = [
 def test_what_cannot_become_a_lora_layer(make, arguments, message):
     linear = nn.Linear(4, 4) if make is None else make()
     trains = [p.requires_grad for p in linear.parameters()]
-    with pytest.raises(TypeError if make else (TypeError, ValueError), match=message):
+    with pytest.raises(TypeError if make else ValueError, match=message):
         LoRALinear.from_linear(linear, **arguments)
     assert [p.requires_grad for p in linear.parameters()] == trains

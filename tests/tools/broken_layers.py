@@ -31,10 +31,8 @@ COPIES = {
     ],
     ("lora", f"{LAYER}unmerge_restores_every_bit"): [
         ("unmerging subtracts", ".copy_(self.base_weight)\n", ".sub_(self.delta_weight())\n"),
-        ("a merged layer adds its adapter again", "if self.merged:\n            return None", ""),
-    ],
-    ("lora", f"{LAYER}merging_writes_into_the_weight_s_own_memory"): [
         ("merging makes another weight", "weight.copy_(merged)", "self.weight.data = merged"),
+        ("a merged layer adds its adapter again", "if self.merged:\n            return None", ""),
     ],
     ("lora", ALONE): [
         ("layers of one weight merge into each other", "if layer is not self and", "if 0 and"),
