@@ -44,20 +44,23 @@ def model(value: float) -> PeftModel:
 
 
 class Adapter:
+    refused = 3  # the exit code of a forked process for an OSError
+
     @staticmethod
     def save(folder: Path, value: float) -> None:
         fastlora.save_adapter(model(value), folder)
 
     @staticmethod
     def load(folder: Path) -> float:
-        loaded = fastlora.load_adapter(nn.Sequential(nn.Linear(6, 6)), folder)
-        layer = loaded.base_model.model[0]
-        weights = layer.lora_B["default"].weight.unique().tolist()
-        assert weights == [layer.lora_alpha["default"]], "of two saves, a part each"
-        return weights[0]
+        layer = fastlora.load_adapter(nn.Sequential(nn.Linear(6, 6)), folder).base_model.model[0]
+        (value,) = layer.lora_B["default"].weight.unique().tolist()
+        assert value == layer.lora_alpha["default"], "of two saves, a part each"
+        return value
 
 
 class Measurements:
+    refused = 0  # it warns
+
     @staticmethod
     def save(folder: Path, value: float) -> None:
         timing = dict.fromkeys(OPS, Timing({"blocks": value}))
@@ -66,14 +69,11 @@ class Measurements:
     @staticmethod
     def load(folder: Path) -> float:
         found = measured._read(measured.path_of(CPU), None)
-        assert found, "not as it was written"
         (value,) = {t.seconds["blocks"] for timings in found.values() for t in timings.values()}
         return value
 
 
 each_kind = pytest.mark.parametrize("kind", [Adapter, Measurements])
-STEPS = ("open", "fsync", "replace")  # calls of ``os`` on a file's way to its name
-REFUSED = 3  # the exit code of a forked process for an OSError
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def forked(call) -> int:
         call()
         code = 0
     except OSError:
-        code = REFUSED
+        code = Adapter.refused
     finally:
         os._exit(code)
 
@@ -119,19 +119,19 @@ def test_killed_at_every_step_of_saving(kind, folder):
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **options)
 
-        for name in STEPS:
+        for name in ("open", "fsync", "replace"):  # on a file's way to its name
             setattr(os, name, functools.partial(dying, getattr(os, name)))
         kind.save(folder, 2.0)
 
-    for at in range(40):
+    found = []
+    for at in itertools.count():
         code = ended(forked(lambda at=at: save_and_die(at)))
-        found = kind.load(folder)
-        assert found in (1.0, 2.0)
+        found.append(kind.load(folder))
         if code == 0:
             break
         assert code == -signal.SIGKILL
-    assert code == 0 and found == 2.0
-    assert at >= 3, "fewer steps than a file takes"
+    assert set(found) <= {1.0, 2.0} and found[-1] == 2.0
+    assert len(found) > 3, "fewer steps than a file takes"
 
 
 @needs_fork
@@ -150,7 +150,8 @@ def test_two_processes_save_while_a_third_reads(kind, folder):
     while time.monotonic() < until:
         seen.add(kind.load(folder))
     assert [ended(child) for child in children] == [0, 0]
-    assert kind.load(folder) in (3.0, 5.0) and len(seen) > 2
+    last = kind.load(folder)
+    assert last in (3.0, 5.0) and len(seen | {last}) > 2
 
 
 @needs_fork
@@ -169,7 +170,7 @@ def test_a_file_replaced_while_another_process_replaces_it(tmp_path):
 
 
 @needs_fork
-@pytest.mark.parametrize("most", [1, 300, 2000])
+@pytest.mark.parametrize("most", [1, 300])
 @each_kind
 def test_a_disk_that_is_full(kind, most, folder):
     """Files may not grow past ``most`` bytes: an error, or a warning of the tuner's; the old."""
@@ -181,10 +182,8 @@ def test_a_disk_that_is_full(kind, most, folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         kind.save(folder, 2.0)
 
-    code = ended(forked(save))
-    refused = 0 if kind is Measurements else REFUSED  # the tuner warns
-    assert code in ((refused, 0) if most == 2000 else (refused,))
-    assert kind.load(folder) in ((1.0, 2.0) if most == 2000 else (1.0,))
+    assert ended(forked(save)) == kind.refused
+    assert kind.load(folder) == 1.0
     assert not list(folder.glob(".*.tmp"))
 
 
@@ -192,23 +191,17 @@ def test_a_disk_that_is_full(kind, most, folder):
 
 
 @needs_fork
-def test_a_lock_ends_with_its_block_whatever_was_forked_in_it(tmp_path):
+def test_locks_end_with_their_block_and_are_not_waited_for_without_end(tmp_path, monkeypatch):
+    Adapter.save(tmp_path, 1.0)
     with files.locked(tmp_path):
         child = forked(lambda: time.sleep(30))  # has the handle too
-    try:
-        start = time.monotonic()
-        with files.locked(tmp_path):
-            assert time.monotonic() - start < 5
-    finally:
-        os.kill(child, signal.SIGKILL)
-        ended(child)
-
-
-def test_a_lock_is_not_waited_for_without_end(tmp_path, monkeypatch):
-    """As where a signal's handler saves while the program loads."""
+    start = time.monotonic()
+    with files.locked(tmp_path):
+        assert time.monotonic() - start < 5
+    os.kill(child, signal.SIGKILL)
+    ended(child)
     monkeypatch.setattr(files, "PATIENCE", 0.1)
-    Adapter.save(tmp_path, 1.0)
-    with files.locked(tmp_path, shared=True):
+    with files.locked(tmp_path, shared=True):  # as where a signal's handler saves meanwhile
         Adapter.save(tmp_path, 2.0)
         with files.locked(tmp_path, shared=True):  # readers wait for nobody
             assert Adapter.load(tmp_path) == 2.0
@@ -257,9 +250,8 @@ def step(block: nn.Module) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y.square().sum(), trained)]
 
 
-def adapted(names=LINEARS, how=False, **arguments) -> tuple[nn.Module, fastlora.PatchReport]:
-    block = tiny.Block()
-    same = {"r": 2, "init_lora_weights": False, **arguments}
+def adapted(names=LINEARS, how=False, p=0.0) -> tuple[nn.Module, fastlora.PatchReport]:
+    block, same = tiny.Block(), {"r": 2, "init_lora_weights": False, "lora_dropout": p}
     return block, fastlora.replace_linears(block, names, fuse_siblings=how, **same)
 
 
@@ -277,7 +269,7 @@ STAGES = ["_shrink", "expand", "_ds_db", "_add_low_rank"]
 )
 def test_out_of_memory_in_the_middle(module, name, fused, monkeypatch):
     """The error comes through, and the next step is as if nothing had been."""
-    block, report = adapted(how=X if fused else False, lora_dropout=0.3)
+    block, report = adapted(how=X if fused else False, p=0.3)
     assert (len(report.siblings), len(report.gated_mlps)) == ((1, 1) if fused else (0, 0))
     expected = step(copy.deepcopy(block))
     with monkeypatch.context() as patch:

@@ -181,11 +181,11 @@ def test_sharded(one_process):
     fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
     layer.to_empty(device="cpu")
     layer.reset_parameters()
-    whole = {name: p.detach().full_tensor() for name, p in layer.named_parameters()}
-    assert all(0.05 < p.abs().max() < 1 for p in whole.values())
     x, other = torch.randn(3, 12), LoRALinear(12, 10, r=4)
-    other.load_state_dict(whole)
-    for y in (layer(x), other(x)):
+    other.load_state_dict({name: p.detach().full_tensor() for name, p in layer.named_parameters()})
+    assert all(0.05 < p.abs().max() < 1 for p in other.parameters())
+    for each in (layer, other):
+        y = each(x)
         assert_close(y, formula(other, x))
         y.sum().backward()
     assert_close(layer.lora_B.grad.full_tensor(), other.lora_B.grad)
