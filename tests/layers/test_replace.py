@@ -276,9 +276,6 @@ def test_the_adapters_are_what_is_saved_and_loaded(merged):
     missing, unexpected = other.load_state_dict(state, strict=False)
     assert not unexpected and not any("lora" in name for name in missing)
     assert_close(tiny.outputs(other), y)
-
-
-def test_a_model_without_adapters_has_nothing_to_save():
     with pytest.raises(ValueError, match="Sequential has no LoRALinear; replace_linears"):
         lora_state_dict(tiny.mlp())
 
