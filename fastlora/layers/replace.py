@@ -56,9 +56,9 @@ def replace_linears(
             report.fused.append(name)
             old[id(module)] = module
     if not old:
-        linears = [name for name, m in model.named_modules() if unsupported(m) is None]
-        there = f"the linear layers inside the model are {counted(linears) or 'none'}"
-        raise ValueError(f"names={names!r:.300} replaces nothing: {report}\n  {there}")
+        able = counted(name for name, m in model.named_modules() if unsupported(m) is None)
+        able = f"what could be replaced: {able or 'nothing'}"
+        raise ValueError(f"names={names!r:.300} replaces nothing: {report}\n  {able}")
     groups = []
     if fuse_siblings is not False:
         adapted = [m for m in model.modules() if id(m) in old or isinstance(m, LoRALinear)]
@@ -117,7 +117,7 @@ def _selected(model: nn.Module, names: Which) -> tuple[list[tuple[str, nn.Module
     named = [
         (".".join(part for part in path.split(".") if part not in _WRAPPERS), module)
         for path, module in model.named_modules(remove_duplicate=False)
-        if path and not path.endswith("_orig_mod")
+        if path.rpartition(".")[2] not in ("", "_orig_mod")
     ]
     if callable(names):
         return [each for each in named if names(*each)], []

@@ -63,7 +63,7 @@ COPIES = {
         ("a compiled layer is copied", "module._compiled_call_impl is not None", "False"),
     ],
     ("replace", f"{REPLACE}what_cannot_be_is_refused_and_nothing_changed"): [
-        ("what compile has wrapped is replaced inside", ' and not path.endswith("_orig_mod")', ""),
+        ("what compile has wrapped is replaced inside", 'not in ("", "_orig_mod")', '!= ""'),
         ("what DDP has spread gets adapters", '"DistributedDataParallel": "', '"": "'),
     ],
     ("replace", f"{REPLACE}what_was_replaced_before_stays"): [
