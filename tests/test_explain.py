@@ -11,7 +11,7 @@ from tiny_models import llama, tokens
 
 import fastlora
 from fastlora.operator import measured, plans
-from fastlora.operator.plans import Problem
+from fastlora.operator.operands import Problem
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -23,68 +25,46 @@ class Gpu:
         self.free = max(self.free, self.now) + seconds
         self.ran.append(name)
 
-    def host(self, seconds: float) -> None:
-        self.now += seconds
-
-    def sleep(self, cycles: int) -> None:
-        self.issue("spin", cycles / CYCLES)
-
     def synchronize(self, device) -> None:
         self.now = max(self.now, self.free)
 
-    def event(self, enable_timing):
-        return Event(self)
+    def event(self) -> SimpleNamespace:
+        at = max(self.free, self.now)
+        return SimpleNamespace(at=at, elapsed_time=lambda other: (other.at - at) * 1000)
 
+    def step(self, name="it", host=HOST):
+        """A step of two phases, a kernel each."""
 
-class Event:
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu = gpu
+        def run():
+            for _ in ("forward", "backward"):
+                self.now += host
+                self.issue(name, KERNEL)
+                yield
 
-    def record(self) -> None:
-        self.at = max(self.gpu.free, self.gpu.now)
-
-    def query(self) -> bool:
-        return self.gpu.now >= self.at
-
-    def elapsed_time(self, other: Event) -> float:
-        return (other.at - self.at) * 1000
+        return run
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    simulated = Gpu()
-    monkeypatch.setattr(torch.cuda, "_sleep", simulated.sleep)
-    monkeypatch.setattr(torch.cuda, "synchronize", simulated.synchronize)
-    monkeypatch.setattr(torch.cuda, "Event", simulated.event)
-    timing._cycles_per_second.cache_clear()
-    yield simulated
-    timing._cycles_per_second.cache_clear()
-
-
-def step_of(gpu, name="it", host=HOST, kernel=KERNEL):
-    def step():
-        for _ in ("forward", "backward"):
-            gpu.host(host)
-            gpu.issue(name, kernel)
-            yield
-
-    return step
+    gpu = Gpu()
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.issue("spin", cycles / CYCLES))
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+    monkeypatch.setattr(timing, "_event", gpu.event)
+    monkeypatch.setattr(timing, "perf_counter", lambda: gpu.now)
+    return gpu
 
 
 @pytest.mark.parametrize("host", [HOST, 40 * HOST], ids=["short", "longer than its kernels"])
 def test_a_phase_is_the_time_of_its_kernels(gpu, host):
     """However long Python takes: the queue is full before the first event."""
-    rounds = timing.interleaved({"it": step_of(gpu, host=host)}, CUDA, 0.0)["it"]
-    assert len(rounds) == 5
-    for phases in rounds:
-        assert phases == pytest.approx((KERNEL, KERNEL))
+    rounds = timing.interleaved({"it": gpu.step(host=host)}, CUDA, 0.0)["it"]
+    assert rounds == [pytest.approx((KERNEL, KERNEL))] * 5
 
 
 def test_with_the_host_a_phase_holds_what_it_waits_for(gpu):
-    slow = step_of(gpu, host=3 * KERNEL)
+    slow = gpu.step(host=3 * KERNEL)
     rounds = timing.interleaved({"it": slow}, CUDA, 0.0, with_host=True)["it"]
-    for phases in rounds:
-        assert phases[0] == pytest.approx(4 * KERNEL)
+    assert [phases[0] for phases in rounds] == [pytest.approx(4 * KERNEL)] * 5
     assert "spin" not in gpu.ran
 
 
@@ -94,14 +74,14 @@ def test_a_step_that_waits_for_the_gpu_is_timed_all_the_same(gpu):
         gpu.synchronize(CUDA)
         yield
 
-    rounds = timing.interleaved({"it": step}, CUDA, 0.0)["it"]
-    assert all(phases == pytest.approx((KERNEL,)) for phases in rounds)
+    assert timing.interleaved({"it": step}, CUDA, 0.0)["it"] == [pytest.approx((KERNEL,))] * 5
+    assert gpu.now < 5 * 2 * timing.MOST_SPIN
 
 
-def test_ways_take_turns_on_a_gpu_too(gpu):
-    timing.interleaved({n: step_of(gpu, n) for n in "ab"}, CUDA, 0.0, least=2)
-    turns = [name for name in gpu.ran if name != "spin"]
-    assert turns[-8:] == ["b", "b", "a", "a", "a", "a", "b", "b"]
+def test_ways_take_turns(gpu):
+    timing.interleaved({name: gpu.step(name) for name in "ab"}, CUDA, 0.0, least=2)
+    turns = "".join(name for name in gpu.ran if name != "spin")
+    assert turns == "aabb" + "bbaa" + "aabb"  # before anything is timed, and two rounds
 
 
 @pytest.mark.parametrize("after", [0, 1, 4], ids="after {} runs".format)
@@ -130,5 +110,5 @@ def test_a_way_that_fails_fails_alone(after):
 
 
 def test_the_host_counts_for_few_tokens_on_a_gpu():
-    assert timing.host_counts(512, CUDA)
-    assert not timing.host_counts(513, CUDA) and not timing.host_counts(1, CPU)
+    cases = [(512, CUDA), (513, CUDA), (1, CPU)]
+    assert [timing.host_counts(*case) for case in cases] == [True, False, False]

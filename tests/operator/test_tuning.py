@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from measuring import CPU, GROUP, PROBLEM, SMALL, SOME_CONFIG, chosen, operands, timings
+from measuring import CPU, GROUP, PROBLEM, SMALL, chosen, operands, timings
 
 import fastlora
 from fastlora.operator import library, measured, plans, tuning
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("empty_cache")
 ALL = {"blocks", "library", "triton"}
 
 
-def tune_one(say=lambda text: None, problem=SMALL):
+def tune_one(problem=SMALL, say=lambda text: None):
     ((_, found, _),) = tuning.tune([problem], CPU, say, seconds=0.0)
     return found
 
@@ -37,30 +37,21 @@ def read_again():
 # What is measured
 
 
-def test_the_tuner_measures_every_implementation_and_keeps_it():
-    state = torch.get_rng_state()
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("problem", [SMALL._replace(M=12), GROUP], ids=["one", "group"])
+def test_the_tuner_measures_every_implementation_and_keeps_it(problem, dropout):
+    """And, of one projection, every config of each of the kernels' steps."""
+    problem, state = problem._replace(dropout=dropout), torch.get_rng_state()
     with torch.autocast("cpu", dtype=torch.bfloat16):  # which changes nothing
-        found = tune_one(problem=SMALL._replace(M=12, dropout=True))
+        found = tune_one(problem)
     assert torch.equal(torch.get_rng_state(), state)
-    for op, names in (
-        ("forward", {"shrink", "outputs"}),
-        ("backward", {"ds_db", "da", "input_grad"}),
-    ):
-        assert found[op].seconds.keys() == ALL
-        assert all(0 < seconds < 60 for seconds in found[op].seconds.values())
-        assert found[op].configs.keys() == names
+    for op in ("forward", "backward"):
+        assert found[op].keys() == ALL and all(0 < time < 60 for time in found[op].values())
+    steps = {"shrink", "outputs", "ds_db", "da", "input_grad"}
+    assert found["configs"].keys() == (set() if problem.others else steps)
     read_again()
-    assert measured.find(SMALL._replace(M=16, dropout=True), CPU) == found
-
-
-def test_the_tuner_measures_projections_together():
-    for dropout in (False, True):
-        found = tune_one(problem=GROUP._replace(dropout=dropout))
-        assert all(t.seconds.keys() == ALL and t.configs == {} for t in found.values())
-    read_again()
-    known = measured.known(CPU)
-    assert {p.others for p in known} == {((8, 16), (32, 0))} and len(known) == 2
-    assert measured.find(GROUP, CPU) is not None and measured.find(SMALL, CPU) is None
+    assert measured.find(problem, CPU) == found
+    assert measured.known(CPU).keys() == {str(problem.bucketed())}
 
 
 def test_a_config_that_fails_is_left_out_and_named_once(monkeypatch):
@@ -74,13 +65,14 @@ def test_a_config_that_fails_is_left_out_and_named_once(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
         return right(*args, **({"configs": configs} if configs else {}), **rest)
 
+    listed = plans.candidates(SMALL, CPU)["shrink"]
+    monkeypatch.setattr(plans, "candidates", lambda *_: {"shrink": listed})
     monkeypatch.setattr(steps, "shrink", shrink)
-    problem = SMALL._replace(adapter=torch.bfloat16)
-    for _ in range(2):
-        found = tune_one(said.append, problem)
-    assert found["forward"].configs["shrink"]["num_warps"] != 8
-    assert len(said) == 1
-    assert said[0].startswith("left out shrink with Config(") and "not enough memory" in said[0]
+    problems = [SMALL._replace(M=m, adapter=torch.bfloat16) for m in (16, 32)]
+    for _, found, _ in tuning.tune(problems, CPU, said.append, seconds=0.0):
+        assert found["configs"]["shrink"]["num_warps"] != 8
+    (text,) = said
+    assert text.startswith("left out shrink, Config(") and text.endswith("allocate 2 GiB.")
 
 
 def test_an_implementation_that_fails_is_left_out(monkeypatch):
@@ -89,39 +81,28 @@ def test_an_implementation_that_fails_is_left_out(monkeypatch):
 
     said = []
     monkeypatch.setattr(library, "outputs", fails)
-    assert tune_one(said.append)["forward"].seconds.keys() == {"blocks", "triton"}
-    assert said == [f"left out library, {SMALL}: out of resource: shared memory"]
+    assert tune_one(say=said.append)["forward"].keys() == {"blocks", "triton"}
+    assert said == [f"left out {SMALL}, library: RuntimeError: out of resource: shared memory"]
 
 
 def test_a_problem_that_does_not_fit_is_left_out(empty_cache):
     said = []
-    assert tune_one(said.append, SMALL._replace(M=1 << 45)) is None
+    assert tune_one(SMALL._replace(M=1 << 45), said.append) is None
     assert len(said) == 1 and "left out" in said[0] and not empty_cache.exists()
 
 
-def test_few_tokens_are_timed_with_the_host_too(monkeypatch):
-    """Both times are kept, and the one that holds what the host takes chooses."""
-    assert not any(timing.with_host for timing in tune_one().values())
-    own, said = tuning.interleaved, []
+def test_few_tokens_are_timed_with_the_host(monkeypatch):
+    asked = []
 
-    def interleaved(steps, device, seconds, **options):
-        said.append(options)
-        slow = {impl: 5.0 - i if options else 1.0 + i for i, impl in enumerate(steps)}
-        if steps.keys() <= ALL:
-            return {impl: [(t, t)] for impl, t in slow.items()}
-        return own(steps, device, seconds, **options)
+    def interleaved(steps, *_, with_host=False, **__):
+        asked.append(with_host)
+        return {impl: [(1.0, 1.0)] for impl in steps}
 
     monkeypatch.setattr(tuning, "interleaved", interleaved)
     monkeypatch.setattr(tuning, "host_counts", lambda tokens, device: tokens <= 16)
-    for problem, best in ((SMALL, "triton"), (SMALL._replace(M=32), "blocks")):
-        found = tune_one(problem=problem)
-        assert bool(found["forward"].with_host) == (problem is SMALL)
-        read_again()
-        assert measured.find(problem, CPU) == found
-        assert chosen(problem=problem) == best
-    assert {"with_host": True} in said
-    text = str(fastlora.explain(SMALL, device="cpu"))
-    assert "triton 3e+03 ms (with the host 3e+03)" in text, text
+    for m in (16, 32):
+        tune_one(GROUP._replace(M=m))
+    assert asked == [True, False]
 
 
 def test_what_is_measured_is_planned_with(monkeypatch):
@@ -129,10 +110,10 @@ def test_what_is_measured_is_planned_with(monkeypatch):
     x, *rest = operands(16)
     fastlora.lora_linear(x, *rest)
     monkeypatch.setattr(tuning, "_measure", lambda *_: timings())
-    tune_one(problem=PROBLEM._replace(M=16))
+    tune_one(PROBLEM._replace(M=16))
     fastlora.lora_linear(x, *rest)
     (pair,) = plans._found.values()
-    assert pair.forward.module.__name__ == "fastlora_kernels.steps"
+    assert pair.forward[0].__name__ == "fastlora_kernels.steps"
 
 
 # On first use
@@ -176,59 +157,42 @@ def test_nothing_is_written_before_anything_is_measured(empty_cache):
     assert not empty_cache.exists()
 
 
-def broken(**changes):
-    """What a file would hold with other fields in its one problem."""
-    return lambda row: [{**row, **changes}]
-
-
-def timed(**fields):
-    return lambda row: [{**row, "forward": {**row["forward"], **fields}}]
-
-
+ROW = timings()
 BAD = {
     "not JSON": b"{",
     "not UTF-8": b"\xff\xfe",
     "empty": b"",
     "deep": b"[" * 100_000,
-    "too large": b" " * ((16 << 20) + 1),
-    "an object": lambda row: {"problems": [row]},
-    "a problem that is a number": lambda row: [7],
-    "without a direction": lambda row: [{k: v for k, v in row.items() if k != "backward"}],
-    "a field of another version": broken(bias=True),
-    "a size of text": broken(N="48"),
-    "a size of none": broken(others=[[8, -1]]),
-    "dropout of a number": broken(dropout=0),
-    "a dtype that is none": broken(dtype="float1"),
-    "a time that is none": timed(seconds={"blocks": -1.0}),
-    "a time that is NaN": timed(seconds={"blocks": float("nan")}),
-    "an implementation that is none": timed(seconds={"numpy": 1.0}),
-    "times in a list": timed(seconds=[1.0]),
-    "a time with the host that is none": timed(with_host={"blocks": 0.0}),
-    "a config of text": timed(configs={"shrink": "fast"}),
-    "a config of lists": timed(configs={"shrink": {**SOME_CONFIG, "block_m": [16]}}),
-    "a timing of other fields": timed(minutes={}),
+    "too large": b"{}" + b" " * (16 << 20),
+    "a list": [ROW],
+    "a problem that is a number": {"16 x 16 x 16": 7},
+    "without a direction": {"a": {"forward": {}, "configs": {}}},
+    "a time that is none": {"a": timings({"blocks": -1.0})},
+    "a time that is NaN": {"a": timings({"blocks": float("nan")})},
+    "a time of text": {"a": timings({"blocks": "1"})},
+    "an implementation that is none": {"a": timings({"numpy": 1.0})},
+    "times in a list": {"a": timings([1.0])},
+    "configs in a list": {"a": {**ROW, "configs": ["shrink"]}},
 }
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_a_file_that_does_not_parse_is_ignored_with_one_warning(what):
-    path, bad = measured.add({PROBLEM: timings()}, CPU), BAD[what]
-    if not isinstance(bad, bytes):
-        bad = json.dumps(bad(json.loads(path.read_text())[0])).encode()
-    path.write_bytes(bad)
+    path, bad = measured.add({PROBLEM: ROW}, CPU), BAD[what]
+    path.write_bytes(bad if isinstance(bad, bytes) else json.dumps(bad).encode())
     read_again()
     with pytest.warns(UserWarning, match="is not used, nor kept") as said:
         assert measured.find(PROBLEM, CPU) is None
         assert chosen() == "blocks"
-        assert measured.add({PROBLEM: timings()}, CPU) == path
+        assert measured.add({PROBLEM: ROW}, CPU) == path
     assert len(said) == 1 and str(said[0].message).isprintable()
     read_again()
-    assert measured.find(PROBLEM, CPU) == timings()
+    assert measured.find(PROBLEM, CPU) == ROW
 
 
 @pytest.mark.parametrize("what", ["pipe", "device", "folder"])
 def test_what_is_no_file_is_not_waited_for(what):
-    path = measured.add({PROBLEM: timings()}, CPU)
+    path = measured.add({PROBLEM: ROW}, CPU)
     path.unlink()
     if what == "folder":
         path.mkdir()
@@ -243,25 +207,32 @@ def test_what_is_no_file_is_not_waited_for(what):
         assert measured.find(PROBLEM, CPU) is None
 
 
-@pytest.mark.parametrize("part", ["driver", "triton", "torch", "fastlora"])
+@pytest.mark.parametrize("part", ["device", "driver", "triton", "torch", "fastlora"])
 def test_measurements_of_other_versions_lie_in_another_file(part, monkeypatch):
-    first = measured.add({PROBLEM: timings()}, CPU)
-    now = {**measured.versions("cpu"), part: "999"}
-    monkeypatch.setattr(measured, "versions", lambda device_type: now)
+    device = torch.device("cuda") if part == "driver" else CPU
+    monkeypatch.setattr(measured, "device_name", lambda device: "a chip")
+    first = measured.add({PROBLEM: ROW}, device)
+    holder, name, other = {
+        "device": (measured, "device_name", lambda device: "device 999"),
+        "driver": (measured, "driver", lambda: "999"),
+        "triton": (measured, "version_of", lambda name: "999"),
+        "torch": (torch, "__version__", "999"),
+        "fastlora": (fastlora, "__version__", "999"),
+    }[part]
+    monkeypatch.setattr(holder, name, other)
     read_again()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert measured.find(PROBLEM, CPU) is None
-        second = measured.add({PROBLEM._replace(M=128): timings()}, CPU)
-    assert f"{part}-999" in second.name and torch.__version__.partition("+")[0] in first.name
+        assert measured.find(PROBLEM, device) is None
+        second = measured.add({PROBLEM._replace(M=128): ROW}, device)
+    assert f"{part}-999" in second.name
     assert len(json.loads(first.read_text())) == len(json.loads(second.read_text())) == 1
 
 
 def test_a_thread_waits_for_what_another_reads(monkeypatch):
     """Nobody plans with half of what was measured, and what is added meanwhile stays."""
-    other = PROBLEM._replace(K=2 * PROBLEM.K)
-    measured.add({PROBLEM: timings()}, CPU)
     own, reading = measured._read, threading.Event()
+    measured.add({PROBLEM: ROW}, CPU)
 
     def slowly(*args):
         reading.set()
@@ -274,17 +245,17 @@ def test_a_thread_waits_for_what_another_reads(monkeypatch):
         first = pool.submit(measured.find, PROBLEM, CPU)
         reading.wait()
         assert measured.find(PROBLEM, CPU) is not None
-        measured.add({other: timings()}, CPU)
+        measured.add({SMALL: ROW}, CPU)
         assert first.result() is not None
-    assert measured.find(other, CPU) is not None and measured.find(PROBLEM, CPU) is not None
+    assert measured.find(SMALL, CPU) is not None and measured.find(PROBLEM, CPU) is not None
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     """The measurements hold for the process; the warning says where and what to do."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match=r"cannot be kept in .*this process only; FASTLORA_CACHE"):
-        assert measured.add({PROBLEM: timings()}, CPU) is None
+    with pytest.warns(UserWarning, match=r"cannot be kept in .*this process.*; FASTLORA_CACHE"):
+        assert measured.add({PROBLEM: ROW}, CPU) is None
     assert chosen() == "triton"
 
 
@@ -297,8 +268,8 @@ def test_a_user_without_a_home(monkeypatch):
     monkeypatch.setattr(Path, "expanduser", expanded)
     with pytest.warns(UserWarning, match=r"Could not determine home.*; FASTLORA_CACHE names"):
         fastlora.lora_linear(*operands())
-    with pytest.warns(UserWarning, match="cannot be kept in a file"):
-        assert measured.add({PROBLEM: timings()}, CPU) is None
+    with pytest.warns(UserWarning, match="cannot be kept in a file.*: Could not determine home"):
+        assert measured.add({PROBLEM: ROW}, CPU) is None
     assert chosen() == "triton"
 
 
@@ -315,13 +286,13 @@ def test_the_folder_of_the_user(monkeypatch, tmp_path):
 def test_processes_that_measure_at_once_keep_each_others_results():
     code = """if True:
         import sys, torch
-        from fastlora.operator.measured import OPS, Problem, Timing, add
+        from fastlora.operator.measured import Problem, add
         print("ready", flush=True)
         sys.stdin.readline()
-        for i in range(100):
-            times = {op: Timing({"blocks": 1e-3}) for op in OPS}
+        for i in range(40):
             problem = Problem(1 << i % 20, 8 + i // 20, int(sys.argv[1]))
-            add({problem: times}, torch.device("cpu"))
+            row = {"forward": {"blocks": 1e-3}, "backward": {}, "configs": {}}
+            add({problem: row}, torch.device("cpu"))
     """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     jobs = [subprocess.Popen([sys.executable, "-c", code, str(k)], **pipes) for k in (8, 16)]
@@ -331,4 +302,4 @@ def test_processes_that_measure_at_once_keep_each_others_results():
         job.stdin.write("go\n")
         job.stdin.flush()
     assert [job.communicate() and job.returncode for job in jobs] == [0, 0]
-    assert len(json.loads(measured.path_of(CPU).read_text())) == 200
+    assert len(json.loads(measured.path_of(CPU).read_text())) == 80
