@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastlora.operator import plans
-from fastlora.operator.timing import host_counts, interleaved
+from fastlora.operator.tuning import host_counts, interleaved
 
 PHASES = ("forward", "backward", "both")
 LEAST = 3  # rounds, however short the time

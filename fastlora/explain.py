@@ -51,12 +51,12 @@ def explain(
     In eager mode: what is compiled takes "blocks" where "eager" is listed. Times for up to 512
     tokens on a GPU hold the host's.
 
-    ``what`` is a LoRALinear, a layer of PEFT's that `patch_peft` has fused, or a model that holds
-    some, each taken as it is: active adapters, dtypes, device, training or not; equal ones are
-    listed once, siblings that run as one operator together; merged and disabled ones are left out,
-    as they run no LoRA. Or it is one or several shapes: (N, K), weights of ``dtype`` on ``device``
-    under rank ``r`` and ``adapter_dtype`` (float32 under a 16-bit base, as in PEFT), or a whole
-    `Problem`. ``tokens`` is M, several of them, or an input x [..., K].
+    ``what`` is a LoRALinear, a layer of PEFT's that `patch_peft` has fused, or a model with some,
+    taken as they are: active adapters, dtypes, device, training or not; equal ones once, siblings
+    that run as one operator together, merged and disabled ones not at all. Or it is one or several
+    shapes: (N, K), weights of ``dtype`` on ``device`` under rank ``r`` and ``adapter_dtype``
+    (float32 under a 16-bit base, as in PEFT), or a whole `Problem`. ``tokens`` is M, several of
+    them, or an input x [..., K].
     Raises TypeError or ValueError where ``what`` holds no LoRA layer and no shape.
     """
     if isinstance(tokens, Tensor):
@@ -86,13 +86,14 @@ def explain(
                 found += [(where, Problem(m, *shape, *rest)) for m in sizes]
             else:
                 raise ValueError(f"a shape is (N, K), two positive integers, got {shape!r}")
-    return Explanation({of: {op: _chosen(op, *of) for op in OPS} for of in dict.fromkeys(found)})
-
-
-def _chosen(op: str, device: torch.device, problem: Problem) -> plans.Plan:
-    if plans.is_few(problem.M * problem.K, device):
-        return plans.Plan("eager", "few tokens")
-    return plans.choose(op, "auto", problem, device)
+    chosen = {}
+    for where, problem in dict.fromkeys(found):
+        if plans.is_few(problem.M * problem.K, where):
+            both = dict.fromkeys(OPS, plans.Plan("eager", "few tokens"))
+        else:
+            both = {op: plans.choose(op, "auto", problem, where) for op in OPS}
+        chosen[where, problem] = both
+    return Explanation(chosen)
 
 
 def _of_module(model: nn.Module, tokens: Iterable[int]) -> list[Posed]:
@@ -114,9 +115,9 @@ def _of_module(model: nn.Module, tokens: Iterable[int]) -> list[Posed]:
             found += [(w.device, problem) for problem in posed if problem is not None]
     if not found:
         raise ValueError(
-            f"{type(model).__name__} holds no LoRALinear that is not merged, and no layer of "
-            "PEFT's that patch_peft(model) has fused and that runs one; what was merged runs as a "
-            "plain layer; fastlora.replace_linears(model, names) puts layers in"
+            f"{type(model).__name__} holds no LoRALinear that is not merged, and no layer that "
+            "patch_peft(model) has fused and that runs an adapter; fastlora.replace_linears(model, "
+            "names) puts layers in"
         )
     return found
 
@@ -131,7 +132,6 @@ def _running(module: nn.Module) -> Operands | None:
     if not isinstance(found, tuple):
         return None
     weight, _, adapters = found
-    if not adapters:
-        return Operands(weight, None, None, None, None, 1.0, 0.0)
-    a, b, _, p = stacked(weight.dtype, adapters)[0]  # of several that drop it takes the first
+    # Of several that drop the operator takes the first.
+    (a, b, _, p), *_ = stacked(weight.dtype, adapters) or [(None, None, 1.0, 0.0)]
     return Operands(weight, a, b, None, a if p else None, 1.0, p)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was measured of problems on this machine: a JSON file, kept between processes.
 
-The files lie in ``$FASTLORA_CACHE``, else in ``fastlora`` in the user's cache folder. The name of
-one holds all that a measurement depends on: the device, and the versions of what ran on it.
 Whatever is wrong with it costs a warning and the measurements, never the run.
 """
 
@@ -38,9 +36,8 @@ def find(problem: Problem, device: torch.device) -> Row | None:
 
 def known(device: torch.device) -> dict[str, Row]:
     """Return all that was measured on ``device``."""
-    name, path = device_name(device), "what was measured"
+    name, path, found = device_name(device), "what was measured", {}
     if name not in _loaded:
-        found: dict[str, Row] = {}
         try:
             path = path_of(device)
             found = _read(path)
@@ -58,7 +55,7 @@ def add(found: dict[Problem, Row], device: torch.device) -> Path | None:
 
     What other processes have kept meanwhile stays, unless it is of the same problem.
     """
-    rows, path = {str(problem.bucketed()): row for problem, row in found.items()}, None
+    rows, path = {str(problem.bucketed()): row for problem, row in found.items()}, "a file"
     known(device).update(rows)
     try:
         path = path_of(device)
@@ -71,8 +68,8 @@ def add(found: dict[Problem, Row], device: torch.device) -> Path | None:
         return path
     except (OSError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or error
-        _warn(f"what was measured cannot be kept in {path or 'a file'}, only by this process: {why}")
-        return None
+        _warn(f"what was measured is for this process, it cannot be kept in {path}: {why}")
+    return None
 
 
 def _warn(text: str) -> None:
@@ -85,27 +82,25 @@ def _read(path: Path) -> dict[str, Row]:
         raise ValueError("not a file of 16 MiB at most")
     rows = json.loads(path.read_bytes())
     for row in rows.values():
-        for name, time in (*row["forward"].items(), *row["backward"].items()):
-            known = name in ("triton", "library", "blocks")
-            if not known or type(time) is not float or not 0 < time < math.inf:
-                raise ValueError(f"{name!r:.50} cannot take {time!r:.50} seconds")
-        row["configs"].keys()
+        times = [*row["forward"].values(), *row["backward"].values()]
+        right = all(type(time) is float and 0 < time < math.inf for time in times)
+        if not right or type(row["configs"]) is not dict:
+            raise ValueError(f"{row!r:.100} was never measured")
     return rows
 
 
 def path_of(device: torch.device) -> Path:
-    """Return the file of what was measured on devices of this model with these versions.
+    """Return the file, named after all that counts: the device, and the versions of what ran on it.
 
-    Raises RuntimeError where there is no folder for it: a user without a home.
+    In ``$FASTLORA_CACHE``, else in ``fastlora`` in the user's cache folder. Raises RuntimeError for
+    a user without a home.
     """
     from fastlora import __version__
 
-    folder = os.environ.get("FASTLORA_CACHE")
-    if not folder:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fastlora")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fastlora")
+    folder = os.environ.get("FASTLORA_CACHE") or folder
     parts = [device.type, device_name(device), "fastlora", __version__, "torch", torch.__version__]
-    parts += ["triton", version_of("triton")]
-    parts += ["driver", driver()] if device.type == "cuda" else []
+    parts += ["triton", version_of("triton"), *(["driver", driver()] * (device.type == "cuda"))]
     name = re.sub(r"[^a-z0-9.]+", "-", " ".join(parts).lower()).strip("-")
     return Path(folder).expanduser() / f"{name}.json"
 

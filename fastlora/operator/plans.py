@@ -37,10 +37,8 @@ on_first_use: Callable[[Problem, torch.device], None] | None = None
 
 @dataclass(frozen=True)
 class Plan:
-    """How one direction of a problem runs, why, and what was measured.
-
-    ``seconds`` holds measured medians by implementation, `timing.host_counts` says whether with the
-    host's time; ``configs`` what the kernels' steps run with.
+    """How one direction of a problem runs, and why; measured medians by implementation, and what
+    the kernels' steps run with.
     """
 
     impl: str
@@ -50,7 +48,7 @@ class Plan:
 
 
 class Pair(NamedTuple):
-    """What runs each direction: the module of the five steps, their configs, None for defaults."""
+    """What runs each direction: a module of five steps, and their configs, None for defaults."""
 
     forward: tuple[ModuleType, Mapping[str, Any] | None]
     backward: tuple[ModuleType, Mapping[str, Any] | None]
@@ -88,12 +86,13 @@ def _pair(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
 
 def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
     """Return the plan for ``op``: the one asked for, the measured fastest, or the default."""
-    found, why, configs = {}, f"impl={impl!r}", {}
-    if len(usable_implementations(problem.dtype, device)) > 1:
+    usable, found = usable_implementations(problem.dtype, device), None
+    if len(usable) > 1:
         from fastlora.operator import measured
 
-        found = measured.find(problem, device) or {}
-    seconds = found.get(op, {})
+        found = measured.find(problem, device)
+    seconds = {i: time for i, time in found[op].items() if i in usable} if found else {}
+    why, configs = f"impl={impl!r}", {}
     if impl == "auto" and FORCED != "auto":
         impl, why = FORCED, f"FASTLORA_IMPL={FORCED}"
     elif impl == "auto":
@@ -105,7 +104,7 @@ def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
                 impl = best
     if found and impl in ("triton", "library"):
         for name, listed in candidates(problem, device).items():
-            fields = found["configs"].get(name)  # of a candidate, or never mind whose
+            fields = found["configs"].get(name)  # whatever they are, unless of a candidate
             configs.update((name, config) for config in listed if asdict(config) == fields)
     return Plan(impl, why, seconds, configs)
 
@@ -151,12 +150,8 @@ def is_few(elements: int, device: torch.device) -> bool:
 
     Not under autocast: a backward in it would round float32 adapters.
     """
-    return (
-        elements <= FEW
-        and device.type == "cpu"
-        and FORCED == "auto"
-        and not torch._C._is_any_autocast_enabled()
-    )
+    few = elements <= FEW and device.type == "cpu"
+    return few and FORCED == "auto" and not torch._C._is_any_autocast_enabled()
 
 
 def aligned(*tensors: Tensor | None) -> bool:
@@ -188,10 +183,8 @@ def triton_unusable(device: torch.device) -> str | None:
         return f"the Triton kernels cannot be imported: {type(error).__name__}: {error}"
     if device.type == ("cpu" if INTERPRETED else "cuda"):
         return None
-    return (
-        "it runs on 'cuda' devices, or on 'cpu' instead if TRITON_INTERPRET=1 is set when Python "
-        f"starts, not on {device.type!r}; impl='blocks' runs everywhere"
-    )
+    other = "'cuda', or on 'cpu' alone where Python has started with TRITON_INTERPRET=1"
+    return f"it runs on {other}, not on {device.type!r}; impl='blocks' runs everywhere"
 
 
 def named(impl: str, x: Tensor) -> str:
@@ -200,17 +193,13 @@ def named(impl: str, x: Tensor) -> str:
     Raises ValueError for an unknown name, TypeError for a dtype it does not take, RuntimeError
     where it cannot run.
     """
-    source = "impl"
-    if impl == "auto":
-        impl, source = FORCED, "FASTLORA_IMPL"
+    source, impl = ("FASTLORA_IMPL", FORCED) if impl == "auto" else ("impl", impl)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{source} must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl in ("triton", "library"):
         if x.dtype == torch.float64:
-            raise TypeError(
-                f"x is float64, which {source}={impl!r} does not take; use float32, bfloat16 or "
-                "float16, or impl='blocks'"
-            )
+            said = f"x is float64, which {source}={impl!r} does not take; use"
+            raise TypeError(f"{said} float32, bfloat16 or float16, or impl='blocks'")
         why = triton_unusable(x.device)
         if why is not None and x.device.type != "meta":
             raise RuntimeError(f"{source}={impl!r} cannot run on x.device '{x.device}': {why}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures problems on this machine: the kernels' configs one by one, then the implementations.
+"""Measures ways to do one thing in turn; of a problem the kernels' configs, then implementations.
 
 Where FASTLORA_TUNE=1 asks for it, a problem is measured when it first comes up.
 """
@@ -7,6 +7,7 @@ Where FASTLORA_TUNE=1 asks for it, a problem is measured when it first comes up.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,7 @@ from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from types import ModuleType
 from typing import Any
 
@@ -22,12 +24,17 @@ import torch
 
 from fastlora.operator import measured, plans, steps
 from fastlora.operator.operands import OPS, Operands, Problem
-from fastlora.operator.timing import Step, host_counts, interleaved
 
-DROPOUT_P = 0.1
-SECONDS, CONFIG_SECONDS = 1.0, 0.2  # of a problem on first use, and for each step's configs
-
+Step = Callable[[], Iterable[None]]
+Rounds = dict[Any, list[tuple[float, ...]]]
 Say = Callable[[str], object]
+
+SECONDS, CONFIG_SECONDS = 1.0, 0.2  # of a problem on first use, and for each step's configs
+# Seconds that a GPU spins before a step, so that the host has issued it by then: three times what
+# that took the last time, within these. A step that waits for the GPU itself never is.
+LEAST_SPIN, MOST_SPIN = 1e-4, 0.05
+CYCLES = 3e9  # a second, of the fastest GPU: others spin longer
+
 _lock = threading.Lock()
 
 
@@ -36,10 +43,9 @@ def tune(
 ) -> Iterator[tuple[Problem, measured.Row | None, Path | None]]:
     """Measure each problem for about ``seconds``, keep the result; yield it and where it is kept.
 
-    A problem is measured at the upper end of its bucket, where `timing.host_counts` with the host's
-    time. What fails (a config that the device cannot run, an implementation without enough memory)
-    is left out and reported to ``say`` once; a problem of which nothing could be measured yields
-    None.
+    At the upper end of its bucket, and with the host's time where that counts. What fails (a config
+    that the device cannot run, an implementation without enough memory) is left out and reported to
+    ``say`` once; a problem of which nothing could be measured yields None.
     """
     say = cache(say)
     for problem in problems:
@@ -49,7 +55,7 @@ def tune(
             try:
                 found = _measure(problem, device, say, seconds)
             except Exception as error:  # too little memory for the operands, say
-                _leave_out(problem, error, say)
+                _leave_out(say, "", problem, error)
         if found is not None:
             kept = measured.add({problem: found}, device)
             plans.forget()
@@ -80,81 +86,143 @@ if plans.TUNE:
     plans.on_first_use = tune_on_first_use
 
 
-def _measure(
-    problem: Problem, device: torch.device, say: Say, seconds: float
-) -> measured.Row | None:
-    case, configs, ways = _Case(problem, device), {}, {}
+def _measure(problem: Problem, device: torch.device, say: Say, seconds: float):
+    """Return what was measured of ``problem``, None if nothing could be."""
+    x, of, dys, ss = _operands(problem, device)
+    needs = [(p.a is not None,) * 2 for p in of]
+
+    def both(impl: ModuleType, configs: dict | None) -> Iterator[None]:
+        steps.forward(impl, x, of, configs)
+        yield
+        steps.backward(impl, dys, x, of, ss, True, needs, configs)
+        yield
+
+    def alone(name: str, config: Any) -> Iterator[None]:  # one step of one projection
+        given = {
+            "shrink": (x, of),
+            "outputs": (x, of, ss, None),
+            "ds_db": (dys, of, ss, [True], [True]),
+            "input_grad": (dys, of, ss),
+            "da": (x, of, ss, [True]),
+        }
+        step = getattr(import_module(plans.MODULES["triton"]), name)
+        step(*given[name], configs={name: config})
+        yield
+
+    def medians(what: Any, ways: dict[Any, Step], lasting: float, with_host: bool = False):
+        """Return the median of each phase by those of the ways to do ``what`` that can run."""
+        options = {"with_host": with_host, "failed": partial(_leave_out, say, f"{what}, ")}
+        rounds = interleaved(ways, device, lasting, **options)
+        return {way: list(map(median, zip(*each, strict=True))) for way, each in rounds.items()}
+
+    configs, ways = {}, {}
     for name, listed in plans.candidates(problem, device).items():
-        steps_by = {config: partial(case.alone, name, config) for config in listed}
-        lasting = CONFIG_SECONDS if len(listed) > 1 else 0.0
-        if found := _medians(name, steps_by, device, say, lasting):
+        by_config = {config: partial(alone, name, config) for config in listed}
+        if found := medians(name, by_config, CONFIG_SECONDS if len(listed) > 1 else 0.0):
             configs[name] = min(found, key=found.get)
     for impl in plans.usable_implementations(problem.dtype, device):
         module = import_module(plans.MODULES[impl])
-        ways[impl] = partial(case.both, module, None if impl == "blocks" else configs)
-    with_host = host_counts(problem.M, device)
-    found = _medians(problem, ways, device, say, seconds, with_host=with_host)
+        ways[impl] = partial(both, module, None if impl == "blocks" else configs)
+    found = medians(problem, ways, seconds, host_counts(problem.M, device))
     row = {op: {impl: times[i] for impl, times in found.items()} for i, op in enumerate(OPS)}
-    fields = {name: asdict(config) for name, config in configs.items()}
-    return row | {"configs": fields} if found else None
+    row["configs"] = {name: asdict(config) for name, config in configs.items()}
+    return row if found else None
 
 
-def _medians(
-    what: Any, ways: dict[Any, Step], device: torch.device, say: Say, seconds: float, **options
-) -> dict[Any, list[float]]:
-    """Return the median of each phase by those of the ways to do ``what`` that can run."""
-
-    def failed(way: Any, error: Exception) -> None:
-        _leave_out(f"{what}, {way}", error, say)
-
-    rounds = interleaved(ways, device, seconds, failed=failed, **options)
-    return {way: list(map(median, zip(*each, strict=True))) for way, each in rounds.items()}
-
-
-def _leave_out(what: Any, error: Exception, say: Say) -> None:
-    say(f"left out {what}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+def _leave_out(say: Say, what: str, way: Any, error: Exception) -> None:
+    first_line = str(error).strip().partition("\n")[0]
+    say(f"left out {what}{way}: {type(error).__name__}: {first_line}")
     if torch.cuda.is_available():
         with contextlib.suppress(RuntimeError):  # a device that is lost for good
             torch.cuda.empty_cache()
 
 
-class _Case:
-    """Random operands of a problem, and what is timed on them."""
+def _operands(problem: Problem, device: torch.device):
+    """Return random x and projections, and dy and s (or ds) of each."""
+    generator = torch.Generator(device).manual_seed(0)  # the user's own stays as it is
 
-    def __init__(self, problem: Problem, device: torch.device) -> None:
-        generator = torch.Generator(device).manual_seed(0)  # the user's own stays as it is
+    def random(*shape: int, dtype: torch.dtype = problem.adapter) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-        def random(*shape: int, dtype: torch.dtype = problem.adapter) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, device=device).to(dtype)
+    M, N, K, R, base, _, dropout, others = problem
+    x, of, dys, ss = random(M, K, dtype=base), [], [], []
+    seed = torch.ones(1, dtype=torch.int64, device=device)
+    for n, r in ((N, R), *others):
+        a, b = (random(r, K), random(n, r)) if r else (None, None)
+        drop = (seed, 0.5, 0.1) if r and dropout else (None, 0.5, 0.0)
+        of.append(Operands(random(n, K, dtype=base), a, b, None, *drop))
+        dys.append(random(M, n, dtype=base))
+        ss.append(random(M, r) if r else None)
+    return x, of, dys, ss
 
-        M, N, K, R, base, _, dropout, others = problem
-        seed = torch.ones(1, dtype=torch.int64, device=device)
-        self.x, self.projections, self.dys, self.ss = random(M, K, dtype=base), [], [], []
-        for n, r in ((N, R), *others):
-            a, b = (random(r, K), random(n, r)) if r else (None, None)
-            drop = (seed, 0.5, DROPOUT_P) if r and dropout else (None, 0.5, 0.0)
-            self.projections.append(Operands(random(n, K, dtype=base), a, b, None, *drop))
-            self.dys.append(random(M, n, dtype=base))
-            self.ss.append(random(M, r) if r else None)
 
-    def both(self, impl: ModuleType, configs: dict | None) -> Iterator[None]:
-        """Run forward and backward, a phase each, by the steps of ``impl``."""
-        of, needs = (self.x, self.projections), [(p.a is not None,) * 2 for p in self.projections]
-        steps.forward(impl, *of, configs)
-        yield
-        steps.backward(impl, self.dys, *of, self.ss, True, needs, configs)
-        yield
+def host_counts(tokens: int, device: torch.device) -> bool:
+    """Return whether a step may take as long as the host needs to issue it."""
+    return device.type == "cuda" and tokens <= 512
 
-    def alone(self, name: str, config: Any) -> Iterator[None]:
-        """Run one of the kernels' five steps, of one projection, by ``config``."""
-        of = self.x, self.projections
-        arguments = {
-            "shrink": of,
-            "outputs": (*of, self.ss, None),
-            "ds_db": (self.dys, self.projections, self.ss, [True], [True]),
-            "input_grad": (self.dys, self.projections, self.ss),
-            "da": (*of, self.ss, [True]),
-        }
-        step = getattr(import_module(plans.MODULES["triton"]), name)
-        step(*arguments[name], configs={name: config})
-        yield
+
+def interleaved(
+    steps: dict[Any, Step],
+    device: torch.device,
+    seconds: float,
+    least: int = 5,
+    *,
+    with_host: bool = False,
+    failed: Callable[[Any, Exception], None] | None = None,
+) -> Rounds:
+    """Return for each way its rounds, each the seconds of every phase of the step.
+
+    A step is called and iterated: what it does between two ``yield`` is one phase, so that
+    ``forward(); yield; backward(); yield`` times both. After a round that is not timed all take
+    turns, each round begun by another, for about ``seconds`` but at least ``least`` rounds: what
+    disturbs the machine, or is left in caches, disturbs all of them.
+
+    On a GPU a phase is timed by events, and the queue is full before the first of them: a kernel
+    spins until the host has issued the whole step. ``with_host`` starts each step on an idle GPU
+    instead; the figures then hold the time that the host takes to issue what runs at once.
+
+    A way that raises is given to ``failed``, by name and with its exception, and has no rounds;
+    without ``failed`` the exception is the caller's.
+    """
+    rounds: Rounds = {name: [] for name in steps}
+    spins, until = dict.fromkeys(steps, 0.0), 0.0
+    for count in itertools.count():
+        if count == 1:  # everything is compiled
+            until = perf_counter() + seconds
+        names = list(rounds)
+        first = count % max(1, len(names))
+        for name in (*names[first:], *names[:first]):
+            try:
+                phases, issued = _phases(steps[name], device, spins[name])
+            except Exception as error:
+                if failed is None:
+                    raise
+                del rounds[name]
+                failed(name, error)
+                continue
+            if count:
+                rounds[name].append(phases)
+            if device.type == "cuda" and not with_host:
+                spins[name] = min(max(LEAST_SPIN, 3 * issued), MOST_SPIN)
+        if not rounds or (count >= least and perf_counter() > until):
+            return rounds
+
+
+def _phases(step: Step, device: torch.device, spin: float) -> tuple[tuple[float, ...], float]:
+    """Return the seconds of each phase, and those in which the host has issued all of them."""
+    on_gpu = device.type == "cuda"
+    if spin:
+        torch.cuda._sleep(int(spin * CYCLES))
+    mark, start = _event if on_gpu else perf_counter, perf_counter()
+    marks = [mark(), *(mark() for _ in step())]
+    issued = perf_counter() - start
+    if not on_gpu:
+        return tuple(b - a for a, b in itertools.pairwise(marks)), issued
+    torch.cuda.synchronize(device)
+    return tuple(a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)), issued
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

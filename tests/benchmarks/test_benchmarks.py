@@ -28,7 +28,7 @@ from fastlora_kernels import launch
 from fastlora_kernels.configs import Chip
 
 from fastlora.files import replace_file
-from fastlora.operator.timing import interleaved
+from fastlora.operator.tuning import interleaved
 
 Figure = pytest.importorskip("matplotlib.figure").Figure
 RESULTS = Path(run.__file__).parent / "results"

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured on this machine, by the tuner or on first use, and the file that keeps it."""
+"""What is measured on this machine, by the tuner or on first use, and the file that keeps it.
+
+Times hold what they say, on a GPU that is simulated: a queue, and a host that fills it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +25,8 @@ import fastlora
 from fastlora.operator import library, measured, plans, tuning
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
-ALL = {"blocks", "library", "triton"}
+CUDA, ALL, ROW = torch.device("cuda", 0), {"blocks", "library", "triton"}, timings()
+HOST, KERNEL, CYCLES = 25e-6, 100e-6, 2e9  # seconds to issue a kernel and to run it; cycles/second
 
 
 def tune_one(problem=SMALL, say=lambda text: None):
@@ -32,6 +37,96 @@ def tune_one(problem=SMALL, say=lambda text: None):
 def read_again():
     """Forget what this process knows: another one reads the file."""
     measured._loaded.clear()
+
+
+# Ways that take turns
+
+
+class Gpu:
+    """Runs what is issued in order, each when it has been issued and the one before has ended."""
+
+    def __init__(self) -> None:
+        self.now = self.free = 0.0  # the host's time; when the queue is empty
+        self.ran: list[str] = []
+
+    def issue(self, name: str, seconds: float) -> None:
+        self.free = max(self.free, self.now) + seconds
+        self.ran.append(name)
+
+    def synchronize(self, device) -> None:
+        self.now = max(self.now, self.free)
+
+    def event(self) -> SimpleNamespace:
+        at = max(self.free, self.now)
+        return SimpleNamespace(at=at, elapsed_time=lambda other: (other.at - at) * 1000)
+
+    def rounds(self, host=HOST, waits=False, **options):
+        """The rounds of a step of two phases, a kernel each."""
+
+        def step():
+            for _ in ("forward", "backward"):
+                self.now += host
+                self.issue("kernel", KERNEL)
+                if waits:
+                    self.synchronize(CUDA)
+                yield
+
+        return tuning.interleaved({"it": step}, CUDA, 0.0, **options)["it"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    gpu = Gpu()
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.issue("spin", cycles / CYCLES))
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+    monkeypatch.setattr(tuning, "_event", gpu.event)
+    monkeypatch.setattr(tuning, "perf_counter", lambda: gpu.now)
+    return gpu
+
+
+@pytest.mark.parametrize("host", [HOST, 40 * HOST], ids=["short", "longer than its kernels"])
+def test_a_phase_is_the_time_of_its_kernels(gpu, host):
+    """However long Python takes: the queue is full before the first event."""
+    assert gpu.rounds(host) == [pytest.approx((KERNEL, KERNEL))] * 5
+
+
+def test_a_step_that_waits_for_the_gpu_is_timed_all_the_same(gpu):
+    assert gpu.rounds(waits=True) == [pytest.approx((KERNEL, KERNEL + HOST))] * 5
+
+
+def test_with_the_host_a_phase_holds_what_it_waits_for(gpu):
+    found = gpu.rounds(3 * KERNEL, with_host=True)
+    assert found == [pytest.approx((4 * KERNEL, 3 * KERNEL))] * 5 and "spin" not in gpu.ran
+    cases = [(512, CUDA), (513, CUDA), (1, CPU)]
+    assert [tuning.host_counts(*case) for case in cases] == [True, False, False]
+
+
+@pytest.mark.parametrize("after", [0, 1, 4], ids="after {} runs".format)
+def test_ways_take_turns_and_one_that_fails_fails_alone(after):
+    left, said, ran = [after], [], []
+
+    def fails():
+        if not left[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        left[0] -= 1
+        yield
+
+    def works(name):
+        ran.append(name)
+        yield
+
+    steps = {"fails": fails, "a": lambda: works("a"), "b": lambda: works("b")}
+    with pytest.raises(torch.OutOfMemoryError):
+        tuning.interleaved(steps, CPU, 0.0)
+    left[0] = after
+    ran.clear()
+    options = {"failed": lambda name, error: said.append((name, str(error)))}
+    rounds = tuning.interleaved(steps, CPU, 0.0, **options)
+    assert {name: len(found) for name, found in rounds.items()} == {"a": 5, "b": 5}
+    assert {"".join(ran[i : i + 2]) for i in range(0, 12, 2)} == {"ab", "ba"}
+    assert said == [("fails", "CUDA out of memory.")]
+    left[0] = after
+    assert tuning.interleaved({"fails": fails}, CPU, 0.0, **options) == {}
 
 
 # What is measured
@@ -50,29 +145,26 @@ def test_the_tuner_measures_every_implementation_and_keeps_it(problem, dropout):
     steps = {"shrink", "outputs", "ds_db", "da", "input_grad"}
     assert found["configs"].keys() == (set() if problem.others else steps)
     read_again()
-    assert measured.find(problem, CPU) == found
-    assert measured.known(CPU).keys() == {str(problem.bucketed())}
+    assert measured.known(CPU) == {str(problem.bucketed()): found}
 
 
 def test_a_config_that_fails_is_left_out_and_named_once(monkeypatch):
     """Too much shared memory, out of memory, a compiler's error: measured with the others."""
     from fastlora_kernels import steps
 
-    right, said = steps.shrink, []
+    (bad, *others), right, said = plans.candidates(SMALL, CPU)["shrink"], steps.shrink, []
 
-    def shrink(*args, configs=None, **rest):
-        if configs and configs["shrink"].num_warps == 8:
+    def shrink(*args, **options):
+        if options.get("configs") == {"shrink": bad}:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
-        return right(*args, **({"configs": configs} if configs else {}), **rest)
+        return right(*args, **options)
 
-    listed = plans.candidates(SMALL, CPU)["shrink"]
-    monkeypatch.setattr(plans, "candidates", lambda *_: {"shrink": listed})
+    monkeypatch.setattr(plans, "candidates", lambda *_: {"shrink": [bad, *others]})
     monkeypatch.setattr(steps, "shrink", shrink)
-    problems = [SMALL._replace(M=m, adapter=torch.bfloat16) for m in (16, 32)]
-    for _, found, _ in tuning.tune(problems, CPU, said.append, seconds=0.0):
-        assert found["configs"]["shrink"]["num_warps"] != 8
-    (text,) = said
-    assert text.startswith("left out shrink, Config(") and text.endswith("allocate 2 GiB.")
+    for _, found, _ in tuning.tune([SMALL, SMALL._replace(M=32)], CPU, said.append, seconds=0.0):
+        assert found["configs"]["shrink"] in map(vars, others)
+    why = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
+    assert said == [f"left out shrink, {bad}: {why}"]
 
 
 def test_an_implementation_that_fails_is_left_out(monkeypatch):
@@ -81,8 +173,9 @@ def test_an_implementation_that_fails_is_left_out(monkeypatch):
 
     said = []
     monkeypatch.setattr(library, "outputs", fails)
-    assert tune_one(say=said.append)["forward"].keys() == {"blocks", "triton"}
-    assert said == [f"left out {SMALL}, library: RuntimeError: out of resource: shared memory"]
+    assert tune_one(GROUP, said.append)["forward"].keys() == {"blocks", "triton"}
+    why = "RuntimeError: out of resource: shared memory"
+    assert said == [f"left out {GROUP.bucketed()}, library: {why}"]
 
 
 def test_a_problem_that_does_not_fit_is_left_out(empty_cache):
@@ -109,7 +202,7 @@ def test_what_is_measured_is_planned_with(monkeypatch):
     """Also by layers that have run before."""
     x, *rest = operands(16)
     fastlora.lora_linear(x, *rest)
-    monkeypatch.setattr(tuning, "_measure", lambda *_: timings())
+    monkeypatch.setattr(tuning, "_measure", lambda *_: ROW)
     tune_one(PROBLEM._replace(M=16))
     fastlora.lora_linear(x, *rest)
     (pair,) = plans._found.values()
@@ -151,13 +244,6 @@ def test_a_problem_that_fails_is_tried_once(monkeypatch, capsys):
 
 # The file
 
-
-def test_nothing_is_written_before_anything_is_measured(empty_cache):
-    fastlora.lora_linear(*operands())
-    assert not empty_cache.exists()
-
-
-ROW = timings()
 BAD = {
     "not JSON": b"{",
     "not UTF-8": b"\xff\xfe",
@@ -170,46 +256,37 @@ BAD = {
     "a time that is none": {"a": timings({"blocks": -1.0})},
     "a time that is NaN": {"a": timings({"blocks": float("nan")})},
     "a time of text": {"a": timings({"blocks": "1"})},
-    "an implementation that is none": {"a": timings({"numpy": 1.0})},
     "times in a list": {"a": timings([1.0])},
     "configs in a list": {"a": {**ROW, "configs": ["shrink"]}},
+    "a pipe": os.mkfifo,
+    "a folder": os.mkdir,
+    "a device": lambda path: os.symlink("/dev/zero", path),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_a_file_that_does_not_parse_is_ignored_with_one_warning(what):
+    """Nor is a pipe waited for, or a device read to its end."""
     path, bad = measured.add({PROBLEM: ROW}, CPU), BAD[what]
-    path.write_bytes(bad if isinstance(bad, bytes) else json.dumps(bad).encode())
+    if callable(bad):
+        path.unlink()
+        bad(path)
+    else:
+        path.write_bytes(bad if isinstance(bad, bytes) else json.dumps(bad).encode())
     read_again()
     with pytest.warns(UserWarning, match="is not used, nor kept") as said:
         assert measured.find(PROBLEM, CPU) is None
         assert chosen() == "blocks"
-        assert measured.add({PROBLEM: ROW}, CPU) == path
+        if what != "a folder":
+            assert measured.add({PROBLEM: ROW}, CPU) == path
     assert len(said) == 1 and str(said[0].message).isprintable()
     read_again()
-    assert measured.find(PROBLEM, CPU) == ROW
-
-
-@pytest.mark.parametrize("what", ["pipe", "device", "folder"])
-def test_what_is_no_file_is_not_waited_for(what):
-    path = measured.add({PROBLEM: ROW}, CPU)
-    path.unlink()
-    if what == "folder":
-        path.mkdir()
-    elif what == "pipe" and hasattr(os, "mkfifo"):
-        os.mkfifo(path)
-    elif what == "device" and Path("/dev/zero").exists():
-        path.symlink_to("/dev/zero")
-    else:
-        pytest.skip(f"the system has no {what}")
-    read_again()
-    with pytest.warns(UserWarning, match="is not used.*not a file"):
-        assert measured.find(PROBLEM, CPU) is None
+    assert what == "a folder" or measured.find(PROBLEM, CPU) == ROW
 
 
 @pytest.mark.parametrize("part", ["device", "driver", "triton", "torch", "fastlora"])
 def test_measurements_of_other_versions_lie_in_another_file(part, monkeypatch):
-    device = torch.device("cuda") if part == "driver" else CPU
+    device = CUDA if part == "driver" else CPU
     monkeypatch.setattr(measured, "device_name", lambda device: "a chip")
     first = measured.add({PROBLEM: ROW}, device)
     holder, name, other = {
@@ -225,8 +302,7 @@ def test_measurements_of_other_versions_lie_in_another_file(part, monkeypatch):
         warnings.simplefilter("error")
         assert measured.find(PROBLEM, device) is None
         second = measured.add({PROBLEM._replace(M=128): ROW}, device)
-    assert f"{part}-999" in second.name
-    assert len(json.loads(first.read_text())) == len(json.loads(second.read_text())) == 1
+    assert f"{part}-999" in second.name and len(json.loads(first.read_text())) == 1
 
 
 def test_a_thread_waits_for_what_another_reads(monkeypatch):
@@ -254,21 +330,7 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     """The measurements hold for the process; the warning says where and what to do."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match=r"cannot be kept in .*this process.*; FASTLORA_CACHE"):
-        assert measured.add({PROBLEM: ROW}, CPU) is None
-    assert chosen() == "triton"
-
-
-def test_a_user_without_a_home(monkeypatch):
-    def expanded(path):
-        raise RuntimeError("Could not determine home directory.")
-
-    for name in ("FASTLORA_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "expanduser", expanded)
-    with pytest.warns(UserWarning, match=r"Could not determine home.*; FASTLORA_CACHE names"):
-        fastlora.lora_linear(*operands())
-    with pytest.warns(UserWarning, match="cannot be kept in a file.*: Could not determine home"):
+    with pytest.warns(UserWarning, match=r"this process.* cannot be kept in .*; FASTLORA_CACHE"):
         assert measured.add({PROBLEM: ROW}, CPU) is None
     assert chosen() == "triton"
 
@@ -282,8 +344,16 @@ def test_the_folder_of_the_user(monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     assert measured.path_of(CPU).parent == tmp_path / ".cache" / "fastlora"
 
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
 
-def test_processes_that_measure_at_once_keep_each_others_results():
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    for call in (lambda: fastlora.lora_linear(*operands()), lambda: measured.add({}, CPU)):
+        with pytest.warns(UserWarning, match=r"Could not determine home.*; FASTLORA_CACHE names"):
+            call()
+
+
+def test_processes_that_measure_at_once_keep_each_others_results(empty_cache):
     code = """if True:
         import sys, torch
         from fastlora.operator.measured import Problem, add
@@ -294,6 +364,7 @@ def test_processes_that_measure_at_once_keep_each_others_results():
             row = {"forward": {"blocks": 1e-3}, "backward": {}, "configs": {}}
             add({problem: row}, torch.device("cpu"))
     """
+    assert not empty_cache.exists()  # nothing is written before anything is measured
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     jobs = [subprocess.Popen([sys.executable, "-c", code, str(k)], **pipes) for k in (8, 16)]
     for job in jobs:
