@@ -44,7 +44,7 @@ def test_no_name_holds_an_address_or_a_set(request):
 @pytest.mark.parametrize("mutant", mutants(), ids=lambda mutant: mutant.what)
 def test_a_mutant_changes_the_code_of_today(mutant):
     """That the tests notice it is for `make mutants`, which runs them on it."""
-    assert mutant.path.read_text("utf-8").count(mutant.right) == 1
+    assert (ROOT / mutant.file).read_text("utf-8").count(mutant.right) == 1
     assert mutant.wrong != mutant.right
     for test in mutant.tests.split():
         file, _, name = test.partition("::")
