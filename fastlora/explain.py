@@ -62,7 +62,7 @@ def explain(
     if isinstance(tokens, Tensor):
         tokens = tokens.shape[:-1].numel()
     sizes = (tokens,) if isinstance(tokens, int) else tuple(tokens)
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"tokens must be positive integers, got {tokens!r}")
     if isinstance(what, nn.Module):
         found = _of_module(what, sizes)

@@ -66,10 +66,10 @@ def find(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
             key += w.shape[0], 0
         else:
             key += w.shape[0], a.shape[0], a.dtype, seed is not None
-    found, key = _found, tuple(key)
-    pair = found.get(key)
+    key = tuple(key)
+    pair = _found.get(key)
     if pair is None:
-        pair = found[key] = _pair(impl, x, projections)
+        pair = _found[key] = _pair(impl, x, projections)
     return pair
 
 
@@ -137,12 +137,8 @@ def default(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
 
 
 def forget() -> None:
-    """Have every plan chosen again, after measurements changed.
-
-    One that a thread is choosing meanwhile goes into what is forgotten.
-    """
-    global _found
-    _found = {}
+    """Have every plan chosen again, after measurements changed."""
+    _found.clear()
 
 
 def is_few(elements: int, device: torch.device) -> bool:

@@ -26,7 +26,6 @@ from fastlora.operator import measured, plans, steps
 from fastlora.operator.operands import OPS, Operands, Problem
 
 Step = Callable[[], Iterable[None]]
-Rounds = dict[Any, list[tuple[float, ...]]]
 Say = Callable[[str], object]
 
 SECONDS, CONFIG_SECONDS = 1.0, 0.2  # of a problem on first use, and for each step's configs
@@ -169,13 +168,13 @@ def interleaved(
     *,
     with_host: bool = False,
     failed: Callable[[Any, Exception], None] | None = None,
-) -> Rounds:
+) -> dict[Any, list[tuple[float, ...]]]:
     """Return for each way its rounds, each the seconds of every phase of the step.
 
     A step is called and iterated: what it does between two ``yield`` is one phase, so that
-    ``forward(); yield; backward(); yield`` times both. After a round that is not timed all take
-    turns, each round begun by another, for about ``seconds`` but at least ``least`` rounds: what
-    disturbs the machine, or is left in caches, disturbs all of them.
+    ``forward(); yield; backward(); yield`` times both. Once everything is compiled all take turns,
+    each round begun by another, for about ``seconds`` but at least ``least`` rounds: what disturbs
+    the machine, or is left in caches, disturbs all of them.
 
     On a GPU a phase is timed by events, and the queue is full before the first of them: a kernel
     spins until the host has issued the whole step. ``with_host`` starts each step on an idle GPU
@@ -184,10 +183,10 @@ def interleaved(
     A way that raises is given to ``failed``, by name and with its exception, and has no rounds;
     without ``failed`` the exception is the caller's.
     """
-    rounds: Rounds = {name: [] for name in steps}
-    spins, until = dict.fromkeys(steps, 0.0), 0.0
-    for count in itertools.count():
-        if count == 1:  # everything is compiled
+    rounds, spins = {name: [] for name in steps}, dict.fromkeys(steps, 0.0)
+    on_gpu, until = device.type == "cuda", 0.0
+    for count in itertools.count(-1 if on_gpu else 0):  # from 1 on they are timed
+        if count == 1:
             until = perf_counter() + seconds
         names = list(rounds)
         first = count % max(1, len(names))
@@ -200,9 +199,9 @@ def interleaved(
                 del rounds[name]
                 failed(name, error)
                 continue
-            if count:
+            if count > 0:
                 rounds[name].append(phases)
-            if device.type == "cuda" and not with_host:
+            if on_gpu and count >= 0 and not with_host:
                 spins[name] = min(max(LEAST_SPIN, 3 * issued), MOST_SPIN)
         if not rounds or (count >= least and perf_counter() > until):
             return rounds
@@ -210,13 +209,12 @@ def interleaved(
 
 def _phases(step: Step, device: torch.device, spin: float) -> tuple[tuple[float, ...], float]:
     """Return the seconds of each phase, and those in which the host has issued all of them."""
-    on_gpu = device.type == "cuda"
     if spin:
         torch.cuda._sleep(int(spin * CYCLES))
-    mark, start = _event if on_gpu else perf_counter, perf_counter()
+    mark, start = _event if device.type == "cuda" else perf_counter, perf_counter()
     marks = [mark(), *(mark() for _ in step())]
     issued = perf_counter() - start
-    if not on_gpu:
+    if mark is perf_counter:
         return tuple(b - a for a, b in itertools.pairwise(marks)), issued
     torch.cuda.synchronize(device)
     return tuple(a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)), issued

@@ -157,16 +157,3 @@ def test_measured_configs_reach_the_kernels(monkeypatch):
         for given in ((x, w, a, b), (misaligned, w, a, b), (x, w, narrow, b)):
             assert fastlora.lora_linear(*given).shape == (64, 48)
     assert seen == [{"shrink": good}, None, None]
-
-
-def test_a_plan_made_before_measurements_is_forgotten_with_them(monkeypatch):
-    own = plans._pair
-
-    def slowly(*args):
-        found = own(*args)
-        plans.forget()  # as another thread does that has measured
-        return found
-
-    monkeypatch.setattr(plans, "_pair", slowly)
-    fastlora.lora_linear(*operands())
-    assert not plans._found

@@ -7,22 +7,19 @@ Times hold what they say, on a GPU that is simulated: a queue, and a host that f
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
-import threading
-import time
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from measuring import CPU, GROUP, PROBLEM, SMALL, chosen, operands, timings
 
 import fastlora
 from fastlora.operator import library, measured, plans, tuning
+from fastlora.operator.operands import Problem
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 CUDA, ALL, ROW = torch.device("cuda", 0), {"blocks", "library", "triton"}, timings()
@@ -31,12 +28,8 @@ HOST, KERNEL, CYCLES = 25e-6, 100e-6, 2e9  # seconds to issue a kernel and to ru
 
 def tune_one(problem=SMALL, say=lambda text: None):
     ((_, found, _),) = tuning.tune([problem], CPU, say, seconds=0.0)
+    measured._loaded.clear()  # another process would read the file
     return found
-
-
-def read_again():
-    """Forget what this process knows: another one reads the file."""
-    measured._loaded.clear()
 
 
 # Ways that take turns
@@ -45,13 +38,10 @@ def read_again():
 class Gpu:
     """Runs what is issued in order, each when it has been issued and the one before has ended."""
 
-    def __init__(self) -> None:
-        self.now = self.free = 0.0  # the host's time; when the queue is empty
-        self.ran: list[str] = []
+    now = free = 0.0  # the host's time; when the queue is empty
 
-    def issue(self, name: str, seconds: float) -> None:
+    def issue(self, seconds: float) -> None:
         self.free = max(self.free, self.now) + seconds
-        self.ran.append(name)
 
     def synchronize(self, device) -> None:
         self.now = max(self.now, self.free)
@@ -66,7 +56,7 @@ class Gpu:
         def step():
             for _ in ("forward", "backward"):
                 self.now += host
-                self.issue("kernel", KERNEL)
+                self.issue(KERNEL)
                 if waits:
                     self.synchronize(CUDA)
                 yield
@@ -77,7 +67,7 @@ class Gpu:
 @pytest.fixture
 def gpu(monkeypatch):
     gpu = Gpu()
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.issue("spin", cycles / CYCLES))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.issue(cycles / CYCLES))
     monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
     monkeypatch.setattr(tuning, "_event", gpu.event)
     monkeypatch.setattr(tuning, "perf_counter", lambda: gpu.now)
@@ -96,7 +86,7 @@ def test_a_step_that_waits_for_the_gpu_is_timed_all_the_same(gpu):
 
 def test_with_the_host_a_phase_holds_what_it_waits_for(gpu):
     found = gpu.rounds(3 * KERNEL, with_host=True)
-    assert found == [pytest.approx((4 * KERNEL, 3 * KERNEL))] * 5 and "spin" not in gpu.ran
+    assert found == [pytest.approx((4 * KERNEL, 3 * KERNEL))] * 5
     cases = [(512, CUDA), (513, CUDA), (1, CPU)]
     assert [tuning.host_counts(*case) for case in cases] == [True, False, False]
 
@@ -144,7 +134,6 @@ def test_the_tuner_measures_every_implementation_and_keeps_it(problem, dropout):
         assert found[op].keys() == ALL and all(0 < time < 60 for time in found[op].values())
     steps = {"shrink", "outputs", "ds_db", "da", "input_grad"}
     assert found["configs"].keys() == (set() if problem.others else steps)
-    read_again()
     assert measured.known(CPU) == {str(problem.bucketed()): found}
 
 
@@ -273,57 +262,35 @@ def test_a_file_that_does_not_parse_is_ignored_with_one_warning(what):
         bad(path)
     else:
         path.write_bytes(bad if isinstance(bad, bytes) else json.dumps(bad).encode())
-    read_again()
+    measured._loaded.clear()
     with pytest.warns(UserWarning, match="is not used, nor kept") as said:
         assert measured.find(PROBLEM, CPU) is None
         assert chosen() == "blocks"
         if what != "a folder":
             assert measured.add({PROBLEM: ROW}, CPU) == path
     assert len(said) == 1 and str(said[0].message).isprintable()
-    read_again()
+    measured._loaded.clear()
     assert what == "a folder" or measured.find(PROBLEM, CPU) == ROW
 
 
-@pytest.mark.parametrize("part", ["device", "driver", "triton", "torch", "fastlora"])
-def test_measurements_of_other_versions_lie_in_another_file(part, monkeypatch):
-    device = CUDA if part == "driver" else CPU
-    monkeypatch.setattr(measured, "device_name", lambda device: "a chip")
-    first = measured.add({PROBLEM: ROW}, device)
-    holder, name, other = {
-        "device": (measured, "device_name", lambda device: "device 999"),
-        "driver": (measured, "driver", lambda: "999"),
-        "triton": (measured, "version_of", lambda name: "999"),
-        "torch": (torch, "__version__", "999"),
-        "fastlora": (fastlora, "__version__", "999"),
-    }[part]
-    monkeypatch.setattr(holder, name, other)
-    read_again()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert measured.find(PROBLEM, device) is None
-        second = measured.add({PROBLEM._replace(M=128): ROW}, device)
-    assert f"{part}-999" in second.name and len(json.loads(first.read_text())) == 1
+def test_measurements_of_other_versions_lie_in_another_file(monkeypatch):
+    monkeypatch.setattr(measured, "device_name", lambda device: "NVIDIA (R) Chip")
+    monkeypatch.setattr(measured, "driver", lambda: "570.1")
+    versions = (
+        f"fastlora {fastlora.__version__} torch {torch.__version__} triton {triton.__version__}"
+    )
+    for device, name in ((CPU, f"cpu {versions}"), (CUDA, f"cuda {versions} driver 570.1")):
+        name = name.replace(" fastlora", " nvidia r chip fastlora").replace("+", " ")
+        assert measured.path_of(device).name == name.replace(" ", "-") + ".json"
 
 
-def test_a_thread_waits_for_what_another_reads(monkeypatch):
-    """Nobody plans with half of what was measured, and what is added meanwhile stays."""
-    own, reading = measured._read, threading.Event()
-    measured.add({PROBLEM: ROW}, CPU)
+def test_what_another_thread_adds_meanwhile_stays(monkeypatch):
+    def slowly(path):
+        measured._loaded[measured.device_name(CPU)] = {str(PROBLEM): ROW}
+        return {}
 
-    def slowly(*args):
-        reading.set()
-        time.sleep(0.2)
-        return own(*args)
-
-    read_again()
     monkeypatch.setattr(measured, "_read", slowly)
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(measured.find, PROBLEM, CPU)
-        reading.wait()
-        assert measured.find(PROBLEM, CPU) is not None
-        measured.add({SMALL: ROW}, CPU)
-        assert first.result() is not None
-    assert measured.find(SMALL, CPU) is not None and measured.find(PROBLEM, CPU) is not None
+    assert measured.find(PROBLEM, CPU) == ROW
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
@@ -354,23 +321,15 @@ def test_the_folder_of_the_user(monkeypatch, tmp_path):
 
 
 def test_processes_that_measure_at_once_keep_each_others_results(empty_cache):
-    code = """if True:
-        import sys, torch
-        from fastlora.operator.measured import Problem, add
-        print("ready", flush=True)
-        sys.stdin.readline()
-        for i in range(40):
-            problem = Problem(1 << i % 20, 8 + i // 20, int(sys.argv[1]))
-            row = {"forward": {"blocks": 1e-3}, "backward": {}, "configs": {}}
-            add({problem: row}, torch.device("cpu"))
-    """
     assert not empty_cache.exists()  # nothing is written before anything is measured
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    jobs = [subprocess.Popen([sys.executable, "-c", code, str(k)], **pipes) for k in (8, 16)]
-    for job in jobs:
-        assert job.stdout.readline() == "ready\n"
-    for job in jobs:
-        job.stdin.write("go\n")
-        job.stdin.flush()
-    assert [job.communicate() and job.returncode for job in jobs] == [0, 0]
+
+    def add_many(k):
+        for n in range(40):
+            measured.add({Problem(1, n + 1, k): ROW}, CPU)
+
+    process = multiprocessing.get_context("fork").Process
+    jobs = [process(target=add_many, args=(k,)) for k in (8, 16)]
+    [job.start() for job in jobs]
+    [job.join() for job in jobs]
+    assert [job.exitcode for job in jobs] == [0, 0]
     assert len(json.loads(measured.path_of(CPU).read_text())) == 80
