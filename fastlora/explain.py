@@ -16,14 +16,12 @@ from fastlora.layers.siblings import FrozenLinear
 from fastlora.operator import plans
 from fastlora.operator.operands import OPS, Operands, Problem
 
-Posed = tuple[torch.device, Problem]
-
 
 @dataclass(frozen=True)
 class Explanation:
     """What runs: ``plans`` maps each device and problem on it to {"forward", "backward"}."""
 
-    plans: dict[Posed, dict[str, plans.Plan]]
+    plans: dict[tuple[torch.device, Problem], dict[str, plans.Plan]]
 
     def __str__(self) -> str:
         lines = ["M x N x K: tokens, outputs, inputs"]
@@ -96,9 +94,9 @@ def explain(
     return Explanation(chosen)
 
 
-def _of_module(model: nn.Module, tokens: Iterable[int]) -> list[Posed]:
+def _of_module(model: nn.Module, tokens: Iterable[int]) -> list[tuple[torch.device, Problem]]:
     """Return the problems that the LoRA layers of ``model`` pose for ``tokens``."""
-    found: list[Posed] = []
+    found = []
     for module in model.modules():
         group = vars(module).get("_siblings")
         members = (None if group is None else group.members()) or [module]

@@ -71,14 +71,12 @@ def tune_on_first_use(problem: Problem, device: torch.device) -> None:
 
 @cache
 def _tune_once(problem: Problem, device: torch.device) -> None:
+    def say(text: str) -> None:
+        print(f"fastlora: {text}", file=sys.stderr, flush=True)
+
     if measured.find(problem, device) is None:
-        # It looks like a hang otherwise.
-        _print(f"measuring {problem} on first use (FASTLORA_TUNE=1)")
-        list(tune([problem], device, _print, SECONDS))
-
-
-def _print(text: str) -> None:
-    print(f"fastlora: {text}", file=sys.stderr, flush=True)
+        say(f"measuring {problem} on first use (FASTLORA_TUNE=1)")  # which looks like a hang
+        list(tune([problem], device, say, SECONDS))
 
 
 if plans.TUNE:
