@@ -113,9 +113,9 @@ def _of_module(model: nn.Module, tokens: Iterable[int]) -> list[tuple[torch.devi
             found += [(w.device, problem) for problem in posed if problem is not None]
     if not found:
         raise ValueError(
-            f"{type(model).__name__} holds no LoRALinear that is not merged, and no layer that "
-            "patch_peft(model) has fused and that runs an adapter; fastlora.replace_linears(model, "
-            "names) puts layers in"
+            f"{type(model).__name__} holds no LoRALinear that is not merged, and no layer of "
+            "PEFT's that patch_peft(model) has fused and that runs one; what was merged runs as a "
+            "plain layer; fastlora.replace_linears(model, names) puts layers in"
         )
     return found
 
