@@ -17,10 +17,9 @@ from torch import Tensor
 from fastlora.operator.operands import OPS, Operands, Problem
 
 IMPLEMENTATIONS = ("auto", "triton", "library", "blocks", "eager", "reference")
-# What "auto" takes, from the environment when Python starts: one of the above.
+# From when Python starts: what "auto" takes, and whether problems are measured on first use.
 FORCED = os.environ.get("FASTLORA_IMPL") or "auto"
-# Whether a problem that nothing was measured for is measured when it first comes up.
-TUNE = os.environ.get("FASTLORA_TUNE", "0") == "1"
+TUNE = os.environ.get("FASTLORA_TUNE") == "1"
 
 # Elements of x up to which "eager" runs on a CPU: the time that Python takes for an operator of its
 # own counts there, the memory that PyTorch's gradients keep hardly does (`kernels/CPU.md`).
@@ -37,9 +36,7 @@ on_first_use: Callable[[Problem, torch.device], None] | None = None
 
 @dataclass(frozen=True)
 class Plan:
-    """How one direction of a problem runs, and why; measured medians by implementation, and what
-    the kernels' steps run with.
-    """
+    """How one direction runs, why, measured medians by implementation, and the steps' configs."""
 
     impl: str
     why: str

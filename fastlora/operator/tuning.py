@@ -54,7 +54,7 @@ def tune(
             try:
                 found = _measure(problem, device, say, seconds)
             except Exception as error:  # too little memory for the operands, say
-                _leave_out(say, "", problem, error)
+                _leave_out(say, problem, error)
         if found is not None:
             kept = measured.add({problem: found}, device)
             plans.forget()
@@ -108,8 +108,11 @@ def _measure(problem: Problem, device: torch.device, say: Say, seconds: float):
 
     def medians(what: Any, ways: dict[Any, Step], lasting: float, with_host: bool = False):
         """Return the median of each phase by those of the ways to do ``what`` that can run."""
-        options = {"with_host": with_host, "failed": partial(_leave_out, say, f"{what}, ")}
-        rounds = interleaved(ways, device, lasting, **options)
+
+        def failed(way: Any, error: Exception) -> None:
+            _leave_out(say, f"{what}, {way}", error)
+
+        rounds = interleaved(ways, device, lasting, with_host=with_host, failed=failed)
         return {way: list(map(median, zip(*each, strict=True))) for way, each in rounds.items()}
 
     configs, ways = {}, {}
@@ -126,9 +129,9 @@ def _measure(problem: Problem, device: torch.device, say: Say, seconds: float):
     return row if found else None
 
 
-def _leave_out(say: Say, what: str, way: Any, error: Exception) -> None:
+def _leave_out(say: Say, what: Any, error: Exception) -> None:
     first_line = str(error).strip().partition("\n")[0]
-    say(f"left out {what}{way}: {type(error).__name__}: {first_line}")
+    say(f"left out {what}: {type(error).__name__}: {first_line}")
     if torch.cuda.is_available():
         with contextlib.suppress(RuntimeError):  # a device that is lost for good
             torch.cuda.empty_cache()
