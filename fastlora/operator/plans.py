@@ -114,9 +114,8 @@ def candidates(problem: Problem, device: torch.device) -> dict[str, list]:
     if problem.others or problem.N % 16 or problem.K % 16:
         return {}
     from fastlora_kernels import configs
-    from fastlora_kernels.launch import chip_of
 
-    kind, chip = configs.kind_of(problem.dtype, problem.adapter), chip_of(device)
+    kind, chip = configs.kind_of(problem.dtype, problem.adapter), configs.Chip.of(device)
     of = kind, problem.R, problem.dropout, chip
     return {name: configs.candidates(name, *of) for op in OPS for name in configs.LAUNCHERS[op]}
 
