@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from measure import Turns, free_memory, peak_bytes, sharing
+from measure import Turns, free_memory, peak_bytes, ratio, sharing
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora.flops import FORMULAS
-from fastlora.operator.timing import ratio
 
 BATCHES = (1, 2, 4, 7, 8)
 TOKENS = {"cpu": 64, "cuda": 1024}

@@ -28,7 +28,7 @@ import fastlora
 from fastlora.files import replace_file
 from fastlora.operator import measured, plans, steps
 from fastlora.operator.operands import Operands
-from fastlora.operator.timing import Step, interleaved
+from fastlora.operator.tuning import Step, interleaved
 
 SIZE = 4096  # N and K
 CALLS, ROUNDS = 50, 20  # of what the host's time is taken of

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastlora.operator import plans
-from fastlora.operator.timing import host_counts, interleaved, ratio
+from fastlora.operator.tuning import host_counts, interleaved
 
 PHASES = ("forward", "backward", "both")
 LEAST = 3  # rounds, however short the time
@@ -172,13 +172,21 @@ def _percentiles(times: list[float], frozen: list[float] | None) -> dict:
     return {**found, "ratio": None if frozen is None else ratio(times, frozen)}
 
 
+def ratio(times: list[float], baseline: list[float]) -> float:
+    """Return the median over rounds of this way's time by the baseline's in the same round.
+
+    They are those of one call of `interleaved`.
+    """
+    return statistics.median(t / b for t, b in zip(times, baseline, strict=True))
+
+
 def _predicted(problem: Problem, way: str) -> dict:
     return {"predicted_s": predicted(problem, way, machine_of(torch.device(problem.device)))}
 
 
 def machine_of(device: torch.device):
     """Return the model of ``device``, or None where there is none."""
-    if device.type != "cuda" or plans.triton_missing() is not None:
+    if device.type != "cuda" or plans.triton_unusable(device) is not None:
         return None
     from machine import Machine
 

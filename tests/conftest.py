@@ -57,8 +57,7 @@ def empty_cache(monkeypatch, tmp_path):
 
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(measured, "_loaded", {})
-    monkeypatch.setattr(tuning, "_said", set())
-    monkeypatch.setattr(tuning, "_tried", set())
+    tuning._tune_once.cache_clear()
     monkeypatch.setattr(tuning, "CONFIG_SECONDS", 0.0)
     plans.forget()
     yield tmp_path / "cache"

@@ -27,8 +27,7 @@ from fastlora import files
 from fastlora.files import replace_file
 from fastlora.layers import gated, siblings
 from fastlora.operator import blocks, measured
-from fastlora.operator.measured import OPS, Timing
-from fastlora.operator.plans import Problem
+from fastlora.operator.operands import Problem
 
 CPU = torch.device("cpu")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
@@ -63,13 +62,13 @@ class Measurements:
 
     @staticmethod
     def save(folder: Path, value: float) -> None:
-        timing = dict.fromkeys(OPS, Timing({"blocks": value}))
-        measured.add({Problem(2**i, 16, 16): timing for i in range(1, 20)}, CPU)
+        row = {"forward": {"blocks": value}, "backward": {"blocks": value}, "configs": {}}
+        measured.add({Problem(2**i, 16, 16): row for i in range(1, 20)}, CPU)
 
     @staticmethod
     def load(folder: Path) -> float:
-        found = measured._read(measured.path_of(CPU), None)
-        (value,) = {t.seconds["blocks"] for timings in found.values() for t in timings.values()}
+        found = measured._read(measured.path_of(CPU))  # raises where it is not as it was written
+        (value,) = {row[op]["blocks"] for row in found.values() for op in ("forward", "backward")}
         return value
 
 

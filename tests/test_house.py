@@ -9,6 +9,8 @@ from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 # From below: a file imports from its own row or from one below it.
 ROWS = (
@@ -31,6 +33,7 @@ MODULES = {
     for path in above.glob("fastlora*/**/*.py")
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+PACKAGES = [name for name, path in MODULES.items() if path.stem == "__init__"]
 
 
 def imported(name: str, nodes) -> set[str]:
@@ -64,8 +67,7 @@ def row(name: str) -> int:
 
 
 def test_arrows_go_down():
-    up = [f"{a} -> {b}" for a in ALL for b in ALL[a] if row(b) > row(a)]
-    assert not up, "\n".join(["imports that go up:", *sorted(up)])
+    assert not [f"{a} -> {b}" for a in ALL for b in ALL[a] if row(b) > row(a)]
 
 
 def test_no_circle():
@@ -76,46 +78,35 @@ def test_floors():
     """Of files with code of their own: an ``__init__.py`` only hands on what it imports."""
     tallest: dict[str, list[str]] = {}
     for name in TopologicalSorter(AT_ONCE).static_order():
-        own = [name] * (MODULES[name].stem != "__init__")
+        own = [name] * (name not in PACKAGES)
         tallest[name] = own + max((tallest[n] for n in AT_ONCE[name]), key=len, default=[])
     most = max(tallest.values(), key=len)
     assert len(most) <= FLOORS, f"{len(most)} floors: {' -> '.join(most)}"
 
 
-def no_more_than(most: int, *folders: str) -> None:
+@pytest.mark.parametrize(
+    ("most", "folders"), [(LINES, ("fastlora", "kernels")), (TEST_LINES, ("tests",))]
+)
+def test_size(most, folders):
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    lines = Counter({p.relative_to(ROOT): len(p.read_text("utf-8").splitlines()) for p in paths})
-    total, largest = sum(lines.values()), (f"{n:6} {p}" for p, n in lines.most_common(12))
-    assert total <= most, "\n".join([f"{total - most} lines too many of {total}:", *largest])
-
-
-def test_size():
-    no_more_than(LINES, "fastlora", "kernels")
-
-
-def test_size_of_the_tests():
-    no_more_than(TEST_LINES, "tests")
-
-
-def defined(tree: ast.Module) -> set[str]:
-    nodes = [t for node in tree.body for t in getattr(node, "targets", [node])]
-    return {getattr(node, "name", getattr(node, "id", "")) for node in nodes}
+    total = sum(len(path.read_text("utf-8").splitlines()) for path in paths)
+    assert total <= most, f"{total - most} lines too many of {total}"
 
 
 def test_a_public_name_is_exported_from_one_place():
     """By one ``__init__.py``, which takes it from the file that defines it."""
     exports, detours = Counter(), []
-    for package in (name for name, path in MODULES.items() if path.stem == "__init__"):
+    for package in PACKAGES:
         for node in TREES[package].body:
             if isinstance(node, ast.ImportFrom) and node.module in MODULES:
                 names = {a.name for a in node.names if f"{node.module}.{a.name}" not in MODULES}
                 exports.update(f"{package.partition('.')[0]}: {name}" for name in names)
-                away = names - defined(TREES[node.module])
-                detours += [f"{package} takes {name} from {node.module}" for name in away]
-    assert not detours, f"defined elsewhere: {'; '.join(detours)}"
-    assert not (twice := [n for n in exports if exports[n] > 1]), f"exported twice: {twice}"
+                body = [t for n in TREES[node.module].body for t in getattr(n, "targets", [n])]
+                defined = {getattr(n, "name", getattr(n, "id", "")) for n in body}
+                detours += [f"{package} takes {name}" for name in names - defined]
+    assert not detours and not [name for name in exports if exports[name] > 1]
 
 
 def test_a_class_has_a_name_of_its_own():
     count = Counter(n.name for t in TREES.values() for n in t.body if isinstance(n, ast.ClassDef))
-    assert not (twice := sorted(n for n in count if count[n] > 1)), f"defined twice: {twice}"
+    assert not [name for name in count if count[name] > 1]

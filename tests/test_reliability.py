@@ -9,31 +9,25 @@ import re
 import pytest
 from broken_copies import ROOT, mutants
 
+TEXT = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
 ROWS = [
     line.split("|")[1:-1]
-    for line in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").splitlines()
+    for line in TEXT.splitlines()
     if (line.startswith("| ") and "`test_" in line) or line.endswith("| CPU |")
 ]
 
 
-def named(cell: str) -> list[tuple[str, str]]:
-    """Return the file and the test of each name in a cell; ``::test`` is of the file before."""
-    found, file = [], ""
-    for of, test in re.findall(r"`(test_\w+)?(?:::(test_\w+))?`", cell):
-        file = of or file
-        if file:
-            found.append((file, test))
-    return found
-
-
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].strip())
 def test_a_failure_has_tests_that_exist(row):
+    """In a cell ``::test`` is of the file before."""
     _, _, noticed_by, where = (cell.strip() for cell in row)
-    assert named(noticed_by) or "`make " in noticed_by
-    for file, test in named(noticed_by):
-        texts = [path.read_text("utf-8") for path in (ROOT / "tests").rglob(f"{file}.py")]
-        assert len(texts) == 1, f"there are {len(texts)} {file}.py in tests"
-        assert f"def {test}(" in texts[0] or not test, f"{file}::{test}"
+    names, file = re.findall(r"`(test_\w+)?(?:::(test_\w+))?`", noticed_by), ""
+    assert names or "`make " in noticed_by
+    for of, test in names:
+        file = of or file
+        texts = [path.read_text("utf-8") for path in (ROOT / "tests").rglob(f"{file}.py") if file]
+        assert len(texts) == bool(file), f"there are {len(texts)} {file}.py in tests"
+        assert not test or f"def {test}(" in texts[0], f"{file}::{test}"
     assert re.fullmatch(r"(CPU|GPU)(, (in part )?(CPU|GPU))?", where)
 
 
@@ -50,8 +44,8 @@ def test_no_name_holds_an_address_or_a_set(request):
 @pytest.mark.parametrize("mutant", mutants(), ids=lambda mutant: mutant.what)
 def test_a_mutant_changes_the_code_of_today(mutant):
     """That the tests notice it is for `make mutants`, which runs them on it."""
-    text = mutant.path.read_text(encoding="utf-8")
-    assert text.count(mutant.right) == 1 and mutant.wrong != mutant.right
+    assert (ROOT / mutant.file).read_text("utf-8").count(mutant.right) == 1
+    assert mutant.wrong != mutant.right
     for test in mutant.tests.split():
         file, _, name = test.partition("::")
         assert f"def {name}" in (ROOT / "tests" / file).read_text(encoding="utf-8")

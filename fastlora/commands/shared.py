@@ -64,11 +64,10 @@ def require(*modules: str, extra: str = "finetune") -> None:
 def torch_device(name: str | None) -> torch.device:
     """Return the device that --device names, by default a GPU where there is one."""
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.empty(0, device=name).device  # with its number
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used: {first_line(error)}") from error
-    return device
 
 
 def first_line(thing: object) -> str:

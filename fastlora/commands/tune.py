@@ -14,8 +14,7 @@ import torch
 from fastlora.commands.models import Targets, adapted, empty_model
 from fastlora.commands.shared import DTYPES, UserError, check, option, require, torch_device
 from fastlora.operator import measured, plans
-from fastlora.operator.measured import OPS
-from fastlora.operator.plans import Problem
+from fastlora.operator.operands import OPS, Problem
 
 _SHAPE = re.compile(r"([1-9]\d*)[xX×]([1-9]\d*)")
 
@@ -57,7 +56,7 @@ def run(s: TuneSettings) -> None:
 
     if plans.FORCED != "auto":
         raise UserError(f"FASTLORA_IMPL={plans.FORCED} leaves nothing to choose: unset it to tune")
-    where = plans.indexed(torch_device(s.device))
+    where = torch_device(s.device)
     base, adapter = DTYPES[s.dtype], DTYPES[s.adapter_dtype]
     weights = _of_model(s.model, s.target_modules) if s.model else [_of(x) for x in s.shapes]
     if len(plans.usable_implementations(base, where)) == 1:
@@ -93,14 +92,12 @@ def _row(problem: Problem, op: str, device: torch.device) -> tuple[str, float, f
     """Return a line about what was chosen, its seconds and those of the default."""
     plan = plans.choose(op, "auto", problem, device)
     default, _ = plans.default(problem.dtype, device)
-    times = plan.with_host or plan.seconds
-    seconds, before = times[plan.impl], times.get(default, times[plan.impl])
+    seconds = plan.seconds[plan.impl]
+    before = plan.seconds.get(default, seconds)
     gain = "as by default"
     if plan.impl != default:
         gain = f"{before / seconds:.2f}x the speed of {default}, the default"
-    alone = f" ({plan.seconds[plan.impl] * 1e3:.3g} without the host)" if plan.with_host else ""
-    line = f"{problem}, {op}: {plan.impl}, {seconds * 1e3:.3g} ms{alone}, {gain}"
-    return line, seconds, before
+    return f"{problem}, {op}: {plan.impl}, {seconds * 1e3:.3g} ms, {gain}", seconds, before
 
 
 def _of(shape: str) -> Weights:

@@ -7,7 +7,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,10 +17,9 @@ from torch import Tensor
 from fastlora.operator.operands import OPS, Operands, Problem
 
 IMPLEMENTATIONS = ("auto", "triton", "library", "blocks", "eager", "reference")
-# What "auto" takes, from the environment when Python starts: one of the above.
+# From when Python starts: what "auto" takes, and whether problems are measured on first use.
 FORCED = os.environ.get("FASTLORA_IMPL") or "auto"
-# Whether a problem that nothing was measured for is measured when it first comes up.
-TUNE = os.environ.get("FASTLORA_TUNE", "0") == "1"
+TUNE = os.environ.get("FASTLORA_TUNE") == "1"
 
 # Elements of x up to which "eager" runs on a CPU: the time that Python takes for an operator of its
 # own counts there, the memory that PyTorch's gradients keep hardly does (`kernels/CPU.md`).
@@ -37,35 +36,19 @@ on_first_use: Callable[[Problem, torch.device], None] | None = None
 
 @dataclass(frozen=True)
 class Plan:
-    """How one direction of a problem runs, why, and what was measured.
-
-    ``seconds`` holds measured medians by implementation, ``configs`` what the kernels' steps run
-    with; ``with_host`` medians for few tokens that hold the host's time: they choose where there
-    are any.
-    """
+    """How one direction runs, why, measured medians by implementation, and the steps' configs."""
 
     impl: str
     why: str
-    seconds: Mapping[str, float]
-    configs: Mapping[str, Any]
-    with_host: Mapping[str, float]
-
-
-class Steps(NamedTuple):
-    """What runs one direction: the module of the five steps, and the configs that they are given.
-
-    ``configs`` is None where the steps take their defaults.
-    """
-
-    module: ModuleType
-    configs: Mapping[str, Any] | None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    configs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Pair(NamedTuple):
-    """What runs both directions."""
+    """What runs each direction: a module of five steps, and their configs, None for defaults."""
 
-    forward: Steps
-    backward: Steps
+    forward: tuple[ModuleType, Mapping[str, Any] | None]
+    backward: tuple[ModuleType, Mapping[str, Any] | None]
 
 
 _found: dict[tuple, Pair] = {}
@@ -80,50 +63,78 @@ def find(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
             key += w.shape[0], 0
         else:
             key += w.shape[0], a.shape[0], a.dtype, seed is not None
-    found, key = _found, tuple(key)
-    steps = found.get(key)
-    if steps is None:
-        steps = found[key] = _steps(impl, x, projections)
-    return steps
+    key = tuple(key)
+    pair = _found.get(key)
+    if pair is None:
+        pair = _found[key] = _pair(impl, x, projections)
+    return pair
 
 
-def _steps(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
+def _pair(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
     problem = Problem.of(x, projections)
     if problem is None:  # frozen layers alone
-        frozen = Steps(importlib.import_module(MODULES[default(x.dtype, x.device)[0]]), None)
-        return Pair(frozen, frozen)
-    if impl == "auto" and on_first_use is not None:
-        on_first_use(problem, x.device)
-    chosen = [choose(op, impl, problem, x.device) for op in OPS]
-    return Pair(
-        *(Steps(importlib.import_module(MODULES[p.impl]), p.configs or None) for p in chosen)
-    )
+        chosen = [Plan(*default(x.dtype, x.device))] * len(OPS)
+    else:
+        if impl == "auto" and on_first_use is not None:
+            on_first_use(problem, x.device)
+        chosen = [choose(op, impl, problem, x.device) for op in OPS]
+    return Pair(*((importlib.import_module(MODULES[p.impl]), p.configs or None) for p in chosen))
 
 
 def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
     """Return the plan for ``op``: the one asked for, the measured fastest, or the default."""
-    usable = usable_implementations(problem.dtype, device)
-    seconds, configs, with_host = {}, {}, {}
+    usable, found = usable_implementations(problem.dtype, device), None
     if len(usable) > 1:
         from fastlora.operator import measured
 
-        if (found := measured.find(problem, device)) is not None:
-            timing = found[op]
-            seconds, configs, with_host = timing.seconds, timing.configs, timing.with_host
-    why = f"impl={impl!r}"
+        found = measured.find(problem, device)
+    seconds = {i: time for i, time in found[op].items() if i in usable} if found else {}
+    why, configs = f"impl={impl!r}", {}
     if impl == "auto" and FORCED != "auto":
         impl, why = FORCED, f"FASTLORA_IMPL={FORCED}"
-    if impl == "auto":
+    elif impl == "auto":
         impl, why = default(problem.dtype, device)
-        times = with_host or seconds
-        best = min((i for i in usable if i in times), key=times.get, default=None)
-        if best is not None:
-            why = "measured on this machine"
+        if seconds:
+            best, why = min(seconds, key=seconds.get), "measured on this machine"
             # Measurements scatter: a draw leaves the default.
-            if times[best] < 0.98 * times.get(impl, float("inf")):
+            if seconds[best] < 0.98 * seconds.get(impl, float("inf")):
                 impl = best
-    configs = _configs(op, configs, problem, device) if impl in ("triton", "library") else {}
-    return Plan(impl, why, seconds, configs, with_host)
+    if found and impl in ("triton", "library"):
+        for name, listed in candidates(problem, device).items():
+            fields = found["configs"].get(name)  # whatever they are, unless of a candidate
+            configs.update((name, config) for config in listed if asdict(config) == fields)
+    return Plan(impl, why, seconds, configs)
+
+
+def candidates(problem: Problem, device: torch.device) -> dict[str, list]:
+    """Return the configs that each of the kernels' steps may be measured and run with.
+
+    None where it takes its default: for several projections, and what is read element by element.
+    """
+    if problem.others or problem.N % 16 or problem.K % 16:
+        return {}
+    from fastlora_kernels import configs
+
+    kind, chip = configs.kind_of(problem.dtype, problem.adapter), configs.Chip.of(device)
+    of = kind, problem.R, problem.dropout, chip
+    return {name: configs.candidates(name, *of) for op in OPS for name in configs.LAUNCHERS[op]}
+
+
+def default(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """Return what runs where nothing was measured, and why.
+
+    "library" for bfloat16 and float16 on a GPU: its second pass over y costs 500 / K of the
+    product, so a Triton product would have to reach 89 to 98% of the library's to win.
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        unusable = triton_unusable(device)
+        return ("blocks", unusable) if unusable else ("library", "default, not measured")
+    return "blocks", "made for CPUs" if device.type == "cpu" else "default, not measured"
+
+
+def forget() -> None:
+    """Have every plan chosen again, after measurements changed."""
+    _found.clear()
 
 
 def is_few(elements: int, device: torch.device) -> bool:
@@ -131,12 +142,8 @@ def is_few(elements: int, device: torch.device) -> bool:
 
     Not under autocast: a backward in it would round float32 adapters.
     """
-    return (
-        elements <= FEW
-        and device.type == "cpu"
-        and FORCED == "auto"
-        and not torch._C._is_any_autocast_enabled()
-    )
+    few = elements <= FEW and device.type == "cpu"
+    return few and FORCED == "auto" and not torch._C._is_any_autocast_enabled()
 
 
 def aligned(*tensors: Tensor | None) -> bool:
@@ -149,100 +156,27 @@ def aligned(*tensors: Tensor | None) -> bool:
     return True
 
 
-def _configs(
-    op: str, fields: Mapping[str, dict], problem: Problem, device: torch.device
-) -> dict[str, Any]:
-    """Return the measured config of each step that has one which can run here."""
-    if not fields or problem.others:  # of several projections the steps take their defaults
-        return {}
-    from fastlora_kernels.configs import DROPPING, LAUNCHERS, Config, is_valid, kind_of
-    from fastlora_kernels.launch import chip_of
-
-    kind, chip, found = kind_of(problem.dtype, problem.adapter), chip_of(device), {}
-    for name in set(fields) & set(LAUNCHERS[op]):
-        try:
-            config = Config(**fields[name])
-            dropout = problem.dropout and name in DROPPING
-            if is_valid(config, name, kind, problem.R, dropout, chip):
-                found[name] = config
-        except (TypeError, ValueError):  # fields of another version's, or of another type
-            continue
-    return found
-
-
-def indexed(device: torch.device) -> torch.device:
-    """Return ``device`` with the number that the tensors on it have."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def forget() -> None:
-    """Have every plan chosen again, after measurements changed.
-
-    One that a thread is choosing meanwhile goes into what is forgotten.
-    """
-    global _found
-    _found = {}
-
-
-def default(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """Return what runs where nothing was measured, and why.
-
-    "library" for bfloat16 and float16 on a GPU: its second pass over y costs 500 / K of the
-    product, so a Triton product would have to reach 89 to 98% of the library's to win.
-    """
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        why = triton_unusable(device)
-        if why is None:
-            return "library", "default, not measured"
-        return "blocks", why
-    return "blocks", "made for CPUs" if device.type == "cpu" else "default, not measured"
-
-
 def usable_implementations(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
     """Return the implementations that can run on ``device``; "blocks" always can."""
-    if device.type == "cpu" and not _interpreter_wanted():
+    interpreter = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+    if dtype == torch.float64 or (device.type == "cpu" and not interpreter):
         return ("blocks",)  # without importing Triton to find out
-    if dtype == torch.float64 or triton_unusable(device) is not None:
-        return ("blocks",)
-    return ("blocks", "library", "triton")
+    return ("blocks", "library", "triton") if triton_unusable(device) is None else ("blocks",)
 
 
 @functools.cache
-def triton_missing() -> str | None:
-    """Return why the Triton kernels cannot be imported here, or None when they can."""
+def triton_unusable(device: torch.device) -> str | None:
+    """Return why the Triton implementation cannot take tensors on ``device``, or None."""
     try:
-        import fastlora_kernels  # noqa: F401
+        from fastlora_kernels import INTERPRETED
     except Exception as error:  # a broken Triton may raise anything while it is imported
         if isinstance(error, ModuleNotFoundError) and error.name == "triton":
             return "Triton is not installed; pip install 'triton>=3.4' (Linux)"
         return f"the Triton kernels cannot be imported: {type(error).__name__}: {error}"
-    return None
-
-
-def _interpreter_wanted() -> bool:
-    """Return whether the environment asks for it, in the words that Triton takes."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-
-
-def triton_unusable(device: torch.device) -> str | None:
-    """Return why the Triton implementation cannot take tensors on ``device``, or None."""
-    missing = triton_missing()
-    if missing is not None:
-        return missing
-    import fastlora_kernels
-
-    if device.type == ("cpu" if fastlora_kernels.INTERPRETED else "cuda"):
+    if device.type == ("cpu" if INTERPRETED else "cuda"):
         return None
-    if device.type == "cpu":
-        late = _interpreter_wanted()
-        return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 " + (
-            "before Python starts (it is set now, but the kernels were imported without it)"
-            if late
-            else "in the environment before Python starts, or use impl='blocks'"
-        )
-    return f"it runs on 'cuda' devices (and 'cpu' under TRITON_INTERPRET=1), not on '{device.type}'"
+    other = "'cuda', or on 'cpu' alone where Python has started with TRITON_INTERPRET=1"
+    return f"it runs on {other}, not on {device.type!r}; impl='blocks' runs everywhere"
 
 
 def named(impl: str, x: Tensor) -> str:
@@ -251,17 +185,13 @@ def named(impl: str, x: Tensor) -> str:
     Raises ValueError for an unknown name, TypeError for a dtype it does not take, RuntimeError
     where it cannot run.
     """
-    source = "impl"
-    if impl == "auto":
-        impl, source = FORCED, "FASTLORA_IMPL"
+    source, impl = ("FASTLORA_IMPL", FORCED) if impl == "auto" else ("impl", impl)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{source} must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl in ("triton", "library"):
         if x.dtype == torch.float64:
-            raise TypeError(
-                f"x is float64, which {source}={impl!r} does not take; use float32, bfloat16 or "
-                "float16, or impl='blocks'"
-            )
+            said = f"x is float64, which {source}={impl!r} does not take; use"
+            raise TypeError(f"{said} float32, bfloat16 or float16, or impl='blocks'")
         why = triton_unusable(x.device)
         if why is not None and x.device.type != "meta":
             raise RuntimeError(f"{source}={impl!r} cannot run on x.device '{x.device}': {why}")

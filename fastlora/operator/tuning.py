@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures problems on this machine: the kernels' configs one by one, then the implementations.
+"""Measures ways to do one thing in turn; of a problem the kernels' configs, then implementations.
 
 Where FASTLORA_TUNE=1 asks for it, a problem is measured when it first comes up.
 """
@@ -7,47 +7,54 @@ Where FASTLORA_TUNE=1 asks for it, a problem is measured when it first comes up.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
-import statistics
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
+from statistics import median
+from time import perf_counter
+from types import ModuleType
+from typing import Any
 
 import torch
 
 from fastlora.operator import measured, plans, steps
-from fastlora.operator.measured import OPS, Problem, Timing
-from fastlora.operator.operands import Operands
-from fastlora.operator.timing import Step, host_counts, interleaved
+from fastlora.operator.operands import OPS, Operands, Problem
 
-DROPOUT_P = 0.1
-CONFIG_SECONDS = 0.2
-SECONDS = 1.0
+Step = Callable[[], Iterable[None]]
+Say = Callable[[str], object]
 
-Say = Callable[[str], None]
-_said: set[str] = set()
-_tried: set[tuple[Problem, torch.device]] = set()
+SECONDS, CONFIG_SECONDS = 1.0, 0.2  # of a problem on first use, and for each step's configs
+# Seconds that a GPU spins before a step, so that the host has issued it by then: three times what
+# that took the last time, within these. A step that waits for the GPU itself never is.
+LEAST_SPIN, MOST_SPIN = 1e-4, 0.05
+CYCLES = 3e9  # a second, of the fastest GPU: others spin longer
+
 _lock = threading.Lock()
 
 
 def tune(
-    problems: Iterable[Problem], device: torch.device, say: Say, seconds: float = SECONDS
-) -> Iterator[tuple[Problem, dict[str, Timing] | None, Path | None]]:
+    problems: Iterable[Problem], device: torch.device, say: Say, seconds: float
+) -> Iterator[tuple[Problem, measured.Row | None, Path | None]]:
     """Measure each problem for about ``seconds``, keep the result; yield it and where it is kept.
 
-    A problem is measured at the upper end of its bucket. What fails (a config that the device
-    cannot run, an implementation without enough memory) is left out and reported to ``say`` once;
-    a problem of which nothing could be measured yields None.
+    At the upper end of its bucket, and with the host's time where that counts. What fails (a config
+    that the device cannot run, an implementation without enough memory) is left out and reported to
+    ``say`` once; a problem of which nothing could be measured yields None.
     """
+    say = cache(say)
     for problem in problems:
-        problem, kept = problem.bucketed(), None
+        problem, found, kept = problem.bucketed(), None, None
         on_device = torch.cuda.device(device if device.type == "cuda" else -1)
         with torch.no_grad(), steps.exact(device), on_device:
-            measure = functools.partial(_measure, problem, device, say, seconds)
-            found = _attempt(measure, str(problem), say)
+            try:
+                found = _measure(problem, device, say, seconds)
+            except Exception as error:  # too little memory for the operands, say
+                _leave_out(say, problem, error)
         if found is not None:
             kept = measured.add({problem: found}, device)
             plans.forget()
@@ -55,160 +62,166 @@ def tune(
 
 
 def tune_on_first_use(problem: Problem, device: torch.device) -> None:
-    """Measure a problem that has just come up, and say so: it looks like a hang otherwise."""
+    """Measure a problem that has just come up, unless a CUDA graph is being captured."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if not capturing and len(plans.usable_implementations(problem.dtype, device)) > 1:
+        with _lock:
+            _tune_once(problem.bucketed(), device)
 
+
+@cache
+def _tune_once(problem: Problem, device: torch.device) -> None:
     def say(text: str) -> None:
         print(f"fastlora: {text}", file=sys.stderr, flush=True)
 
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return
-    if len(plans.usable_implementations(problem.dtype, device)) == 1:
-        return
-    problem = problem.bucketed()
-    with _lock:
-        tried = (problem, device) in _tried
-        _tried.add((problem, device))
-        if not tried and measured.find(problem, device) is None:
-            say(f"measuring {problem} on first use (FASTLORA_TUNE=1)")
-            list(tune([problem], device, say))
+    if measured.find(problem, device) is None:
+        say(f"measuring {problem} on first use (FASTLORA_TUNE=1)")  # which looks like a hang
+        list(tune([problem], device, say, SECONDS))
 
 
 if plans.TUNE:
     plans.on_first_use = tune_on_first_use
 
 
-def _measure(
-    problem: Problem, device: torch.device, say: Say, seconds: float
-) -> dict[str, Timing] | None:
-    case = _attempt(lambda: _Case(problem, device), str(problem), say)
-    if case is None:
-        return None
-    configs = {op: {} if problem.others else _best_configs(op, case, say) for op in OPS}
-    ways = {}
-    for impl in plans.usable_implementations(problem.dtype, device):
-        step = case.step(impl, configs)
-        if _attempt(lambda step=step: list(step()), f"{impl}, {problem}", say) is not None:
-            ways[impl] = step
-    if not ways:
-        return None
-    medians, with_host = _medians(interleaved(ways, device, seconds)), {}
-    if host_counts(problem.M, device):
-        with_host = _medians(interleaved(ways, device, seconds, with_host=True))
-    return {
-        op: Timing(
-            {impl: times[i] for impl, times in medians.items()},
-            {name: asdict(config) for name, config in configs[op].items()},
-            {impl: times[i] for impl, times in with_host.items()},
-        )
-        for i, op in enumerate(OPS)
-    }
+def _measure(problem: Problem, device: torch.device, say: Say, seconds: float):
+    """Return what was measured of ``problem``, None if nothing could be."""
+    x, of, dys, ss = _operands(problem, device)
+    needs = [(p.a is not None,) * 2 for p in of]
 
+    def both(impl: ModuleType, configs: dict | None) -> Iterator[None]:
+        steps.forward(impl, x, of, configs)
+        yield
+        steps.backward(impl, dys, x, of, ss, True, needs, configs)
+        yield
 
-def _medians(rounds: dict[str, list[tuple[float, ...]]]) -> dict[str, list[float]]:
-    """Return the median of each phase by implementation."""
-    return {
-        impl: [statistics.median(times) for times in zip(*found, strict=True)]
-        for impl, found in rounds.items()
-    }
-
-
-class _Case:
-    """Random operands of a problem, and what is timed on them."""
-
-    def __init__(self, problem: Problem, device: torch.device) -> None:
-        generator = torch.Generator(device).manual_seed(0)  # the user's own stays as it is
-
-        def random(*shape: int, dtype: torch.dtype = problem.adapter) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-        (M, N, K, R), base = problem[:4], problem.dtype
-        self.problem, self.device, self.x = problem, device, random(M, K, dtype=base)
-        seed = torch.ones(1, dtype=torch.int64, device=device) if problem.dropout else None
-        self.projections, self.dys, self.ss, self.dss = [], [], [], []
-        for n, r in ((N, R), *problem.others):
-            a, b = (random(r, K), random(n, r)) if r else (None, None)
-            drop = (seed, 0.5, DROPOUT_P) if r and problem.dropout else (None, 0.5, 0.0)
-            self.projections.append(Operands(random(n, K, dtype=base), a, b, None, *drop))
-            self.dys.append(random(M, n, dtype=base))
-            self.ss.append(random(M, r) if r else None)
-            self.dss.append(random(M, r) if r else None)
-
-    def step(self, impl: str, configs: dict[str, dict]) -> Step:
-        """Return the step that runs forward and backward by ``impl``, for `interleaved`."""
-        module = importlib.import_module(plans.MODULES[impl])
-        of = self.x, self.projections
-        needs = [(p.a is not None,) * 2 for p in self.projections]
-        given = [None if impl == "blocks" else configs[op] for op in OPS]
-
-        def step() -> Iterator[None]:
-            steps.forward(module, *of, given[0])
-            yield
-            steps.backward(module, self.dys, *of, self.ss, True, needs, given[1])
-            yield
-
-        return step
-
-    def alone(self, name: str, config) -> Step:
-        """Return the step that runs one of the kernels' five, of one projection, by ``config``."""
-        from fastlora_kernels import steps as kernels
-
-        of = self.x, self.projections
-        calls = {
-            "shrink": (kernels.shrink, *of),
-            "outputs": (kernels.outputs, *of, self.ss, None),
-            "ds_db": (kernels.ds_db, self.dys, self.projections, self.ss, [True], [True]),
-            "input_grad": (kernels.input_grad, self.dys, self.projections, self.dss),
-            "da": (kernels.da, *of, self.dss, [True]),
+    def alone(name: str, config: Any) -> Iterator[None]:  # one step of one projection
+        given = {
+            "shrink": (x, of),
+            "outputs": (x, of, ss, None),
+            "ds_db": (dys, of, ss, [True], [True]),
+            "input_grad": (dys, of, ss),
+            "da": (x, of, ss, [True]),
         }
-        function, *arguments = calls[name]
+        step = getattr(import_module(plans.MODULES["triton"]), name)
+        step(*given[name], configs={name: config})
+        yield
 
-        def step() -> Iterator[None]:
-            function(*arguments, configs={name: config})
-            yield
+    def medians(what: Any, ways: dict[Any, Step], lasting: float, with_host: bool = False):
+        """Return the median of each phase by those of the ways to do ``what`` that can run."""
 
-        return step
+        def failed(way: Any, error: Exception) -> None:
+            _leave_out(say, f"{what}, {way}", error)
 
+        rounds = interleaved(ways, device, lasting, with_host=with_host, failed=failed)
+        return {way: list(map(median, zip(*each, strict=True))) for way, each in rounds.items()}
 
-def _best_configs(op: str, case: _Case, say: Say) -> dict:
-    """Return for each of the kernels' steps in ``op`` the config that measured fastest."""
-    problem, device = case.problem, case.device
-    if len(plans.usable_implementations(problem.dtype, device)) == 1:
-        return {}
-    from fastlora_kernels.configs import DROPPING, LAUNCHERS, Chip, candidates, kind_of
-
-    if problem.N % 16 or problem.K % 16:
-        return {}  # read element by element: one config is made for that
-    kind, chip, best = kind_of(problem.dtype, problem.adapter), Chip.of(device), {}
-    for name in LAUNCHERS[op]:
-        dropout, ways = problem.dropout and name in DROPPING, {}
-        for config in candidates(name, kind, problem.R, dropout, chip):
-            step = case.alone(name, config)
-            if _attempt(lambda step=step: list(step()), f"{name} with {config}", say) is not None:
-                ways[config] = step
-        if len(ways) == 1:
-            best[name] = next(iter(ways))
-        elif ways:
-            rounds = interleaved(ways, device, CONFIG_SECONDS)
-            best[name] = min(ways, key=lambda c, r=rounds: statistics.median(t for (t,) in r[c]))
-    return best
+    configs, ways = {}, {}
+    for name, listed in plans.candidates(problem, device).items():
+        by_config = {config: partial(alone, name, config) for config in listed}
+        if found := medians(name, by_config, CONFIG_SECONDS if len(listed) > 1 else 0.0):
+            configs[name] = min(found, key=found.get)
+    for impl in plans.usable_implementations(problem.dtype, device):
+        module = import_module(plans.MODULES[impl])
+        ways[impl] = partial(both, module, None if impl == "blocks" else configs)
+    found = medians(problem, ways, seconds, host_counts(problem.M, device))
+    row = {op: {impl: times[i] for impl, times in found.items()} for i, op in enumerate(OPS)}
+    row["configs"] = {name: asdict(config) for name, config in configs.items()}
+    return row if found else None
 
 
-def _attempt(call: Callable, what: str, say: Say):
-    """Return what ``call`` returns; None, and a word about it the first time, where it fails."""
-    try:
-        result = call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return result
-    except Exception as error:  # whatever a compiler, a driver or an allocator may raise
-        reason = "not enough memory" if isinstance(error, torch.OutOfMemoryError) else error
-        text = (
-            f"left out {what}: {str(reason).strip().partition(chr(10))[0] or type(error).__name__}"
-        )
-        if text not in _said:
-            _said.add(text)
-            say(text)
-        if torch.cuda.is_available():
-            with contextlib.suppress(RuntimeError):  # a device that is lost for good
-                torch.cuda.empty_cache()
-        return None
+def _leave_out(say: Say, what: Any, error: Exception) -> None:
+    first_line = str(error).strip().partition("\n")[0]
+    say(f"left out {what}: {type(error).__name__}: {first_line}")
+    if torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):  # a device that is lost for good
+            torch.cuda.empty_cache()
+
+
+def _operands(problem: Problem, device: torch.device):
+    """Return random x and projections, and dy and s (or ds) of each."""
+    generator = torch.Generator(device).manual_seed(0)  # the user's own stays as it is
+
+    def random(*shape: int, dtype: torch.dtype = problem.adapter) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    M, N, K, R, base, _, dropout, others = problem
+    x, of, dys, ss = random(M, K, dtype=base), [], [], []
+    seed = torch.ones(1, dtype=torch.int64, device=device)
+    for n, r in ((N, R), *others):
+        a, b = (random(r, K), random(n, r)) if r else (None, None)
+        drop = (seed, 0.5, 0.1) if r and dropout else (None, 0.5, 0.0)
+        of.append(Operands(random(n, K, dtype=base), a, b, None, *drop))
+        dys.append(random(M, n, dtype=base))
+        ss.append(random(M, r) if r else None)
+    return x, of, dys, ss
+
+
+def host_counts(tokens: int, device: torch.device) -> bool:
+    """Return whether a step may take as long as the host needs to issue it."""
+    return device.type == "cuda" and tokens <= 512
+
+
+def interleaved(
+    steps: dict[Any, Step],
+    device: torch.device,
+    seconds: float,
+    least: int = 5,
+    *,
+    with_host: bool = False,
+    failed: Callable[[Any, Exception], None] | None = None,
+) -> dict[Any, list[tuple[float, ...]]]:
+    """Return for each way its rounds, each the seconds of every phase of the step.
+
+    A step is called and iterated: what it does between two ``yield`` is one phase, so that
+    ``forward(); yield; backward(); yield`` times both. Once everything is compiled all take turns,
+    each round begun by another, for about ``seconds`` but at least ``least`` rounds: what disturbs
+    the machine, or is left in caches, disturbs all of them.
+
+    On a GPU a phase is timed by events, and the queue is full before the first of them: a kernel
+    spins until the host has issued the whole step. ``with_host`` starts each step on an idle GPU
+    instead; the figures then hold the time that the host takes to issue what runs at once.
+
+    A way that raises is given to ``failed``, by name and with its exception, and has no rounds;
+    without ``failed`` the exception is the caller's.
+    """
+    rounds, spins = {name: [] for name in steps}, dict.fromkeys(steps, 0.0)
+    on_gpu, until = device.type == "cuda", 0.0
+    for count in itertools.count(-1 if on_gpu else 0):  # from 1 on they are timed
+        if count == 1:
+            until = perf_counter() + seconds
+        names = list(rounds)
+        first = count % max(1, len(names))
+        for name in (*names[first:], *names[:first]):
+            try:
+                phases, issued = _phases(steps[name], device, spins[name])
+            except Exception as error:
+                if failed is None:
+                    raise
+                del rounds[name]
+                failed(name, error)
+                continue
+            if count > 0:
+                rounds[name].append(phases)
+            if on_gpu and count >= 0 and not with_host:
+                spins[name] = min(max(LEAST_SPIN, 3 * issued), MOST_SPIN)
+        if not rounds or (count >= least and perf_counter() > until):
+            return rounds
+
+
+def _phases(step: Step, device: torch.device, spin: float) -> tuple[tuple[float, ...], float]:
+    """Return the seconds of each phase, and those in which the host has issued all of them."""
+    if spin:
+        torch.cuda._sleep(int(spin * CYCLES))
+    mark, start = _event if device.type == "cuda" else perf_counter, perf_counter()
+    marks = [mark(), *(mark() for _ in step())]
+    issued = perf_counter() - start
+    if mark is perf_counter:
+        return tuple(b - a for a, b in itertools.pairwise(marks)), issued
+    torch.cuda.synchronize(device)
+    return tuple(a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)), issued
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

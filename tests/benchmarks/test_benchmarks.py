@@ -28,7 +28,7 @@ from fastlora_kernels import launch
 from fastlora_kernels.configs import Chip
 
 from fastlora.files import replace_file
-from fastlora.operator.timing import interleaved, ratio
+from fastlora.operator.tuning import interleaved
 
 Figure = pytest.importorskip("matplotlib.figure").Figure
 RESULTS = Path(run.__file__).parent / "results"
@@ -90,7 +90,7 @@ def test_lorafusion_scales_the_narrow_factor(monkeypatch):
 
 
 def test_rows_say_what_was_measured():
-    assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
+    assert measure.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
     for row in measure.measure(PROBLEM, EAGER, 0.0):
         assert row["rounds"] >= 3 and row["both"]["median_s"] > 0
         assert row["way"] != "frozen" or row["both"]["ratio"] == 1

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import tracemalloc
+from dataclasses import asdict
 
 import pytest
 import torch
-from measuring import CPU, GROUP, PROBLEM, SMALL, SOME_CONFIG, chosen, operands, run_python, timings
+from measuring import CPU, GROUP, PROBLEM, SMALL, chosen, operands, run_python, timings
 
 import fastlora
-from fastlora.operator import measured, plans
+from fastlora.operator import measured, plans, steps
 from fastlora.operator.operands import Operands
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
@@ -19,10 +19,10 @@ GPU = torch.device("cuda")
 
 def names(pair):
     """The last parts of the modules that run forward and backward."""
-    return [steps.module.__name__.rpartition(".")[2] for steps in pair]
+    return [module.__name__.rpartition(".")[2] for module, _ in pair]
 
 
-def one(x, w, a, b):
+def one(x, w, a=None, b=None):
     return x, [Operands(w, a, b, None, None, 1.0, 0.0)]
 
 
@@ -31,13 +31,12 @@ def one(x, w, a, b):
 
 def test_what_auto_takes_where_nothing_was_measured(monkeypatch):
     """Library products on a GPU's tensor cores; blocks where they do not help or cannot run."""
-    monkeypatch.setattr(plans, "triton_unusable", lambda device: None)
-    assert (
-        plans.default(torch.bfloat16, GPU)[0] == plans.default(torch.float16, GPU)[0] == "library"
-    )
-    assert plans.default(torch.float32, GPU)[0] == plans.default(torch.bfloat16, CPU)[0] == "blocks"
-    monkeypatch.setattr(plans, "triton_unusable", lambda device: "broken")
-    assert plans.default(torch.bfloat16, GPU) == ("blocks", "broken")
+    for why, half in ((None, "library"), ("broken", "blocks")):
+        monkeypatch.setattr(plans, "triton_unusable", lambda device, why=why: why)
+        cases = [(torch.bfloat16, GPU), (torch.float16, GPU), (torch.float32, GPU)]
+        taken = [plans.default(*case)[0] for case in (*cases, (torch.bfloat16, CPU))]
+        assert taken == [half, half, "blocks", "blocks"]
+    assert plans.default(torch.bfloat16, GPU)[1] == "broken"
 
 
 def test_the_environment_forces_a_choice(monkeypatch):
@@ -55,40 +54,26 @@ def test_the_environment_forces_a_choice(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("impl", "tune", "interpreter", "said"),
     [
-        ({"FASTLORA_IMPL": "reference", "FASTLORA_TUNE": "1"}, "reference True True"),
-        ({"FASTLORA_IMPL": "", "FASTLORA_TUNE": ""}, "auto False False"),
+        ("reference", "1", "0", "reference True True False False"),
+        ("", "", "true", "auto False False True True"),
+        ("blocks", "0", "ON", "blocks False False True True"),
     ],
-    ids=["set", "empty"],
 )
-def test_the_environment_is_read_when_python_starts(environment, said):
-    code = """if True:
-        from fastlora.operator import op, plans
-        print(plans.FORCED, plans.TUNE, plans.on_first_use is not None)
-    """
-    assert run_python(code, **environment) == f"{said}\n"
-
-
-def test_a_plain_cpu_needs_no_triton():
+def test_the_environment_is_read_when_python_starts(impl, tune, interpreter, said):
+    """Triton's variable as Triton reads it; on a plain CPU nothing imports Triton."""
     code = """if True:
         import sys, torch, fastlora
+        from fastlora.operator import op, plans
         fastlora.lora_linear(torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1))
-        print("triton" in sys.modules)
-    """
-    assert run_python(code, TRITON_INTERPRET="0") == "False\n"
-
-
-@pytest.mark.parametrize("value", ["1", "true", "ON"])
-def test_the_interpreter_s_variable_is_read_as_triton_reads_it(value):
-    code = """if True:
-        import torch
-        from fastlora.operator import plans
-        import fastlora_kernels
+        plans.find("auto", torch.ones(2, 4), [op.Operands(torch.ones(3, 4), *[None] * 4, 1.0, 0.0)])
         usable = plans.usable_implementations(torch.float32, torch.device("cpu"))
-        print("triton" in usable, fastlora_kernels.INTERPRETED)
+        first_use = plans.on_first_use is not None
+        print(plans.FORCED, plans.TUNE, first_use, "triton" in usable, "triton" in sys.modules)
     """
-    assert run_python(code, TRITON_INTERPRET=value) == "True True\n"
+    environment = {"FASTLORA_IMPL": impl, "FASTLORA_TUNE": tune, "TRITON_INTERPRET": interpreter}
+    assert run_python(code, **environment) == f"{said}\n"
 
 
 # Measurements
@@ -116,8 +101,22 @@ def test_measurements_hold_for_their_bucket():
     for same in ({"M": 33}, {"M": 64, "R": 3}):
         assert chosen(problem=PROBLEM._replace(**same)) == "triton"
     others = ({"M": 32}, {"M": 65}, {"R": 17}, {"N": 47}, {"K": 33}, {"dropout": True})
-    for other in (*others, {"adapter": torch.bfloat16}):
+    for other in (*others, {"adapter": torch.bfloat16}, {"dtype": torch.float32}):
         assert chosen(problem=PROBLEM._replace(**other)) == "blocks"
+
+
+def test_what_projections_together_take():
+    """What was measured of them together, not of each."""
+    measured.add({GROUP: timings()}, CPU)
+    assert chosen(problem=GROUP) == "triton" and chosen(problem=SMALL) == "blocks"
+    assert chosen(problem=GROUP._replace(others=((8, 3), (32, 3)))) == "blocks"
+    x, *rest = operands(16)
+    w, a, b = (t[:, :16] for t in rest)
+    x, of = one(x[:, :16], w[:16], a, b[:16])
+    of += one(x, w[:8], a[:3], b[:8, :3])[1] + one(x, w[:32])[1]
+    assert names(plans.find("auto", x, of)) == ["steps"] * 2
+    frozen = [p._replace(a=None, b=None) for p in of]
+    assert names(plans.find("auto", x, frozen)) == ["blocks"] * 2
 
 
 def test_a_compiled_graph_chooses_for_the_rows_that_come():
@@ -133,80 +132,28 @@ def test_a_compiled_graph_chooses_for_the_rows_that_come():
 
 
 def test_the_choice_is_one_look_up(monkeypatch):
-    """Nothing is computed again and no memory is kept by further calls."""
+    """Nothing is computed again and nothing more kept for other numbers of rows."""
     x, projections = one(*operands())
-    plans.find("auto", x, projections)
-    monkeypatch.setattr(plans, "choose", None)
-    tracemalloc.start()
-    for m in range(33, 65):
-        plans.find("auto", x[:m], projections)
-    before = tracemalloc.get_traced_memory()[0]
-    for _ in range(10):
-        for m in range(33, 65):
-            plans.find("auto", x[:m], projections)
-    grown = tracemalloc.get_traced_memory()[0] - before
-    tracemalloc.stop()
-    assert grown < 1024
+    first = plans.find("auto", x, projections)
+    monkeypatch.setattr(plans, "_pair", None)
+    assert all(plans.find("auto", x[:m], projections) is first for m in range(33, 65))
+    assert len(plans._found) == 1
 
 
 def test_measured_configs_reach_the_kernels(monkeypatch):
     """Where they are valid; of others, and where loads are narrow, the kernel takes its default."""
-    from fastlora_kernels import Config, steps
-
-    good = {**SOME_CONFIG, "block_m": 32, "block_n": 32, "block_k": 32, "num_warps": 2}
-    for wrong in ({"block_k": 17}, {"num_warps": 3}, {"block_m": "32"}, {"other": 1}):
-        configs = {"shrink": good, "outputs": {**good, **wrong}, "unknown": good}
+    good, other = plans.candidates(PROBLEM, CPU)["shrink"][:2]
+    wrong = [7, {**asdict(other), "block_k": 17}, {**asdict(other), "block_m": [32]}, {"other": 1}]
+    for fields in wrong:
+        configs = {"shrink": asdict(good), "outputs": fields, "unknown": asdict(good)}
         measured.add({PROBLEM: timings(configs=configs)}, CPU)
-        assert plans.choose("forward", "auto", PROBLEM, CPU).configs == {"shrink": Config(**good)}
-    seen = []
-    for name in ("shrink", "outputs"):
-        own = getattr(steps, name)
-        monkeypatch.setattr(
-            *(steps, name),
-            lambda *a, configs=None, own=own, **k: (
-                seen.append(configs) or own(*a, **({} if configs is None else {"configs": configs}))
-            ),
-        )
-    x, *rest = operands()
-    narrow = torch.empty(16 * 32 + 1)[1:].view(16, 32).copy_(rest[1])
+        assert plans.choose("forward", "auto", PROBLEM, CPU).configs == {"shrink": good}
+    own, seen = steps.forward, []
+    monkeypatch.setattr(steps, "forward", lambda *args: seen.append(args[-1]) or own(*args))
+    x, w, a, b = operands()
+    narrow = torch.empty(16 * 32 + 1)[1:].view(16, 32).copy_(a)
     misaligned = torch.empty(64 * 32 + 1, dtype=torch.bfloat16)[1:].view(64, 32).copy_(x)
     with torch.no_grad():
-        assert fastlora.lora_linear(x, *rest).shape == (64, 48)
-        assert seen == [{"shrink": Config(**good)}] * 2
-        for others in ((misaligned, *rest), (x, rest[0], narrow, rest[2])):
-            seen.clear()
-            fastlora.lora_linear(*others)
-            assert seen == [None, None]
-
-
-def test_a_plan_made_before_measurements_is_forgotten_with_them(monkeypatch):
-    x = torch.ones(16, 64)
-    own = plans._steps
-
-    def slowly(*args):
-        found = own(*args)
-        plans.forget()  # as another thread does that has measured
-        return found
-
-    monkeypatch.setattr(plans, "_steps", slowly)
-    fastlora.lora_linear(x, torch.ones(8, 64), torch.ones(2, 64), torch.ones(8, 2))
-    assert not plans._found
-
-
-def test_what_projections_together_take():
-    """What was measured of them together, not of each."""
-    measured.add({GROUP: timings()}, CPU)
-    assert chosen(problem=GROUP) == "triton" and chosen(problem=SMALL) == "blocks"
-    assert chosen(problem=GROUP._replace(others=((8, 3), (32, 3)))) == "blocks"
-    x, *first = operands(16)
-    x, first = x[:, :16], [first[0][:16, :16], first[1][:, :16], first[2][:16]]
-    second = torch.randn(8, 16).bfloat16(), torch.randn(3, 16), torch.randn(8, 3)
-    rest = (None, None, 1.0, 0.0)
-    of = [
-        Operands(*first, *rest),
-        Operands(*second, *rest),
-        Operands(torch.randn(32, 16).bfloat16(), None, None, *rest),
-    ]
-    assert names(plans.find("auto", x, of)) == ["steps"] * 2
-    frozen = [p._replace(a=None, b=None) for p in of]
-    assert names(plans.find("auto", x, frozen)) == ["blocks"] * 2
+        for given in ((x, w, a, b), (misaligned, w, a, b), (x, w, narrow, b)):
+            assert fastlora.lora_linear(*given).shape == (64, 48)
+    assert seen == [{"shrink": good}, None, None]

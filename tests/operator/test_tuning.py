@@ -1,86 +1,160 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured on this machine, by the tuner or on first use, and the file that keeps it."""
+"""What is measured on this machine, by the tuner or on first use, and the file that keeps it.
+
+Times hold what they say, on a GPU that is simulated: a queue, and a host that fills it.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
-import threading
-import time
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from measuring import CPU, GROUP, PROBLEM, SMALL, SOME_CONFIG, chosen, operands, timings
+import triton
+from measuring import CPU, GROUP, PROBLEM, SMALL, chosen, operands, timings
 
 import fastlora
 from fastlora.operator import library, measured, plans, tuning
+from fastlora.operator.operands import Problem
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
-ALL = {"blocks", "library", "triton"}
+CUDA, ALL, ROW = torch.device("cuda", 0), {"blocks", "library", "triton"}, timings()
+HOST, KERNEL, CYCLES = 25e-6, 100e-6, 2e9  # seconds to issue a kernel and to run it; cycles/second
 
 
-def tune_one(say=lambda text: None, problem=SMALL):
+def tune_one(problem=SMALL, say=lambda text: None):
     ((_, found, _),) = tuning.tune([problem], CPU, say, seconds=0.0)
+    measured._loaded.clear()  # another process would read the file
     return found
 
 
-def read_again():
-    """Forget what this process knows: another one reads the file."""
-    measured._loaded.clear()
+# Ways that take turns
+
+
+class Gpu:
+    """Runs what is issued in order, each when it has been issued and the one before has ended."""
+
+    now = free = 0.0  # the host's time; when the queue is empty
+
+    def issue(self, seconds: float) -> None:
+        self.free = max(self.free, self.now) + seconds
+
+    def synchronize(self, device) -> None:
+        self.now = max(self.now, self.free)
+
+    def event(self) -> SimpleNamespace:
+        at = max(self.free, self.now)
+        return SimpleNamespace(at=at, elapsed_time=lambda other: (other.at - at) * 1000)
+
+    def rounds(self, host=HOST, waits=False, **options):
+        """The rounds of a step of two phases, a kernel each."""
+
+        def step():
+            for _ in ("forward", "backward"):
+                self.now += host
+                self.issue(KERNEL)
+                if waits:
+                    self.synchronize(CUDA)
+                yield
+
+        return tuning.interleaved({"it": step}, CUDA, 0.0, **options)["it"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    gpu = Gpu()
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.issue(cycles / CYCLES))
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+    monkeypatch.setattr(tuning, "_event", gpu.event)
+    monkeypatch.setattr(tuning, "perf_counter", lambda: gpu.now)
+    return gpu
+
+
+@pytest.mark.parametrize("host", [HOST, 40 * HOST], ids=["short", "longer than its kernels"])
+def test_a_phase_is_the_time_of_its_kernels(gpu, host):
+    """However long Python takes: the queue is full before the first event."""
+    assert gpu.rounds(host) == [pytest.approx((KERNEL, KERNEL))] * 5
+
+
+def test_a_step_that_waits_for_the_gpu_is_timed_all_the_same(gpu):
+    assert gpu.rounds(waits=True) == [pytest.approx((KERNEL, KERNEL + HOST))] * 5
+
+
+def test_with_the_host_a_phase_holds_what_it_waits_for(gpu):
+    found = gpu.rounds(3 * KERNEL, with_host=True)
+    assert found == [pytest.approx((4 * KERNEL, 3 * KERNEL))] * 5
+    cases = [(512, CUDA), (513, CUDA), (1, CPU)]
+    assert [tuning.host_counts(*case) for case in cases] == [True, False, False]
+
+
+@pytest.mark.parametrize("after", [0, 1, 4], ids="after {} runs".format)
+def test_ways_take_turns_and_one_that_fails_fails_alone(after):
+    left, said, ran = [after], [], []
+
+    def fails():
+        if not left[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        left[0] -= 1
+        yield
+
+    def works(name):
+        ran.append(name)
+        yield
+
+    steps = {"fails": fails, "a": lambda: works("a"), "b": lambda: works("b")}
+    with pytest.raises(torch.OutOfMemoryError):
+        tuning.interleaved(steps, CPU, 0.0)
+    left[0] = after
+    ran.clear()
+    options = {"failed": lambda name, error: said.append((name, str(error)))}
+    rounds = tuning.interleaved(steps, CPU, 0.0, **options)
+    assert {name: len(found) for name, found in rounds.items()} == {"a": 5, "b": 5}
+    assert {"".join(ran[i : i + 2]) for i in range(0, 12, 2)} == {"ab", "ba"}
+    assert said == [("fails", "CUDA out of memory.")]
+    left[0] = after
+    assert tuning.interleaved({"fails": fails}, CPU, 0.0, **options) == {}
 
 
 # What is measured
 
 
-def test_the_tuner_measures_every_implementation_and_keeps_it():
-    state = torch.get_rng_state()
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("problem", [SMALL._replace(M=12), GROUP], ids=["one", "group"])
+def test_the_tuner_measures_every_implementation_and_keeps_it(problem, dropout):
+    """And, of one projection, every config of each of the kernels' steps."""
+    problem, state = problem._replace(dropout=dropout), torch.get_rng_state()
     with torch.autocast("cpu", dtype=torch.bfloat16):  # which changes nothing
-        found = tune_one(problem=SMALL._replace(M=12, dropout=True))
+        found = tune_one(problem)
     assert torch.equal(torch.get_rng_state(), state)
-    for op, names in (
-        ("forward", {"shrink", "outputs"}),
-        ("backward", {"ds_db", "da", "input_grad"}),
-    ):
-        assert found[op].seconds.keys() == ALL
-        assert all(0 < seconds < 60 for seconds in found[op].seconds.values())
-        assert found[op].configs.keys() == names
-    read_again()
-    assert measured.find(SMALL._replace(M=16, dropout=True), CPU) == found
-
-
-def test_the_tuner_measures_projections_together():
-    for dropout in (False, True):
-        found = tune_one(problem=GROUP._replace(dropout=dropout))
-        assert all(t.seconds.keys() == ALL and t.configs == {} for t in found.values())
-    read_again()
-    known = measured.known(CPU)
-    assert {p.others for p in known} == {((8, 16), (32, 0))} and len(known) == 2
-    assert measured.find(GROUP, CPU) is not None and measured.find(SMALL, CPU) is None
+    for op in ("forward", "backward"):
+        assert found[op].keys() == ALL and all(0 < time < 60 for time in found[op].values())
+    steps = {"shrink", "outputs", "ds_db", "da", "input_grad"}
+    assert found["configs"].keys() == (set() if problem.others else steps)
+    assert measured.known(CPU) == {str(problem.bucketed()): found}
 
 
 def test_a_config_that_fails_is_left_out_and_named_once(monkeypatch):
     """Too much shared memory, out of memory, a compiler's error: measured with the others."""
     from fastlora_kernels import steps
 
-    right, said = steps.shrink, []
+    (bad, *others), right, said = plans.candidates(SMALL, CPU)["shrink"], steps.shrink, []
 
-    def shrink(*args, configs=None, **rest):
-        if configs and configs["shrink"].num_warps == 8:
+    def shrink(*args, **options):
+        if options.get("configs") == {"shrink": bad}:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
-        return right(*args, **({"configs": configs} if configs else {}), **rest)
+        return right(*args, **options)
 
+    monkeypatch.setattr(plans, "candidates", lambda *_: {"shrink": [bad, *others]})
     monkeypatch.setattr(steps, "shrink", shrink)
-    problem = SMALL._replace(adapter=torch.bfloat16)
-    for _ in range(2):
-        found = tune_one(said.append, problem)
-    assert found["forward"].configs["shrink"]["num_warps"] != 8
-    assert len(said) == 1
-    assert said[0].startswith("left out shrink with Config(") and "not enough memory" in said[0]
+    for _, found, _ in tuning.tune([SMALL, SMALL._replace(M=32)], CPU, said.append, seconds=0.0):
+        assert found["configs"]["shrink"] in map(vars, others)
+    why = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
+    assert said == [f"left out shrink, {bad}: {why}"]
 
 
 def test_an_implementation_that_fails_is_left_out(monkeypatch):
@@ -89,50 +163,40 @@ def test_an_implementation_that_fails_is_left_out(monkeypatch):
 
     said = []
     monkeypatch.setattr(library, "outputs", fails)
-    assert tune_one(said.append)["forward"].seconds.keys() == {"blocks", "triton"}
-    assert said == [f"left out library, {SMALL}: out of resource: shared memory"]
+    assert tune_one(GROUP, said.append)["forward"].keys() == {"blocks", "triton"}
+    why = "RuntimeError: out of resource: shared memory"
+    assert said == [f"left out {GROUP.bucketed()}, library: {why}"]
 
 
 def test_a_problem_that_does_not_fit_is_left_out(empty_cache):
     said = []
-    assert tune_one(said.append, SMALL._replace(M=1 << 45)) is None
+    assert tune_one(SMALL._replace(M=1 << 45), said.append) is None
     assert len(said) == 1 and "left out" in said[0] and not empty_cache.exists()
 
 
-def test_few_tokens_are_timed_with_the_host_too(monkeypatch):
-    """Both times are kept, and the one that holds what the host takes chooses."""
-    assert not any(timing.with_host for timing in tune_one().values())
-    own, said = tuning.interleaved, []
+def test_few_tokens_are_timed_with_the_host(monkeypatch):
+    asked = []
 
-    def interleaved(steps, device, seconds, **options):
-        said.append(options)
-        slow = {impl: 5.0 - i if options else 1.0 + i for i, impl in enumerate(steps)}
-        if steps.keys() <= ALL:
-            return {impl: [(t, t)] for impl, t in slow.items()}
-        return own(steps, device, seconds, **options)
+    def interleaved(steps, *_, with_host=False, **__):
+        asked.append(with_host)
+        return {impl: [(1.0, 1.0)] for impl in steps}
 
     monkeypatch.setattr(tuning, "interleaved", interleaved)
     monkeypatch.setattr(tuning, "host_counts", lambda tokens, device: tokens <= 16)
-    for problem, best in ((SMALL, "triton"), (SMALL._replace(M=32), "blocks")):
-        found = tune_one(problem=problem)
-        assert bool(found["forward"].with_host) == (problem is SMALL)
-        read_again()
-        assert measured.find(problem, CPU) == found
-        assert chosen(problem=problem) == best
-    assert {"with_host": True} in said
-    text = str(fastlora.explain(SMALL, device="cpu"))
-    assert "triton 3e+03 ms (with the host 3e+03)" in text, text
+    for m in (16, 32):
+        tune_one(GROUP._replace(M=m))
+    assert asked == [True, False]
 
 
 def test_what_is_measured_is_planned_with(monkeypatch):
     """Also by layers that have run before."""
     x, *rest = operands(16)
     fastlora.lora_linear(x, *rest)
-    monkeypatch.setattr(tuning, "_measure", lambda *_: timings())
-    tune_one(problem=PROBLEM._replace(M=16))
+    monkeypatch.setattr(tuning, "_measure", lambda *_: ROW)
+    tune_one(PROBLEM._replace(M=16))
     fastlora.lora_linear(x, *rest)
     (pair,) = plans._found.values()
-    assert pair.forward.module.__name__ == "fastlora_kernels.steps"
+    assert pair.forward[0].__name__ == "fastlora_kernels.steps"
 
 
 # On first use
@@ -170,136 +234,64 @@ def test_a_problem_that_fails_is_tried_once(monkeypatch, capsys):
 
 # The file
 
-
-def test_nothing_is_written_before_anything_is_measured(empty_cache):
-    fastlora.lora_linear(*operands())
-    assert not empty_cache.exists()
-
-
-def broken(**changes):
-    """What a file would hold with other fields in its one problem."""
-    return lambda row: [{**row, **changes}]
-
-
-def timed(**fields):
-    return lambda row: [{**row, "forward": {**row["forward"], **fields}}]
-
-
 BAD = {
     "not JSON": b"{",
     "not UTF-8": b"\xff\xfe",
     "empty": b"",
     "deep": b"[" * 100_000,
-    "too large": b" " * ((16 << 20) + 1),
-    "an object": lambda row: {"problems": [row]},
-    "a problem that is a number": lambda row: [7],
-    "without a direction": lambda row: [{k: v for k, v in row.items() if k != "backward"}],
-    "a field of another version": broken(bias=True),
-    "a size of text": broken(N="48"),
-    "a size of none": broken(others=[[8, -1]]),
-    "dropout of a number": broken(dropout=0),
-    "a dtype that is none": broken(dtype="float1"),
-    "a time that is none": timed(seconds={"blocks": -1.0}),
-    "a time that is NaN": timed(seconds={"blocks": float("nan")}),
-    "an implementation that is none": timed(seconds={"numpy": 1.0}),
-    "times in a list": timed(seconds=[1.0]),
-    "a time with the host that is none": timed(with_host={"blocks": 0.0}),
-    "a config of text": timed(configs={"shrink": "fast"}),
-    "a config of lists": timed(configs={"shrink": {**SOME_CONFIG, "block_m": [16]}}),
-    "a timing of other fields": timed(minutes={}),
+    "too large": b"{}" + b" " * (16 << 20),
+    "a list": [ROW],
+    "a problem that is a number": {"16 x 16 x 16": 7},
+    "without a direction": {"a": {"forward": {}, "configs": {}}},
+    "a time that is none": {"a": timings({"blocks": -1.0})},
+    "a time that is NaN": {"a": timings({"blocks": float("nan")})},
+    "a time of text": {"a": timings({"blocks": "1"})},
+    "times in a list": {"a": timings([1.0])},
+    "configs in a list": {"a": {**ROW, "configs": ["shrink"]}},
+    "a pipe": os.mkfifo,
+    "a folder": os.mkdir,
+    "a device": lambda path: os.symlink("/dev/zero", path),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_a_file_that_does_not_parse_is_ignored_with_one_warning(what):
-    path, bad = measured.add({PROBLEM: timings()}, CPU), BAD[what]
-    if not isinstance(bad, bytes):
-        bad = json.dumps(bad(json.loads(path.read_text())[0])).encode()
-    path.write_bytes(bad)
-    read_again()
+    """Nor is a pipe waited for, or a device read to its end."""
+    path, bad = measured.add({PROBLEM: ROW}, CPU), BAD[what]
+    if callable(bad):
+        path.unlink()
+        bad(path)
+    else:
+        path.write_bytes(bad if isinstance(bad, bytes) else json.dumps(bad).encode())
+    measured._loaded.clear()
     with pytest.warns(UserWarning, match="is not used, nor kept") as said:
         assert measured.find(PROBLEM, CPU) is None
         assert chosen() == "blocks"
-        assert measured.add({PROBLEM: timings()}, CPU) == path
+        if what != "a folder":
+            assert measured.add({PROBLEM: ROW}, CPU) == path
     assert len(said) == 1 and str(said[0].message).isprintable()
-    read_again()
-    assert measured.find(PROBLEM, CPU) == timings()
+    measured._loaded.clear()
+    assert what == "a folder" or measured.find(PROBLEM, CPU) == ROW
 
 
-@pytest.mark.parametrize("what", ["pipe", "device", "folder"])
-def test_what_is_no_file_is_not_waited_for(what):
-    path = measured.add({PROBLEM: timings()}, CPU)
-    path.unlink()
-    if what == "folder":
-        path.mkdir()
-    elif what == "pipe" and hasattr(os, "mkfifo"):
-        os.mkfifo(path)
-    elif what == "device" and Path("/dev/zero").exists():
-        path.symlink_to("/dev/zero")
-    else:
-        pytest.skip(f"the system has no {what}")
-    read_again()
-    with pytest.warns(UserWarning, match="is not used.*not a file"):
-        assert measured.find(PROBLEM, CPU) is None
+def test_measurements_of_other_versions_lie_in_another_file(monkeypatch):
+    monkeypatch.setattr(measured, "device_name", lambda device: "NVIDIA (R) Chip")
+    monkeypatch.setattr(measured, "driver", lambda: "570.1")
+    versions = (
+        f"fastlora {fastlora.__version__} torch {torch.__version__} triton {triton.__version__}"
+    )
+    for device, name in ((CPU, f"cpu {versions}"), (CUDA, f"cuda {versions} driver 570.1")):
+        name = name.replace(" fastlora", " nvidia r chip fastlora").replace("+", " ")
+        assert measured.path_of(device).name == name.replace(" ", "-") + ".json"
 
 
-@pytest.mark.parametrize("part", ["driver", "triton", "torch", "fastlora"])
-def test_measurements_of_other_versions_lie_in_another_file(part, monkeypatch):
-    first = measured.add({PROBLEM: timings()}, CPU)
-    now = {**measured.versions("cpu"), part: "999"}
-    monkeypatch.setattr(measured, "versions", lambda device_type: now)
-    read_again()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert measured.find(PROBLEM, CPU) is None
-        second = measured.add({PROBLEM._replace(M=128): timings()}, CPU)
-    assert f"{part}-999" in second.name and torch.__version__.partition("+")[0] in first.name
-    assert len(json.loads(first.read_text())) == len(json.loads(second.read_text())) == 1
+def test_what_another_thread_adds_meanwhile_stays(monkeypatch):
+    def slowly(path):
+        measured._loaded[measured.device_name(CPU)] = {str(PROBLEM): ROW}
+        return {}
 
-
-def test_a_thread_waits_for_what_another_reads(monkeypatch):
-    """Nobody plans with half of what was measured, and what is added meanwhile stays."""
-    other = PROBLEM._replace(K=2 * PROBLEM.K)
-    measured.add({PROBLEM: timings()}, CPU)
-    own, reading = measured._read, threading.Event()
-
-    def slowly(*args):
-        reading.set()
-        time.sleep(0.2)
-        return own(*args)
-
-    read_again()
     monkeypatch.setattr(measured, "_read", slowly)
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(measured.find, PROBLEM, CPU)
-        reading.wait()
-        assert measured.find(PROBLEM, CPU) is not None
-        measured.add({other: timings()}, CPU)
-        assert first.result() is not None
-    assert measured.find(other, CPU) is not None and measured.find(PROBLEM, CPU) is not None
-
-
-def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
-    """The measurements hold for the process; the warning says where and what to do."""
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match=r"cannot be kept in .*this process only; FASTLORA_CACHE"):
-        assert measured.add({PROBLEM: timings()}, CPU) is None
-    assert chosen() == "triton"
-
-
-def test_a_user_without_a_home(monkeypatch):
-    def expanded(path):
-        raise RuntimeError("Could not determine home directory.")
-
-    for name in ("FASTLORA_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "expanduser", expanded)
-    with pytest.warns(UserWarning, match=r"Could not determine home.*; FASTLORA_CACHE names"):
-        fastlora.lora_linear(*operands())
-    with pytest.warns(UserWarning, match="cannot be kept in a file"):
-        assert measured.add({PROBLEM: timings()}, CPU) is None
-    assert chosen() == "triton"
+    assert measured.find(PROBLEM, CPU) == ROW
 
 
 def test_the_folder_of_the_user(monkeypatch, tmp_path):
@@ -311,24 +303,28 @@ def test_the_folder_of_the_user(monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     assert measured.path_of(CPU).parent == tmp_path / ".cache" / "fastlora"
 
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
 
-def test_processes_that_measure_at_once_keep_each_others_results():
-    code = """if True:
-        import sys, torch
-        from fastlora.operator.measured import OPS, Problem, Timing, add
-        print("ready", flush=True)
-        sys.stdin.readline()
-        for i in range(100):
-            times = {op: Timing({"blocks": 1e-3}) for op in OPS}
-            problem = Problem(1 << i % 20, 8 + i // 20, int(sys.argv[1]))
-            add({problem: times}, torch.device("cpu"))
-    """
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    jobs = [subprocess.Popen([sys.executable, "-c", code, str(k)], **pipes) for k in (8, 16)]
-    for job in jobs:
-        assert job.stdout.readline() == "ready\n"
-    for job in jobs:
-        job.stdin.write("go\n")
-        job.stdin.flush()
-    assert [job.communicate() and job.returncode for job in jobs] == [0, 0]
-    assert len(json.loads(measured.path_of(CPU).read_text())) == 200
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    add = functools.partial(measured.add, {PROBLEM: ROW}, CPU)
+    for call in (lambda: fastlora.lora_linear(*operands()), add):
+        with pytest.warns(UserWarning, match=r"Could not determine home.*; FASTLORA_CACHE names"):
+            call()
+    assert chosen() == "triton"  # the measurements hold for the process
+
+
+def test_processes_that_measure_at_once_keep_each_others_results(empty_cache):
+    fastlora.lora_linear(*operands())
+    assert not empty_cache.exists()  # nothing is written before anything is measured
+
+    def add_many(k):
+        for n in range(40):
+            measured.add({Problem(1, n + 1, k): ROW}, CPU)
+
+    process = multiprocessing.get_context("fork").Process
+    jobs = [process(target=add_many, args=(k,)) for k in (8, 16)]
+    [job.start() for job in jobs]
+    [job.join() for job in jobs]
+    assert [job.exitcode for job in jobs] == [0, 0]
+    assert len(json.loads(measured.path_of(CPU).read_text())) == 80

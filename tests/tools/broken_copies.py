@@ -4,26 +4,20 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True)
-class Mutant:
+class Mutant(NamedTuple):
     """One change of one file; ``tests`` are node ids below tests/, of which one has to fail."""
 
     what: str
-    file: str
+    file: str  # below the root
     right: str
     wrong: str
     tests: str
-
-    @property
-    def path(self) -> Path:
-        """Return the file, below the root."""
-        return ROOT / self.file
 
 
 def mutants() -> list[Mutant]:

@@ -42,22 +42,6 @@ COPIES = {
             "int64, device=device, generator=torch.Generator(device))",
         ),
     ],
-    ("plans", "plans::the_fastest_measured_runs_in_each_direction"): [
-        ("the slowest runs", "min((i for i in usable if i in ", "max((i for i in usable if i in "),
-    ],
-    ("timing", "timing::a_phase_is_the_time_of_its_kernels"): [
-        ("a GPU is idle when its time is taken", "not full and spin < MOST_SPIN:", "False:"),
-    ],
-    ("timing", "timing::a_way_that_fails_fails_alone"): [
-        ("a way that fails takes the others along", "if failed is None:", "if True:"),
-    ],
-    ("plans", "tuning::few_tokens_are_timed_with_the_host_too"): [
-        (
-            "few tokens are chosen for as if the host took no time",
-            "with_host or seconds",
-            "seconds",
-        ),
-    ],
     ("op", "eager::few_is_counted_in_elements_of_x"): [
         (
             "few tokens are told by their number alone",
@@ -68,45 +52,12 @@ COPIES = {
     ("op", "eager::where_the_operator_runs_all_the_same"): [
         ("few tokens lose precision under autocast", "plans.FEW or _autocast():", "plans.FEW:"),
     ],
-    ("plans", "plans::a_draw_leaves_the_default"): [
-        (
-            "a draw leaves for another implementation",
-            "best] < 0.98 * times",
-            "best] < 1.02 * times",
-        ),
-    ],
-    ("measured", "plans::measurements_hold_for_their_bucket"): [
-        ("measurements hold for one number of tokens", ".get(problem.bucketed())", ".get(problem)"),
-    ],
-    ("measured", "tuning::measurements_of_other_versions_lie_in_another_file"): [
-        ("measurements of other versions count", "in versions(device.type).items()]", "in ()]"),
-    ],
-    ("measured", "tuning::a_file_that_does_not_parse_is_ignored_with_one_warning"): [
-        (
-            "a file that is damaged stops the run",
-            "TypeError, KeyError, AttributeError, RecursionError) as error:",
-            "RecursionError) as error:",
-        ),
-    ],
-    ("tuning", "tuning::an_implementation_that_fails_is_left_out"): [
-        ("an implementation that fails ends the tuning", "Exception as error", "KeyError as error"),
-    ],
     ("plans", "operator::where_triton_cannot_run_that_is_said"): [
         (
             "an implementation that is named falls back",
             "raise RuntimeError",
             "return 'blocks'\n            raise RuntimeError",
         ),
-    ],
-    ("tuning", "tuning::tuning_on_first_use"): [
-        (
-            "the tuner draws from the user's random numbers",
-            "generator = torch.Generator(device).manual_seed(0)",
-            "generator = None",
-        ),
-    ],
-    ("tuning", "tuning::a_problem_that_does_not_fit_is_left_out"): [
-        ("a config that does not fit ends the tuning", "Exception as error:", "KeyError as error:"),
     ],
     ("op", "unusual_operands::gradients_with_a_put_off_negation"): [
         ("a negation that was put off is not carried out", " or t.is_neg()):", "):"),
@@ -120,12 +71,6 @@ COPIES = {
     ],
     ("operands", "unusual_operands::small_scalings_of_float16_adapters_keep_their_bits"): [
         ("a scaling leaves float16 factors few bits", "if b.dtype == torch.float16:", "if False:"),
-    ],
-    ("plans", "plans::the_environment_is_read_when_python_starts"): [
-        ("an empty variable names an implementation", '") or "auto"', '", "auto")'),
-    ],
-    ("measured", "tuning::the_folder_of_the_user"): [
-        ("~ is a folder", "return Path(folder).expanduser() /", "return Path(folder) /"),
     ],
     ("op", "unusual_operands::a_second_import_works_and_leaves_the_first_as_it_is"): [
         (
@@ -209,18 +154,54 @@ COPIES = {
     ("eager", "operator::gradcheck_and_double_backward"): [
         ("a gradient at create_graph is cut from its graph", '": create_graph', '": False'),
     ],
+    ("plans", "plans::the_fastest_measured_runs_in_each_direction"): [
+        ("the slowest runs", "best, why = min(", "best, why = max("),
+    ],
+    ("plans", "plans::a_draw_leaves_the_default"): [
+        ("a draw leaves for another implementation", "< 0.98 * ", "< 1.02 * "),
+    ],
+    ("plans", "plans::the_environment_is_read_when_python_starts"): [
+        ("an empty variable names an implementation", '") or "auto"', '", "auto")'),
+    ],
     ("plans", "plans::measured_configs_reach_the_kernels"): [
-        (
-            "configs run where loads are narrow",
-            "if 1 not in strides or sum(strides) % 16 != 1 or t.data_ptr() % 16:",
-            "if False:",
-        ),
+        ("configs run where loads are narrow", " t.data_ptr() % 16:", " False:"),
+        ("any config is run with", "if asdict(config) == fields", ""),
+    ],
+    ("measured", "plans::measurements_hold_for_their_bucket"): [
+        ("measurements hold for one number of tokens", "m.bucketed()))", "m))"),
+    ],
+    ("measured", "tuning::measurements_of_other_versions_lie_in_another_file"): [
+        ("measurements of other versions count", '" ".join(parts)', '" ".join(parts[:2])'),
+    ],
+    ("measured", "tuning::a_file_that_does_not_parse_is_ignored_with_one_warning"): [
+        ("a file that is damaged stops the run", " Exception as error:", " KeyError as error:"),
+    ],
+    ("measured", "tuning::the_folder_of_the_user"): [
+        ("~ is a folder", "return Path(folder).expanduser() /", "return Path(folder) /"),
+    ],
+    ("tuning", "tuning::a_phase_is_the_time_of_its_kernels"): [
+        ("a GPU is idle when its time is taken", "max(LEAST_SPIN, 3 * issued)", "LEAST_SPIN"),
+    ],
+    ("tuning", "tuning::ways_take_turns_and_one_that_fails_fails_alone"): [
+        ("a way that fails takes the others along", "if failed is None:", "if True:"),
+    ],
+    ("tuning", "tuning::few_tokens_are_timed_with_the_host"): [
+        ("few tokens are timed without the host", ", host_counts(problem.M, device))", ")"),
+    ],
+    ("tuning", "tuning::an_implementation_that_fails_is_left_out"): [
+        ("what fails ends the tuning", "Exception as error:\n ", "KeyError as error:\n "),
+    ],
+    ("tuning", "tuning::a_problem_that_does_not_fit_is_left_out"): [
+        ("a problem too large ends the tuning", "Exception as error:  #", "KeyError as error:  #"),
+    ],
+    ("tuning", "tuning::tuning_on_first_use"): [
+        ("the user's generator is drawn from", "torch.Generator(device).manual_seed(0)", "None"),
     ],
     ("tuning", "tuning::tuning_on_first_use tuning::what_is_measured_is_planned_with"): [
         ("what was planned before a measurement stays", "            plans.forget()\n", ""),
     ],
     ("tuning", "tuning::a_problem_that_fails_is_tried_once"): [
-        ("a problem is measured again each time", "        _tried.add((problem, device))\n", ""),
+        ("a problem is measured again each time", "once(problem.b", "once.__wrapped__(problem.b"),
     ],
 }
 

@@ -52,6 +52,9 @@ COPIES = {
     ("functional", f"{UNUSUAL}scalings_that_no_kernel_takes"): [
         ("scalings beyond float32 are taken", "= torch.finfo(torch.float32).max", "= math.inf"),
     ],
+    ("explain", "test_explain.py::test_explains_siblings_together"): [
+        ("few tokens are explained together", " or plans.is_few(x.numel(), w.device)", ""),
+    ],
     ("files", TUNE_AT_ONCE): [
         ("processes that tune at once lose each other's results", LOCKED, "while False:"),
     ],

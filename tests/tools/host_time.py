@@ -14,8 +14,8 @@ import itertools
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+import timeit
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import aot
@@ -25,8 +25,6 @@ from fastlora_kernels import launch, outputs, steps
 from fastlora_kernels.configs import Chip
 from triton.backends.compiler import GPUTarget
 
-ROUNDS = 150
-CHIP = aot.CHIPS[90]
 launched: list[dict] | None = None  # what the launcher is given, where somebody asks
 
 
@@ -52,37 +50,19 @@ def _plain(value):
     return value.data_ptr() if isinstance(value, torch.Tensor) else value
 
 
-class Driver:
-    """What Triton asks of a driver: one device of sm_90, whose modules load at once."""
-
-    launcher_cls = Launcher
-
-    def __init__(self) -> None:
-        self.device, self.loaded = 0, 0
-        self.utils = SimpleNamespace(
-            load_binary=self.load, get_device_properties=lambda d: {"max_shared_mem": 232448}
-        )
-
-    def load(self, name, kernel, shared, device):
-        self.loaded += 1
-        return object(), self.loaded, 0, 0, 1024
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 1000 + device
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
-def stub() -> Driver:
-    """Have Triton launch into nothing from here on."""
-    driver = Driver()
+def stub() -> None:
+    """Have Triton launch into nothing from here on: a device of sm_90, modules load at once."""
+    loaded = itertools.count(1)
+    utils = SimpleNamespace(
+        load_binary=lambda *_: (object(), next(loaded), 0, 0, 1024),
+        get_device_properties=lambda device: {"max_shared_mem": 232448},
+    )
+    driver = SimpleNamespace(launcher_cls=Launcher, utils=utils, device=0)
+    driver.get_current_device = lambda: driver.device
+    driver.get_current_stream = lambda device: 1000 + device
+    driver.get_current_target = lambda: GPUTarget("cuda", 90, 32)
     triton.runtime.driver.set_active(driver)
-    Chip.of = staticmethod(lambda device: CHIP)
-    return driver
+    Chip.of = staticmethod(lambda device: aot.CHIPS[90])
 
 
 def layer(count: int, p: float, adapter: torch.dtype = torch.bfloat16):
@@ -107,20 +87,18 @@ def layer(count: int, p: float, adapter: torch.dtype = torch.bfloat16):
     return forward, backward
 
 
-def microseconds(call: Callable[[], None]) -> list[float]:
-    call()
-    found = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        call()
-        found.append((time.perf_counter() - start) * 1e6)
-    return found
-
-
 def pairs() -> Iterator[dict]:
     """Yield for each launch of some layers whether the prepared one gives what Triton's does."""
     global launched
-    torch.Tensor.new_empty, cat = _kept(torch.Tensor.new_empty), torch.cat
+    kept, make, cat, position = {}, torch.Tensor.new_empty, torch.cat, itertools.count()
+
+    def new_empty(t, *shape, **options):  # again the tensors of the call before
+        key = next(position), shape, options.get("dtype", t.dtype)
+        if key not in kept:
+            kept[key] = make(t, *shape, **options)
+        return kept[key]
+
+    torch.Tensor.new_empty = new_empty
     torch.cat = lambda ts, dim=0: ts[0].new_empty(*cat(ts, dim).shape)
     prepare = launch.Launch._prepare
     kinds = (0.0, torch.bfloat16), (0.1, torch.bfloat16), (0.1, torch.float32)
@@ -129,9 +107,9 @@ def pairs() -> Iterator[dict]:
             ways = []
             for own in (False, True):
                 launch.Launch._prepare = prepare if own else lambda self, compiled: None
-                call()  # what comes first goes by Triton in any case
-                launched, _kept.next = [], 0
-                call()
+                for _ in range(2):  # the first goes by Triton in any case
+                    launched, position = [], itertools.count()
+                    call()
                 ways.append(launched)
                 launched = None
             for one, other in zip(*ways, strict=True):
@@ -160,12 +138,13 @@ def ways() -> Iterator[dict]:
         else:
             runtime.launch_enter_hook = hook if on else None
 
+    def own_hooks(on: bool) -> None:
+        kernel.add_pre_run_hook(hook) if on else kernel.pre_run_hooks.clear()
+
     changes = {
         "nothing": lambda on: None,
         "a hook": hooks,
-        "a hook of the kernel": lambda on: (
-            kernel.add_pre_run_hook(hook) if on else kernel.pre_run_hooks.clear()
-        ),
+        "a hook of the kernel": own_hooks,
         "another device": lambda on: setattr(driver, "device", int(on)),
     }
     for name, change in changes.items():
@@ -178,23 +157,6 @@ def ways() -> Iterator[dict]:
     launch.Launch._by_triton = own
 
 
-def _kept(make: Callable) -> Callable:
-    """Return `new_empty` that gives out the same tensors again from `next` = 0 on."""
-    tensors: dict = {}
-
-    def new_empty(t, *shape, **options):
-        key = _kept.next, shape, options.get("dtype", t.dtype)
-        _kept.next += 1
-        if key not in tensors:
-            tensors[key] = make(t, *shape, **options)
-        return tensors[key]
-
-    return new_empty
-
-
-_kept.next = 0
-
-
 def main() -> None:
     stub()
     if sys.argv[1:] == ["check"]:
@@ -203,7 +165,7 @@ def main() -> None:
         return
     for name, count, p in (("a layer", 1, 0.0), ("dropout", 1, 0.1), ("q/k/v", 3, 0.0)):
         for direction, call in zip(("forward", "backward"), layer(count, p), strict=True):
-            found = microseconds(call)
+            found = [seconds * 1e6 for seconds in timeit.repeat(call, call, repeat=150, number=1)]
             best, median = min(found), statistics.median(found)
             print(f"{name:8} {direction:8} best {best:6.1f} µs, median {median:6.1f} µs")
 

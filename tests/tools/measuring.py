@@ -6,28 +6,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 
 import torch
-from fastlora_kernels.configs import Config
 
 from fastlora.operator import plans
-from fastlora.operator.measured import Timing
-from fastlora.operator.plans import Problem
+from fastlora.operator.operands import Problem
 
 CPU = torch.device("cpu")
 PROBLEM = Problem(64, 48, 32, 16, torch.bfloat16, torch.float32)
 SMALL = PROBLEM._replace(M=16, N=16, K=16)
 GROUP = SMALL._replace(others=((8, 3), (32, 0)))
-SOME_CONFIG = asdict(Config(16, 16, 16))
+TIMES = {"blocks": 3e-3, "library": 2e-3, "triton": 1e-3}
 
 
-def timings(forward=None, backward=None, configs=None):
-    default = {"blocks": 3e-3, "library": 2e-3, "triton": 1e-3}
-    return {
-        "forward": Timing(forward or default, configs or {}),
-        "backward": Timing(backward or default),
-    }
+def timings(forward=TIMES, backward=TIMES, configs=()):
+    return {"forward": forward, "backward": backward, "configs": dict(configs)}
 
 
 def chosen(op="forward", problem=PROBLEM, impl="auto"):

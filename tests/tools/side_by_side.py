@@ -26,7 +26,6 @@ from pathlib import Path
 import pytest
 
 START = 300.0  # seconds in which a process has to import everything
-PROGRESS = 15.0  # seconds between two lines that say how far it is
 LINES = 15  # of a failure
 PR_SET_PDEATHSIG = 1
 
@@ -124,19 +123,13 @@ class Tests:
     """What is known of the tests, and the processes that run them."""
 
     def __init__(self, start, minutes: float, silence: float) -> None:
-        self.start, self.silence = start, silence
-        self.began = self.said = time.monotonic()
+        self.start, self.silence, self.began = start, silence, time.monotonic()
         self.until, self.stopped = self.began + 60 * minutes, False
         self.processes: list[Process] = []
         self.waiting: list[str] | None = None  # None: not collected yet
         self.large: set[str] = set()
         self.outcomes: dict[str, str] = {}
         self.reasons: Counter[str] = Counter()
-        self.texts: set[str] = set()
-
-    @property
-    def failed(self) -> list[str]:
-        return [name for name, outcome in self.outcomes.items() if outcome == "failed"]
 
     def over(self) -> bool:
         return self.stopped or time.monotonic() > self.until
@@ -145,6 +138,7 @@ class Tests:
         """Take what the processes say, and tell those that are ready what comes next."""
         there = wait([process.connection for process in self.processes], timeout=1)
         for process in list(self.processes):
+            limit = self.silence if process.test else START
             if process.connection in there:
                 try:
                     what, *rest = process.connection.recv()
@@ -154,9 +148,7 @@ class Tests:
                     continue
                 process.heard = time.monotonic()
                 getattr(self, what)(process, *rest)
-                continue
-            limit = self.silence if process.test else START
-            if not process.ready and time.monotonic() - process.heard > limit:
+            elif not process.ready and time.monotonic() - process.heard > limit:
                 words = process.end(where=True)
                 self.lose(process, words, f"ended: nothing was heard for {limit:.0f} s")
         for process in self.processes:
@@ -164,8 +156,6 @@ class Tests:
                 process.tell(None)
             elif process.ready and (test := self.next()):
                 process.tell(test)
-        if time.monotonic() - self.said > PROGRESS:
-            self.say_how_far()
 
     def next(self) -> str | None:
         """Return a test that fits beside those that run: large ones run one at a time."""
@@ -182,9 +172,11 @@ class Tests:
             print(f"{len(tests)} tests by {len(self.processes)} processes", flush=True)
 
     def report(self, process: Process, test: str, outcome: str, text: str) -> None:
+        """Print a failure at once and whole: it may be the last that is heard of the run."""
         if outcome == "failed":
             if self.outcomes.get(test) != "failed":
-                self.say_failure(test, text)
+                lines = (f"    {line}"[:400] for line in text.splitlines())
+                print(f"FAILED {test}", *lines, sep="\n", flush=True)
             self.outcomes[test] = "failed"
         elif self.outcomes.setdefault(test, outcome) == "skipped":
             self.reasons[text] += 1
@@ -202,23 +194,6 @@ class Tests:
         elif self.waiting and not self.over():
             self.processes.append(self.start())
 
-    def say_failure(self, test: str, text: str) -> None:
-        """Print it at once and whole: this may be the last that is heard of the run."""
-        lines = text.splitlines()
-        errors = [line for line in lines if line.startswith("E ")] or lines[-1:]
-        if (what := "\n".join(errors)) in self.texts:
-            lines = ["as before:", *errors[:1]]
-        self.texts.add(what)
-        print(f"FAILED {test}", *(f"    {line}"[:400] for line in lines), sep="\n", flush=True)
-
-    def say_how_far(self) -> None:
-        self.said = now = time.monotonic()
-        running = [(now - p.heard, p.test) for p in self.processes if p.test is not None]
-        seconds, test = max(running, default=(0.0, ""))
-        longest = f"; {seconds:.0f} s in {test}" if test else ""
-        counts = f"{len(self.outcomes)} done, {len(self.waiting or ())} wait"
-        print(f"{now - self.began:.0f} s: {counts}, {len(self.failed)} failed{longest}", flush=True)
-
     def summary(self) -> int:
         """Print what became of all tests; return 0, 1 where some failed, 5 where none ran."""
         for reason, count in self.reasons.items():
@@ -228,12 +203,12 @@ class Tests:
             not_run[function].append(re.split(r"[-(\]]", rest)[0])
         for function, tests in not_run.items():
             print(f"not run: {len(tests)} of {function}: {', '.join(dict.fromkeys(tests))}")
-        for test in self.failed:
-            print(f"failed: {test}")
+        failed = [test for test, outcome in self.outcomes.items() if outcome == "failed"]
+        print(*(f"failed: {test}\n" for test in failed), sep="", end="")
         counts = Counter(self.outcomes.values()) + Counter({"not run": len(self.waiting or ())})
         said = ", ".join(f"{count} {what}" for what, count in counts.items()) or "nothing ran"
         print(f"{said} in {time.monotonic() - self.began:.0f} s", flush=True)
-        return 1 if self.failed else 0 if counts["passed"] else 5
+        return 1 if failed else 0 if counts["passed"] else 5
 
 
 def run(start: Callable[[], Process], workers: int, minutes: float, silence: float) -> int:
