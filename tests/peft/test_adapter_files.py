@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
 from fastlora import load_adapter, save_adapter
-from fastlora.peft import checks
+from fastlora.peft import files as checks
 from fastlora.peft.linear import FusedLinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
