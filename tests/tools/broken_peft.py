@@ -87,10 +87,8 @@ COPIES = {
     ("files", "test_faults.py::test_killed_at_every_step_of_saving"): {
         "the config's name decides, not its hash": ".hexdigest() == wanted: => .hexdigest():",
     },
-    ("files", f"{FILES}what_is_loaded_is_fused"): {
-        "what is loaded is not patched": "            patch_peft(loaded) =>             pass",
-    },
     ("files", f"{FILES}from_peft_to_peft"): {
+        "what is loaded is not patched": "            patch_peft(loaded) =>             pass",
         "a loaded adapter trains unasked": f"{LOAD} => {LOAD.replace('is_trainable', 'True')}",
     },
     ("files", f"{FILES}a_merged_or_compiled_model_saves_the_same"): {
@@ -101,12 +99,10 @@ COPIES = {
     ("files", SHARDED): {
         "a shard is saved for the whole": "tensor.full_tensor() => tensor.to_local()",
     },
-    ("../files", f"{FILES}a_failing_system_call_leaves_the_old_adapter"): {
+    ("../files", f"{FILES}once_the_weights_have_their_name_it_is_the_new_adapter"): {
         "the first file gets its name before the second is written": (
             "os.fsync(file.fileno()) => os.fsync(file.fileno()), os.replace(temporary[path], path)"
         ),
-    },
-    ("../files", f"{FILES}once_the_weights_have_their_name_it_is_the_new_adapter"): {
         "Ctrl-C deletes the config of new weights": "if first.exists(): => if True:",
     },
 }
