@@ -16,7 +16,6 @@ from tiny_models import bert, gpt2, llama, mlp, outputs, train_a_little
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn.utils import parametrize
 
 import fastlora
 from fastlora import patch_peft, unpatch_peft
@@ -91,18 +90,6 @@ def test_unpatching_what_fsdp_has_sharded(one_process, fused):
     assert (kind.__name__, kind.__bases__) == ("FSDPLinear", (FSDPModule, lora.Linear))
     fused.clear()
     assert torch.equal(run(model, X), expected) and fused == []
-
-
-def test_unpatching_a_parametrized_layer():
-    _, model, _ = pair()
-    layer = layers(model)[0]
-    layer.gain = nn.Parameter(torch.ones(2))
-    parametrize.register_parametrization(layer, "gain", nn.Softplus())
-    unpatch_peft(model)
-    assert type(layer).__name__ == "ParametrizedLinear" and type(layer).__base__ is lora.Linear
-    torch.testing.assert_close(layer.gain, nn.functional.softplus(torch.ones(2)))
-    parametrize.remove_parametrizations(layer, "gain")
-    assert type(layer) is lora.Linear
 
 
 class Other(nn.Linear):
@@ -223,18 +210,13 @@ def test_adapters_that_come_later(fused, tmp_path):
     plain, model, _ = pair()
     plain.save_pretrained(tmp_path)
     for each in (plain, model):
-        add(each, r=3, lora_alpha=5, target_modules=["2", "head"])
-        each.set_adapter("other")
-    assert type(model.base_model.model.head) is FusedLinear
-    same(plain, model)
-    for each in (plain, model):
         each.load_adapter(tmp_path, "loaded", is_trainable=True)
-        each.set_adapter("loaded")
-    same(plain, model)
-    for each in (plain, model):
-        each.delete_adapter("loaded")
-        each.set_adapter("other")
-    same(plain, model)
+        add(each, r=3, lora_alpha=5, target_modules=["2", "head"])
+    assert type(model.base_model.model.head) is FusedLinear
+    for active in ("loaded", "other", "default"):
+        for each in (plain, model):
+            each.set_adapter(active)
+        same(plain, model)
     assert len(fused) == 12
 
 
@@ -273,16 +255,6 @@ def test_a_mixed_model(fused):
     assert_same_kinds(model.unload(), plain.unload())
 
 
-def test_adapters_mixed_in_a_batch(fused):
-    plain, model, _ = pair()
-    for each in (plain, model):
-        add(each)
-        each.eval()
-    names = ["default", "__base__", "other"]
-    expected, found = plain(X, adapter_names=names), model(X, adapter_names=names)
-    assert torch.equal(found, expected) and fused == []
-
-
 def test_dropout_keeps_what_it_should(fused):
     """Another mask than PEFT's, of the same odds and the same scale; none in evaluation."""
     plain, model, _ = pair(lora_dropout=0.5)
@@ -304,7 +276,7 @@ def test_dropout_keeps_what_it_should(fused):
     assert len(fused) == 1
 
 
-def test_keyword_arguments_reach_the_base_layer():
+def test_arguments_reach_the_base_layer_and_peft(fused):
     class Scaled(nn.Linear):
         def forward(self, x, factor=1.0):
             return super().forward(x) * factor
@@ -316,8 +288,11 @@ def test_keyword_arguments_reach_the_base_layer():
     (layer,), (own,) = layers(model), layers(plain)
     assert torch.equal(layer(X, factor=3.0), own(X, factor=3.0))
     assert not torch.equal(layer(X, factor=3.0), layer(X))
+    plain, model, _ = pair()
     with pytest.raises(TypeError, match="factor"):
-        layers(pair()[1])[0](X, factor=3.0)
+        layers(model)[0](X, factor=3.0)
+    of_rows = {"adapter_names": ["default", "__base__", "default"]}
+    assert torch.equal(model.eval()(X, **of_rows), plain.eval()(X, **of_rows)) and fused == []
 
 
 def test_shapes_strides_and_empty_batches(fused):
@@ -369,10 +344,6 @@ def test_explained_as_a_layer_of_our_own():
     add(model, r=3, target_modules=["0"])
     model.base_model.set_adapter(["default", "other"])
     assert "r = 7" in str(fastlora.explain(model.eval()))  # of the ranks' sum
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="no layer of PEFT's that patch_peft"):
-        fastlora.explain(model)
-    model.unmerge_adapter()
     unpatch_peft(model)
     with pytest.raises(ValueError, match="no layer of PEFT's that patch_peft"):
         fastlora.explain(model)

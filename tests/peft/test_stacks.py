@@ -23,7 +23,6 @@ from tiny_models import (
     tokens,
     vit,
 )
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastlora import patch_peft
 
@@ -118,29 +117,6 @@ def test_checkpointed_activations_with_dropout(reentrant, fused):
     assert len(fused) == 3 * STEPS * len(layers(model))
     for own, other in zip(model.parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
-
-
-def test_compiled():
-    """In one graph, for any number of tokens, with dropout and without."""
-    plain, model = twice(wrapped(llama(num_hidden_layers=1), lora_dropout=0.3).eval())
-    counter = CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-    expected = plain(tokens()).logits
-    try:
-        found = compiled(tokens()).logits
-    except torch._dynamo.exc.Unsupported as error:
-        with pytest.raises(torch._dynamo.exc.Unsupported):  # or the fault is ours
-            torch.compile(plain, backend="aot_eager", fullgraph=True)(tokens())
-        pytest.skip(f"this PyTorch compiles no such model of this transformers: {error}")
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    compiled.train()
-    counts = []
-    for length in (7, 8, 13):
-        ids = torch.randint(0, VOCABULARY, (2, length))
-        compiled(ids, labels=ids).loss.backward()
-        counts.append(counter.frame_count)
-    assert len(set(counts)) == 1, f"graphs made for other numbers of tokens: {counts}"
 
 
 # Trainers: each returns the losses of STEPS steps of two batches

@@ -75,13 +75,11 @@ COPIES = {
     ("files", f"{HOSTILE}a_pattern_that_never_ends"): {
         "a pattern may run for ever": "names, _PATTERN_SECONDS) => names, 3.0)",
     },
-    ("files", f"{HOSTILE}an_adapter_replaced_while_it_is_read"): {
-        "weights are read with the config of others": "if _hash_in(now) != wanted: => if False:",
-    },
     ("files", f"{HOSTILE}what_peft_does_not_load_is_noticed"): {
         "what PEFT has loaded is not looked at": "if not (found.is_meta or => if 0 and (0 or",
     },
-    ("files", f"{HOSTILE}what_is_written_to_the_file_meanwhile_reaches_no_model"): {
+    ("files", f"{HOSTILE}an_adapter_replaced_while_it_is_read"): {
+        "weights are read with the config of others": "if _hash_in(now) != wanted: => if False:",
         "PEFT reads the file once more": f"{LOAD} => {LOAD.replace('checked', 'folder')}",
     },
     ("files", "test_faults.py::test_killed_at_every_step_of_saving"): {
