@@ -52,21 +52,19 @@ def _are_indices(value: Any) -> bool:
     return all(_is_int(v, 0) for v in (value if isinstance(value, list) else [value]))
 
 
+_DROPOUTS = "lora_dropout rank_dropout module_dropout"
+_SWITCHES = (
+    "apply_GS decompose_both ensure_weight_tying fan_in_fan_out init_ia3_weights init_weights "
+    "lora_bias rank_dropout_scale use_dora use_effective_conv2d use_qalora use_rslora"
+)
+_CHOICES = "target_modules? exclude_modules? layers_pattern? feedforward_modules?"
+_INDICES = "layers_to_transform? alora_invocation_tokens? trainable_token_indices?"
 # What a value must be: in words, whether it is, and for which keys, with ? where it may be null.
 _RULES = (
     (f"an int from 1 to {_MAX_RANK}", lambda v: _is_int(v, 1, _MAX_RANK), "r rank_pattern?"),
     ("a number that is finite in float32", _is_number, "lora_alpha alpha alpha_pattern?"),
-    (
-        "at least 0 and less than 1",
-        lambda v: _is_number(v) and 0 <= v < 1,
-        "lora_dropout rank_dropout module_dropout",
-    ),
-    (
-        "True or False",
-        lambda v: type(v) is bool,
-        "apply_GS decompose_both ensure_weight_tying fan_in_fan_out init_ia3_weights init_weights "
-        "lora_bias rank_dropout_scale use_dora use_effective_conv2d use_qalora use_rslora",
-    ),
+    ("at least 0 and less than 1", lambda v: _is_number(v) and 0 <= v < 1, _DROPOUTS),
+    ("True or False", lambda v: type(v) is bool, _SWITCHES),
     ("an int", _is_int, "decompose_factor"),
     ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only"), "bias"),
     (
@@ -74,17 +72,9 @@ _RULES = (
         lambda v: type(v) in (bool, str) and v in _STARTS,
         "init_lora_weights",
     ),
-    (
-        f"a regular expression or {_NAMES}",
-        lambda v: isinstance(v, str) or _are_names(v),
-        "target_modules? exclude_modules? layers_pattern? feedforward_modules?",
-    ),
+    (f"a pattern or {_NAMES}", lambda v: isinstance(v, str) or _are_names(v), _CHOICES),
     (_NAMES, _are_names, "modules_to_save? target_parameters?"),
-    (
-        "an index, a list of them, or such lists by name",
-        _are_indices,
-        "layers_to_transform? alora_invocation_tokens? trainable_token_indices?",
-    ),
+    ("an index, a list of them, or such lists by name", _are_indices, _INDICES),
     ("a name of PEFT's", lambda v: isinstance(v, str), "task_type?"),
 )
 KNOWN = {key.rstrip("?"): rule for *rule, keys in _RULES for key in keys.split()}

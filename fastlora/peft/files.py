@@ -199,13 +199,14 @@ def _read(
         must, shape = list(likes[key].shape), weights.get_slice(key).get_shape()
         if shape != must:
             raise ValueError(f"{key} must be {must}, as model and config say, got {shape}")
-    tensors = {key: weights.get_tensor(key).clone() for key in taken}
-    for key, tensor in tensors.items():
-        dtype = likes[key].dtype
+    tensors = {}
+    for key in taken:
+        tensor, dtype = weights.get_tensor(key), likes[key].dtype
         allowed = DTYPES if dtype in DTYPES else (dtype,)
         if tensor.dtype not in allowed:
             raise ValueError(f"{key} must be {' or '.join(map(str, allowed))}, got {tensor.dtype}")
-        if not torch.isfinite(tensor.to(dtype)).all():
+        tensors[key] = tensor.clone()
+        if not torch.isfinite(tensors[key].to(dtype)).all():
             raise ValueError(f"it holds NaN or infinity in {key}")
     return tensors
 
@@ -258,7 +259,10 @@ def save_adapter(
     own = get_peft_model_state_dict(model, adapter_name=adapter_name)
     if any(getattr(module, "merged", False) for module in model.modules()):
         own = {key: t for key, t in own.items() if not key.endswith(".base_layer.weight")}
-    tensors = {key: _on_cpu(tensor) for key, tensor in own.items()}
+    tensors = {
+        key: (t.full_tensor() if _is_shard(t) else t).detach().to("cpu", copy=True).contiguous()
+        for key, t in own.items()
+    }
     if any(map(_is_shard, own.values())) and torch.distributed.get_rank() != 0:
         return
     if broken := {key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()}:
@@ -266,24 +270,17 @@ def save_adapter(
     config = _config_text(model, adapter_name)
     metadata = {"format": "pt", CONFIG_HASH: hashlib.sha256(config).hexdigest()}
     folder.mkdir(parents=True, exist_ok=True)
-    weights = save(tensors, metadata=metadata)
-    replace_files(
-        {
-            folder / WEIGHTS_FILE: lambda file: file.write(weights),
-            folder / CONFIG_FILE: lambda file: file.write(config),
-        }
-    )
+    files = {WEIGHTS_FILE: save(tensors, metadata=metadata), CONFIG_FILE: config}
+    replace_files({folder / n: lambda file, data=d: file.write(data) for n, d in files.items()})
 
 
 def _config_text(model: PeftModel, adapter_name: str) -> bytes:
     """Return what ``PeftModel.save_pretrained`` writes, its sets in order."""
-    config, base = model.peft_config[adapter_name], model.get_base_model()
-    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    values["inference_mode"] = True
-    values["base_model_name_or_path"] = (
-        values["base_model_name_or_path"] or vars(base).get("name_or_path") or None
-    )
-    if values["task_type"] is None:
+    config, base = model.peft_config[adapter_name].to_dict(), model.get_base_model()
+    values = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+    name = config["base_model_name_or_path"] or vars(base).get("name_or_path") or None
+    values |= {"inference_mode": True, "base_model_name_or_path": name}
+    if config["task_type"] is None:
         kind = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
         values["auto_mapping"] = kind
     return json.dumps(values, indent=2, sort_keys=True, allow_nan=False).encode()
@@ -291,13 +288,6 @@ def _config_text(model: PeftModel, adapter_name: str) -> bytes:
 
 def _is_shard(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    if _is_shard(tensor):
-        tensor = tensor.full_tensor()
-    return tensor.to("cpu", copy=True).contiguous()
 
 
 def _few(names: set[str]) -> str:

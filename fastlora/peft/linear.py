@@ -93,9 +93,9 @@ def registered_layer(
     target: nn.Module, adapter_name: str, config: Any, **kwargs: Any
 ) -> nn.Module | None:
     """Return a fused layer around a plain linear one; None leaves the target to PEFT."""
-    if not (_is_plain(target) and _is_dense(target.weight)):
-        return None
-    return fuse(lora.layer.dispatch_default(target, adapter_name, config=config, **kwargs))
+    if _is_plain(target) and _is_dense(target.weight):
+        return fuse(lora.layer.dispatch_default(target, adapter_name, config=config, **kwargs))
+    return None
 
 
 def why_not(layer: nn.Module) -> str | None:
@@ -136,11 +136,8 @@ def operands(
     if _is_observed(base) or module_hooks():
         return "its base layer has hooks, or a forward of its own, and would not be called"
     dtype, device = weight.dtype, weight.device
-    autocast = (
-        torch._C._is_any_autocast_enabled()
-        and device.type != "meta"
-        and torch.is_autocast_enabled(device.type)
-    )
+    autocast = torch._C._is_any_autocast_enabled() and device.type != "meta"
+    autocast = autocast and torch.is_autocast_enabled(device.type)
     if x is not _LIKE_WEIGHT and not _suits(x, dtype, device, autocast):
         found = f"{type(x).__name__} of {getattr(x, 'dtype', None)}"
         return f"its input is a {found}, not a dense {dtype} on {device}"
@@ -169,9 +166,8 @@ def _adapter(
     if name in layer.lora_variant:
         return f"is a variant of LoRA ({type(layer.lora_variant[name]).__name__})"
     parts = layer._modules
-    down, up, dropout = (
-        parts[part]._modules.get(name) for part in ("lora_A", "lora_B", "lora_dropout")
-    )
+    down, up = parts["lora_A"]._modules[name], parts["lora_B"]._modules.get(name)
+    dropout = parts["lora_dropout"]._modules.get(name)
     if type(down) is not nn.Linear or type(up) is not nn.Linear:
         return f"has {_kind(down)} and {_kind(up)} for nn.Linear"
     if type(dropout) not in _DROPOUTS:
@@ -184,10 +180,9 @@ def _adapter(
     dtype, device, own = weight.dtype, weight.device, a.dtype
     if not a.device == b.device == device:
         return f"is on {a.device}, its base layer on {device}"
+    takes = own == dtype or (own == torch.float32 and dtype.itemsize == 2)
     if autocast:
         takes = torch.float64 not in (dtype, own)
-    else:
-        takes = own == dtype or (own == torch.float32 and dtype.itemsize == 2)
     if b.dtype != own or not takes:
         return f"is {own} and {b.dtype} on a base of {dtype}"
     if own != dtype and not layer.cast_input_dtype_enabled:
@@ -233,13 +228,9 @@ def _suits(x: Any, dtype: torch.dtype, device: torch.device, autocast: bool) -> 
 
 def _is_observed(module: nn.Module) -> bool:
     """Return whether someone would see that ``module`` itself is not called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    before = module._forward_pre_hooks or module._backward_pre_hooks
+    after = module._forward_hooks or module._backward_hooks
+    return bool(before or after or "forward" in module.__dict__)
 
 
 def _kind(module: nn.Module) -> str:

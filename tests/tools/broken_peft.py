@@ -21,7 +21,7 @@ COPIES = {
     },
     ("linear", f"{REASONS}what_is_not_fused"): {
         "any weight is taken for a dense one": "return type(weight) in _PLAIN and => return 1 or",
-        "hooks on what is not called are not seen": "module._forward_hooks\n => False\n",
+        "hooks on what is not called are not seen": "module._forward_hooks or => False or",
     },
     ("linear", f"{FUSED}disabled_and_merged"): {
         "disabled adapters run": "kwargs or self._disable_adapters or => kwargs or",
@@ -60,8 +60,8 @@ COPIES = {
         "a failure leaves other biases behind": "tensor.detach().copy_(value) => pass",
     },
     ("files", f"{HOSTILE}an_attack"): {
-        "weights of NaN are loaded": "not torch.isfinite(tensor.to => 0 and (tensor.to",
-        "weights finite in float64 alone are loaded": "(tensor.to(dtype)).all => (tensor).all",
+        "weights of NaN are loaded": "not torch.isfinite(tensors => 0 and (tensors",
+        "weights finite in float64 alone are loaded": "tensors[key].to(dtype) => tensors[key]",
         "a file may overwrite frozen weights": "frozen := changed - overwritten => frozen := 0",
         "tensors that nobody asked for are taken": "if missing or unexpected: => if missing:",
         "a file without all tensors is taken": "if missing or unexpected: => if unexpected:",
@@ -95,7 +95,7 @@ COPIES = {
         ),
     },
     ("files", SHARDED): {
-        "a shard is saved for the whole": "tensor.full_tensor() => tensor.to_local()",
+        "a shard is saved for the whole": "t.full_tensor() => t.to_local()",
     },
     ("../files", f"{FILES}once_the_weights_have_their_name_it_is_the_new_adapter"): {
         "the first file gets its name before the second is written": (

@@ -89,7 +89,7 @@ CONFIGS = [
     ({"target_modules": ["0", "2", "head"]}, "2 tensors missing"),
     ({"target_modules": ["2"]}, r"0 tensors missing \(none\), 2 unexpected \(.*head.lora_A"),
     ({"target_modules": None}, "PEFT does not take it"),
-    ({"target_modules": 7}, "target_modules must be a regular expression or a list"),
+    ({"target_modules": 7}, "target_modules must be a pattern or a list"),
     ({"target_modules": "(("}, r"target_modules: '\(\(' is not a regular expression"),
     ({"target_modules": "(?\x1b[2J"}, r"not a regular expression: 'unknown extension \?\\x1b"),
     ({"target_modules": ["a." * 1000]}, "must be .* names of at most 300 characters"),
@@ -118,6 +118,7 @@ TENSORS = [
     ({KEY: torch.zeros(3, 8, dtype=torch.int64)}, "must be .* or torch.float64, got torch.int64"),
     ({KEY: torch.zeros(3, 8, dtype=torch.complex64)}, "got torch.complex64"),
     ({KEY: torch.zeros(3, 8, dtype=torch.float8_e4m3fn)}, "got torch.float8_e4m3fn"),
+    ({KEY: torch.zeros(3, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, "got torch.float4"),
 ]
 NOTHING_BEHIND = (
     b'{"%s": {"dtype": "F32", "shape": [3, 8], "data_offsets": [0, 96]}}' % KEY.encode()
