@@ -226,11 +226,10 @@ def _suits(x: Any, dtype: torch.dtype, device: torch.device, autocast: bool) -> 
     )
 
 
-def _is_observed(module: nn.Module) -> bool:
-    """Return whether someone would see that ``module`` itself is not called."""
-    before = module._forward_pre_hooks or module._backward_pre_hooks
-    after = module._forward_hooks or module._backward_hooks
-    return bool(before or after or "forward" in module.__dict__)
+def _is_observed(m: nn.Module) -> bool:
+    """Return whether someone would see that ``m`` itself is not called."""
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return bool(hooks or "forward" in m.__dict__)
 
 
 def _kind(module: nn.Module) -> str:

@@ -21,7 +21,7 @@ COPIES = {
     },
     ("linear", f"{REASONS}what_is_not_fused"): {
         "any weight is taken for a dense one": "return type(weight) in _PLAIN and => return 1 or",
-        "hooks on what is not called are not seen": "module._forward_hooks or => False or",
+        "hooks on what is not called are not seen": "m._forward_hooks or => False or",
     },
     ("linear", f"{FUSED}disabled_and_merged"): {
         "disabled adapters run": "kwargs or self._disable_adapters or => kwargs or",
