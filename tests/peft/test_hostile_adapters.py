@@ -62,14 +62,9 @@ def test_an_attack(file, content, message, folder):
 def test_what_says_nothing_of_the_adapter_is_not_looked_at(folder):
     """Names of code and of models: nothing is imported or asked for because a file says so."""
     expected = tiny.bits(load_adapter(tiny.mlp(), folder))
-    edit(
-        folder,
-        auto_mapping={"parent_library": "antigravity"},
-        base_model_name_or_path="/dev/zero",
-        revision="x",
-        runtime_config={"ephemeral_gpu_offload": True},
-        a_switch_that_is_off=False,
-    )
+    origin = {"base_model_name_or_path": "/dev/zero", "revision": "x"}
+    edit(folder, auto_mapping={"parent_library": "antigravity"}, **origin)
+    edit(folder, runtime_config={"ephemeral_gpu_offload": True}, a_switch_that_is_off=False)
     model = load_adapter(tiny.mlp(), folder)
     assert tiny.same(tiny.bits(model), expected)
     found = model.peft_config["default"]

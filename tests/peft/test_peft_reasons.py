@@ -170,21 +170,16 @@ def test_adapters_of_other_methods_are_listed():
         patch_peft(get_peft_model(mlp(), asked))
 
 
-def test_an_adapter_on_another_device():
-    """Nothing is computed there."""
-    model = wrapped(target_modules=["0"])
-    layers(model)[0].lora_A.to("meta")
-    layers(model)[0].lora_B.to("meta")
-    with pytest.warns(UserWarning, match="adapter 'default' is on meta, its base layer on cpu"):
-        patch_peft(model)
-
-
-def test_a_nested_adapter_is_not_fused(fused):
+def test_an_adapter_on_another_device_and_one_inside_another(fused):
+    moved = layers(wrapped())[0]
+    moved.lora_A.to("meta")
+    moved.lora_B.to("meta")
     outer = lora.Linear(layers(wrapped())[0], "outer", config(), r=2, lora_alpha=2)
-    report = patch_peft(nn.Sequential(outer))
-    ((name, why),) = report.not_fused
-    assert report.fused == ["0.base_layer"] and name == "0"
-    assert "its base layer is a peft.tuners.lora.layer.Linear, not" in why
+    report = patch_peft(nn.Sequential(moved, outer))
+    assert report.fused == ["1.base_layer"] and [name for name, _ in report.not_fused] == ["0", "1"]
+    (_, device), (_, inside) = report.not_fused
+    assert device == "adapter 'default' is on meta, its base layer on cpu"
+    assert "its base layer is a peft.tuners.lora.layer.Linear, not" in inside
     outer(X)
     assert len(fused) == 1
 
@@ -194,12 +189,11 @@ def test_a_variant_beside_a_plain_adapter(fused):
     plain, model, _ = pair()
     for each in (plain, model):
         add(each, use_dora=True)
-        each.set_adapter("other")
-    with pytest.warns(UserWarning, match="adapter 'other' is a variant"):
-        patch_peft(model)
     for active in ("other", ["default", "other"]):
         for each in (plain, model):
             each.base_model.set_adapter(active)
+        with pytest.warns(UserWarning, match="adapter 'other' is a variant"):
+            patch_peft(model)
         assert torch.equal(plain(X), model(X)) and fused == []
     for each in (plain, model):
         each.set_adapter("default")
@@ -278,24 +272,6 @@ def test_function_transforms(fused):
 # What bad input gets: an error, and the model as it was
 
 
-def compiled_inside(model):
-    model.base_model.model = torch.compile(model.base_model.model)
-    return model
-
-
-def compiled_in_place(model):
-    model.compile()
-    return model
-
-
-@pytest.mark.parametrize("compiled", [torch.compile, compiled_in_place, compiled_inside])
-def test_a_compiled_model(compiled):
-    model = wrapped()
-    with pytest.raises(ValueError, match="is compiled: patch the model first, then compile it"):
-        patch_peft(compiled(model))
-    assert all(type(layer) is lora.Linear for layer in layers(model))
-
-
 def test_unpatching_a_compiled_model(fused):
     plain, model, _ = pair()
     compiled = torch.compile(model, backend="eager")
@@ -324,18 +300,38 @@ class Chatty(FusedLinear):
         return super().forward(x)
 
 
-def half_chatty():
-    _, model, _ = pair()
+def made(change):
+    def make():
+        change(model := wrapped())
+        return model
+
+    return make
+
+
+def half_chatty(model):
+    patch_peft(model)
     layers(model)[1].__class__ = Chatty
-    return model
 
 
+def compiled_inside(model):
+    model.base_model.model = torch.compile(model.base_model.model)
+
+
+COMPILED = "is compiled: patch the model first, then compile it"
 REFUSED = [
     (patch_peft, mlp, ValueError, "has no LoRA layer of PEFT's; patch_peft"),
     (patch_peft, lambda: "model", TypeError, r"model must be an nn\.Module, got str"),
     # A warning that is an error.
     (patch_peft, lambda: wrapped(use_dora=True), UserWarning, "fused nothing"),
-    (unpatch_peft, half_chatty, ValueError, r"Chatty is not .* undone: its methods call super\(\)"),
+    (patch_peft, lambda: torch.compile(wrapped()), ValueError, COMPILED),
+    (patch_peft, made(nn.Module.compile), ValueError, COMPILED),
+    (patch_peft, made(compiled_inside), ValueError, COMPILED),
+    (
+        unpatch_peft,
+        made(half_chatty),
+        ValueError,
+        r"Chatty is not .* undone: its methods call super\(\)",
+    ),
     (register, peft.IA3Config, TypeError, r"must be a peft\.LoraConfig, got IA3Config"),
 ]
 

@@ -35,7 +35,7 @@ COPIES = {
             "report.lookalikes = sibling_search.lookalikes(siblings) => report.lookalikes = []"
         ),
     },
-    ("patch", f"{REASONS}a_compiled_model"): {
+    ("patch", f"{REASONS}what_is_refused"): {
         "a compiled model is patched": '"_orig_mod" in part._modules or part._ => 0 and part._',
     },
     ("patch", f"{REASONS}a_release_that_was_not_tested"): {
