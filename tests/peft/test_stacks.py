@@ -6,61 +6,37 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny_models as tiny
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from peft import LoraConfig, get_peft_model
-from peft_models import layers
-from tiny_models import (
-    VOCABULARY,
-    bert,
-    decoder,
-    diffusion_transformer,
-    gpt2,
-    llama,
-    t5,
-    tokens,
-    vit,
-)
+from peft import get_peft_model
+from peft_models import config, layers, pair
 
 from fastlora import patch_peft
 
 STEPS = 4
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 MODELS = {
-    "Llama": llama,
-    "Llama in bfloat16": lambda: llama().to(torch.bfloat16),
-    "Llama, autocast to bfloat16": llama,
-    "Llama, autocast to float16": llama,
-    "Qwen2": lambda: decoder("Qwen2"),
-    "Qwen3": lambda: decoder("Qwen3", head_dim=4),
-    "Gemma": lambda: decoder("Gemma", head_dim=4),
-    "Gemma3": lambda: decoder("Gemma3", head_dim=4),
-    "Phi": lambda: decoder("Phi"),
-    "Phi3": lambda: decoder("Phi3", eos_token_id=1),
-    "Mistral": lambda: decoder("Mistral"),
-    "GPT-2": gpt2,
-    "BERT": bert,
-    "T5": t5,
-    "ViT": vit,
-    "diffusion": diffusion_transformer,
+    "Llama": tiny.llama,
+    "Llama in bfloat16": lambda: tiny.llama().to(torch.bfloat16),
+    "Qwen2": lambda: tiny.decoder("Qwen2"),
+    "Qwen3": lambda: tiny.decoder("Qwen3", head_dim=4),
+    "Gemma": lambda: tiny.decoder("Gemma", head_dim=4),
+    "Gemma3": lambda: tiny.decoder("Gemma3", head_dim=4),
+    "Phi": lambda: tiny.decoder("Phi"),
+    "Phi3": lambda: tiny.decoder("Phi3", eos_token_id=1),
+    "Mistral": lambda: tiny.decoder("Mistral"),
+    "GPT-2": tiny.gpt2,
+    "BERT": tiny.bert,
+    "T5": tiny.t5,
+    "ViT": tiny.vit,
+    "diffusion": tiny.diffusion_transformer,
 }
 
 
-def wrapped(model, **changes):
-    torch.manual_seed(3)
-    asked = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **changes}
-    return get_peft_model(model, LoraConfig(**asked))
-
-
-def twice(model):
-    """Return the model, and a copy that is patched."""
-    patched = copy.deepcopy(model)
-    assert patch_peft(patched).not_fused == []
-    return model, patched
-
-
-def loss_of(model, name):
+def loss_of(model, name="Llama"):
     if name == "diffusion":
         given = {"timestep": torch.tensor([3, 7]), "class_labels": torch.tensor([1, 2])}
         noise = torch.linspace(-1, 1, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)
@@ -68,8 +44,8 @@ def loss_of(model, name):
     if name == "ViT":
         pixels = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
         return model(pixel_values=pixels, labels=torch.tensor([0, 2])).loss
-    labels = torch.tensor([0, 2]) if name == "BERT" else tokens()
-    return model(input_ids=tokens(), labels=labels).loss
+    labels = torch.tensor([0, 2]) if name == "BERT" else tiny.tokens()
+    return model(input_ids=tiny.tokens(), labels=labels).loss
 
 
 def train(model, name="Llama"):
@@ -91,11 +67,13 @@ def train(model, name="Llama"):
 
 
 @pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [*MODELS, "Llama, autocast to bfloat16", "GPT-2, autocast to float16"]
+)
 def test_models(name, fused):
-    attention = ["to_q", "to_k", "to_v", "to_out.0"]
-    targets = attention if name == "diffusion" else "all-linear"
-    plain, model = twice(wrapped(MODELS[name](), target_modules=targets))
+    targets = ATTENTION if name == "diffusion" else "all-linear"
+    plain, model, report = pair(MODELS[name.partition(",")[0]](), target_modules=targets)
+    assert report.not_fused == []
     digits = 2e-2 if "float16" in name else 1e-4
     assert train(model, name) == pytest.approx(train(plain, name), rel=digits)
     assert len(fused) == STEPS * len(layers(model)) > 0
@@ -104,8 +82,8 @@ def test_models(name, fused):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_activations_with_dropout(reentrant, fused):
     """The same elements are dropped when the forward is run again."""
-    _, model = twice(wrapped(llama(), lora_dropout=0.3).train())
-    checkpointed = copy.deepcopy(model)
+    _, model, _ = pair(tiny.llama(), target_modules="all-linear", lora_dropout=0.3)
+    checkpointed = copy.deepcopy(model.train())
     checkpointed.enable_input_require_grads()
     kwargs = {"use_reentrant": reentrant}
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
@@ -124,7 +102,7 @@ def test_checkpointed_activations_with_dropout(reentrant, fused):
 
 def rows(**columns):
     generator = torch.Generator().manual_seed(6)
-    ids = torch.randint(0, VOCABULARY, (4 * STEPS, 6), generator=generator).tolist()
+    ids = torch.randint(0, tiny.VOCABULARY, (4 * STEPS, 6), generator=generator).tolist()
     return [
         {"input_ids": row, **{name: make(row) for name, make in columns.items()}} for row in ids
     ]
@@ -160,7 +138,7 @@ def by_trl(model, folder, **changes):
     from datasets import Dataset
     from tokenizers import Tokenizer, models
 
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(tiny.VOCABULARY)}, unk_token="0"))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="1", pad_token="2", unk_token="0"
     )
@@ -203,8 +181,12 @@ def by_accelerate(model, folder, bf16=False):
     ],
 )
 def test_trainers(by, changes, fused, tmp_path):
-    expected, found = (by(each, tmp_path, **changes) for each in twice(wrapped(llama())))
+    torch.manual_seed(3)
+    asked = config(target_modules="all-linear", init_lora_weights=False)
+    plain = get_peft_model(tiny.llama(), asked)
+    patch_peft(model := copy.deepcopy(plain))
+    expected, found = (by(each, tmp_path, **changes) for each in (plain, model))
     assert len(set(found)) >= STEPS  # it trains
     assert found == pytest.approx(expected, rel=1e-2 if "bf16" in changes else 1e-3)
     passes = 4 if "gradient_checkpointing" in changes else 2
-    assert len(fused) == passes * STEPS * len(layers(wrapped(llama())))
+    assert len(fused) == passes * STEPS * len(layers(model))
