@@ -78,20 +78,18 @@ _RULES = (
     ("a name of PEFT's", lambda v: isinstance(v, str), "task_type?"),
 )
 KNOWN = {key.rstrip("?"): rule for *rule, keys in _RULES for key in keys.split()}
-_OPTIONAL = {key.rstrip("?") for *_, keys in _RULES for key in keys.split() if key.endswith("?")}
+_OPTIONAL = {key[:-1] for *_, keys in _RULES for key in keys.split() if key.endswith("?")}
 
 
 def parsed(data: bytes) -> dict[str, Any]:
     """Return what of a config file's content changes the adapter, for PEFT.
 
-    Keys that are not known may hold null, false or nothing. Raises ValueError for all else.
+    Keys that are not known may hold null, false or nothing. Raises ValueError for all else, and
+    RecursionError for what is nested too deeply.
     """
     if len(data) > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
-    try:
-        values = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    values = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
     if not isinstance(values, dict):
         raise ValueError(f"it must hold an object, not a {type(values).__name__}")
     method = values.get("peft_type")

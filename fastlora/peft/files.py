@@ -74,7 +74,7 @@ def load_adapter(
             expected, embeddings = rehearsed(model, values, adapter_name, trusted)
             path = folder / WEIGHTS_FILE
             tensors = _read(weights, expected, own, embeddings if trusted else set())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{str(path)!r} is refused: {error}") from None
     # A copy of a module that is trained in full leaves the original as it is.
     written = [key for key in tensors if key in embeddings or key.endswith(".bias")]

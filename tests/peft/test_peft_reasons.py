@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import inspect
 import re
 import sys
-import textwrap
 import types
 import warnings
 
@@ -259,13 +257,12 @@ def test_on_the_meta_device_under_autocast():
 
 
 def test_function_transforms(fused):
+    def transformed(model):
+        y, pull = torch.func.vjp(model, X)
+        return y, pull(torch.ones(3, 5))[0], *torch.func.jvp(model, (X,), (X.cos(),))
+
     plain, model, _ = pair()
-    for one, other in zip(
-        *(torch.func.jvp(m, (X,), (X.cos(),)) for m in (plain, model)), strict=True
-    ):
-        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
-    pulled = [torch.func.vjp(m, X)[1](torch.ones(3, 5))[0] for m in (plain, model)]
-    torch.testing.assert_close(*pulled, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(transformed(model), transformed(plain), rtol=1e-4, atol=1e-5)
     assert len(fused) == 4
 
 
@@ -356,21 +353,17 @@ def test_without_peft(monkeypatch):
 # PEFT may change
 
 CONTRACT = {
-    lora.Linear.forward: "5320b1b104cd75f9",
-    lora.LoraLayer._check_forward_args: "e28e56f62b9f79fe",
-    BaseTunerLayer._cast_input_dtype: "177c4ea07e6c2449",
-    LoraModel._create_new_module: "1024a600735d4fec",
+    lora.Linear.forward: "ec404e86ef06c523",
+    lora.LoraLayer._check_forward_args: "19355a4b0a6e9909",
+    BaseTunerLayer._cast_input_dtype: "def213343b565a2f",
+    LoraModel._create_new_module: "6ffeeb9a8d179b83",
 }
 
 
 def code_of(function):
     """Return a hash of the code without docstring and comments, the same on every Python."""
-    source = textwrap.dedent(inspect.getsource(function))
-    (node,) = ast.parse(source).body
-    lines = source.splitlines()
-    if ast.get_docstring(node) is not None:
-        del lines[node.body[0].lineno - 1 : node.body[0].end_lineno]
-    lines = [line.split("#")[0].rstrip() for line in lines]
+    source = re.sub(r'"{3}.*?"{3}', "", inspect.getsource(function), flags=re.DOTALL)
+    lines = [line.split("#")[0].strip() for line in source.splitlines()]
     return hashlib.sha256("\n".join(filter(None, lines)).encode()).hexdigest()[:16]
 
 
