@@ -294,13 +294,16 @@ def test_a_config_edited_by_hand_is_the_one_that_counts(tmp_path, monkeypatch):
     assert model.peft_config["default"].lora_alpha == 99
 
 
-def test_where_it_cannot_be_written(tmp_path):
+def test_what_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder" / CONFIG).mkdir(parents=True)
     for name in ("file", "folder"):
         with pytest.raises(OSError):
             save_adapter(wrapped(), tmp_path / name)
     assert os.listdir(tmp_path / "folder") == [CONFIG]
+    for name in ("file", "hub-user/adapter"):
+        with pytest.raises(FileNotFoundError, match="takes a local folder"):
+            load_adapter(tiny.llama(), tmp_path / name)
 
 
 def test_a_link_is_replaced_and_what_it_points_to_is_not(tmp_path):

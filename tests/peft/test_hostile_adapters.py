@@ -236,17 +236,6 @@ def test_what_is_no_file_is_not_opened(name, kind, folder, monkeypatch):
     assert not (folder / "was_run").exists()
 
 
-def test_links_to_files_are_followed_and_a_file_is_no_folder(folder, tmp_path):
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for name in (CONFIG, WEIGHTS):
-        (folder / name).rename(tmp_path / f"blob-{name}")
-        (linked / name).symlink_to(tmp_path / f"blob-{name}")
-    load_adapter(tiny.mlp(), linked)
-    for nowhere in (tmp_path / "hub-user" / "adapter", linked / CONFIG):
-        refused(nowhere, "takes a local folder", FileNotFoundError)
-
-
 # The model
 
 

@@ -131,6 +131,12 @@ def both_active(model):
     model.base_model.set_adapter(["default", "other"])
 
 
+def another_later(model):
+    add(model, r=3, lora_alpha=5, target_modules=["2", "head"])
+    model.delete_adapter("default")
+    model.set_adapter("other")
+
+
 def scaled(model):
     for layer in layers(model):
         layer.set_scale("default", 3.0)
@@ -162,6 +168,7 @@ TYPES = [("bfloat16", True), ("bfloat16", False), ("float16", True), ("float16",
         (mlp, {}, scaled),
         (mlp, {}, hot_swappable),
         (mlp, {}, merged_and_unmerged),
+        (mlp, {}, another_later),
         (mlp, {}, both_active),
         (lambda: mlp().bfloat16(), {}, both_active),
     ],
@@ -204,20 +211,6 @@ def test_autocast(dtype, narrow, fused):
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
     assert len(fused) == 1
-
-
-def test_adapters_that_come_later(fused, tmp_path):
-    plain, model, _ = pair()
-    plain.save_pretrained(tmp_path)
-    for each in (plain, model):
-        each.load_adapter(tmp_path, "loaded", is_trainable=True)
-        add(each, r=3, lora_alpha=5, target_modules=["2", "head"])
-    assert type(model.base_model.model.head) is FusedLinear
-    for active in ("loaded", "other", "default"):
-        for each in (plain, model):
-            each.set_adapter(active)
-        same(plain, model)
-    assert len(fused) == 12
 
 
 def test_disabled_and_merged(fused):
