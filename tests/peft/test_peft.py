@@ -40,8 +40,7 @@ def test_a_model_is_patched_and_unpatched(make, fused):
     torch.testing.assert_close(outputs(model), before, rtol=1e-4, atol=1e-5)
     assert len(fused) == len(report.fused)
     assert all(type(layer) is FusedLinear for layer in layers(model))
-    state, found = plain.state_dict(), model.state_dict()
-    assert list(found) == list(state) and all(torch.equal(found[k], state[k]) for k in state)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
     assert patch_peft(model) == report
     for _ in range(2):
         unpatch_peft(model)
