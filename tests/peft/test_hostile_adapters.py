@@ -80,18 +80,18 @@ def test_a_rank_above_a_layer_s_width_has_to_be_allowed(tmp_path):
     torch.testing.assert_close(tiny.outputs(other), tiny.outputs(model), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"target_modules": r"(.|..|\w)*!"},
-        {"exclude_modules": r"(.|..|\w)*!"},
-        {"rank_pattern": {r"(.|..|\w)*!": 4}},
-        {"modules_to_save": [r"(.|..|\w)*!"]},
-        {"layers_pattern": r"(.|..|\w)*!", "layers_to_transform": [1]},
-        {"alpha_pattern": {f"{i}(a|b|c|d)*(e|f)*": 1 for i in range(30_000)}},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
+FOREVER = r"(.|..|\w)*!"
+PATTERNS = [
+    {"target_modules": FOREVER},
+    {"exclude_modules": FOREVER},
+    {"rank_pattern": {FOREVER: 4}},
+    {"modules_to_save": [FOREVER]},
+    {"layers_pattern": FOREVER, "layers_to_transform": [1]},
+    {"alpha_pattern": {f"{i}(a|b|c|d)*(e|f)*": 1 for i in range(30_000)}},
+]
+
+
+@pytest.mark.parametrize("changes", PATTERNS, ids=lambda changes: next(iter(changes)))
 def test_a_pattern_that_never_ends(changes, folder, monkeypatch):
     monkeypatch.setattr(files, "_PATTERN_SECONDS", 0.5)
     model = nn.Sequential()

@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft_models import X, add, config, layers, pair, run, same, wrapped
 from tiny_models import mlp
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.parametrizations import weight_norm
 
 from fastlora import patch_peft, unpatch_peft
@@ -221,11 +222,8 @@ def test_hooks_on_every_module(fused):
     plain, model, _ = pair()
     expected = plain(X)
     called = []
-    hook = nn.modules.module.register_module_forward_hook(lambda m, *_: called.append(type(m)))
-    try:
+    with register_module_forward_hook(lambda module, *_: called.append(type(module))):
         assert torch.equal(model(X), expected)
-    finally:
-        hook.remove()
     assert fused == [] and called.count(nn.Linear) == 3 * 2 + 1
     model(X)
     assert len(fused) == 2
