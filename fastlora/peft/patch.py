@@ -55,9 +55,9 @@ def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -
     reasons = {name: why_not(layer) for name, layer in layers.items()}
     fused = [name for name, why in reasons.items() if why is None]
     report = PatchReport(fused, [(name, why) for name, why in reasons.items() if why is not None])
-    siblings = []
+    groups = []
     if fuse_siblings is not False:
-        siblings = sibling_search.find(model, fuse_siblings, [layers[name] for name in fused])
+        groups = sibling_search.find(model, fuse_siblings, [layers[name] for name in fused])
     if not fused:  # before anything is changed, as a warning may be an error
         warnings.warn(f"patch_peft() fused nothing\n{report}", stacklevel=2)
     for layer in layers.values():
@@ -65,8 +65,8 @@ def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -
     for module in model.modules():  # the tuners that hold them
         if type(module) in STAND_INS:
             module.__class__ = STAND_INS[type(module)]
-    report.lookalikes = sibling_search.lookalikes(siblings)
-    report.siblings, report.gated_mlps = sibling_search.make(siblings)
+    report.lookalikes = sibling_search.lookalikes(groups)
+    report.siblings, report.gated_mlps = sibling_search.make(groups)
     return report
 
 

@@ -42,16 +42,14 @@ def rehearsed(
                 made.add_adapter(adapter_name, config)
             else:
                 made = get_peft_model(made, config, adapter_name)
-            own, with_embeddings = (
-                get_peft_model_state_dict(made, adapter_name=adapter_name, save_embedding_layers=e)
-                for e in (False, True)
-            )
+            own = get_peft_model_state_dict(made, None, adapter_name, save_embedding_layers=False)
+            every = get_peft_model_state_dict(made, None, adapter_name, save_embedding_layers=True)
         except Exception as error:  # whatever a file may make PEFT do
             said = f"{type(error).__name__}: {error}"
             raise ValueError(f"PEFT does not take it for this model: {said!r:.500}") from None
     for name, layer in made.named_modules():
         _check_sizes(name.removeprefix("base_model.model."), layer, adapter_name, trusted)
-    return own, with_embeddings.keys() - own.keys()
+    return own, every.keys() - own.keys()
 
 
 def _check_sizes(name: str, layer: nn.Module, adapter: str, trusted: bool) -> None:

@@ -32,7 +32,7 @@ COPIES = {
     },
     ("patch", "layers/test_gated_modules.py::test_the_report_says_why_not"): {
         "a report does not say why an MLP is not one operator": (
-            "report.lookalikes = sibling_search.lookalikes(siblings) => report.lookalikes = []"
+            "report.lookalikes = sibling_search.lookalikes(groups) => report.lookalikes = []"
         ),
     },
     ("patch", f"{REASONS}what_is_refused"): {
