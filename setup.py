@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fastlora/__init__.py").rea
 
 PARTS = ["operator", "layers", "peft", "commands"]
 
-PEFT = ["peft>=0.19,<0.22"]  # as fastlora.peft.require.TESTED
+PEFT = ["peft>=0.19,<0.22"]  # as fastlora.peft.patch.TESTED
 FINETUNE = [*PEFT, "transformers>=4.56", "trl>=1.14", "accelerate", "datasets", "matplotlib"]
 FINETUNE += ["tqdm"]
 DEMO = ["gguf", "PyYAML"]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import time
@@ -17,18 +18,37 @@ ABANDONED = 3600.0  # seconds after which nobody writes to a temporary file any 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call ``write(file)`` on a temporary file, then put it in the place of ``path`` at once."""
-    temporary = temporary_of(path)
+    replace_files({path: write})
+
+
+def replace_files(writes: dict[Path, Callable[[BinaryIO], object]]) -> None:
+    """Replace files of one folder, each complete on the disk before the first gets its name.
+
+    Whoever locks the folder finds all as they were or all replaced.
+    """
+    temporary = {path: temporary_of(path) for path in writes}
+    first = next(iter(temporary.values()))
+    for path in writes:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder has the name of the file", str(path))
     try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, write in writes.items():
+            with open(temporary[path], "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+        with locked(first.parent) if len(writes) > 1 else contextlib.nullcontext():
+            for path in writes:
+                os.replace(temporary[path], path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        # Ctrl-C may come at the end of the first replace(): what is left belongs to that file then.
+        if first.exists():
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
-    remove_abandoned(path)
+    sync_folder(first.parent)
+    for path in writes:
+        remove_abandoned(path)
 
 
 def temporary_of(path: Path) -> Path:

@@ -8,29 +8,32 @@ Nothing is imported, fetched or unpickled because a file says so.
 
 from __future__ import annotations
 
-import errno
+import contextlib
+import hashlib
 import json
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlora.files import locked, remove_abandoned, sync_folder, temporary_of
+from fastlora.files import locked, replace_files
+from fastlora.functional import DTYPES
 from fastlora.layers.classes import unwrapped
-from fastlora.peft import checks
-from fastlora.peft.checks import CONFIG_FILE, WEIGHTS_FILE, few, finite, plain_name
-from fastlora.peft.config import parsed
-from fastlora.peft.patterns import check_patterns
+from fastlora.peft.config import MAX_BYTES, check_patterns, parsed
 from fastlora.peft.rehearsal import rehearsed, unchanged_on_error
-from fastlora.peft.require import check_not_compiled, check_release
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+# Where the weights say with which config they were saved.
+CONFIG_HASH = "adapter_config_sha256"
 _PATTERN_SECONDS = 10.0
 
 
@@ -52,30 +55,30 @@ def load_adapter(
     is not one for this model, is damaged, or asks for what is not supported; the model is then as
     it was. Warns where the config is not the one that the weights were saved with.
     """
+    from fastlora.peft.patch import check_release, patch_peft
+
     check_release()
     from peft import PeftModel
     from safetensors.torch import save_file
 
-    from fastlora.peft.patch import patch_peft
-
     _check_model(model, adapter_name)
-    with locked(Path(folder), shared=True):
-        path, data, of_weights = checks.find_config(Path(folder))
-        values = parsed(path, data)
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        names = [name for name, _ in base.named_modules()]
+    folder = Path(folder)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = {_plain_name(k): t for k, t in base.state_dict().items() if isinstance(t, Tensor)}
+    with locked(folder, shared=True), _opened(folder) as weights:
+        path, data = _find_config(folder, _hash_in(weights))
         try:
+            values = parsed(data)
+            names = [name for name, _ in base.named_modules()]
             check_patterns(values, names, _PATTERN_SECONDS)
-            expected = rehearsed(model, values, adapter_name)
-            checks.check_sizes(expected, trusted)
-        except ValueError as error:
+            expected, embeddings = rehearsed(model, values, adapter_name, trusted)
+            path = folder / WEIGHTS_FILE
+            tensors = _read(weights, expected, own, embeddings if trusted else set())
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{str(path)!r} is refused: {error}") from None
-        own = {plain_name(k): t for k, t in base.state_dict().items() if isinstance(t, Tensor)}
-        weights = Path(folder) / WEIGHTS_FILE
-        tensors = checks.read_weights(weights, expected, own, of_weights, trusted)
     # A copy of a module that is trained in full leaves the original as it is.
-    written = [key for key in tensors if key in expected.embeddings or key.endswith(".bias")]
-    changed = [own[plain_name(key)] for key in written if plain_name(key) in own]
+    written = [key for key in tensors if key in embeddings or key.endswith(".bias")]
+    changed = [own[_plain_name(key)] for key in written if _plain_name(key) in own]
     with unchanged_on_error(model, changed), tempfile.TemporaryDirectory() as checked:
         save_file(tensors, Path(checked) / WEIGHTS_FILE, metadata={"format": "pt"})
         (Path(checked) / CONFIG_FILE).write_text(json.dumps(values), encoding="utf-8")
@@ -88,6 +91,148 @@ def load_adapter(
         if values["peft_type"] == "LORA":
             patch_peft(loaded)
     return loaded
+
+
+def _check_model(model: nn.Module, adapter_name: str) -> None:
+    """Raise for what PEFT could not load an adapter into, or only by halves."""
+    from peft import PeftMixedModel, PeftModel
+
+    from fastlora.peft.patch import check_not_compiled
+
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"adapter_name must be a str, got {type(adapter_name).__name__}")
+    if "." in adapter_name or adapter_name in "lora_" or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            "adapter_name must be non-empty, without '.', no part of 'lora_' and no method of a "
+            f"dict, got {adapter_name!r}"
+        )
+    if unwrapped(model) is not model or isinstance(model, PeftMixedModel):
+        raise TypeError(f"model must be plain or a PeftModel, got {type(model).__name__}")
+    check_not_compiled(model)
+    if any(map(_is_shard, model.parameters())):
+        raise ValueError("model is sharded: load the adapter first, then shard it")
+    if not hasattr(model, "hf_device_map") and any(p.is_meta for p in model.parameters()):
+        raise ValueError("model is on the meta device: give it its weights first")
+    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+        raise ValueError(f"adapter {adapter_name!r} exists already: delete_adapter() it first")
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
+    """Open the weights, which stay what they are where a save gives their name to others."""
+    from safetensors import SafetensorError, safe_open
+
+    weights = _file(folder / WEIGHTS_FILE)
+    try:
+        with safe_open(weights, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{str(weights)!r} is not a whole safetensors file: {error}") from None
+
+
+def _file(path: Path) -> Path:
+    if path.is_file():  # and no pipe, which would be waited for
+        return path
+    raise FileNotFoundError(
+        f"there is no file {str(path)!r}: load_adapter() takes a local folder with {CONFIG_FILE} "
+        f"and {WEIGHTS_FILE}. It downloads nothing, and opens no pickle (.bin, .pt), which can run "
+        "code: convert one that you trust by loading and saving it with PEFT"
+    )
+
+
+def _find_config(folder: Path, wanted: str | None) -> tuple[Path, bytes]:
+    """Return the config of the weights, and its content: by its hash, which they have.
+
+    It is the one saved with them, also where that was killed before it got its name.
+    """
+    config = folder / CONFIG_FILE
+    for path in (config, *folder.glob(f".{CONFIG_FILE}.*.tmp")) if wanted else ():
+        with contextlib.suppress(OSError):  # not ours to read, or just deleted
+            if path.is_file() and hashlib.sha256(data := _head(path)).hexdigest() == wanted:
+                return path, data
+    data = _head(_file(config))  # edited by hand, or written by PEFT
+    if wanted:
+        with _opened(folder) as now:  # where the system has no locks
+            if _hash_in(now) != wanted:
+                raise ValueError(f"{str(folder)!r} got another adapter meanwhile: load it again")
+        warnings.warn(
+            f"{str(config)!r} is not the config that the weights beside it were saved with",
+            stacklevel=3,
+        )
+    return config, data
+
+
+def _hash_in(weights: Any) -> str | None:
+    return (weights.metadata() or {}).get(CONFIG_HASH)
+
+
+def _head(path: Path) -> bytes:
+    """Return the file, or more than a config may have of it."""
+    with open(path, "rb") as file:
+        return file.read(MAX_BYTES + 1)
+
+
+def _read(
+    weights: Any, expected: dict[str, Tensor], own: dict[str, Tensor], overwritten: set[str]
+) -> dict[str, Tensor]:
+    """Return the tensors that PEFT may have; what is written to the file later reaches no model.
+
+    ``own``: the model's tensors by their plain names, of which PEFT saves copies that nobody needs;
+    ``overwritten``: keys of those that may have other values in the file.
+    """
+    keys = set(weights.keys())
+    copies = {key for key in keys - expected.keys() if _plain_name(key) in own}
+    changed = {key for key in copies if not _is_copy(weights, key, own[_plain_name(key)])}
+    if frozen := changed - overwritten:
+        raise ValueError(f"it would overwrite frozen weights of the model: {_few(frozen)}")
+    likes = expected | {key: own[_plain_name(key)] for key in changed}
+    # With bias="all" PEFT also writes those of its wrappers' own copies.
+    needless = {k for k in likes if ".original_module." in k or ".modules_to_save." in k}
+    missing, unexpected = likes.keys() - needless - keys, keys - likes.keys() - copies
+    if missing or unexpected:
+        raise ValueError(
+            f"it is not for this model and {CONFIG_FILE}: {len(missing)} tensors missing "
+            f"({_few(missing)}), {len(unexpected)} unexpected ({_few(unexpected)})"
+        )
+    taken = sorted(keys & likes.keys())
+    for key in taken:
+        must, shape = list(likes[key].shape), weights.get_slice(key).get_shape()
+        if shape != must:
+            raise ValueError(f"{key} must be {must}, as model and config say, got {shape}")
+    tensors = {}
+    for key in taken:
+        tensor, dtype = weights.get_tensor(key), likes[key].dtype
+        allowed = DTYPES if dtype in DTYPES else (dtype,)
+        if tensor.dtype not in allowed:
+            raise ValueError(f"{key} must be {' or '.join(map(str, allowed))}, got {tensor.dtype}")
+        tensors[key] = tensor.clone()
+        if not torch.isfinite(tensors[key].to(dtype)).all():
+            raise ValueError(f"it holds NaN or infinity in {key}")
+    return tensors
+
+
+def _is_copy(weights: Any, key: str, own: Tensor) -> bool:
+    if weights.get_slice(key).get_shape() != list(own.shape) or own.is_meta:
+        return False
+    tensor = weights.get_tensor(key)
+    return tensor.dtype == own.dtype and torch.equal(tensor, own.detach().cpu())
+
+
+def _plain_name(key: str) -> str:
+    """Return a tensor's name in a model without adapters."""
+    name = key.removeprefix("base_model.model.")
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _check_arrived(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError where PEFT has not loaded all that it was given."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    for key in tensors.keys() & state.keys():
+        found = state[key].detach()
+        if not (found.is_meta or torch.equal(found.cpu(), tensors[key].to(found.dtype))):
+            raise ValueError(f"PEFT did not load {key} as {adapter_name!r}")
 
 
 def save_adapter(
@@ -114,120 +259,38 @@ def save_adapter(
     own = get_peft_model_state_dict(model, adapter_name=adapter_name)
     if any(getattr(module, "merged", False) for module in model.modules()):
         own = {key: t for key, t in own.items() if not key.endswith(".base_layer.weight")}
-    tensors = {key: _on_cpu(tensor) for key, tensor in own.items()}
+    tensors = {
+        key: (t.full_tensor() if _is_shard(t) else t).detach().to("cpu", copy=True).contiguous()
+        for key, t in own.items()
+    }
     if any(map(_is_shard, own.values())) and torch.distributed.get_rank() != 0:
         return
-    if broken := [key for key, tensor in tensors.items() if not finite(tensor)]:
-        warnings.warn(f"NaN or infinity in {few(broken)}: load_adapter() refuses it", stacklevel=2)
-    text = _config_text(model, adapter_name)
+    if broken := {key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()}:
+        warnings.warn(f"NaN or infinity in {_few(broken)}: load_adapter() refuses it", stacklevel=2)
+    config = _config_text(model, adapter_name)
+    metadata = {"format": "pt", CONFIG_HASH: hashlib.sha256(config).hexdigest()}
     folder.mkdir(parents=True, exist_ok=True)
-    weights = _with_config_hash(save(tensors, metadata={"format": "pt"}), text)
-    _write_together({folder / WEIGHTS_FILE: weights, folder / CONFIG_FILE: text})
-
-
-# Loading
-
-
-def _check_model(model: nn.Module, adapter_name: str) -> None:
-    """Raise for what PEFT could not load an adapter into, or only by halves."""
-    from peft import PeftMixedModel, PeftModel
-
-    if not isinstance(adapter_name, str):
-        raise TypeError(f"adapter_name must be a str, got {type(adapter_name).__name__}")
-    if "." in adapter_name or adapter_name in "lora_" or hasattr(nn.ModuleDict(), adapter_name):
-        raise ValueError(
-            "adapter_name must be non-empty, without '.', no part of 'lora_' and no method of a "
-            f"dict, got {adapter_name!r}"
-        )
-    if unwrapped(model) is not model or isinstance(model, PeftMixedModel):
-        raise TypeError(f"model must be plain or a PeftModel, got {type(model).__name__}")
-    check_not_compiled(model)
-    if any(map(_is_shard, model.parameters())):
-        raise ValueError("model is sharded: load the adapter first, then shard it")
-    offloaded = getattr(model, "hf_device_map", None)
-    if offloaded is None and any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("model is on the meta device: give it its weights first")
-    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-        raise ValueError(f"adapter {adapter_name!r} exists already: delete_adapter() it first")
-
-
-def _check_arrived(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError where PEFT has not loaded all that it was given."""
-    from peft import get_peft_model_state_dict
-
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    lost = [
-        key
-        for key, tensor in tensors.items()
-        if key in state
-        and not state[key].is_meta
-        and not torch.equal(state[key].detach().cpu(), tensor.to(state[key].dtype))
-    ]
-    if lost:
-        raise ValueError(f"PEFT did not load {few(lost)} as {adapter_name!r}")
-
-
-# Saving
+    files = {WEIGHTS_FILE: save(tensors, metadata=metadata), CONFIG_FILE: config}
+    replace_files({folder / n: lambda file, data=d: file.write(data) for n, d in files.items()})
 
 
 def _config_text(model: PeftModel, adapter_name: str) -> bytes:
     """Return what ``PeftModel.save_pretrained`` writes, its sets in order."""
-    config, base = model.peft_config[adapter_name], model.get_base_model()
-    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    values["inference_mode"] = True
-    if values["base_model_name_or_path"] is None:
-        values["base_model_name_or_path"] = vars(base).get("name_or_path") or None
-    if values["task_type"] is None:
-        kind = type(base)
-        values["auto_mapping"] = {
-            "base_model_class": kind.__name__,
-            "parent_library": kind.__module__,
-        }
+    config, base = model.peft_config[adapter_name].to_dict(), model.get_base_model()
+    values = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+    name = config["base_model_name_or_path"] or vars(base).get("name_or_path") or None
+    values |= {"inference_mode": True, "base_model_name_or_path": name}
+    if config["task_type"] is None:
+        kind = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        values["auto_mapping"] = kind
     return json.dumps(values, indent=2, sort_keys=True, allow_nan=False).encode()
-
-
-def _with_config_hash(weights: bytes, config: bytes) -> bytes:
-    """Add the config's hash to a file's metadata; safetensors would write the two in any order."""
-    end = 8 + int.from_bytes(weights[:8], "little")
-    header = json.loads(weights[8:end])
-    header["__metadata__"][checks.CONFIG_HASH] = checks.hash_of(config)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)  # tensors start at multiples of 8 bytes
-    return len(text).to_bytes(8, "little") + text + weights[end:]
-
-
-def _write_together(contents: dict[Path, bytes]) -> None:
-    folder = next(iter(contents)).parent
-    temporary = {path: temporary_of(path) for path in contents}
-    for path in contents:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "a folder has the name of the file", str(path))
-    try:
-        for path, data in contents.items():
-            with open(temporary[path], "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        with locked(folder):
-            for path in contents:
-                os.replace(temporary[path], path)
-    except BaseException:
-        # Ctrl-C may come at the end of the first replace(): what is left belongs to that file then.
-        if temporary[next(iter(contents))].exists():
-            for path in temporary.values():
-                path.unlink(missing_ok=True)
-        raise
-    sync_folder(folder)
-    for path in contents:
-        remove_abandoned(path)
 
 
 def _is_shard(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    if _is_shard(tensor):
-        tensor = tensor.full_tensor()
-    return tensor.to("cpu", copy=True).contiguous()
+def _few(names: set[str]) -> str:
+    """Name three; what comes from a file may not reach a terminal as it is."""
+    shown = ", ".join(repr(name[:200])[1:-1] for name in sorted(names)[:3]) or "none"
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -50,21 +50,8 @@ class FusedLinear(lora.Linear):
         if self._disable_adapters or self.merged_adapters:
             return None
         found = operands(self, x)
-        base = self._modules["base_layer"]
-        if type(found) is str or found[1] is not base._parameters["bias"]:
-            return None
-        return found
-
-
-def fuse(layer: nn.Module) -> nn.Module:
-    """Have a layer of PEFT's plain kind run the fused forward where it can; return it."""
-    if type(layer) is lora.Linear:
-        layer.__class__ = FusedLinear
-        base = layer.base_layer
-        if type(base) is FrozenLinear:  # it takes its place among its siblings
-            base.__class__ = nn.Linear
-            layer._siblings = vars(base).pop("_siblings", None)
-    return layer
+        own_bias = self._modules["base_layer"]._parameters.get("bias")
+        return found if type(found) is tuple and found[1] is own_bias else None
 
 
 class _Fusing:
@@ -91,18 +78,24 @@ class FusedMixedModel(_Fusing, MixedModel):
 STAND_INS = {lora.Linear: FusedLinear, LoraModel: FusedModel, MixedModel: FusedMixedModel}
 
 
+def fuse(layer: nn.Module) -> nn.Module:
+    """Have a layer of PEFT's plain kind run the fused forward where it can; return it."""
+    if type(layer) is lora.Linear:
+        layer.__class__ = FusedLinear
+        base = layer.base_layer
+        if type(base) is FrozenLinear:  # it takes its place among its siblings
+            base.__class__ = nn.Linear
+            layer._siblings = vars(base).pop("_siblings", None)
+    return layer
+
+
 def registered_layer(
     target: nn.Module, adapter_name: str, config: Any, **kwargs: Any
 ) -> nn.Module | None:
     """Return a fused layer around a plain linear one; None leaves the target to PEFT."""
-    if not is_plain(target) or not _is_dense(target.weight):
-        return None
-    return fuse(lora.layer.dispatch_default(target, adapter_name, config=config, **kwargs))
-
-
-def is_plain(base: nn.Module) -> bool:
-    """Return whether ``base`` is an ``nn.Linear`` or a Conv1D, and no subclass of one."""
-    return type(base) in (nn.Linear, FrozenLinear) or is_conv1d(base)
+    if _is_plain(target) and _is_dense(target.weight):
+        return fuse(lora.layer.dispatch_default(target, adapter_name, config=config, **kwargs))
+    return None
 
 
 def why_not(layer: nn.Module) -> str | None:
@@ -131,7 +124,7 @@ def operands(
     parts = layer._modules
     base = parts["base_layer"]
     linear = type(base) is nn.Linear
-    if not (linear or is_plain(base)):
+    if not (linear or _is_plain(base)):
         return f"its base layer is {_kind(base)}, not a plain nn.Linear or Conv1D"
     held = base._parameters
     weight, bias = held.get("weight"), held.get("bias", base)
@@ -143,11 +136,8 @@ def operands(
     if _is_observed(base) or module_hooks():
         return "its base layer has hooks, or a forward of its own, and would not be called"
     dtype, device = weight.dtype, weight.device
-    autocast = (
-        torch._C._is_any_autocast_enabled()
-        and device.type != "meta"
-        and torch.is_autocast_enabled(device.type)
-    )
+    autocast = torch._C._is_any_autocast_enabled() and device.type != "meta"
+    autocast = autocast and torch.is_autocast_enabled(device.type)
     if x is not _LIKE_WEIGHT and not _suits(x, dtype, device, autocast):
         found = f"{type(x).__name__} of {getattr(x, 'dtype', None)}"
         return f"its input is a {found}, not a dense {dtype} on {device}"
@@ -158,7 +148,7 @@ def operands(
     for name in (active,) if isinstance(active, str) else active:
         if name not in factors:
             continue
-        found = _adapter(layer, name, factors[name], dtype, device, autocast)
+        found = _adapter(layer, name, weight, autocast)
         if type(found) is str:
             return f"adapter {name!r} {found}"
         adapter, extra = found
@@ -170,18 +160,14 @@ def operands(
 
 
 def _adapter(
-    layer: lora.Linear,
-    name: str,
-    down: nn.Module,
-    dtype: torch.dtype,
-    device: torch.device,
-    autocast: bool,
+    layer: lora.Linear, name: str, weight: Tensor, autocast: bool
 ) -> str | tuple[Adapter, Tensor | None]:
     """Return an adapter and the bias of its lora_B, or what keeps it from being fused."""
     if name in layer.lora_variant:
         return f"is a variant of LoRA ({type(layer.lora_variant[name]).__name__})"
     parts = layer._modules
-    up, dropout = parts["lora_B"]._modules.get(name), parts["lora_dropout"]._modules.get(name)
+    down, up = parts["lora_A"]._modules[name], parts["lora_B"]._modules.get(name)
+    dropout = parts["lora_dropout"]._modules.get(name)
     if type(down) is not nn.Linear or type(up) is not nn.Linear:
         return f"has {_kind(down)} and {_kind(up)} for nn.Linear"
     if type(dropout) not in _DROPOUTS:
@@ -191,10 +177,13 @@ def _adapter(
     a, b = down._parameters.get("weight"), up._parameters.get("weight")
     if type(a) not in _PLAIN or type(b) not in _PLAIN:
         return f"has weights of {type(a).__name__} and {type(b).__name__}"
+    dtype, device, own = weight.dtype, weight.device, a.dtype
     if not a.device == b.device == device:
         return f"is on {a.device}, its base layer on {device}"
-    own = a.dtype
-    if b.dtype != own or not _takes(dtype, own, autocast):
+    takes = own == dtype or (own == torch.float32 and dtype.itemsize == 2)
+    if autocast:
+        takes = torch.float64 not in (dtype, own)
+    if b.dtype != own or not takes:
         return f"is {own} and {b.dtype} on a base of {dtype}"
     if own != dtype and not layer.cast_input_dtype_enabled:
         return f"is {own}, and the input is not to be cast from {dtype}"
@@ -206,10 +195,19 @@ def _adapter(
     scaling = layer.scaling.get(name)
     if type(scaling) is int:
         scaling = float(scaling)
-    if not _scales(scaling, device):
+    if type(scaling) is float:  # PEFT also takes arrays, and numbers of NumPy
+        scales = -math.inf < scaling < math.inf
+    else:
+        scales = type(scaling) in _PLAIN and scaling.dim() == 0
+        scales = scales and scaling.device.type in (device.type, "cpu")
+    if not scales:
         return f"is scaled by {scaling!r:.60}, no finite number"
     p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
     return (a, b, scaling, p), extra
+
+
+def _is_plain(base: nn.Module) -> bool:
+    return type(base) in (nn.Linear, FrozenLinear) or is_conv1d(base)  # and no subclass of one
 
 
 def _is_dense(weight: Any) -> bool:
@@ -228,33 +226,10 @@ def _suits(x: Any, dtype: torch.dtype, device: torch.device, autocast: bool) -> 
     )
 
 
-def _scales(scaling: Any, device: torch.device) -> bool:
-    """Return whether the operator takes a scaling: PEFT also takes arrays, and numbers of NumPy."""
-    if type(scaling) is float:
-        return -math.inf < scaling < math.inf
-    return (
-        type(scaling) in _PLAIN
-        and scaling.dim() == 0
-        and scaling.device.type in (device.type, "cpu")
-    )
-
-
-def _takes(base: torch.dtype, adapter: torch.dtype, autocast: bool) -> bool:
-    """Return whether the operator takes an adapter's dtype under this base."""
-    if autocast:
-        return torch.float64 not in (base, adapter)
-    return adapter == base or (adapter == torch.float32 and base.itemsize == 2)
-
-
-def _is_observed(module: nn.Module) -> bool:
-    """Return whether someone would see that ``module`` itself is not called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+def _is_observed(m: nn.Module) -> bool:
+    """Return whether someone would see that ``m`` itself is not called."""
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return bool(hooks or "forward" in m.__dict__)
 
 
 def _kind(module: nn.Module) -> str:

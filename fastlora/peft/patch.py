@@ -14,10 +14,12 @@ from torch import nn
 from fastlora.layers import sibling_search
 from fastlora.layers.classes import rebased, unwrapped
 from fastlora.layers.report import PatchReport
-from fastlora.peft.require import check_not_compiled, check_release
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+# The releases whose layers were tested: from the first to before the last.
+TESTED = ((0, 19), (0, 22))
 
 
 def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -> PatchReport:
@@ -29,13 +31,13 @@ def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -
     listed with the reason; a second patch finds what has come and lists it all again.
 
     With ``fuse_siblings`` layers that are called with the same tensor, such as q, k and v, run as
-    one operator (`lora_linears`); a plain ``nn.Linear`` between them takes part, by a class of its
-    own. True finds them by a forward on the small input that models of transformers bring along;
-    for other models give an example input (a tensor, or a mapping of keyword arguments), or the
-    names of children in the order of their calls: ``[("q", "k", "v"), ("gate", "up")]``.
-    Raises ImportError without PEFT and RuntimeError for a release that was not tested; ValueError
-    for a model that has no LoRA layer of PEFT's or that has been compiled, and ValueError or
-    TypeError for a wrong ``fuse_siblings``. The model is then as it was.
+    one operator (`lora_linears`), plain ``nn.Linear`` ones between them too. True finds them by a
+    forward on a small input that models of transformers bring along; for others give an input (a
+    tensor, or a mapping of keyword arguments) or children's names, in the order of their calls:
+    ``[("q", "k", "v"), ("gate", "up")]``.
+    Raises ImportError without PEFT, RuntimeError for a release that was not tested, ValueError for
+    a model that has no LoRA layer of PEFT's or is compiled, and ValueError or TypeError for a wrong
+    ``fuse_siblings``. The model is then as it was.
     """
     check_release()
     from peft.tuners.lora import LoraLayer
@@ -43,30 +45,28 @@ def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -
     from fastlora.peft.linear import STAND_INS, fuse, why_not
 
     model = check_not_compiled(model)
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+    modules = model.named_modules()
+    layers = {name or "the layer": m for name, m in modules if isinstance(m, LoraLayer)}
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no LoRA layer of PEFT's; patch_peft() comes after "
             "get_peft_model() or PeftModel.from_pretrained()"
         )
-    reasons = [(name or "the layer", why_not(layer)) for name, layer in layers]
-    report = PatchReport(
-        [name for name, why in reasons if why is None],
-        [(name, why) for name, why in reasons if why is not None],
-    )
-    siblings = []
+    reasons = {name: why_not(layer) for name, layer in layers.items()}
+    fused = [name for name, why in reasons.items() if why is None]
+    report = PatchReport(fused, [(name, why) for name, why in reasons.items() if why is not None])
+    groups = []
     if fuse_siblings is not False:
-        fused = [layer for (_, layer), (_, why) in zip(layers, reasons, strict=True) if why is None]
-        siblings = sibling_search.find(model, fuse_siblings, fused)
-    if not report.fused:  # before anything is changed, as a warning may be an error
+        groups = sibling_search.find(model, fuse_siblings, [layers[name] for name in fused])
+    if not fused:  # before anything is changed, as a warning may be an error
         warnings.warn(f"patch_peft() fused nothing\n{report}", stacklevel=2)
-    for _, layer in layers:
+    for layer in layers.values():
         fuse(layer)
     for module in model.modules():  # the tuners that hold them
         if type(module) in STAND_INS:
             module.__class__ = STAND_INS[type(module)]
-    report.lookalikes = sibling_search.lookalikes(siblings)
-    report.siblings, report.gated_mlps = sibling_search.make(siblings)
+    report.lookalikes = sibling_search.lookalikes(groups)
+    report.siblings, report.gated_mlps = sibling_search.make(groups)
     return report
 
 
@@ -109,3 +109,28 @@ def register(config: LoraConfig) -> LoraConfig:
         raise TypeError(f"config must be a peft.LoraConfig, got {type(config).__name__}")
     config._register_custom_module(dict.fromkeys((nn.Linear, Conv1D), registered_layer))
     return config
+
+
+def check_release() -> None:
+    """Raise where there is no PEFT, or one whose layers were not tested."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("PEFT is needed: pip install 'fastlora-kernels[peft]'") from error
+    if not TESTED[0] <= tuple(map(int, peft.__version__.split(".")[:2])) < TESTED[1]:
+        first, end = (".".join(map(str, release)) for release in TESTED)
+        raise RuntimeError(
+            f"PEFT {peft.__version__} was not tested with this fastlora, whose fused layers stand "
+            f"in for those of {first} up to before {end}"
+        )
+
+
+def check_not_compiled(model: nn.Module) -> nn.Module:
+    """Return the model inside of wrappers; raise ValueError where any of it is compiled."""
+    plain = unwrapped(model)
+    for part in (model, *plain.modules()):
+        if "_orig_mod" in part._modules or part._compiled_call_impl is not None:
+            raise ValueError(
+                f"{type(part).__name__} is compiled: patch the model first, then compile it"
+            )
+    return plain

@@ -14,7 +14,7 @@ SHAPED = "return _unsafe_view(y, (*shape[:-1], y.shape[1]))"
 CAST = "_CAST = (torch.float32, torch.bfloat16, torch.float16)"
 SCALED = "lora_A, lora_B = with_scaling(lora_A, lora_B, scaling)"
 NEW_NAME = 'f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"'
-IN_PLACE = "        os.replace(temporary, path)\n    except BaseException:"
+APART = "temporary_of(path) for path in writes"
 
 # By file and the tests that must notice: what, right, wrong.
 COPIES = {
@@ -65,7 +65,7 @@ COPIES = {
         ("processes write to one temporary file", NEW_NAME, 'f".{path.name}.tmp"'),
     ],
     ("files", "test_faults.py"): [
-        ("a file has its name before it is whole", IN_PLACE, "    except BaseException:"),
+        ("a file has its name before it is whole", APART, "path for path in writes"),
     ],
 }
 MUTANTS = [

@@ -24,13 +24,11 @@ import atheris
 
 SECONDS = 1  # for one input
 MOST = 8192  # bytes of one
-MEMORY = Path("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
-HOSTILE = Path(__file__).parent / "hostile"
 
 with atheris.instrument_imports(include=["fastlora"]):
     import tiny_models as tiny
     import torch
-    from hostile_adapters import CONFIG, SHAPES, WEIGHTS, config, weights
+    from hostile_adapters import ATTACKS, CONFIG, SHAPES, WEIGHTS, config, weights
 
     import fastlora
     from fastlora.commands.data import read_examples
@@ -42,9 +40,8 @@ with atheris.instrument_imports(include=["fastlora"]):
 
 def adapter(name: str, folder: Path, data: bytes) -> None:
     """Load an adapter of which ``data`` is a file, or have it refused, the model as it was."""
-    (folder / CONFIG).write_bytes(config())
-    (folder / WEIGHTS).write_bytes(weights())
-    (folder / name).write_bytes(data)
+    for file, content in ((CONFIG, config()), (WEIGHTS, weights()), (name, data)):
+        (folder / file).write_bytes(content)
     before = tiny.bits(model := tiny.mlp())
     try:
         fastlora.load_adapter(model, folder)
@@ -77,8 +74,8 @@ def jsonl(folder: Path, data: bytes) -> None:
         "".join(turns).encode()
 
 
-def hostile(file: str) -> list[bytes]:
-    return [path.read_bytes()[:MOST] for path in sorted(HOSTILE.glob(f"*/{file}"))]
+def hostile(name: str) -> list[bytes]:
+    return [content[:MOST] for file, content, _ in ATTACKS if file == name]
 
 
 def good_measurements() -> bytes:
@@ -87,7 +84,7 @@ def good_measurements() -> bytes:
     return json.dumps({str(measured.Problem(16, 64, 64, 16)): row}).encode()
 
 
-# name: what takes an input, inputs to start from, and words of the format
+# What takes an input, inputs to start from, and words of the format.
 TARGETS = {
     "config": (
         functools.partial(adapter, CONFIG),
@@ -113,12 +110,11 @@ TARGETS = {
 JSON = ['"', "{", "[", "]", "}", ":", ",", "null", "true", "NaN", "1e999", "-1", "\\ud800"]
 
 
-def fuzz(name: str, minutes: float) -> None:
+def fuzz(name: str, minutes: float, work: Path) -> None:
     """Fuzz one target in this process, which libFuzzer ends."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     files._PATTERN_SECONDS = 0.5  # what a regular expression may take; 10 for users
-    work = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-", dir=MEMORY))
     (work / "corpus").mkdir()
     (work / "input").mkdir()
     take, seeds, words = TARGETS[name]
@@ -126,38 +122,30 @@ def fuzz(name: str, minutes: float) -> None:
         (work / "corpus" / f"seed-{i}").write_bytes(seed)
     escaped = (json.dumps(word)[1:-1].replace("\\n", "\\x0a") for word in JSON + words)
     (work / "words").write_text("".join(f'"{word}"\n' for word in escaped), encoding="utf-8")
-    options = [
-        f"-dict={work / 'words'}",
-        f"-timeout={SECONDS}",
-        f"-artifact_prefix={work}/",
-        f"-max_total_time={round(minutes * 60)}",
-        f"-max_len={MOST}",
-        "-print_final_stats=1",
-    ]
-    atheris.Setup(
-        [sys.argv[0], *options, str(work / "corpus")], functools.partial(take, work / "input")
-    )
+    limits = [f"-timeout={SECONDS}", f"-max_total_time={round(minutes * 60)}", f"-max_len={MOST}"]
+    folders = [f"-dict={work / 'words'}", f"-artifact_prefix={work}/", str(work / "corpus")]
+    options = [sys.argv[0], *limits, "-print_final_stats=1", *folders]
+    atheris.Setup(options, functools.partial(take, work / "input"))
     atheris.Fuzz()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "targets", nargs="*", choices=[*TARGETS, []], help="all where none is named"
-    )
-    parser.add_argument("--minutes", type=float, default=10.0, help="for each target")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("targets", nargs="*", choices=[*TARGETS, []], help="all where none is named")
+    add("--minutes", type=float, default=10.0, help="for each target")
+    add("--work", type=Path, help=argparse.SUPPRESS)  # of the process that fuzzes
     options = parser.parse_args()
-    if options.here:
-        fuzz(options.targets[0], options.minutes)
-    escaped = []
+    if options.work:
+        fuzz(options.targets[0], options.minutes, options.work)
+    escaped, memory = [], "/dev/shm" if os.path.isdir("/dev/shm") else None
     for name in options.targets or TARGETS:
-        command = [sys.executable, __file__, name, "--here", "--minutes", str(options.minutes)]
+        work = tempfile.mkdtemp(prefix=f"fuzz-{name}-", dir=memory)
         print(f"{name}: {options.minutes:g} min", flush=True)
-        if subprocess.run(command).returncode:
+        minutes = ["--minutes", str(options.minutes)]
+        if subprocess.run([sys.executable, __file__, name, *minutes, "--work", work]).returncode:
             escaped.append(name)  # its folder stays, with the input
-            continue
-        for work in MEMORY.glob(f"fuzz-{name}-*"):
+        else:
             shutil.rmtree(work, ignore_errors=True)
     print(f"escapes: {', '.join(escaped) or 'none'}")
     sys.exit(bool(escaped))

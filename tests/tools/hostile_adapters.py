@@ -1,138 +1,148 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters that somebody might send: a file for each attack, in tests/tools/hostile.
+"""Adapters that somebody might send: what takes the place of a file of a good one, and the refusal.
 
-python tests/tools/hostile_adapters.py    # write them again
-
-Each replaces a file of a good adapter of `tiny_models.mlp`, rank 3 on "2" and "head" with a copy
-of "1". What would run code or fill a disk (pickles, large files) is made inside of the tests.
+The good one is for `tiny_models.mlp`, rank 3 on "2" and "head" with a copy of "1". What would run
+code or fill a disk (pickles, large files) is made inside of the tests.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
-from pathlib import Path
 
-FOLDER = Path(__file__).parent / "hostile"
+import torch
+from safetensors.torch import save
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-GOOD_CONFIG = {
-    "peft_type": "LORA",
-    "r": 3,
-    "lora_alpha": 6,
-    "target_modules": ["2", "head"],
-    "modules_to_save": ["1"],
-}
 P = "base_model.model."
+KEY = f"{P}head.lora_A.weight"
 SHAPES = {
     f"{P}1.bias": (8,),
     f"{P}1.weight": (8,),
     f"{P}2.lora_A.weight": (3, 8),
     f"{P}2.lora_B.weight": (8, 3),
-    f"{P}head.lora_A.weight": (3, 8),
+    KEY: (3, 8),
     f"{P}head.lora_B.weight": (5, 3),
 }
 
 
 def config(**changes) -> bytes:
-    return json.dumps({**GOOD_CONFIG, **changes}, indent=1).encode()
+    good = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "modules_to_save": ["1"]}
+    return json.dumps({**good, "target_modules": ["2", "head"], **changes}, indent=1).encode()
 
 
-def weights(shapes: dict | None = None, dtype: str = "F32", value: float = 0.5) -> bytes:
-    """Return a safetensors file of ``shapes``, every element ``value`` in float32."""
-    header, data = {}, b""
-    for key, shape in (SHAPES if shapes is None else shapes).items():
-        count = 1
-        for size in shape:
-            count *= size
-        offsets = [len(data), len(data) + 4 * count]
-        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
-        data += struct.pack("<f", value) * count
-    return framed(json.dumps(header).encode()) + data
+def weights(**changes) -> bytes:
+    """Return a file of 0.5 everywhere, but for ``changes``: tensors, None to leave one out."""
+    tensors = {key: torch.full(shape, 0.5) for key, shape in SHAPES.items()} | changes
+    return save({key: tensor for key, tensor in tensors.items() if tensor is not None})
 
 
 def framed(header: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header
 
 
-FROZEN = "overwrite frozen weights of the model"
+INT = "must be an int from 1 to 4096, got "
+FINITE = "must be a number that is finite in float32, got "
+FROZEN = "overwrite frozen weights of the model: "
 BROKEN = "not a whole safetensors file"
-# Of a config that is good but for one key, and of a file's tensors: name: (what, the refusal).
-CONFIGS = {
-    "rank-of-a-billion": ({"r": 10**9}, "r must be an int from 1 to 4096"),
-    "rank-zero": ({"r": 0}, "r must be an int from 1 to 4096, got 0"),
-    "rank-pattern-of-a-trillion": (
-        {"rank_pattern": {"2": 10**12}},
-        r"rank_pattern\['2'\] must be an int from 1 to 4096",
-    ),
-    "dropout-of-one": ({"lora_dropout": 1.0}, "lora_dropout must be"),
-    "another-method": ({"peft_type": "XLORA"}, "peft_type must be one of LORA, "),
-    "another-method-s-key": ({"peft_type": "LOKR"}, "unexpected keyword .*lora_alpha"),
-    "dora": ({"use_dora": True}, r"2 tensors missing \(.*2.lora_magnitude_vector"),
-    "changes-frozen-weights": (
-        {"init_lora_weights": "pissa"},
-        "init_lora_weights must be one of .* frozen weights, got 'pissa'",
-    ),
-    "changes-the-model": ({"layer_replication": [[0, 10**9]]}, "not support layer_replication="),
-    "another-module-to-import": (
-        {"megatron_core": "antigravity", "megatron_config": {"a": 1}},
-        "not support megatron_config=",
-    ),
-    "a-name-of-many-parts": (
-        {"target_modules": ["a." * 1000]},
-        "target_modules must be .* names of at most 300 characters",
-    ),
-    "a-switch-of-the-future": ({"run_this": ["rm"]}, "not support run_this="),
-    "terminal-codes": ({"\x1b[2J": 1}, r"not support '\\x1b\[2J'=1"),
-    "terminal-codes-in-a-pattern": (
-        {"target_modules": "(?\x1b[2J"},
-        r"not a regular expression: 'unknown extension \?\\x1b",
-    ),
-    "code-to-import": (
-        {"auto_mapping": {"parent_library": "antigravity"}, "r": 4},
-        r"must be \[4, 8\]",
-    ),
-    "everything-is-a-target": ({"target_modules": ["0", "2", "head"]}, "2 tensors missing"),
-}
-TENSORS = {
-    "overwrites-a-frozen-weight": ({f"{P}head.base_layer.weight": (5, 8)}, FROZEN),
-    "overwrites-another-layer": ({f"{P}0.weight": (8, 6)}, FROZEN),
-    "another-shape": ({f"{P}head.lora_A.weight": (3, 9)}, r"must be \[3, 8\]"),
-}
+# Of a config that is good but for this.
+CONFIGS = [
+    ({"r": 10**9}, f"r {INT}1000000000"),
+    ({"r": 0}, f"r {INT}0"),
+    ({"r": True}, f"r {INT}True"),
+    ({"r": None}, f"r {INT}None"),
+    ({"r": 6}, "r=6 for 'head' is more than 5, the smaller side of its weight; .*trusted"),
+    ({"r": 4}, r"lora_A.weight must be \[4, 8\], as model and config say, got \[3, 8\]"),
+    ({"rank_pattern": {"2": 10**12}}, rf"rank_pattern\['2'\] {INT}1000000000000"),
+    ({"rank_pattern": {"head": 2}}, r"head.lora_A.weight must be \[2, 8\]"),
+    ({"rank_pattern": ["head"]}, "rank_pattern must be a dict"),
+    ({"lora_alpha": math.nan}, f"lora_alpha {FINITE}nan"),
+    ({"lora_alpha": -math.inf}, f"lora_alpha {FINITE}-inf"),
+    ({"lora_alpha": 10**400}, f"lora_alpha {FINITE}1000"),
+    ({"lora_alpha": "8"}, f"lora_alpha {FINITE}'8'"),
+    ({"alpha_pattern": {"head": -1e39}}, rf"alpha_pattern\['head'\] {FINITE}-1e"),
+    ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and less than 1, got 1.0"),
+    ({"use_rslora": "yes"}, "use_rslora must be True or False"),
+    ({"init_lora_weights": "pissa"}, "must be one of .* frozen weights, got 'pissa'"),
+    ({"bias": ["all"]}, "bias must be 'none'"),
+    ({"bias": "all"}, "would overwrite|tensors missing|PEFT does not take it"),
+    ({"layers_to_transform": [-1]}, "layers_to_transform must be an index, a list of"),
+    ({"trainable_token_indices": {"1": [-1]}}, "trainable_token_indices must be an index"),
+    ({"trainable_token_indices": [1]}, "PEFT does not take it"),
+    ({"alora_invocation_tokens": "1"}, "alora_invocation_tokens must be an index"),
+    ({"use_dora": True}, r"2 tensors missing \(.*2.lora_magnitude_vector"),
+    ({"peft_type": "XLORA"}, "peft_type must be one of LORA, .*, got 'XLORA'"),
+    ({"peft_type": "LOKR"}, "unexpected keyword .*lora_alpha"),
+    ({"task_type": "ANYTHING"}, "PEFT does not take it"),
+    ({"layer_replication": [[0, 10**9]]}, "not support layer_replication="),
+    ({"megatron_core": "antigravity", "megatron_config": {"a": 1}}, "not support megatron_config="),
+    ({"run_this": ["rm"]}, "not support run_this="),
+    ({f"key{i}": 1 for i in range(999)}, "not support key0=1, key100=1"),
+    ({"\x1b[2J": 1}, r"not support '\\x1b\[2J'=1"),
+    ({"auto_mapping": {"parent_library": "antigravity"}, "r": 4}, r"must be \[4, 8\]"),
+    ({"target_modules": ["0", "2", "head"]}, "2 tensors missing"),
+    ({"target_modules": ["2"]}, r"0 tensors missing \(none\), 2 unexpected \(.*head.lora_A"),
+    ({"target_modules": None}, "PEFT does not take it"),
+    ({"target_modules": 7}, "target_modules must be a pattern or a list"),
+    ({"target_modules": "(("}, r"target_modules: '\(\(' is not a regular expression"),
+    ({"target_modules": "(?\x1b[2J"}, r"not a regular expression: 'unknown extension \?\\x1b"),
+    ({"target_modules": ["a." * 1000]}, "must be .* names of at most 300 characters"),
+    ({"target_modules": [f"a{i}" for i in range(9999)]}, "at most 4096 names"),
+    ({"modules_to_save": None}, f"{FROZEN}.*1.bias, "),
+    ({"modules_to_save": ["0"]}, f"{FROZEN}.*1.bias|PEFT does not"),
+]
+# Of a file of good weights but for this.
+TENSORS = [
+    ({KEY: torch.full((3, 8), math.nan)}, "holds NaN or infinity in .*head.lora_A.weight"),
+    ({KEY: torch.full((3, 8), 1e300, dtype=torch.float64)}, "NaN or infinity in .*head.lora_A"),
+    ({f"{P}1.weight": torch.full((8,), -math.inf)}, "infinity in .*1.weight"),
+    ({KEY: None}, r"1 tensors missing \(.*head.lora_A.weight\), 0 unexpected \(none\)"),
+    (dict.fromkeys(SHAPES), r"6 tensors missing \(.* and 3 more\), 0 unexpected"),
+    ({f"{P}0.weight": torch.zeros(8, 6)}, rf"{FROZEN}\S*0.weight"),
+    ({"0.weight": torch.zeros(8, 6)}, f"{FROZEN}0.weight"),
+    ({f"{P}1.original_module.bias": torch.ones(8)}, FROZEN),
+    ({f"{P}head.base_layer.weight": torch.zeros(5, 8)}, rf"{FROZEN}\S*head.base_layer"),
+    ({f"{P}0.lora_A.weight": torch.zeros(3, 6)}, "1 unexpected"),
+    ({f"{P}1.modules_to_save.bias": torch.zeros(8)}, "1 unexpected"),
+    ({KEY + "\n\x1b[2J": torch.zeros(1)}, "1 unexpected"),
+    ({KEY: torch.zeros(3, 9)}, r"must be \[3, 8\], as model and config say, got \[3, 9\]"),
+    ({KEY: torch.zeros(3, 8, dtype=torch.int64)}, "must be .* or torch.float64, got torch.int64"),
+    ({KEY: torch.zeros(3, 8, dtype=torch.float8_e4m3fn)}, "got torch.float8_e4m3fn"),
+    ({KEY: torch.zeros(3, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, "got torch.float4"),
+]
+NOTHING_BEHIND = (
+    b'{"%s": {"dtype": "F32", "shape": [3, 8], "data_offsets": [0, 96]}}' % KEY.encode()
+)
 HUGE = b'{"a": {"dtype": "F32", "shape": [4611686018427387904], "data_offsets": [0, 0]}}'
 OVERLAP = (
     b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
     b'"b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}'
 )
-# name: (file, content, what the refusal says)
-ATTACKS: dict[str, tuple[str, bytes, str]] = {
-    **{name: (CONFIG, config(**changes), why) for name, (changes, why) in CONFIGS.items()},
-    **{name: (WEIGHTS, weights(SHAPES | more), why) for name, (more, why) in TENSORS.items()},
-    "alpha-not-a-number": (CONFIG, config().replace(b": 6", b": NaN"), "holds NaN"),
-    "alpha-infinite": (CONFIG, config().replace(b": 6", b": 1e999"), "holds 1e999"),
-    "a-key-twice": (CONFIG, config().replace(b": 3", b': 3, "r": 4000'), "'r' more than once"),
-    "cut-off": (CONFIG, config()[:40], "refused"),
-    "not-utf-8": (CONFIG, b"\xff\xfe" + config(), "refused"),
-    "nested": (CONFIG, b"[" * 100_000, "nested too deeply"),
-    "a-tensor-missing": (
-        WEIGHTS,
-        weights({k: v for k, v in SHAPES.items() if "head.lora_A" not in k}),
-        "1 tensors missing",
-    ),
-    "weights-not-a-number": (WEIGHTS, weights(value=float("nan")), "holds NaN or infinity"),
-    "integers": (WEIGHTS, weights(dtype="I32"), "got I32"),
-    "says-it-is-huge": (WEIGHTS, framed(HUGE), BROKEN),
-    "header-beyond-the-end": (WEIGHTS, struct.pack("<Q", 1 << 60) + b"{}", BROKEN),
-    "tensors-that-overlap": (WEIGHTS, framed(OVERLAP) + b"\0" * 12, BROKEN),
-}
-
-
-def main() -> None:
-    for name, (file, content, _) in ATTACKS.items():
-        path = FOLDER / name / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    print(f"{len(ATTACKS)} in {FOLDER}")
-
-
-if __name__ == "__main__":
-    main()
+FILES = [
+    (CONFIG, b"", "refused"),
+    (CONFIG, config()[:40], "refused"),
+    (CONFIG, b"\xff\xfe" + config(), "refused"),
+    (CONFIG, b'["LORA"]', "must hold an object, not a list"),
+    (CONFIG, b"[" * 100_000, "refused"),
+    (CONFIG, b'{"peft_type": "LORA", "a": ' + b"[" * 900 + b"]" * 900 + b"}", "refused"),
+    (CONFIG, config().replace(b": 6", b": 1e999"), f"lora_alpha {FINITE}inf"),
+    (CONFIG, config().replace(b": 6", b": 1" + b"0" * 5000), "refused"),
+    (CONFIG, config().replace(b": 3", b': 3, "r": 4000'), "'r' more than once"),
+    (CONFIG, config(rank_pattern={"a": 1}).replace(b": 1", b': 1, "a": 2'), "'a' more than once"),
+    (CONFIG, config() + b" " * (1 << 20), "larger than 1,048,576 bytes"),
+    (WEIGHTS, b"\0" * 7, BROKEN),
+    (WEIGHTS, weights()[:90], BROKEN),
+    (WEIGHTS, weights()[:-9], BROKEN),
+    (WEIGHTS, framed(b'{"a": '), BROKEN),
+    (WEIGHTS, framed(NOTHING_BEHIND), BROKEN),
+    (WEIGHTS, framed(HUGE), BROKEN),
+    (WEIGHTS, struct.pack("<Q", 1 << 60) + b"{}", BROKEN),
+    (WEIGHTS, framed(OVERLAP) + b"\0" * 12, BROKEN),
+]
+# File, content, what the refusal says.
+ATTACKS = [
+    *((CONFIG, config(**changes), why) for changes, why in CONFIGS),
+    *((WEIGHTS, weights(**changes), why) for changes, why in TENSORS),
+    *FILES,
+]
