@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastlora.layers import sibling_search
+from fastlora.layers import siblings
 from fastlora.layers.classes import unwrapped
 from fastlora.layers.lora import LoRALinear, is_conv1d, unsupported
 from fastlora.layers.report import PatchReport, counted
@@ -26,7 +26,7 @@ _SPREAD = {
 
 
 def replace_linears(
-    model: nn.Module, names: Which, *, fuse_siblings: sibling_search.How = False, **same: Any
+    model: nn.Module, names: Which, *, fuse_siblings: siblings.How = False, **same: Any
 ) -> PatchReport:
     """Put `LoRALinear` in the place of linear layers of ``model``, in place; freeze the rest.
 
@@ -60,7 +60,7 @@ def replace_linears(
     groups = []
     if fuse_siblings is not False:
         adapted = [m for m in model.modules() if id(m) in old or isinstance(m, LoRALinear)]
-        groups = sibling_search.find(model, fuse_siblings, adapted)
+        groups = siblings.find(model, fuse_siblings, adapted)
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         new = {key: LoRALinear.from_linear(module, **same) for key, module in old.items()}
@@ -77,8 +77,7 @@ def replace_linears(
             if id(child) in new:
                 parent._modules[name] = new[id(child)]
     _keep_off_fast_path(model)
-    report.lookalikes = sibling_search.lookalikes(groups)
-    report.siblings, report.gated_mlps = sibling_search.make(groups)
+    siblings.make(groups, report)
     return report
 
 

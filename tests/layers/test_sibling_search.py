@@ -16,7 +16,7 @@ from torch import nn
 
 import fastlora
 from fastlora import patch_peft
-from fastlora.layers.sibling_search import find
+from fastlora.layers.siblings import find
 
 
 def adapted(model, targets="all-linear", **changes):
@@ -180,7 +180,7 @@ class Alone(nn.Module):
         ({"y": X}, ValueError, "raised TypeError on the example input .*'y'"),
         (torch.ones(2, 5), ValueError, r"raised RuntimeError on the .*\[\('q', 'k', 'v'\)\]"),
         ([("q", "w")], ValueError, r"no module has linear layers named \('q', 'w'\)"),
-        ([("q",)], ValueError, "a group is two names or more"),
+        ([("q",)], ValueError, "groups of two names or more"),
         ([("q", "k"), ("k", "v")], ValueError, "each in one group only"),
         ("q", TypeError, "must be True, an example input .* got 'q'"),
         (3, TypeError, "must be True, an example input .* got 3"),

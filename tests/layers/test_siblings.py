@@ -25,7 +25,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import patch_peft, unpatch_peft
+from fastlora import PatchReport, patch_peft, unpatch_peft
 from fastlora.layers import siblings
 from fastlora.layers.siblings import FrozenLinear
 from fastlora.peft.linear import FusedLinear
@@ -101,14 +101,14 @@ def close(found, expected, tolerance=1e-4):
 
 
 def nothing_held():
-    return getattr(siblings._slot, "held", None) is None
+    return not siblings._held.seats
 
 
 @pytest.fixture(autouse=True)
 def no_leftovers():
-    siblings._slot.held = None
+    siblings._held.seats = {}
     yield
-    siblings._slot.held = None
+    siblings._held.seats = {}
 
 
 # As one operator
@@ -198,8 +198,6 @@ def test_an_adapter_of_peft_s_for_a_frozen_sibling(together):
 
 def test_layers_of_our_own(together):
     """`LoRALinear` beside frozen layers, in groups made by hand."""
-    from fastlora.layers import sibling_search
-
     blocks = []
     for fuse in (False, True):
         block = Block().requires_grad_(False)
@@ -211,12 +209,12 @@ def test_layers_of_our_own(together):
                 if parameter.requires_grad:
                     nn.init.normal_(parameter)
         if fuse:
-            sibling_search.make(sibling_search.find(block, [QKV], [block.q, block.v]))
+            siblings.make(siblings.find(block, [QKV], [block.q, block.v]), PatchReport([], []))
         blocks.append(block)
     plain, fused = blocks
     close(results(fused), results(plain))
     assert together == [3]
-    sibling_search.separate(fused)
+    siblings.separate(fused)
     close(results(fused), results(plain))
     assert together == [3] and type(fused.k) is nn.Linear
 
