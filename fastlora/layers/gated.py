@@ -29,13 +29,13 @@ from fastlora.operator.operands import Operands, Projection
 # What `sibling_operands` of a layer returns: weight [N, K], bias [N] and the active adapters.
 Layer = tuple[Tensor, "Tensor | None", Sequence[Adapter]]
 
+_CALL, _aten = nn.Module.__call__, torch.ops.aten
 # By name: the function, its keywords, and its gradient from that of its result and its input.
-ACTIVATIONS: dict[str, tuple[Any, dict[str, str], Any]] = {
-    "silu": (F.silu, {}, torch.ops.aten.silu_backward),
-    "gelu": (F.gelu, {"approximate": "none"}, torch.ops.aten.gelu_backward),
-    "gelu_tanh": (F.gelu, {"approximate": "tanh"}, torch.ops.aten.gelu_backward),
+ACTIVATIONS: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "silu": (F.silu, {"inplace": False}, lambda dh, g, inplace: _aten.silu_backward(dh, g)),
+    "gelu": (F.gelu, {"approximate": "none"}, _aten.gelu_backward),
+    "gelu_tanh": (F.gelu, {"approximate": "tanh"}, _aten.gelu_backward),
 }
-_CALL = nn.Module.__call__
 
 # The formula of a gated MLP, and that of an activation's forward: what is called, how, on what.
 _ACT, _HOW, _LAYER = r"([\w.$]+)", r"(?:, (\w+)=([\w.$']+))?", r"\$self\.(\w+)\(\$x\)"
@@ -44,7 +44,7 @@ _ACTIVATION = re.compile(rf"{_ACT}\(\$x{_HOW}\)")
 # Instructions of Python 3.10 to 3.14. Of binary operations stand-ins know the product alone.
 _FOLLOWED = re.compile(
     r"LOAD_(FAST|GLOBAL|ATTR|METHOD|CONST)\w*|STORE_FAST\w*|CALL(_FUNCTION|_METHOD)?(_KW)?|PRECALL|"
-    r"KW_NAMES|PUSH_NULL|BINARY_(MULTIPLY|OP)|RESUME|NOP|EXTENDED_ARG|RETURN_VALUE"
+    r"KW_NAMES|PUSH_NULL|BINARY_(MULTIPLY|OP)|ROT_TWO|SWAP|RESUME|NOP|EXTENDED_ARG|RETURN_VALUE"
 )
 
 
@@ -76,7 +76,8 @@ def run(x: Tensor, projections: Sequence[Operands], activation: str, impl: str =
     Backward makes act(gate(x)) · up(x) again. Only for what `op.unobserved` allows.
     """
     g, u = op.run(x, projections[:2], impl, plain=True)
-    return _apply(g, u, activation, impl, projections[2], *projections[2][:4])
+    apply = super(torch.autograd.Function, _GatedMLP).apply  # without preparing for transforms
+    return apply(g, u, activation, impl, projections[2], *projections[2][:4])
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -112,9 +113,6 @@ class _GatedMLP(torch.autograd.Function):
         return dg, du, None, None, None, *(grad for (grad,) in grads)
 
 
-_apply = super(torch.autograd.Function, _GatedMLP).apply  # without preparations for transforms
-
-
 def _product(g: Tensor, u: Tensor, activation: str, kernels: ModuleType | None) -> Tensor:
     if kernels:
         return kernels.gated(g, u, activation)
@@ -123,7 +121,6 @@ def _product(g: Tensor, u: Tensor, activation: str, kernels: ModuleType | None) 
 
 
 def _kernels(t: Tensor, impl: str) -> ModuleType | None:
-    """Return the Triton kernels where they are to run on tensors like ``t``, or None."""
     if impl == "auto":
         impl, _ = plans.default(t.dtype, t.device)
     return None if impl == "blocks" else importlib.import_module("fastlora_kernels")
@@ -164,7 +161,7 @@ def _formula(code: CodeType) -> str:
     """Return what a forward of self and x returns; it holds once what is made. Or why not."""
     try:
         done = [operation.opname for operation in dis.get_instructions(code)]
-        why = ", ".join(what for what in done if not _FOLLOWED.fullmatch(what))
+        why = next((what for what in done if not _FOLLOWED.fullmatch(what)), "")
         if not why:
             loaded = {name: _StandIn(name) for name in code.co_names}
             formula = repr(FunctionType(code, loaded)(_StandIn("$self"), _StandIn("$x")))
@@ -193,8 +190,6 @@ def _activation(module: nn.Module, forward: Any, act: Any, keyword: Any, value: 
         return _activation(act, forward, *found.groups()) if followed else None
     if type(act) is functools.partial and not act.args:
         act, given = act.func, {**act.keywords, **given}
-    if given.get("inplace") is False:
-        given = {}
     for name, (function, how, _) in ACTIVATIONS.items():
         if act is function and given.items() <= how.items():
             return name
@@ -203,8 +198,7 @@ def _activation(module: nn.Module, forward: Any, act: Any, keyword: Any, value: 
 
 def _is_observed(module: nn.Module) -> bool:
     """Return whether someone would see that ``module`` is not called."""
-    other_call = type(module).__call__ is not _CALL
-    return other_call or bool(module._forward_hooks) or may_differ(module)
+    return bool(type(module).__call__ is not _CALL or module._forward_hooks or may_differ(module))
 
 
 def _is_layer(module: Any) -> bool:

@@ -12,11 +12,10 @@ import itertools
 import threading
 import warnings
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from fastlora import functional
 from fastlora.layers import gated
 from fastlora.layers.classes import rebased
-from fastlora.layers.gated import Layer, may_differ, may_share
+from fastlora.layers.gated import Layer, may_differ, may_share, projections_of
 from fastlora.layers.report import PatchReport
 from fastlora.operator import op
 
@@ -32,6 +31,8 @@ from fastlora.operator import op
 How = bool | Tensor | Mapping[str, Any] | Sequence[Sequence[str]]
 # Each layer that can be a sibling, with its first parent, the parent's path and its own name.
 Places = dict[nn.Module, tuple[nn.Module, str, str]]
+# Children of one module in the order of their calls; if it is a gated MLP, its parts, or why not.
+Found = namedtuple("Found", "parent path names mlp why_not")
 _MISSES = 3  # of a group, more than an eighth of its forwards, before it is given up
 
 
@@ -47,8 +48,7 @@ class Group:
 
     def members(self) -> list[nn.Module] | None:
         """Return the siblings, or None where one of them has been replaced or taken away."""
-        children = getattr(self.parent(), "_modules", {})
-        found = [children.get(name) for name in self.names]
+        found = [getattr(self.parent(), "_modules", {}).get(name) for name in self.names]
         return found if all(getattr(m, "_siblings", None) is self for m in found) else None
 
 
@@ -81,8 +81,7 @@ class FrozenLinear(nn.Linear):
 class _Held(threading.local):
     """What a thread's latest group has computed for x, until it is fetched or the next begins."""
 
-    group = x = circumstances = None
-    seats = MappingProxyType({})  # by a sibling's id: its name, operands, their state, its output
+    group = x = circumstances = seats = None  # by sibling: its name, operands, their state, output
 
 
 _held = _Held()
@@ -100,15 +99,13 @@ def handed(member: nn.Module, x: Tensor) -> Tensor | None:
         return None
     if _held.seats:  # also what this group has computed for x before: this is another forward
         _miss([name for name, *_ in _held.seats.values()])
-        _held.x, _held.seats = None, {}
+        _held.x = _held.seats = None
     if member._siblings is not group or any(map(may_differ, members)):
         return None
     layers = [each.sibling_operands(x) for each in members]
     try:
-        ready, states = (
-            functional.checked(x, gated.projections_of(layers)),
-            list(map(_state, layers)),
-        )
+        ready = functional.checked(x, projections_of(layers))
+        states = list(map(_state, layers))
     except (RuntimeError, TypeError, ValueError):  # what is wrong each layer says by itself
         return None
     ys = functional.run_checked(*ready, training=True)
@@ -137,11 +134,7 @@ def _fetched(member: nn.Module) -> Tensor | None:
 
 
 def _miss(left: list[str]) -> None:
-    """Count what was computed for nothing; when it keeps happening say so, and part the group.
-
-    Not where its forward may be run again for backward, or is, and has to go as it went: without
-    gradients, under hooks for saved tensors or within a backward, as checkpoints are.
-    """
+    """Count what was computed for nothing; when it keeps happening say so, and part the group."""
     group, members = _held.group, _held.group.members()
     group.misses += 8
     if group.misses < 8 * _MISSES or members is None:
@@ -156,7 +149,7 @@ def _miss(left: list[str]) -> None:
             f"with checkpoints once there are none{advice}",
             stacklevel=2,
         )
-    if _held.circumstances[:3] == (True, None, -1):
+    if _held.circumstances[:3] == (True, None, -1):  # no checkpoint may have to repeat this
         for member in members:
             vars(member).pop("_siblings", None)
 
@@ -178,50 +171,31 @@ def _circumstances(x: Tensor) -> tuple:
     kind = x.device.type
     autocast = torch._C._is_any_autocast_enabled() and kind != "meta"
     dtype = torch.get_autocast_dtype(kind) if autocast and torch.is_autocast_enabled(kind) else None
+    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None  # another had to wait
     # Checkpointing without reentry is such a hook: outside and inside are two forwards.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     modes = torch.is_inference_mode_enabled(), torch._C._len_torch_dispatch_stack()
     how = torch.is_grad_enabled(), hooks, torch._C._current_graph_task_id()
-    return *how, x._version, x.requires_grad, dtype, _stream(x), *modes
-
-
-def _stream(x: Tensor) -> torch.cuda.Stream | None:
-    """Return the stream that an output is written on: another would have to wait for it."""
-    return torch.cuda.current_stream(x.device) if x.is_cuda else None
-
-
-# Finding them
-
-
-class Found(NamedTuple):
-    """Children of one module, in the order of their calls; and of a gated MLP gate, up and down."""
-
-    parent: nn.Module
-    path: str
-    names: tuple[str, ...]
-    mlp: tuple[str, ...]
-    why_not: str  # it is none, where it looks like one
+    return *how, x._version, x.requires_grad, dtype, stream, *modes
 
 
 def find(model: nn.Module, how: How, adapted: Collection[nn.Module]) -> list[Found]:
     """Return the groups of siblings of ``model`` that hold at least one of ``adapted``.
 
-    Siblings are children of one module that are called with one and the same tensor, every time:
-    ``adapted`` layers, and plain ``nn.Linear`` ones beside them. ``how`` is the ``fuse_siblings``
-    of `patch_peft`, with its errors. The model stays as it is.
+    They are children of one module, also plain ``nn.Linear`` ones, that are called with the same
+    tensor each time. ``how`` is `patch_peft`'s ``fuse_siblings``, with its errors.
     """
     adapted = set(adapted)
     inside = {m for layer in adapted for m in layer.modules() if m is not layer}  # PEFT's own
     places: Places = {}
     for path, parent in model.named_modules():
         for name, child in parent._modules.items():
-            linear = child in adapted or type(child) in (nn.Linear, FrozenLinear)
-            if linear and child not in inside:
+            linear = type(child) in (nn.Linear, FrozenLinear) and child not in inside
+            if linear or child in adapted:
                 places.setdefault(child, (parent, path, name))
     if how is True:
-        # The model in PEFT's wrapper says what it takes.
         speaks = next((m for m in model.modules() if hasattr(type(m), "dummy_inputs")), model)
-        groups = _traced(speaks, examples_for(speaks), places)
+        groups = _traced(speaks, examples_for(speaks), places)  # without PEFT's wrapper
     elif isinstance(how, (Tensor, Mapping)):
         groups = _traced(model, [how], places)
     else:
@@ -242,10 +216,14 @@ def make(groups: Sequence[Found], report: PatchReport) -> None:
     """Make groups of what `find` has found, and one operator of each gated MLP; report them."""
     by_parent = defaultdict(list)
     for parent, path, names, mlp, why_not in groups:
-        by_parent[parent].append(Group(names))
-        for layer in map(parent._modules.get, (*names, *mlp)):
+        group = Group(names)
+        by_parent[parent].append(group)
+        for name in (*names, *mlp):
+            layer = parent._modules[name]
             if type(layer) is nn.Linear:
                 layer.__class__ = FrozenLinear
+            if name in names:
+                layer._siblings = group
         kind = getattr(type(parent), "_plain", type(parent))
         if mlp and kind is type(parent):
             parent.__class__ = gated.fused(kind)
@@ -254,16 +232,11 @@ def make(groups: Sequence[Found], report: PatchReport) -> None:
             report.lookalikes.append((kind.__name__, why_not))
     for parent, several in by_parent.items():
         parent._sibling_groups = Groups(parent, several)
-        for group in several:
-            for name in group.names:
-                parent._modules[name]._siblings = group
 
 
 def separate(model: nn.Module) -> None:
     """Take every group in ``model`` apart: each layer computes alone, as before `make`."""
-    ours = [
-        (m, kind) for m in model.modules() for kind in type(m).__mro__ if "_plain" in vars(kind)
-    ]
+    ours = [(m, k) for m in model.modules() for k in type(m).__mro__ if "_plain" in vars(k)]
     kinds = [rebased(type(module), kind, kind._plain) for module, kind in ours]
     for (module, _), kind in zip(ours, kinds, strict=True):
         module.__class__ = kind
@@ -272,7 +245,7 @@ def separate(model: nn.Module) -> None:
             vars(module).pop(name, None)
 
 
-def _named(model: nn.Module, how: Any, places: Places) -> list[tuple[nn.Module, ...]]:
+def _named(model: nn.Module, how: Any, places: Places) -> list[tuple]:
     listed = isinstance(how, Sequence) and not any(isinstance(names, str) for names in how)
     flat = [*itertools.chain(*how)] if listed else []
     if not flat or len({*flat}) < len(flat) or any(len(names) < 2 for names in how):
@@ -292,22 +265,17 @@ def _named(model: nn.Module, how: Any, places: Places) -> list[tuple[nn.Module, 
     return groups
 
 
-def _traced(
-    model: nn.Module, examples: Sequence[Mapping[str, Any] | Tensor], places: Places
-) -> list[tuple[nn.Module, ...]]:
+def _traced(model: nn.Module, examples: Sequence[Any], places: Places) -> list[tuple]:
     """Return what was called together in a forward on the first of ``examples`` that works."""
-    seen: dict[tuple, tuple] = {}  # by parent and input, which has its id while it is here
+    seen: dict[tuple, dict] = defaultdict(dict)  # by parent and input as it is then
     where = next((p.device for p in model.parameters()), torch.device("cpu"))
     error, what = None, "says of no input that siblings could be found with"
 
     def called(module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(x, Tensor):
-            key = places[module][0], id(x), None if x.is_inference() else x._version
-            seen.setdefault(key, (x, {}))[1][module] = True
-
-    def moved(value: Any) -> Any:
-        return value.to(where) if isinstance(value, Tensor) else value
+            version = None if x.is_inference() else x._version
+            seen[places[module][0], x, version][module] = True
 
     with ExitStack() as after:
         for layer in places:
@@ -318,12 +286,11 @@ def _traced(
         after.enter_context(torch.no_grad())
         model.eval()
         for example in examples:
+            given = example if isinstance(example, Mapping) else {"": example}
+            given = {k: v.to(where) if isinstance(v, Tensor) else v for k, v in given.items()}
             seen.clear()
             try:
-                if isinstance(example, Tensor):
-                    model(moved(example))
-                else:
-                    model(**{name: moved(value) for name, value in example.items()})
+                model(**given) if isinstance(example, Mapping) else model(*given.values())
                 break
             except Exception as failed:
                 error = failed
@@ -334,11 +301,11 @@ def _traced(
                 alike[parent, layer.in_features].append(name)
             names = [tuple(several[:3]) for several in alike.values() if len(several) > 1][:1]
             advice = f", or the children's names, such as fuse_siblings={names}" if names else ""
-            raise ValueError(
-                f"fuse_siblings: {type(model).__name__} {what}; give another, a tensor or a "
-                f"mapping of arguments{advice}"
-            ) from error
-    groups = dict.fromkeys(tuple(together) for _, together in seen.values())
+            what = (
+                f"{type(model).__name__} {what}; give another, a tensor or a mapping of arguments"
+            )
+            raise ValueError(f"fuse_siblings: {what}{advice}") from error
+    groups = dict.fromkeys(map(tuple, seen.values()))
     times = Counter(itertools.chain(*groups))
     return [g for g in groups if len(g) > 1 and all(times[layer] == 1 for layer in g)]
 
@@ -346,8 +313,7 @@ def _traced(
 def examples_for(model: nn.Module) -> list[dict[str, Any]]:
     """Return inputs of one sample that ``model`` may take, the fullest first; none if it is silent.
 
-    Its ``dummy_inputs``, which of most models are text, and by the sizes in its config what its
-    forward names: images, spectrograms, sound, the first tokens of a decoder.
+    Its ``dummy_inputs``, and what its forward names, by its config: images, spectrograms, sound.
     """
     taken = inspect.signature(model.forward).parameters
     config = getattr(model, "config", None)
@@ -365,24 +331,20 @@ def examples_for(model: nn.Module) -> list[dict[str, Any]]:
     image = said("num_channels", "in_channels", default=3), *sides
     bands = said("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel")
     whole = 2 * said("max_source_positions", default=64)  # what Whisper asks for
-    shapes = {  # models differ in the order of dimensions; what no config says is guessed
+    shapes = {
         "pixel_values": [(said("num_frames"), *image), image],
         "input_features": [(bands, 128), (128, bands), (bands, whole)],
         "input_values": [(said("max_length") if bands else None, bands), (16_000,)],
-        "decoder_input_ids": [(2,)],
     }
-    text = {k: v for k, v in (getattr(model, "dummy_inputs", None) or {}).items() if k in taken}
-    text = {k: v[:1] if isinstance(v, Tensor) else v for k, v in text.items()}
-    made = [
-        [
-            (name, torch.zeros(1, *shape, dtype=torch.long if name.endswith("ids") else dtype))
-            for shape in several
-            if None not in shape
-        ]
-        for name, several in shapes.items()
-        if name in taken and name not in text
-    ]
-    full = [{**text, **dict(each)} for each in itertools.product(*made)]
+    text = (getattr(model, "dummy_inputs", None) or {}).items()
+    text = {k: v[:1] for k, v in text if k in taken and isinstance(v, Tensor)}
+    start = {k: torch.zeros(1, 2, dtype=torch.long) for k in ("decoder_input_ids",) if k in taken}
+    names = [name for name in shapes if name in taken and name not in text]
+    full = []
+    for several in itertools.product(*map(shapes.get, names)):
+        if None not in itertools.chain(*several):
+            made = [torch.zeros(1, *shape, dtype=dtype) for shape in several]
+            full.append({**start, **text, **dict(zip(names, made, strict=True))})
     main = getattr(model, "main_input_name", None), "decoder_input_ids"
     least = [{k: v for k, v in each.items() if k in main} for each in full]
     return [each for each in (*full, *least, text) if each]

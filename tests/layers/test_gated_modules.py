@@ -216,8 +216,6 @@ def runs(monkeypatch):
     return found
 
 
-def form_of(mlp, of=("wide", "open")):
-    return gated.form_of(mlp, of, lambda m: type(m) is nn.Linear)
 
 
 # Which modules are one
@@ -241,8 +239,8 @@ def test_the_same_outputs_gradients_and_dropout(p, targets, runs):
 def test_what_only_looks_like_one(make, runs):
     plain, model = wrapped(make), wrapped(make)
     assert patch_peft(model, fuse_siblings={"input": X}).gated_mlps == []
-    form, why = form_of(make())
-    assert form is None and bool(why) == (make is not Fourth)
+    names, why = gated.read(make())
+    assert (names == ()) == (make is not Fourth)
     assert type(model.base_model.model[0]) is type(make())
     close(results(model.eval()), results(plain.eval()))
     assert runs == []
@@ -318,18 +316,20 @@ def classes_of_transformers():
 def test_every_class_of_transformers():
     taken, reasons = set(), {}
     for kind, names in classes_of_transformers():
-        form, why = gated._form(gated._code(kind))
-        if form is None:
+        formula = gated._formula(kind.forward.__code__)
+        found, why = gated._GATED.fullmatch(formula), formula
+        if found is None:
             reasons[kind.__name__] = why if names in NAMES else ""
             continue
         taken.add(kind.__name__)
         module = nn.Module.__new__(kind)  # its own constructor asks for a config
         nn.Module.__init__(module)
         gate, up, down = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 4)
-        for name, layer in zip(form.names, (gate, up, down), strict=True):
+        d, act, g, _, _, u = found.groups()
+        for name, layer in zip((g, u, d), (gate, up, down), strict=True):
             setattr(module, name, layer)
-        if form.act.startswith("$self."):
-            setattr(module, form.act.removeprefix("$self."), nn.SiLU())
+        if act.startswith("$self."):
+            setattr(module, act.removeprefix("$self."), nn.SiLU())
         x = torch.randn(3, 4)
         assert torch.equal(module(x), down(F.silu(gate(x)) * up(x))), kind
     known = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "Olmo2", "Helium")

@@ -402,7 +402,8 @@ def test_x_written_to_in_between(together):
 def test_another_stream(together, monkeypatch):
     """What one stream has computed, or is about to, another one computes itself."""
     current = ["first"]
-    monkeypatch.setattr(siblings, "_stream", lambda x: current[0])
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
     plain, fused = pair()
     for block in (plain, fused):
         block.between = lambda x: current.__setitem__(0, "second")
