@@ -212,18 +212,6 @@ def test_the_first_of_a_group_begins_anew(together):
     assert together == [3, 3]
 
 
-def test_an_exception_half_way(together):
-    """What it left behind goes when the next group begins."""
-    plain, fused = pair()
-    fused.between = {}.pop
-    with pytest.raises(KeyError):
-        fused(X)
-    assert not nothing_held()
-    fused.between = nn.functional.relu
-    close(results(fused), results(plain))
-    assert together == [3, 3] and nothing_held()
-
-
 def test_many_threads(together):
     plain, fused = pair()
     inputs = [X + i for i in range(8)]
@@ -422,14 +410,6 @@ def test_compiled_and_transformed(together):
     assert fused.k(X).data_ptr() and together == [] and nothing_held()
 
 
-def test_autocast(together):
-    plain, fused = pair()
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = results(fused), results(plain)
-    assert found[0].dtype == torch.bfloat16 and together == [3]
-    close(found, expected, 5e-2)
-
-
 class Keywords(Block):
     def forward(self, x):
         return self.o(torch.cat([self.q(x=x), self.k(input=x), self.v(x)], -1))
@@ -453,31 +433,25 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda b: pickle.loads(pickle.dum
 
 @pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
 def test_copies_are_siblings_of_their_own(how, together):
+    """But not of a layer alone, nor of what shares the groups of a module that has gone since."""
     plain, block = pair()
-    copied = how(block)
+    copied, alone, shallow, gone = how(block), how(block.q), copy.copy(block), weakref.ref(block)
     with torch.no_grad():
         for parameter in block.parameters():
-            parameter.zero_()
+            parameter.neg_()
     close(results(copied), results(plain))
-    assert together == [3]
-
-
-@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
-def test_a_copy_without_its_parent(how, together):
-    """A shallow copy shares the groups of a module that has gone since; a layer has none."""
-    plain, block = pair()
-    alone = how(block.q)
     close([alone(X)], [plain.q(X)])
-    assert alone._siblings.members() is None
+    assert together == [3] and alone._siblings.members() is None
     assert len(pickle.dumps(alone)) < 1.1 * len(pickle.dumps(plain.q))
-    shallow, gone = copy.copy(block), weakref.ref(block)
     del block
     gc.collect()
     assert gone() is None
-    copied = how(shallow)
+    copied = how(how(shallow))
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.neg_()
     close(results(copied), results(plain))
-    assert together == [] and copied.q._siblings.members() is None
-    close(results(how(copied)), results(plain))
+    assert together == [3] and copied.q._siblings.members() is None
 
 
 def test_replicas_compute_with_their_own_parameters(together):
@@ -486,8 +460,7 @@ def test_replicas_compute_with_their_own_parameters(together):
     fused = copy.deepcopy(fused)
     replica, expected = fused._replicate_for_data_parallel(), plain(X)
     for name in (*QKV, "o"):
-        layer = getattr(fused, name)._replicate_for_data_parallel()
-        setattr(replica, name, layer)
+        setattr(replica, name, getattr(fused, name)._replicate_for_data_parallel())
     for name in QKV:
         for parameter, value in getattr(plain, name).named_parameters():
             setattr(getattr(replica, name), parameter, value)
@@ -545,6 +518,8 @@ class Caller:
             CHANGES[how](self.blocks.get_submodule(name))
         for t in self.xs if how == "x" else ():
             t.neg_()
+        if how == "gradients of x":
+            self.xs[2].requires_grad_(not self.xs[2].requires_grad)
         return ()
 
 
@@ -558,7 +533,7 @@ def steps(rounds):
         yield "call", [f"{block}.{name}" for name in draw.choice(["q", "q", "qk", "kq"])], x, way, 0
         what = draw.choice(["call", "backward", "change"])
         if what == "change":
-            yield what, draw.choice(ADAPTED), draw.choice([*CHANGES, "x", "x"])
+            yield what, draw.choice(ADAPTED), draw.choice([*CHANGES, "x", "x", "gradients of x"])
         elif what == "backward":
             yield what, draw.randrange(8)
         names = [f"{block}.{draw.choice(QKV)}" for _ in range(draw.choice([1, 1, 2]))]

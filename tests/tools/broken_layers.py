@@ -271,7 +271,7 @@ COPIES = {
             "    def forward(self, x: Tensor) -> Tensor:\n        input = x",
         ),
     ],
-    ("siblings", "layers/test_siblings.py::test_a_copy_without_its_parent"): [
+    ("siblings", "layers/test_siblings.py::test_copies_are_siblings_of_their_own"): [
         (
             "siblings are copied with their parent or not at all",
             "group.parent = type(None) if parent is None else weakref.ref(parent)",
@@ -365,10 +365,7 @@ COPIES = {
             "du = g * dh",
         ),
     ],
-    (
-        "../operator/eager",
-        "layers/test_gated_modules.py::test_gradients_that_will_be_differentiated",
-    ): [
+    ("../operator/eager", "layers/test_gated.py::test_first_and_second_derivatives"): [
         (
             "a gated MLP counts what its input depends on twice when gradients are differentiated",
             "[t if t is None else t.view_as(t) for t in inputs]",
