@@ -128,7 +128,9 @@ def _kernels(t: Tensor, impl: str) -> ModuleType | None:
 
 def read(module: nn.Module) -> tuple[tuple[str, ...], str]:
     """Return what a gated MLP calls gate, up and down, and its activation; or () and why not."""
-    forward = getattr(type(module), "_plain", type(module)).forward  # not what `fused` has made
+    forward = getattr(
+        type(module), "_stand_in_for", type(module)
+    ).forward  # not what `fused` has made
     formula = _formula(getattr(forward, "__code__", None))
     found = _GATED.fullmatch(formula)
     if found is None:
@@ -169,7 +171,7 @@ def _formula(code: CodeType) -> str:
                 return formula
     except Exception as error:  # it is no function, or takes more than x, say
         why = str(error)
-    return f"more than calls and products of x, each used once ({why})"
+    return f"more than calls and products of x, each used once ({why or 'one is not'})"
 
 
 def _activation(module: nn.Module, forward: Any, act: Any, keyword: Any, value: Any) -> str | None:
@@ -219,7 +221,7 @@ def fused(kind: type) -> type:
         _, _, *state = kind.__reduce_ex__(self, protocol)
         return _new, (kind,), *state
 
-    own = {"forward": forward, "__reduce_ex__": reduce_ex, "_plain": kind}
+    own = {"forward": forward, "__reduce_ex__": reduce_ex, "_stand_in_for": kind}
     return type(f"Fused{kind.__name__}", (kind,), own)
 
 

@@ -12,7 +12,7 @@ from acceptance import KINDS, accept
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastlora.layers import gated
-from fastlora.operator.dropout import keep_mask
+from fastlora.operator import reference
 from fastlora.operator.operands import Operands
 
 PLAIN = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -37,19 +37,9 @@ def operands(ranks=(3, 2, 4), dtype=torch.float32, adapter=None, p=0.0, M=120, K
 
 def formula(x, projections, act):
     """The plain torch formula, in the dtypes that are given."""
-
-    def linear(x, projection):
-        w, a, b, bias, seed, scaling, p = projection
-        y = F.linear(x, w, bias)
-        if a is None:
-            return y
-        x_hat = x.to(a.dtype)
-        if seed is not None:
-            x_hat = x_hat * keep_mask(seed, range(x.shape[0]), x.shape[1], p) / (1 - p)
-        return (y + F.linear(F.linear(x_hat, a), b) * scaling).to(x.dtype)
-
     gate, up, down = projections
-    return linear(PLAIN[act](linear(x, gate)) * linear(x, up), down)
+    h = PLAIN[act](reference.output(x, *gate)) * reference.output(x, *up)
+    return reference.output(h, *down)
 
 
 def trained(x, projections):

@@ -138,7 +138,7 @@ def test_the_same_outputs_gradients_and_dropout(targets, p, runs):
 def test_what_only_looks_like_one(make, runs):
     plain, model = wrapped(make, ALL), wrapped(make, ALL)
     assert patch_peft(model, fuse_siblings=X).gated_mlps == []
-    assert gated.read(make())[0] == () and not hasattr(model.base_model.model, "_plain")
+    assert gated.read(make())[0] == () and not hasattr(model.base_model.model, "_stand_in_for")
     close(results(model), results(plain))
     assert runs == []
 
@@ -266,15 +266,11 @@ CHANGES = {
     "another layer": lambda p, m: setattr(m, "out", nn.Linear(8, 6)),
     "a layer's forward": lambda p, m: setattr(m.open, "forward", doubled(m.open.forward)),
     "hook before": lambda p, m: m.out.register_forward_pre_hook(lambda m, args: (args[0] * 2,)),
-    "hook after": lambda p, m: hooked(m.open),
     "hook backward": lambda p, m: m.wide.register_full_backward_hook(lambda m, dx, dy: None),
-    "merged": lambda p, m: m.wide.merge(),
     "disabled": lambda p, m: m.out.enable_adapters(False),
     "the class's forward": lambda p, m: p.setattr(Heir, "forward", doubled(MLP.forward)),
-    "its parent's forward": lambda p, m: p.setattr(MLP, "forward", doubled(MLP.forward)),
     "the forward's code": other_code,
     "an attribute before a layer": lambda p, m: vars(m).update(open=doubled(m.open)),
-    "one of the class": lambda p, m: p.setattr(MLP, "open", nn.Linear(6, 8), raising=False),
     "a property": lambda p, m: p.setattr(MLP, "open", OPEN_TWICE, raising=False),
     "how attributes are found": other_attributes,
     "a layer's class": other_class,
