@@ -250,7 +250,7 @@ STAGES = ["_shrink", "expand", "_ds_db", "_add_low_rank"]
     [
         *itertools.product([blocks], STAGES, [False, True]),
         (gated, "_kernels", True),  # between the two halves of a gated MLP
-        (siblings, "_Held", True),  # between a group's outputs and their hand-out
+        (siblings, "_circumstances", True),  # between a group's outputs and their hand-out
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastlora.layers import sibling_search
+from fastlora.layers import siblings
 from fastlora.layers.classes import unwrapped
 from fastlora.layers.lora import LoRALinear, unsupported
 from fastlora.layers.report import PatchReport, counted
@@ -27,7 +27,7 @@ _REFUSED = {
 
 
 def replace_linears(
-    model: nn.Module, names: Which, *, fuse_siblings: sibling_search.How = False, **same: Any
+    model: nn.Module, names: Which, *, fuse_siblings: siblings.How = False, **same: Any
 ) -> PatchReport:
     """Put `LoRALinear` in the place of linear layers of ``model``, in place; freeze the rest.
 
@@ -62,7 +62,7 @@ def replace_linears(
     groups = []
     if fuse_siblings is not False:
         adapted = [m for m in model.modules() if id(m) in old or isinstance(m, LoRALinear)]
-        groups = sibling_search.find(model, fuse_siblings, adapted)
+        groups = siblings.find(model, fuse_siblings, adapted)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         new = {key: LoRALinear.from_linear(module, **same) for key, module in old.items()}
@@ -80,8 +80,7 @@ def replace_linears(
             parent.activation_relu_or_gelu, parent.use_nested_tensor = 0, False
         for name, child in parent._modules.items():
             parent._modules[name] = new.get(id(child), child)
-    report.lookalikes = sibling_search.lookalikes(groups)
-    report.siblings, report.gated_mlps = sibling_search.make(groups)
+    siblings.make(groups, report)
     return report
 
 

@@ -1,59 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
 """Siblings: layers that are called with the same tensor, such as q, k and v, run as one operator.
 
-Nobody's source is rewritten. The first of a group to be called computes them all (`lora_linears`);
-each other finds its output when it is called with the same tensor, under the same circumstances.
-Otherwise, and wherever anything could tell a difference, a layer computes alone.
+The first of a group to be called computes them all; each other finds its output when it is called
+with the same tensor under the same circumstances. Wherever anything could tell, each runs alone.
 """
 
 from __future__ import annotations
 
-import contextlib
+import inspect
+import itertools
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections import Counter, defaultdict, namedtuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as module_hooks
 
 from fastlora import functional
-from fastlora.layers.active import Adapter, stacked
-from fastlora.operator import plans
-from fastlora.operator.operands import Projection
+from fastlora.layers import gated
+from fastlora.layers.classes import rebased
+from fastlora.layers.gated import Layer, may_differ, may_share, projections_of
+from fastlora.layers.report import PatchReport
+from fastlora.operator import op
 
-# What `sibling_operands` of a layer returns: weight [N, K], bias [N] and the active adapters.
-Layer = tuple[Tensor, "Tensor | None", Sequence[Adapter]]
-
+# True: an input by what the model says of itself (transformers); or one; or names of children.
+How = bool | Tensor | Mapping[str, Any] | Sequence[Sequence[str]]
+# Each layer that can be a sibling, with its first parent, the parent's path and its own name.
+Places = dict[nn.Module, tuple[nn.Module, str, str]]
+# Children of one module in the order of their calls; if it is a gated MLP, its parts, or why not.
+Found = namedtuple("Found", "parent path names mlp why_not")
 _MISSES = 3  # of a group, more than an eighth of its forwards, before it is given up
-_PLAIN = (Tensor, nn.Parameter)
 
 
 class Group:
-    """The names of siblings in call order, and (weakly) the module whose children they are.
+    """Siblings by name in call order, and (weakly) their parent; a copy of one alone has none."""
 
-    Every sibling holds its group as ``_siblings``. A copy of one of them alone, or of a group
-    whose parent is gone, belongs to nobody.
-    """
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = tuple(names)
-        self.parent: weakref.ref | None = None
-        self.misses, self.said = 0, False
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names, self.misses, self.said = names, 0, False
+        self.parent: Callable[[], nn.Module | None] = type(None)
 
     def __reduce__(self) -> tuple:
         return Group, (self.names,)
 
     def members(self) -> list[nn.Module] | None:
         """Return the siblings, or None where one of them has been replaced or taken away."""
-        parent = None if self.parent is None else self.parent()
-        if parent is None:
-            return None
-        found = [parent._modules.get(name) for name in self.names]
-        same = all(m is not None and vars(m).get("_siblings") is self for m in found)
-        return found if same and all(hasattr(type(m), "sibling_operands") for m in found) else None
+        found = [getattr(self.parent(), "_modules", {}).get(name) for name in self.names]
+        return found if all(getattr(m, "_siblings", None) is self for m in found) else None
 
 
 class Groups:
@@ -62,142 +58,112 @@ class Groups:
     def __init__(self, parent: nn.Module | None, groups: list[Group]) -> None:
         self.groups = groups
         for group in groups:
-            group.parent = None if parent is None else weakref.ref(parent)
+            group.parent = type(None) if parent is None else weakref.ref(parent)
 
     def __reduce__(self) -> tuple:
-        parent = self.groups[0].parent
-        return Groups, (None if parent is None else parent(), self.groups)
+        return Groups, (self.groups[0].parent(), self.groups)
 
 
 class FrozenLinear(nn.Linear):
     """An ``nn.Linear`` that has siblings; nothing else about it differs."""
 
-    _siblings: Group | None = None
+    _stand_in_for, _siblings = nn.Linear, None
 
     def sibling_operands(self, x: Tensor) -> Layer | None:
-        if type(self.weight) not in _PLAIN or type(self.bias) not in (*_PLAIN, type(None)):
-            return None  # a quantised weight, say
-        return self.weight, self.bias, ()
+        kinds = {type(self.weight), type(self.bias)}  # not those of a quantised weight, say
+        return (self.weight, self.bias, ()) if kinds <= {*op.PLAIN, type(None)} else None
 
     def forward(self, input: Tensor) -> Tensor:
         y = handed(self, input)
         return super().forward(input) if y is None else y
 
 
-class _Held(NamedTuple):
-    """The outputs of a group that its siblings have not fetched yet, and what they hold for.
+class _Held(threading.local):
+    """What a thread's latest group has computed for x, until it is fetched or the next begins."""
 
-    By the sibling's id: the sibling, what it computed with, that at the time, and the output.
-    """
-
-    group: Group
-    x: Tensor
-    circumstances: tuple
-    seats: dict[int, tuple[nn.Module, Layer, list, Tensor]]
+    group = x = circumstances = seats = None  # by sibling: its name, operands, their state, output
 
 
-# One group's outputs for each thread: whatever an exception or a skipped sibling left behind goes
-# when the next group begins.
-_slot = threading.local()
+_held = _Held()
 
 
 def handed(member: nn.Module, x: Tensor) -> Tensor | None:
     """Return ``member``'s output for ``x`` if it can be had with its siblings', else None."""
-    group = member._siblings
-    if group is None or torch.compiler.is_compiling() or not is_plain(x):
+    group: Group | None = member._siblings
+    if group is None or not may_share(x):
         return None
-    if torch._C._are_functorch_transforms_active():  # what it computes is of use in there alone
-        return None
-    if plans.is_few(x.numel(), x.device):  # nothing that would pay for the way
-        return None
-    held: _Held | None = getattr(_slot, "held", None)
-    if held is not None and held.group is group and held.x is x and id(member) in held.seats:
-        return _fetch(held, member, x)
+    if _held.x is x and _held.group is group and id(member) in _held.seats:
+        return _fetched(member)
     members = group.members()
     if members is None or members[0] is not member:
         return None
-    _slot.held = None  # also what this group has computed for x before: this is another forward
-    if held is not None:
-        _miss(held, [seat[0] for seat in held.seats.values()])
-    if member._siblings is not group or module_hooks() or any(map(may_differ, members)):
+    if _held.seats:  # also what this group has computed for x before: this is another forward
+        _miss([name for name, *_ in _held.seats.values()])
+        _held.x = _held.seats = None
+    if member._siblings is not group or any(map(may_differ, members)):
         return None
-    return _compute(group, members, x)
-
-
-def _compute(group: Group, members: list[nn.Module], x: Tensor) -> Tensor | None:
-    layers = [member.sibling_operands(x) for member in members]
-    projections = [layer and projection_of(layer) for layer in layers]
-    if not all(projections):
-        return None
+    layers = [each.sibling_operands(x) for each in members]
     try:
+        ready = functional.checked(x, projections_of(layers))
         states = list(map(_state, layers))
-        ready = functional.checked(x, projections)
-    except (RuntimeError, TypeError, ValueError):
-        # Parameters made in inference mode have no version; and what is wrong, or taken after all,
-        # each layer says by itself.
+    except (RuntimeError, TypeError, ValueError):  # what is wrong each layer says by itself
         return None
-    first, *ys = functional.run_checked(*ready, training=True)
-    seats = zip(members[1:], layers[1:], states[1:], ys, strict=True)
-    _slot.held = _Held(group, x, _circumstances(x), {id(seat[0]): seat for seat in seats})
-    return first
+    ys = functional.run_checked(*ready, training=True)
+    _held.group, _held.x, _held.circumstances = group, x, _circumstances(x)
+    seats = zip(map(id, members), zip(group.names, layers, states, ys, strict=True), strict=True)
+    _held.seats = dict(itertools.islice(seats, 1, None))
+    return ys[0]
 
 
-def _fetch(held: _Held, member: nn.Module, x: Tensor) -> Tensor | None:
-    _, _, state, y = held.seats.pop(id(member))
-    if not held.seats:
-        _slot.held = None
-    now = member.sibling_operands(x)
-    if now is not None and held.circumstances == _circumstances(x):
-        with contextlib.suppress(RuntimeError):
-            if state == _state(now) and not _is_freed(y):
-                if not held.seats:
-                    held.group.misses = max(0, held.group.misses - 1)
-                return y
-    _miss(held, [member])
-    return None
-
-
-def _is_freed(y: Tensor) -> bool:
-    """Return whether a backward of another sibling has freed what y's needs."""
-    node = y.grad_fn
+def _fetched(member: nn.Module) -> Tensor | None:
+    name, _, state, y = _held.seats.pop(id(member))
+    layer, node = member.sibling_operands(_held.x), y.grad_fn
     try:
         if node is not None and not hasattr(node, "_raw_saved_tensors"):  # reshaped
             hasattr(node.next_functions[0][0], "_raw_saved_tensors")
-    except RuntimeError:
-        return True
-    return False
+        same = layer and state == _state(layer) and _held.circumstances == _circumstances(_held.x)
+    except RuntimeError:  # a backward of another sibling has freed what y's needs
+        same = False
+    if not same:
+        _miss([name])
+    elif not _held.seats:
+        _held.group.misses = max(0, _held.group.misses - 1)
+    if not _held.seats:
+        _held.x = None
+    return y if same else None
 
 
-def _miss(held: _Held, unused: list[nn.Module]) -> None:
-    """Count what was computed for nothing; when it keeps happening say so, and part the group.
-
-    Not where its forward may be run again for backward, or is, and has to go as it went: without
-    gradients, under hooks for saved tensors or within a backward, as checkpoints are.
-    """
-    group = held.group
+def _miss(left: list[str]) -> None:
+    """Count what was computed for nothing; when it keeps happening say so, and part the group."""
+    group, members = _held.group, _held.group.members()
     group.misses += 8
-    members = group.members()
     if group.misses < 8 * _MISSES or members is None:
         return
     if not group.said:
         group.said = True
-        left = [name for name, m in zip(group.names, members, strict=True) if m in unused]
         rest = tuple(name for name in group.names if name not in left)
-        rest = f"; fuse_siblings={[rest]} leaves them out" if len(rest) > 1 else ""
+        advice = f"; fuse_siblings={[rest]} leaves them out" if len(rest) > 1 else ""
         warnings.warn(
             f"{', '.join(left)}: computed beside {group.names[0]!r} and not called with its input, "
             f"{_MISSES} times; that is lost time: {', '.join(group.names)} run alone from now on, "
-            f"with checkpoints once there are none{rest}",
+            f"with checkpoints once there are none{advice}",
             stacklevel=2,
         )
-    if held.circumstances[:3] == (True, None, -1):
+    if _held.circumstances[:3] == (True, None, -1):  # no checkpoint may have to repeat this
         for member in members:
             vars(member).pop("_siblings", None)
 
 
-def is_plain(x: Any) -> bool:
-    """Return whether x is a tensor that tells whether it has been written to."""
-    return type(x) in _PLAIN and not x.is_inference()
+def _state(layer: Layer) -> list:
+    """Return what a layer computes with: numbers; which tensors, and how often written to."""
+
+    def seen(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        return id(t if t._base is None else t._base), t._version, t.requires_grad, t.data_ptr()
+
+    weight, bias, adapters = layer
+    return list(map(seen, (weight, bias, *itertools.chain(*adapters))))
 
 
 def _circumstances(x: Tensor) -> tuple:
@@ -205,45 +171,180 @@ def _circumstances(x: Tensor) -> tuple:
     kind = x.device.type
     autocast = torch._C._is_any_autocast_enabled() and kind != "meta"
     dtype = torch.get_autocast_dtype(kind) if autocast and torch.is_autocast_enabled(kind) else None
+    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None  # another had to wait
     # Checkpointing without reentry is such a hook: outside and inside are two forwards.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     modes = torch.is_inference_mode_enabled(), torch._C._len_torch_dispatch_stack()
     how = torch.is_grad_enabled(), hooks, torch._C._current_graph_task_id()
-    return *how, x._version, x.requires_grad, dtype, _stream(x), *modes
+    return *how, x._version, x.requires_grad, dtype, stream, *modes
 
 
-def _stream(x: Tensor) -> torch.cuda.Stream | None:
-    """Return the stream that an output is written on: another would have to wait for it."""
-    return torch.cuda.current_stream(x.device) if x.is_cuda else None
+def find(model: nn.Module, how: How, adapted: Collection[nn.Module]) -> list[Found]:
+    """Return the groups of siblings of ``model`` that hold at least one of ``adapted``.
 
-
-def projection_of(layer: Layer) -> Projection | None:
-    """Return the projection that a layer is, None if several of its adapters draw dropout."""
-    weight, bias, adapters = layer
-    if not adapters:
-        return Projection(weight, None, None, bias)
-    (a, b, scaling, p), *others = stacked(weight.dtype, adapters)
-    return None if others else Projection(weight, a, b, bias, scaling, p)
-
-
-def _state(layer: Layer) -> list:
-    """Return what tells a layer's output from another: numbers, and of each tensor which it is,
-    how often it was written to, whether it trains and where it lies.
+    They are children of one module, also plain ``nn.Linear`` ones, that are called with the same
+    tensor each time. ``how`` is `patch_peft`'s ``fuse_siblings``, with its errors.
     """
-    weight, bias, adapters = layer
-    return [
-        (id(t if t._base is None else t._base), t._version, t.requires_grad, t.data_ptr())
-        if isinstance(t, Tensor)
-        else t
-        for t in (weight, bias, *(part for adapter in adapters for part in adapter))
-    ]
+    adapted = set(adapted)
+    inside = {m for layer in adapted for m in layer.modules() if m is not layer}  # PEFT's own
+    places: Places = {}
+    for path, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            linear = type(child) in (nn.Linear, FrozenLinear) and child not in inside
+            if linear or child in adapted:
+                places.setdefault(child, (parent, path, name))
+    if how is True:
+        speaks = next((m for m in model.modules() if hasattr(type(m), "dummy_inputs")), model)
+        groups = _traced(speaks, examples_for(speaks), places)  # without PEFT's wrapper
+    elif isinstance(how, (Tensor, Mapping)):
+        groups = _traced(model, [how], places)
+    else:
+        groups = _named(model, how, places)
+    found = []
+    for layers in groups:
+        parent, path, _ = places[layers[0]]
+        names, mlp, why_not = tuple(places[layer][2] for layer in layers), (), ""
+        others = [m for m in parent._modules.values() if m in places and m not in layers]
+        if len(layers) == 2 and len(others) == 1:
+            mlp, why_not = gated.read(parent)
+        if any(parent._modules[name] in adapted for name in (*names, *mlp)):
+            found.append(Found(parent, path, names, mlp, "" if mlp else why_not))
+    return found
 
 
-def may_differ(member: nn.Module) -> bool:
-    """Return whether ``member``, when it is called, might compute with another tensor."""
-    return bool(
-        member._forward_pre_hooks
-        or member._backward_hooks
-        or member._backward_pre_hooks
-        or "forward" in member.__dict__
-    )
+def make(groups: Sequence[Found], report: PatchReport) -> None:
+    """Make groups of what `find` has found, and one operator of each gated MLP; report them."""
+    by_parent = defaultdict(list)
+    for parent, path, names, mlp, why_not in groups:
+        group = Group(names)
+        by_parent[parent].append(group)
+        for name in (*names, *mlp):
+            layer = parent._modules[name]
+            if type(layer) is nn.Linear:
+                layer.__class__ = FrozenLinear
+            if name in names:
+                layer._siblings = group
+        kind = getattr(type(parent), "_stand_in_for", type(parent))
+        if mlp and kind is type(parent):
+            parent.__class__ = gated.fused(kind)
+        (report.gated_mlps if mlp else report.siblings).append((path, mlp or names))
+        if why_not and (kind.__name__, why_not) not in report.lookalikes:
+            report.lookalikes.append((kind.__name__, why_not))
+    for parent, several in by_parent.items():
+        parent._sibling_groups = Groups(parent, several)
+
+
+def separate(model: nn.Module) -> None:
+    """Take every group in ``model`` apart: each layer computes alone, as before `make`."""
+    ours = [(m, k) for m in model.modules() for k in type(m).__mro__ if "_stand_in_for" in vars(k)]
+    kinds = [rebased(type(module), kind, kind._stand_in_for) for module, kind in ours]
+    for (module, _), kind in zip(ours, kinds, strict=True):
+        module.__class__ = kind
+    for module in model.modules():
+        for name in ("_siblings", "_sibling_groups"):
+            vars(module).pop(name, None)
+
+
+def _named(model: nn.Module, how: Any, places: Places) -> list[tuple]:
+    listed = isinstance(how, Sequence) and not any(isinstance(names, str) for names in how)
+    flat = [*itertools.chain(*how)] if listed else []
+    if not flat or len({*flat}) < len(flat) or any(len(names) < 2 for names in how):
+        raise (ValueError if flat else TypeError)(
+            "fuse_siblings must be True, an example input (a tensor or a mapping of keyword "
+            "arguments) or groups of two names or more, each in one group only, such as "
+            f"[('q', 'k', 'v')], got {how!r:.100}"
+        )
+    layers = {(parent, name): layer for layer, (parent, _, name) in places.items()}
+    groups = []
+    for names in how:
+        all_of = [tuple(layers.get((m, name)) for name in names) for m in model.modules()]
+        whole = [group for group in all_of if None not in group]
+        if not whole:
+            raise ValueError(f"fuse_siblings: no module has linear layers named {tuple(names)}")
+        groups += whole
+    return groups
+
+
+def _traced(model: nn.Module, examples: Sequence[Any], places: Places) -> list[tuple]:
+    """Return what was called together in a forward on the first of ``examples`` that works."""
+    seen: dict[tuple, dict] = defaultdict(dict)  # by parent and input as it is then
+    where = next((p.device for p in model.parameters()), torch.device("cpu"))
+    error, what = None, "says of no input that siblings could be found with"
+
+    def called(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(x, Tensor):
+            version = None if x.is_inference() else x._version
+            seen[places[module][0], x, version][module] = True
+
+    with ExitStack() as after:
+        for layer in places:
+            after.callback(layer.register_forward_pre_hook(called, with_kwargs=True).remove)
+        for module in model.modules():
+            after.callback(setattr, module, "training", module.training)
+        after.enter_context(torch.random.fork_rng([where] if where.type == "cuda" else []))
+        after.enter_context(torch.no_grad())
+        model.eval()
+        for example in examples:
+            given = example if isinstance(example, Mapping) else {"": example}
+            given = {k: v.to(where) if isinstance(v, Tensor) else v for k, v in given.items()}
+            seen.clear()
+            try:
+                model(**given) if isinstance(example, Mapping) else model(*given.values())
+                break
+            except Exception as failed:
+                error = failed
+                what = f"raised {type(error).__name__} on the example input ({error!s:.200})"
+        else:
+            alike = defaultdict(list)
+            for layer, (parent, _, name) in places.items():
+                alike[parent, layer.in_features].append(name)
+            names = [tuple(several[:3]) for several in alike.values() if len(several) > 1][:1]
+            advice = f", or the children's names, such as fuse_siblings={names}" if names else ""
+            what = (
+                f"{type(model).__name__} {what}; give another, a tensor or a mapping of arguments"
+            )
+            raise ValueError(f"fuse_siblings: {what}{advice}") from error
+    groups = dict.fromkeys(map(tuple, seen.values()))
+    times = Counter(itertools.chain(*groups))
+    return [g for g in groups if len(g) > 1 and all(times[layer] == 1 for layer in g)]
+
+
+def examples_for(model: nn.Module) -> list[dict[str, Any]]:
+    """Return inputs of one sample that ``model`` may take, the fullest first; none if it is silent.
+
+    Its ``dummy_inputs``, and what its forward names, by its config: images, spectrograms, sound.
+    """
+    taken = inspect.signature(model.forward).parameters
+    config = getattr(model, "config", None)
+    parts = getattr(config, "__dict__", {}).values()
+    configs = [config, *(part for part in parts if hasattr(part, "to_dict"))]
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def said(*names: str, default: Any = None) -> Any:
+        values = (getattr(each, name, None) for each in configs for name in names)
+        return next(filter(None, values), default)
+
+    sides = said("image_size", default=224)
+    sides = sides.values() if isinstance(sides, Mapping) else sides
+    sides = [sides] * 2 if isinstance(sides, int) else [*sides][-2:]
+    image = said("num_channels", "in_channels", default=3), *sides
+    bands = said("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel")
+    whole = 2 * said("max_source_positions", default=64)  # what Whisper asks for
+    shapes = {
+        "pixel_values": [(said("num_frames"), *image), image],
+        "input_features": [(bands, 128), (128, bands), (bands, whole)],
+        "input_values": [(said("max_length") if bands else None, bands), (16_000,)],
+    }
+    text = (getattr(model, "dummy_inputs", None) or {}).items()
+    text = {k: v[:1] for k, v in text if k in taken and isinstance(v, Tensor)}
+    start = {k: torch.zeros(1, 2, dtype=torch.long) for k in ("decoder_input_ids",) if k in taken}
+    names = [name for name in shapes if name in taken and name not in text]
+    full = []
+    for several in itertools.product(*map(shapes.get, names)):
+        if None not in itertools.chain(*several):
+            made = [torch.zeros(1, *shape, dtype=dtype) for shape in several]
+            full.append({**start, **text, **dict(zip(names, made, strict=True))})
+    main = getattr(model, "main_input_name", None), "decoder_input_ids"
+    least = [{k: v for k, v in each.items() if k in main} for each in full]
+    return [each for each in (*full, *least, text) if each]

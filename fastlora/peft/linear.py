@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as module_hooks
 
 from fastlora.functional import DTYPES
-from fastlora.layers import sibling_search
 from fastlora.layers.active import Adapter, lora_sum
 from fastlora.layers.lora import is_conv1d
-from fastlora.layers.siblings import FrozenLinear, Group, Layer, handed
+from fastlora.layers.siblings import FrozenLinear, Group, Layer, handed, separate
 
 _PLAIN = (Tensor, nn.Parameter)
 _DROPOUTS = (nn.Identity, nn.Dropout)
@@ -62,7 +61,7 @@ class _Fusing:
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        sibling_search.separate(model)
+        separate(model)
         return model
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fastlora.layers import sibling_search
+from fastlora.layers import siblings
 from fastlora.layers.classes import rebased, unwrapped
 from fastlora.layers.report import PatchReport
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TESTED = ((0, 19), (0, 22))
 
 
-def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -> PatchReport:
+def patch_peft(model: nn.Module, *, fuse_siblings: siblings.How = False) -> PatchReport:
     """Give the LoRA layers that PEFT put into ``model`` the fused forward, in place.
 
     Nothing else changes: parameters, keys, merging, saving and every call of PEFT's stay as they
@@ -57,7 +57,7 @@ def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -
     report = PatchReport(fused, [(name, why) for name, why in reasons.items() if why is not None])
     groups = []
     if fuse_siblings is not False:
-        groups = sibling_search.find(model, fuse_siblings, [layers[name] for name in fused])
+        groups = siblings.find(model, fuse_siblings, [layers[name] for name in fused])
     if not fused:  # before anything is changed, as a warning may be an error
         warnings.warn(f"patch_peft() fused nothing\n{report}", stacklevel=2)
     for layer in layers.values():
@@ -65,8 +65,7 @@ def patch_peft(model: nn.Module, *, fuse_siblings: sibling_search.How = False) -
     for module in model.modules():  # the tuners that hold them
         if type(module) in STAND_INS:
             module.__class__ = STAND_INS[type(module)]
-    report.lookalikes = sibling_search.lookalikes(groups)
-    report.siblings, report.gated_mlps = sibling_search.make(groups)
+    siblings.make(groups, report)
     return report
 
 
@@ -86,7 +85,7 @@ def unpatch_peft(model: nn.Module) -> None:
         for own, fused in STAND_INS.items()
         if issubclass(kind, fused)
     }
-    sibling_search.separate(model)
+    siblings.separate(model)
     for module in model.modules():
         if type(module) in kinds:
             module.__class__ = kinds[type(module)]

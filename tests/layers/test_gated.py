@@ -12,7 +12,7 @@ from acceptance import KINDS, accept
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastlora.layers import gated
-from fastlora.operator.dropout import keep_mask
+from fastlora.operator import reference
 from fastlora.operator.operands import Operands
 
 PLAIN = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -27,10 +27,8 @@ def operands(ranks=(3, 2, 4), dtype=torch.float32, adapter=None, p=0.0, M=120, K
 
     made = []
     for i, (r, (n, k)) in enumerate(zip(ranks, ((size, K), (size, K), (N, size)), strict=True)):
-        a = b = None
-        if r:
-            a = draw(r, k, scale=k**-0.5, to=adapter or dtype)
-            b = draw(n, r, scale=r**-0.5, to=adapter or dtype)
+        a = draw(r, k, scale=k**-0.5, to=adapter or dtype) if r else None
+        b = draw(n, r, scale=r**-0.5, to=adapter or dtype) if r else None
         bias = draw(n) if i != 1 else None
         seed = torch.tensor([7 + i]) if p and r else None
         made.append(Operands(draw(n, k, scale=k**-0.5), a, b, bias, seed, 0.8, p))
@@ -39,19 +37,9 @@ def operands(ranks=(3, 2, 4), dtype=torch.float32, adapter=None, p=0.0, M=120, K
 
 def formula(x, projections, act):
     """The plain torch formula, in the dtypes that are given."""
-
-    def linear(x, projection):
-        w, a, b, bias, seed, scaling, p = projection
-        y = F.linear(x, w, bias)
-        if a is None:
-            return y
-        x_hat = x.to(a.dtype)
-        if seed is not None:
-            x_hat = x_hat * keep_mask(seed, range(x.shape[0]), x.shape[1], p) / (1 - p)
-        return (y + F.linear(F.linear(x_hat, a), b) * scaling).to(x.dtype)
-
     gate, up, down = projections
-    return linear(PLAIN[act](linear(x, gate)) * linear(x, up), down)
+    h = PLAIN[act](reference.output(x, *gate)) * reference.output(x, *up)
+    return reference.output(h, *down)
 
 
 def trained(x, projections):
@@ -87,26 +75,6 @@ def test_acceptance_rule(act, ranks, kind, p):
         accept(f"{act} {i}", mine, theirs, right)
 
 
-@pytest.mark.parametrize("act", PLAIN)
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_first_and_second_derivatives(act, p):
-    sizes = {"M": 2, "K": 3, "size": 4, "N": 2}
-    x, _, projections = operands((1, 2, 1), torch.float64, p=p, **sizes)
-    weight, bias = projections[2].w, projections[0].bias
-    inputs = [t.requires_grad_() for t in (*trained(x, projections), weight, bias)]
-
-    def function(*given):
-        return gated.run(x, projections, act)
-
-    assert gradcheck(function, inputs)
-    assert gradgradcheck(function, inputs)
-    # Which holds for the gradients of anything: those that are differentiated are the first ones.
-    y = function()
-    once = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
-    again = torch.autograd.grad(y.sum(), inputs, create_graph=True)
-    torch.testing.assert_close(again, once)
-
-
 def twice(x, projections, act):
     return gated.run(gated.run(x, projections, act), projections, act)
 
@@ -125,10 +93,13 @@ def of_itself(x, projections, act):
 
 
 @pytest.mark.parametrize("act", PLAIN)
-@pytest.mark.parametrize("function", [twice, tied, of_itself])
-def test_derivatives_where_inputs_depend_on_each_other(function, act):
+@pytest.mark.parametrize("function", [gated.run, twice, tied, of_itself])
+def test_first_and_second_derivatives(function, act):
+    """Also of trained weights and biases, and where inputs depend on each other."""
     x, _, projections = operands((2, 2, 1), torch.float64, p=0.5, M=2, K=3, size=4, N=3)
-    inputs = [t.requires_grad_() for t in (*trained(x, projections), projections[2].w)]
+    inputs = [*trained(x, projections), projections[2].w, projections[0].bias]
+    for t in inputs:
+        t.requires_grad_()
 
     def value(*given):
         return function(x, projections, act)
@@ -161,19 +132,14 @@ def test_only_what_is_asked_for():
     full = all_of(gated.run, x, dy, projections, "silu")[1:]
     names = trained(x, projections)
     for asked in itertools.product((False, True), repeat=len(names)):
-        if not any(asked):
-            continue
         for t, flag in zip(names, asked, strict=True):
             t.requires_grad_(flag)
         y = gated.run(x, projections, "silu")
-        wanted = [t for t, flag in zip(names, asked, strict=True) if flag]
-        grads = iter(torch.autograd.grad(y, wanted, dy))
-        for expected, flag in zip(full, asked, strict=True):
-            if flag:
-                torch.testing.assert_close(next(grads), expected, rtol=1e-5, atol=1e-5)
-    for t in names:
-        t.requires_grad_(False)
-    assert not gated.run(x, projections, "silu").requires_grad
+        assert y.requires_grad == any(asked)
+        if any(asked):
+            expected = [grad for grad, flag in zip(full, asked, strict=True) if flag]
+            found = torch.autograd.grad(y, [t for t in names if t.requires_grad], dy)
+            torch.testing.assert_close([*found], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_kept_for_backward():
@@ -194,24 +160,14 @@ def test_what_is_kept_for_backward():
     assert sum(kept.values()) == 120 * (64 + 2 * 96 + 3 + 2 + 4)
 
 
-def test_the_kernels_of_the_product(monkeypatch):
+@pytest.mark.parametrize("act", PLAIN)
+def test_the_kernels_of_the_product(act, monkeypatch):
     """The same results where the elementwise part is a Triton kernel."""
     import fastlora_kernels
 
-    calls = []
-    for name in ("gated", "gated_backward"):
-        own = getattr(fastlora_kernels, name)
-
-        def counted(*args, own=own, **kwargs):
-            calls.append(own.__name__)
-            return own(*args, **kwargs)
-
-        monkeypatch.setattr(fastlora_kernels, name, counted)
-    monkeypatch.setattr(gated, "_kernels", lambda *tensors: fastlora_kernels)
-    for act in PLAIN:
-        x, dy, projections = operands()
-        found = all_of(gated.run, x, dy, projections, act)
-        expected = all_of(formula, x, dy, projections, act)
-        for mine, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-    assert set(calls) == {"gated", "gated_backward"}
+    asked = []
+    monkeypatch.setattr(gated, "_kernels", lambda *t: asked.append(t) or fastlora_kernels)
+    x, dy, projections = operands()
+    found, expected = (all_of(way, x, dy, projections, act) for way in (gated.run, formula))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(asked) == 2  # in forward, and in backward

@@ -10,12 +10,12 @@ import functools
 import gc
 import inspect
 import itertools
-import operator
 import pickle
 import random
 import threading
 import warnings
 import weakref
+from operator import attrgetter
 
 import pytest
 import torch
@@ -28,11 +28,11 @@ import fastlora
 from fastlora import patch_peft, unpatch_peft
 from fastlora.layers import siblings
 from fastlora.layers.siblings import FrozenLinear
+from fastlora.operator import plans
 from fastlora.peft.linear import FusedLinear
 
 QKV = ("q", "k", "v")
 X = torch.linspace(-1, 1, 18).reshape(3, 6)
-GIVEN_UP = "ignore:.*computed beside"
 
 
 class Block(nn.Module):
@@ -100,22 +100,29 @@ def close(found, expected, tolerance=1e-4):
             torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance / 10)
 
 
+def said_by(model, wrong):
+    """Return what a model says of an input that it refuses."""
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
+        model(wrong)
+    return str(error.value)
+
+
 def nothing_held():
-    return getattr(siblings._slot, "held", None) is None
+    return not siblings._held.seats
 
 
 @pytest.fixture(autouse=True)
 def no_leftovers():
-    siblings._slot.held = None
-    yield
-    siblings._slot.held = None
+    siblings._held.x = siblings._held.seats = None
 
 
 # As one operator
 
 
-@pytest.mark.parametrize("p", [0.0, 0.4])
-@pytest.mark.parametrize("targets", [["q", "k", "v", "o"], ["q", "v"], ["k"], ["v", "o"]], ids=str)
+CASES = [("qkvo", 0.4), ("qv", 0.0), ("k", 0.4), ("vo", 0.0)]
+
+
+@pytest.mark.parametrize(("targets", "p"), CASES)
 def test_the_same_outputs_gradients_and_dropout(targets, p, together):
     plain, fused = pair(targets=targets, lora_dropout=p)
     close(results(fused), results(plain))
@@ -124,7 +131,7 @@ def test_the_same_outputs_gradients_and_dropout(targets, p, together):
 
 def test_one_node_of_the_graph_that_keeps_x_and_the_small_s(together):
     """Autograd adds up no gradients of x; of the wide tensors x alone is kept, and once."""
-    _, block = pair(targets=["q", "k", "v"])
+    _, block = pair(targets=QKV)
     held = {t.untyped_storage().data_ptr() for t in block.parameters()}
     kept = {}
 
@@ -138,29 +145,17 @@ def test_one_node_of_the_graph_that_keeps_x_and_the_small_s(together):
         ys = [getattr(block, name)(x) for name in QKV]
     assert sum(kept.values()) == 4 * (3 * 6 + 3 * 3 * 3)
     assert len({y.grad_fn for y in ys}) == 1 and together == [3]
-
-
-def test_nothing_follows_a_frozen_sibling():
-    """With x and k frozen nothing after k needs a gradient, nor keeps what it would take."""
-    _, block = pair(targets=["q"])
+    _, block = pair(targets=["q"])  # with x and k frozen nothing that follows k is to be kept
     assert [getattr(block, name)(X).requires_grad for name in QKV] == [True, False, False]
 
 
-def test_few_tokens_run_as_plain_layers(together, few):
-    """On a CPU they share nothing that would pay for the way."""
-    plain, fused = pair()
-    close(results(fused), results(plain))
-    assert together == []
-
-
-@pytest.mark.parametrize("targets", [["q", "v"], ["q", "k", "v", "o"]], ids=str)
-def test_under_peft_and_taken_back(targets, together):
-    plain, patched = wrapped(targets=targets), wrapped(targets=targets)
+def test_under_peft_and_taken_back(together):
+    """A frozen sibling that gets an adapter keeps its place; several of one layer take part."""
+    plain, patched = wrapped(), wrapped()
     kinds, keys = [type(m) for m in patched.modules()], list(patched.state_dict())
-    patch_peft(patched, fuse_siblings=[QKV])
-    assert list(patched.state_dict()) == keys
-    close(results(patched), results(plain))
-    assert together == [3]
+    patch_peft(patched, fuse_siblings={"x": X})
+    k = patched.base_model.model.k
+    assert list(patched.state_dict()) == keys and type(k) is FrozenLinear
     with patched.disable_adapter(), plain.disable_adapter():
         close([patched(X)], [plain(X)])
     for model in (plain, patched):
@@ -168,21 +163,13 @@ def test_under_peft_and_taken_back(targets, together):
     close([patched(X)], [plain(X)])
     for model in (plain, patched):
         model.unmerge_adapter()
-    assert together == [3]
+    assert together == []
     close(results(patched), results(plain))
-    assert together == [3, 3]
-    unpatch_peft(patched)
-    assert [type(m) for m in patched.modules()] == kinds
-    assert not any("sibling" in key for m in patched.modules() for key in vars(m))
-    close([patched(X)], [plain(X)])
-    assert together == [3, 3]
-
-
-def test_an_adapter_of_peft_s_for_a_frozen_sibling(together):
-    """It keeps its place; several adapters of one layer take part."""
-    plain, patched = wrapped(), wrapped()
-    patch_peft(patched, fuse_siblings={"x": X})
-    assert type(patched.base_model.model.k) is FrozenLinear
+    assert together == [3]
+    copied = copy.deepcopy(patched)
+    unpatch_peft(copied)
+    assert [type(m) for m in copied.modules()] == kinds
+    assert not any("sibling" in key for m in copied.modules() for key in vars(m))
     for model in (plain, patched):
         torch.manual_seed(7)
         asked = LoraConfig(r=2, target_modules=["k", "q"], init_lora_weights=False)
@@ -190,35 +177,7 @@ def test_an_adapter_of_peft_s_for_a_frozen_sibling(together):
         model.base_model.set_adapter(["default", "other"])
     close(results(patched), results(plain))
     k = patched.base_model.model.k
-    assert together == [3] and type(k) is FusedLinear and type(k.base_layer) is nn.Linear
-    unpatch_peft(patched)
-    merged, expected = patched.merge_and_unload(), plain.merge_and_unload()
-    close([merged(X)], [expected(X)])
-
-
-def test_layers_of_our_own(together):
-    """`LoRALinear` beside frozen layers, in groups made by hand."""
-    from fastlora.layers import sibling_search
-
-    blocks = []
-    for fuse in (False, True):
-        block = Block().requires_grad_(False)
-        torch.manual_seed(1)
-        for name in ("q", "v"):
-            made = fastlora.LoRALinear.from_linear(getattr(block, name), r=3)
-            setattr(block, name, made)
-            for parameter in made.parameters():
-                if parameter.requires_grad:
-                    nn.init.normal_(parameter)
-        if fuse:
-            sibling_search.make(sibling_search.find(block, [QKV], [block.q, block.v]))
-        blocks.append(block)
-    plain, fused = blocks
-    close(results(fused), results(plain))
-    assert together == [3]
-    sibling_search.separate(fused)
-    close(results(fused), results(plain))
-    assert together == [3] and type(fused.k) is nn.Linear
+    assert together == [3, 3] and type(k) is FusedLinear and type(k.base_layer) is nn.Linear
 
 
 # When groups are called
@@ -240,60 +199,15 @@ def test_checkpointing_with_dropout(reentrant, together):
     assert together == [3] * 3 and nothing_held()
 
 
-def test_a_sibling_on_each_side_of_a_checkpoint():
-    found = []
-    for block in pair():
-        x = X.clone().requires_grad_()
-        y = block.q(x)
-        inside = checkpoint(lambda x, b=block: b.k(x) * b.v(x), x, use_reentrant=False)
-        found.append(gradients_of(y.square().sum() + inside.square().sum(), block, x))
-    close(*reversed(found))
-
-
 def test_the_first_of_a_group_begins_anew(together):
     """Two forwards with one x: the second one's outputs are of its own graph."""
     found = []
     for block in pair():
         q = block.q(X)
-        again = [getattr(block, name)(X) for name in QKV]
-        both = q.square().sum(), sum(y.square().sum() for y in again)
+        both = q.square().sum(), sum(getattr(block, name)(X).square().sum() for name in QKV)
         found.append([grad for loss in both for grad in added(block, loss)])
     close(*reversed(found))
     assert together == [3, 3]
-
-
-@pytest.mark.parametrize("shape", [(3, 6), (1, 3, 6)], ids=str)
-def test_outputs_whose_graph_is_gone(shape):
-    """q's backward has freed it; k and v make another."""
-    found = []
-    for block in pair():
-        x = X.clone().reshape(shape).requires_grad_()
-        grads = [added(block, getattr(block, name)(x).square().sum()) for name in QKV]
-        found.append([*itertools.chain(*grads), x.grad])
-    close(*reversed(found))
-
-
-def fails(x):
-    raise KeyError("half way")
-
-
-def test_an_exception_half_way(together):
-    """What it left behind serves nobody, and goes when the next group begins."""
-    plain, fused = pair()
-    fused.between = fails
-    with pytest.raises(KeyError):
-        fused(X)
-    assert not nothing_held()
-    fused.between = nn.functional.relu
-    close(results(fused), results(plain))
-    assert together == [3, 3] and nothing_held()
-    fused.between = fails
-    with pytest.raises(KeyError):
-        fused(X)
-    with torch.no_grad():  # the same tensor again, for a sibling that is not the first one
-        for block in (plain, fused):
-            block.v.lora_B["default"].weight.add_(1.0)
-    close([fused.v(X)], [plain.v(X)])
 
 
 def test_many_threads(together):
@@ -317,51 +231,36 @@ def test_many_threads(together):
     assert wrong == [] and together == [3] * 160
 
 
-def test_another_tensor_and_members_alone(together):
-    """Cross-attention: k and v read what q does not."""
-    plain, fused = pair()
-    close(results(fused, X * 2), results(plain, X * 2))
-    close([fused(X, X * 2)], [plain(X, X * 2)])  # alike in all but what it holds
-    plain, fused = pair()
-    together.clear()
-    close([fused.k(X), fused.v(X)], [plain.k(X), plain.v(X)])
-    assert together == []
-    close([fused.q(X), fused.q(X), fused.k(X), fused.k(X)], [plain.q(X)] * 2 + [plain.k(X)] * 2)
-
-
 # Groups that miss
 
 
-def calls(block, times, **how):
+def calls(block, times):
     """Return what is said meanwhile."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(times):
-            block(X, **how)
+            block(X)
     return [str(each.message) for each in said if each.category is UserWarning]
 
 
 def test_a_group_that_misses_is_given_up_and_says_so_once(together):
+    """Not one that seldom does."""
     plain, fused = pair()
-    fused.used = plain.used = ("q", "k")
+    for _ in range(5):
+        fused.used = ("q", "k")
+        fused(X)
+        fused.used = QKV
+        assert calls(fused, 9) == []
+    assert together == [3] * 50
+    fused.used = ("q", "k")
     assert calls(fused, 3) == []
     (said,) = calls(fused, 5)
     assert said.startswith("v: computed beside 'q' and not called with its input, 3 times")
     assert "q, k, v run alone from now on" in said and "fuse_siblings=[('q', 'k')] leaves" in said
-    assert together == [3] * 3 and fused.q._siblings is None and nothing_held()
-    fused.used = plain.used = QKV
+    assert fused.q._siblings is None and nothing_held()
+    fused.used = QKV
     close(results(fused), results(plain))
-    assert together == [3] * 3
-
-
-def test_a_group_that_seldom_misses_stays(together):
-    _, block = pair()
-    for _ in range(5):
-        block.used = ("q", "k")
-        block(X)
-        block.used = QKV
-        assert calls(block, 9) == []
-    assert together == [3] * 50 and block.q._siblings is not None
+    assert together == [3] * 53
     _, block = pair(targets=["q"])
     block.used = ("q",)
     (said,) = calls(block, 4)  # no two of them are left to be named
@@ -392,84 +291,19 @@ def test_a_group_that_misses_in_checkpoints_goes_on(reentrant):
 # What may change in between
 
 
-def test_x_written_to_in_between(together):
-    plain, fused = pair()
-    for block in (plain, fused):
-        block.between = lambda x: x.mul_(2.0)
-    with torch.no_grad():
-        close([fused(X.clone())], [plain(X.clone())])
-    assert together == [3]
-
-
 def test_another_stream(together, monkeypatch):
     """What one stream has computed, or is about to, another one computes itself."""
     current = ["first"]
-    monkeypatch.setattr(siblings, "_stream", lambda x: current[0])
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
     plain, fused = pair()
-    for block in (plain, fused):
-        block.between = lambda x: current.__setitem__(0, "second")
+    fused.between = lambda x: current.__setitem__(0, "second")
     close(results(fused), results(plain))
     misses = fused.q._siblings.misses
     assert together == [3] and misses > 0
     fused.between = nn.functional.relu  # all on one stream again
     close(results(fused), results(plain))
     assert together == [3, 3] and fused.q._siblings.misses < misses
-
-
-CHANGES = {
-    "eval": lambda block: block.eval(),
-    "no adapter": lambda block: block.v.set_adapter([]),
-    "merged": lambda block: block.v.merge(),
-    "disabled": lambda block: block.v.enable_adapters(False),
-    "scaling": lambda block: block.v.scaling.update(default=3.0),
-    "B": lambda block: nn.init.ones_(block.v.lora_B["default"].weight),
-    "B's memory": lambda block: setattr(block.v.lora_B["default"].weight, "data", torch.ones(4, 3)),
-    "weight": lambda block: nn.init.ones_(block.v.base_layer.weight),
-    "a new weight": lambda block: setattr(
-        block.v.base_layer, "weight", nn.Parameter(torch.ones(4, 6))
-    ),
-    "a new bias": lambda block: setattr(block.k, "bias", nn.Parameter(torch.ones(4))),
-    "a new layer": lambda block: setattr(block, "v", nn.Linear(6, 4)),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changed_in_between(change, together):
-    """After q has computed for all, v becomes another layer than it was; and before."""
-    plain, fused = pair(lora_dropout=0.5 if change is CHANGES["eval"] else 0.0)
-    found = []
-    for block in (plain, fused):
-
-        def between(x, block=block):
-            torch.manual_seed(9)
-            change(block)
-
-        block.between = between
-        torch.manual_seed(4)
-        with torch.no_grad():
-            found.append(block(X))
-        block.between = nn.functional.relu
-    assert together == [3]
-    close(found[:1], found[1:])
-    close(results(fused), results(plain))
-
-
-@pytest.mark.filterwarnings(GIVEN_UP)
-def test_gradients_asked_for_in_between():
-    """By x, or by an adapter that was frozen."""
-    _, block = pair()
-    block.requires_grad_(False)
-    x = X.clone()
-    block.q(x)
-    x.requires_grad_()
-    assert block.k(x).requires_grad
-    x = X.clone()
-    block.q(x)
-    block.v.requires_grad_(True)
-    assert block.v(x).requires_grad
-    block.q(x)
-    block.k.weight.data = torch.ones(4, 6)
-    torch.testing.assert_close(block.k(x), x.sum(1, keepdim=True) + block.k.bias)
 
 
 WAYS = {
@@ -481,11 +315,7 @@ WAYS = {
     "fake": lambda: FakeTensorMode(allow_non_fake_inputs=True),
 }
 
-KINDS = (
-    type,
-    torch.Tensor.is_inference,
-    *map(operator.attrgetter, ("shape", "dtype", "requires_grad")),
-)
+KINDS = type, torch.Tensor.is_inference, *map(attrgetter, ("shape", "dtype", "requires_grad"))
 
 
 def _same(t):
@@ -493,7 +323,7 @@ def _same(t):
 
 
 @pytest.mark.parametrize(("first", "then"), list(itertools.product(WAYS, WAYS))[:-1])
-def test_what_was_switched_in_between(first, then, together):
+def test_what_was_switched_in_between(first, then):
     """k and v return what they return when they are called alone then, in kind too."""
     plain, block = pair()
     with WAYS[first]():
@@ -501,63 +331,71 @@ def test_what_was_switched_in_between(first, then, together):
     with WAYS[then]():
         for found, expected in ((block.k(X), plain.k(X)), (block.v(X), plain.v(X))):
             assert [kind(found) for kind in KINDS] == [kind(expected) for kind in KINDS]
-    assert together == [3]
+
+
+CHANGES = {  # of a layer with an adapter: each may come at any time
+    "mode": lambda v: v.train(not v.training),
+    "scaling": lambda v: v.scaling.update(default=3.0 - v.scaling["default"]),
+    "written": lambda v: v.lora_B["default"].weight.neg_(),
+    "its memory": lambda v: setattr(
+        v.lora_B["default"].weight, "data", torch.ones(v.out_features, 3)
+    ),
+    "bias": lambda v: setattr(v.base_layer, "bias", nn.Parameter(torch.ones(v.out_features))),
+    "frozen": lambda v: v.lora_A.requires_grad_(not v.lora_A["default"].weight.requires_grad),
+}
 
 
 # Who looks on
 
 
-def test_inference_mode(together):
-    """Its tensors do not tell whether they were written to, nor do parameters made in it."""
+def test_inference_mode_few_tokens_and_what_a_layer_would_refuse(together, monkeypatch):
+    """Tensors of inference mode do not tell that they were written to; errors are a layer's own."""
     plain, fused = pair()
     with torch.inference_mode():
         x = X.clone()
         close([fused(x)], [plain(x)])
-        assert together == []
         _, made = pair()
         made(X)
+    for wrong in (torch.ones(3, 5), X.double()):
+        assert said_by(fused, wrong) == said_by(plain, wrong)
+    monkeypatch.setattr(plans, "FEW", X.numel())
+    close(results(fused), results(plain))
     assert together == []
 
 
 HOOKS = {
-    "before": lambda layer: layer.register_forward_pre_hook(lambda m, args: (args[0] * 2,)),
-    "after": lambda layer: layer.register_forward_hook(lambda m, args, y: y * 2),
-    "backward": lambda layer: layer.register_full_backward_hook(lambda m, dx, dy: (dx[0] * 2,)),
-    "before backward": lambda layer: layer.register_full_backward_pre_hook(
-        lambda m, dy: (dy[0] * 2,)
-    ),
-    "a forward of its own": lambda layer: setattr(
-        layer, "forward", functools.partial(_doubled, layer.forward)
-    ),
+    "register_forward_pre_hook": lambda m, args: (args[0] * 2,),
+    "register_forward_hook": lambda m, args, y: y * 2,
+    "register_full_backward_hook": lambda m, dx, dy: (dx[0] * 2,),
+    "register_full_backward_pre_hook": lambda m, dy: (dy[0] * 2,),
 }
 
 
-def _doubled(forward, x):
-    return forward(x * 2)
-
-
-@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+@pytest.mark.parametrize("hook", [*HOOKS, "forward"])
 @pytest.mark.parametrize("name", QKV)
 def test_hooks_on_a_member(name, hook, together):
-    """And as accelerate's hooks are: a forward that may change the input, or move the weight."""
+    """Also as accelerate's are: a forward that may change the input, or move the weight."""
     plain, fused = pair()
     for block in (plain, fused):
-        hook(getattr(block, name))
+        layer = getattr(block, name)
+        if hook in HOOKS:
+            getattr(layer, hook)(HOOKS[hook])
+        else:
+            layer.forward = functools.partial(lambda own, x: own(x * 2), layer.forward)
     close(results(fused), results(plain))
-    assert together == ([3] if hook is HOOKS["after"] else [])
+    assert together == ([3] if hook == "register_forward_hook" else [])
 
 
-@pytest.mark.parametrize("hook", ["forward_pre", "forward", "full_backward"])
-def test_hooks_on_every_module(hook, together):
+def test_hooks_on_every_module(together):
     plain, fused = pair()
-    seen = []
-    register = getattr(nn.modules.module, f"register_module_{hook}_hook")
-    handle = register(lambda m, *rest: seen.append(m))
-    try:
+    for kind in ("forward_pre", "forward", "full_backward"):
+        seen = []
+        register = getattr(nn.modules.module, f"register_module_{kind}_hook")
+        handle = register(lambda m, *rest, seen=seen: seen.append(m))
         close(results(fused), results(plain))
-    finally:
         handle.remove()
-    assert {fused.q, fused.k, fused.v} <= set(seen) and together == []
+        assert {fused.q, fused.k, fused.v} <= set(seen)
+    assert together == []
 
 
 def test_compiled_and_transformed(together):
@@ -565,30 +403,8 @@ def test_compiled_and_transformed(together):
     plain, fused = pair()
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     close([compiled(X)], [plain(X)])
-    one = torch.ones(())
-    torch.func.grad(lambda scale: (fused.q(X) * scale).sum())(one)
+    torch.func.grad(lambda scale: (fused.q(X) * scale).sum())(torch.ones(()))
     assert fused.k(X).data_ptr() and together == [] and nothing_held()
-
-
-def test_what_a_layer_would_refuse(together):
-    """The error is the plain layer's own."""
-    plain, fused = pair()
-    for wrong in (torch.ones(3, 5), X.double()):
-        said = []
-        for block in (plain, fused):
-            with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
-                block(wrong)
-            said.append(str(error.value))
-        assert said[0] == said[1] and "projections" not in said[1]
-    assert together == []
-
-
-def test_autocast(together):
-    plain, fused = pair()
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = results(fused), results(plain)
-    assert found[0].dtype == torch.bfloat16 and together == [3]
-    close(found, expected, 5e-2)
 
 
 class Keywords(Block):
@@ -601,46 +417,38 @@ def test_keywords(together):
     plain, block = pair(Keywords, how={"x": X})
     close(results(block), results(plain))
     assert together == [3]
-    own = inspect.signature(nn.Linear.forward).parameters.values()
-    for kind in (FrozenLinear, fastlora.LoRALinear):
-        taken = inspect.signature(kind.forward).parameters.values()
-        assert [(p.name, p.kind, p.default) for p in taken] == [
-            (p.name, p.kind, p.default) for p in own
-        ]
+    kinds = nn.Linear, FrozenLinear, fastlora.LoRALinear
+    taken = [inspect.signature(kind.forward).parameters.values() for kind in kinds]
+    own, *ours = [[(p.name, p.kind, p.default) for p in each] for each in taken]
+    assert ours == [own, own]
 
 
 # Copies
 
-COPIES = [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))]
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda b: pickle.loads(pickle.dumps(b))}
 
 
-@pytest.mark.parametrize("how", COPIES, ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
 def test_copies_are_siblings_of_their_own(how, together):
+    """But not of a layer alone, nor of what shares the groups of a module that has gone since."""
     plain, block = pair()
-    copied = how(block)
+    copied, alone, shallow, gone = how(block), how(block.q), copy.copy(block), weakref.ref(block)
     with torch.no_grad():
         for parameter in block.parameters():
-            parameter.zero_()
+            parameter.neg_()
     close(results(copied), results(plain))
-    assert together == [3]
-
-
-@pytest.mark.parametrize("how", COPIES, ids=["deepcopy", "pickle"])
-def test_a_copy_without_its_parent(how, together):
-    """A shallow copy shares the groups of a module that has gone since; a layer has none."""
-    plain, block = pair()
-    alone = how(block.q)
     close([alone(X)], [plain.q(X)])
-    assert alone._siblings.members() is None
+    assert together == [3] and alone._siblings.members() is None
     assert len(pickle.dumps(alone)) < 1.1 * len(pickle.dumps(plain.q))
-    shallow, gone = copy.copy(block), weakref.ref(block)
     del block
     gc.collect()
     assert gone() is None
-    copied = how(shallow)
+    copied = how(how(shallow))
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.neg_()
     close(results(copied), results(plain))
-    assert together == [] and copied.q._siblings.members() is None
-    close(results(how(copied)), results(plain))
+    assert together == [3] and copied.q._siblings.members() is None
 
 
 def test_replicas_compute_with_their_own_parameters(together):
@@ -649,8 +457,7 @@ def test_replicas_compute_with_their_own_parameters(together):
     fused = copy.deepcopy(fused)
     replica, expected = fused._replicate_for_data_parallel(), plain(X)
     for name in (*QKV, "o"):
-        layer = getattr(fused, name)._replicate_for_data_parallel()
-        setattr(replica, name, layer)
+        setattr(replica, name, getattr(fused, name)._replicate_for_data_parallel())
     for name in QKV:
         for parameter, value in getattr(plain, name).named_parameters():
             setattr(getattr(replica, name), parameter, value)
@@ -661,6 +468,8 @@ def test_replicas_compute_with_their_own_parameters(together):
 
 # Any order
 
+ADAPTED = "0.q", "0.v", "1.k", "1.v"
+
 
 class Caller:
     """Someone who calls the layers of two blocks as it comes, and keeps what they return."""
@@ -668,7 +477,6 @@ class Caller:
     def __init__(self, blocks):
         self.blocks, self.kept = blocks, []
         self.xs = [X.clone().requires_grad_(), X[None].clone().requires_grad_(), X.clone()]
-        self.trained = [*self.xs[:2], *(p for p in blocks.parameters() if p.requires_grad)]
 
     def call(self, names, i, way, fails):
         """Return the outputs; none where an exception follows them."""
@@ -694,47 +502,52 @@ class Caller:
         self.kept.clear()
         if losses:
             sum(losses).backward()
-        found = [t.grad for t in self.trained if t.grad is not None]
-        for t in self.trained:
+        changing = [*self.xs, *self.blocks.parameters()]
+        found = [t.grad for t in changing if t.grad is not None]
+        for t in changing:
             t.grad = None
         return found
 
     @torch.no_grad()
-    def write(self, name):
+    def change(self, name, how):
         self.kept.clear()
-        written = self.blocks.get_submodule(name).parameters() if name else self.xs
-        for t in written:
+        if how in CHANGES:
+            CHANGES[how](self.blocks.get_submodule(name))
+        for t in self.xs if how == "x" else ():
             t.neg_()
+        if how == "gradients of x":
+            self.xs[2].requires_grad_(not self.xs[2].requires_grad)
         return ()
 
 
-def steps(count):
+def steps(rounds):
     """Yield what somebody does next: a method of `Caller` and its arguments."""
     draw = random.Random(0)
-    ways = [*(way for way in WAYS if way != "fake"), "checkpoint", "reentrant"]
-    for _ in range(count):
-        what = draw.choice(["call", "call", "call", "backward", "write"])
-        block = draw.choice([0, 0, 0, 0, 1])
-        names = [f"{block}.{draw.choice(QKV)}" for _ in range(draw.choice([1, 1, 2, 3]))]
-        if what == "call":
-            way = draw.choice(["", "", "", "", *ways])
-            x = draw.choice([0, 0, 0, 0, 1, 0 if way == "reentrant" else 2])
-            yield what, names, x, way, draw.random() < 0.1
-        else:
-            yield what, draw.choice(["", *names]) if what == "write" else draw.randrange(8)
+    ways = ["", "", *(way for way in WAYS if way != "fake"), "checkpoint", "reentrant"]
+    for _ in range(rounds):
+        block, way = draw.choice([0, 0, 0, 1]), draw.choice(ways)
+        x = draw.choice([0, 0, 1, 0 if way == "reentrant" else 2])
+        yield "call", [f"{block}.{name}" for name in draw.choice(["q", "q", "qk", "kq"])], x, way, 0
+        what = draw.choice(["call", "backward", "change"])
+        if what == "change":
+            yield what, draw.choice(ADAPTED), draw.choice([*CHANGES, "x", "x", "gradients of x"])
+        elif what == "backward":
+            yield what, draw.randrange(8)
+        names = [f"{block}.{draw.choice(QKV)}" for _ in range(draw.choice([1, 1, 2]))]
+        yield "call", names, x, draw.choice([way, way, "", "no_grad"]), draw.random() < 0.1
 
 
 def test_any_order(monkeypatch):
     """Whatever comes before it, each call and each backward gives what plain layers give."""
     monkeypatch.setattr(siblings, "_MISSES", 1 << 30)  # else they would soon be plain layers
-    blocks = pair(lambda: nn.ModuleList([Block(), Block()]), ["0.q", "0.v", "1.k", "1.v"])
+    blocks = pair(lambda: nn.ModuleList([Block(), Block()]), ADAPTED)
+    for each in blocks:
+        each[0].v.lora_dropout["default"] = nn.Dropout(1.0)  # any seed drops the same
     callers, last = [Caller(each) for each in blocks], collections.deque(maxlen=12)
-    for what, *args in steps(2000):
+    for what, *args in steps(1500):
         last.append((what, *args))
         expected, found = (getattr(caller, what)(*args) for caller in callers)
         rough = 5e-2 if any("autocast" in step for step in last) else 1e-4
-        assert len(found) == len(expected), last
         for mine, theirs in zip(found, expected, strict=True):
-            for kind in KINDS:
-                assert kind(mine) == kind(theirs), last
+            assert [kind(mine) for kind in KINDS] == [kind(theirs) for kind in KINDS], last
             assert torch.allclose(mine, theirs, rtol=rough, atol=rough), last

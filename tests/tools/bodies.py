@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 
 from fastlora.operator import blocks, eager, library, steps
@@ -14,16 +12,14 @@ from fastlora.operator.operands import Operands
 class Body:
     """Five steps as forward and backward of a list of projections, and of one."""
 
-    def __init__(self, module: ModuleType, configs: dict | None = None) -> None:
+    def __init__(self, module, configs=None):
         self.module, self.configs = module, configs
 
     def forward_all(self, x, projections):
         return steps.forward(self.module, x, projections, self.configs)
 
-    def backward_all(self, dys, x, projections, ss, need_x, needs):
-        return steps.backward(
-            *(self.module, dys, x, projections, ss, need_x, needs), configs=self.configs
-        )
+    def backward_all(self, dys, *rest):
+        return steps.backward(self.module, dys, *rest, configs=self.configs)
 
     def forward(self, x, *rest):
         (y,), (s,) = self.forward_all(x, [Operands(*rest)])
@@ -38,12 +34,12 @@ class Body:
 class Eager:
     """The ``eager`` implementation, or a copy of it, whose gradients are PyTorch's."""
 
-    def __init__(self, module: ModuleType = eager) -> None:
+    def __init__(self, module=eager):
         self.module = module
 
+    @torch.no_grad()
     def forward(self, x, *rest):
-        with torch.no_grad():
-            return self._output(x, *rest), None
+        return self._output(x, *rest), None
 
     def backward(self, dy, x, w, a, b, _, seed, scaling, p, needs):
         leaves = [t.detach().requires_grad_(need) for t, need in zip((x, a, b), needs, strict=True)]
@@ -56,7 +52,7 @@ class Eager:
         return self.module.outputs(x, [Operands(*rest)], observed=False)[0]
 
 
-def bodies() -> dict[str, Body]:
+def bodies():
     """Return those of five steps, by name; the kernels' is there under the interpreter alone."""
     from fastlora_kernels import steps as kernels
 

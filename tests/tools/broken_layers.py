@@ -17,6 +17,15 @@ SWITCHES = "parent.activation_relu_or_gelu, parent.use_nested_tensor"
 FREEZE, CHILD = "requires_grad_(id(parameter) in adapters)", "new.get(id(child), child)"
 FORWARD = "    def forward(self, input: Tensor) -> Tensor:"
 RENAMED = "    def forward(self, x: Tensor) -> Tensor:\n        input = x"
+SIBLINGS, SEARCH, GATED, MODULES = (
+    f"layers/test_{name}.py::test_"
+    for name in ("siblings", "sibling_search", "gated", "gated_modules")
+)
+
+INPUT = (
+    "forward(self, input: Tensor) -> Tensor:",
+    "forward(self, x: Tensor) -> Tensor:\n        input = x",
+)
 
 # By file and the tests that must notice: what, right, wrong.
 COPIES = {
@@ -99,247 +108,130 @@ COPIES = {
     ("active", "operator/test_batched_gradients.py::test_per_sample_gradients"): [
         ("several adapters that drop know no transforms", "if transformed():", "if False:"),
     ],
-    ("siblings", "layers/test_siblings.py::test_another_tensor_and_members_alone"): [
+    ("siblings", f"{SIBLINGS}any_order"): [
+        ("siblings of another tensor are handed out", "_held.x is x and ", ""),
+        ("siblings are handed out after x was written to", "*how, x._version,", "*how, 0,"),
         (
-            "siblings are handed out for another tensor",
-            "held.group is group and held.x is x and",
-            "held.group is group and",
+            "siblings are handed out after a backward has freed them",
+            'if node is not None and not hasattr(node, "_raw_saved_tensors"):  # reshaped',
+            "if False:",
         ),
-    ],
-    ("siblings", "layers/test_siblings.py::test_x_written_to_in_between"): [
-        (
-            "siblings are handed out after x was written to",
-            "return *how, x._version, x.requires_grad,",
-            "return *how, 0, x.requires_grad,",
-        ),
-    ],
-    ("siblings", "layers/test_siblings.py::test_the_first_of_a_group_begins_anew"): [
-        (
-            "siblings of an earlier forward are handed out after the first was called again",
-            "and held.x is x and id(member) in held.seats:\n        return _fetch(held, member, x)",
-            (
-                "and held.x is x:\n"
-                "        return _fetch(held, member, x) if id(member) in held.seats else None"
-            ),
-        ),
-    ],
-    ("siblings", "layers/test_siblings.py::test_outputs_whose_graph_is_gone"): [
-        ("siblings are handed out after a backward has freed them", " and not _is_freed(y)", ""),
         (
             "siblings are looked at as if no output were a view",
             'hasattr(node.next_functions[0][0], "_raw_saved_tensors")',
             "pass",
         ),
+        ("siblings of autocast are handed out outside", "dtype, stream", "None, stream"),
+        ("siblings are handed out after a weight was written to", "t._version,", "0,"),
+        ("siblings cross into a checkpoint", "_enabled(), hooks,", "_enabled(), None,"),
     ],
-    ("siblings", "layers/test_siblings.py::test_what_was_switched_in_between"): [
+    ("siblings", f"{SIBLINGS}the_first_of_a_group_begins_anew"): [
         (
-            "siblings made in inference mode are handed out outside of it",
-            "torch.is_inference_mode_enabled(), torch",
-            "False, torch",
-        ),
-        (
-            "siblings made under a dispatch mode are handed out outside of it",
-            "torch._C._len_torch_dispatch_stack()",
-            "0",
-        ),
-        (
-            "siblings without gradients are handed out when they are asked for",
-            "how = torch.is_grad_enabled(), hooks,",
-            "how = True, hooks,",
+            "siblings of an earlier forward are handed out after the first was called again",
+            "and id(member) in _held.seats:\n        return _fetched(member)",
+            ":\n        return _fetched(member) if id(member) in _held.seats else None",
         ),
     ],
-    ("siblings", "layers/test_siblings.py::test_compiled_and_transformed"): [
-        (
-            "siblings made under a transform are handed out outside of it",
-            "if torch._C._are_functorch_transforms_active():",
-            "if False:",
-        ),
+    ("siblings", f"{SIBLINGS}what_was_switched_in_between"): [
+        ("siblings leave inference mode", "torch.is_inference_mode_enabled(), ", ""),
+        ("siblings leave a dispatch mode", "torch._C._len_torch_dispatch_stack()", "0"),
+        ("siblings come without gradients", "how = torch.is_grad_enabled(),", "how = True,"),
     ],
-    ("siblings", "layers/test_siblings.py::test_any_order"): [
-        (
-            "siblings made under autocast are handed out outside of it",
-            "x.requires_grad, dtype, _stream",
-            "x.requires_grad, None, _stream",
-        ),
+    ("gated", f"{SIBLINGS}compiled_and_transformed"): [
+        ("siblings leave a transform", " or op.transformed() or", " or"),
     ],
-    ("siblings", "layers/test_siblings.py::test_keywords"): [
-        (
-            "frozen siblings have their own name for their input",
-            "    def forward(self, input: Tensor) -> Tensor:",
-            "    def forward(self, x: Tensor) -> Tensor:\n        input = x",
-        ),
-    ],
-    ("siblings", "layers/test_siblings.py::test_a_copy_without_its_parent"): [
-        (
-            "siblings are copied with their parent or not at all",
-            "group.parent = None if parent is None else weakref.ref(parent)",
-            "group.parent = weakref.ref(parent)",
-        ),
-    ],
-    ("siblings", "layers/test_siblings.py::test_another_stream"): [
-        ("siblings are handed out on another stream", "dtype, _stream(x), *modes", "dtype, *modes"),
-    ],
-    ("siblings", "layers/test_siblings.py::test_changed_in_between"): [
-        (
-            "siblings are handed out after a parameter was written to",
-            "t._base), t._version, t.requires_grad, t.data_ptr())",
-            "t._base), 0, t.requires_grad, t.data_ptr())",
-        ),
-    ],
-    ("siblings", "layers/test_siblings.py::test_the_same_outputs_gradients_and_dropout"): [
-        (
-            "siblings are handed out twice",
-            "held.seats.pop(id(member))",
-            "held.seats.get(id(member))",
-        ),
-    ],
-    ("siblings", "layers/test_siblings.py::test_a_sibling_on_each_side_of_a_checkpoint"): [
-        (
-            "siblings cross into a checkpoint",
-            "how = torch.is_grad_enabled(), hooks,",
-            "how = torch.is_grad_enabled(), None,",
-        ),
-    ],
-    ("siblings", "layers/test_siblings.py::test_hooks_on_a_member"): [
+    ("gated", f"{SIBLINGS}hooks_on_a_member"): [
         (
             "siblings are computed under hooks that may change x",
-            "        member._forward_pre_hooks\n        or member._backward_hooks",
-            "        member._backward_hooks",
+            "member._forward_pre_hooks or ",
+            "",
         ),
     ],
-    ("siblings", "layers/test_siblings.py::test_many_threads"): [
-        (
-            "threads share what is held",
-            "_slot = threading.local()",
-            "_slot = type('Slot', (), {})()",
-        ),
+    ("gated", f"{SIBLINGS}inference_mode_few_tokens_and_what_a_layer_would_refuse"): [
+        ("a few tokens go the way of many", " and not plans.is_few(x.numel(), x.device)", ""),
     ],
-    (
-        "siblings",
-        ("layers/test_siblings.py::test_a_group_that_misses_is_given_up_and_says_so_once"),
-    ): [
+    ("siblings", f"{SIBLINGS}keywords"): [("frozen siblings name their input", *INPUT)],
+    ("lora", f"{SIBLINGS}keywords"): [("the layer has its own name for its input", *INPUT)],
+    ("siblings", f"{SIBLINGS}copies_are_siblings_of_their_own"): [
+        ("siblings are copied with their parent or not at all", "if parent is None else", "and"),
+    ],
+    ("siblings", f"{SIBLINGS}another_stream"): [
+        ("siblings are handed out on another stream", "dtype, stream, *modes", "dtype, *modes"),
+    ],
+    ("siblings", f"{SIBLINGS}the_same_outputs_gradients_and_dropout"): [
+        ("siblings are handed out twice", "seats.pop(id(member))", "seats.get(id(member))"),
+    ],
+    ("siblings", f"{SIBLINGS}many_threads"): [
+        ("threads share what is held", "class _Held(threading.local):", "class _Held:"),
+    ],
+    ("siblings", f"{SIBLINGS}a_group_that_misses_is_given_up_and_says_so_once"): [
         (
-            "siblings that are not called are computed for ever",
+            "siblings part in vain",
             '            vars(member).pop("_siblings", None)',
             "            pass",
         ),
+        ("one miss in a hundred parts siblings", "max(0, _held.group.misses - 1)", "8"),
     ],
-    ("siblings", "layers/test_siblings.py::test_a_group_that_seldom_misses_stays"): [
-        (
-            "one miss in a hundred parts siblings",
-            "held.group.misses = max(0, held.group.misses - 1)",
-            "pass",
-        ),
+    ("siblings", f"{SIBLINGS}a_group_that_misses_in_checkpoints_goes_on"): [
+        ("siblings part before a checkpoint's backward", "[:3] == (True, None, -1)", ""),
+        ("siblings part within one", "[:3] == (True, None, -1)", "[:2] == (True, None)"),
     ],
-    ("siblings", "layers/test_siblings.py::test_a_group_that_misses_in_checkpoints_goes_on"): [
-        (
-            "siblings part between a forward and its checkpoint",
-            "held.circumstances[:3] == (True, None, -1)",
-            "True",
-        ),
-        (
-            "siblings part within a reentrant checkpoint's backward",
-            "held.circumstances[:3] == (True, None, -1)",
-            "held.circumstances[:2] == (True, None)",
-        ),
-    ],
-    ("siblings", "layers/test_siblings.py::test_few_tokens_run_as_plain_layers"): [
-        (
-            "a few tokens go the way of many",
-            "    if plans.is_few(x.numel(), x.device):",
-            "    if False:",
-        ),
-    ],
-    ("examples", "layers/test_sibling_search.py::test_an_input_is_made_by_what_a_model_says"): [
+    ("siblings", f"{SEARCH}an_input_is_made_by_what_a_model_says"): [
         ("images have one channel", 'said("num_channels", "in_channels", default=3)', "1"),
-        (
-            "spectrograms lie one way round",
-            "zeros((bands, FRAMES), (FRAMES, bands), (bands, whole))",
-            "zeros((bands, FRAMES), (bands, whole))",
-        ),
+        ("spectrograms lie one way round", "(128, bands), (bands, whole)", "(bands, whole)"),
     ],
-    (
-        "sibling_search",
-        "layers/test_sibling_search.py::test_an_error_names_only_what_the_model_has",
-    ): [
+    ("siblings", f"{SEARCH}an_error_names_only_what_the_model_has"): [
         (
             "an error names what the model does not have",
-            "tuple(names[:3]) for names in known.values() if len(names) > 1), None)",
-            "('q', 'k') for names in known.values()), ('q', 'k'))",
+            "[tuple(several[:3]) for",
+            "[('q', 'k') for",
         ),
     ],
-    ("gated", "layers/test_gated.py::test_acceptance_rule"): [
-        (
-            "the gated MLP forgets up",
-            "return ACTIVATIONS[activation][0](g).mul_(u)",
-            "return ACTIVATIONS[activation][0](g)",
-        ),
-        (
-            "the gated MLP's gradient of up is that of gate's input",
-            "du = act(g).mul_(dh)",
-            "du = g * dh",
-        ),
+    ("siblings", f"{MODULES}the_report_says_why_not"): [
+        ("no report says why a module is no gated MLP", "lookalikes.append(", "lookalikes.count("),
     ],
-    (
-        "../operator/eager",
-        "layers/test_gated_modules.py::test_gradients_that_will_be_differentiated",
-    ): [
+    ("gated", f"{GATED}acceptance_rule"): [
+        ("the gated MLP forgets up", "return act(g, **how).mul_(u)", "return act(g, **how)"),
+        ("up's gradient is that of gate's input", "du = act(g, **how).mul_(dh)", "du = g * dh"),
+    ],
+    ("gated", f"{GATED}first_and_second_derivatives"): [
+        ("a gated MLP's second derivatives forget up", "[dh * u], g,", "[dh * u.detach()], g,"),
+    ],
+    ("../operator/eager", f"{GATED}first_and_second_derivatives"): [
         (
             "a gated MLP counts what its input depends on twice when gradients are differentiated",
             "[t if t is None else t.view_as(t) for t in inputs]",
             "list(inputs)",
         ),
     ],
-    ("gated", "layers/test_gated_modules.py::test_what_only_looks_like_one"): [
-        (
-            "a gated MLP may do what nobody can follow",
-            "        elif what not in _NOTHING:",
-            "        elif False:",
-        ),
-        (
-            "a gated MLP may make something beside",
-            'elif what == "RETURN_VALUE" and stack[-1].count("(") == made:',
-            'elif what == "RETURN_VALUE":',
-        ),
+    ("gated", f"{MODULES}what_only_looks_like_one"): [
+        ("a gated MLP may do what nobody can follow", "not _FOLLOWED.fullmatch(what)", "not what"),
+        ("a gated MLP may make something beside", 'if formula.count("(") == sum(', "if any("),
+        ("a gated MLP's product may be written into", "__mod__, __imul__ =", "__mod__, _ ="),
     ],
-    ("gated", ("layers/test_gated_modules.py::test_what_a_forward_loads_is_looked_up_each_time")): [
-        ("a gated MLP's forward is read once", "if _form(_code(kind))[0] != form:", "if False:"),
+    ("gated", f"{MODULES}what_a_forward_loads_is_looked_up_each_time"): [
+        (
+            "a gated MLP's forward is read once",
+            "names, activation = read(module) if",
+            'names, activation = vars(module).setdefault("_read", read(module)) if',
+        ),
         (
             "a gated MLP's layers are its children, whatever hides them",
-            "[getattr(module, name, None) for name in form.names]",
-            "[module._modules[name] for name in form.names]",
+            "[getattr(module, name, None) for name in names]",
+            "[module._modules[name] for name in names]",
         ),
         (
             "a gated MLP's layers may do more than theirs",
             'return "sibling_operands" in own and',
             'return hasattr(type(module), "sibling_operands") and',
         ),
+        ("an activation may be called otherwise", "type(module).__call__ is not _CALL or ", ""),
     ],
-    (
-        "gated",
+    ("gated", f"{MODULES}what_a_forward_does_not_load_is_free"): [
         (
-            "layers/test_gated_modules.py::test_what_a_forward_loads_is_looked_up_each_time "
-            "layers/test_gated_modules.py::test_what_only_looks_like_one"
-        ),
-    ): [
-        (
-            "a gated MLP's activation may be called otherwise",
-            "return other_call or bool(",
-            "return bool(",
-        ),
-    ],
-    ("gated", "layers/test_gated_modules.py::test_what_a_forward_does_not_load_is_free"): [
-        (
-            "a gated MLP's gelu is always the exact one",
-            '.get(str(given.get("approximate", "none")))',
-            '.get("none")',
-        ),
-    ],
-    ("gated", "layers/test_gated.py::test_first_and_second_derivatives"): [
-        (
-            "second derivatives of a gated MLP are those of no product",
-            "ACTIVATIONS[activation][0](g) * u, projections[2:],",
-            "ACTIVATIONS[activation][0](g), projections[2:],",
+            "every gelu is the exact one",
+            "act is function and given.items() <= how.items()",
+            "act is function",
         ),
     ],
 }

@@ -14,7 +14,7 @@ LOAD = "PeftModel.from_pretrained(model, checked, adapter_name, is_trainable)"
 # By file and the tests that must notice: what is broken, and how, as "right => wrong".
 COPIES = {
     ("linear", f"{LEFT} {FUSED}a_mixed_model"): {
-        "unloaded models have siblings left": "sibling_search.separate(model) => pass",
+        "unloaded models have siblings left": "        separate(model) =>         pass",
     },
     ("linear", f"{FUSED}a_mixed_model"): {
         "new layers are not fused": "return fuse(super()._create => return (super()._create",
@@ -29,11 +29,6 @@ COPIES = {
     },
     ("linear", f"{FUSED}dropout_keeps_what_it_should"): {
         "dropout goes on in evaluation": "if dropout.training and type => if type",
-    },
-    ("patch", "layers/test_gated_modules.py::test_the_report_says_why_not"): {
-        "a report does not say why an MLP is not one operator": (
-            "report.lookalikes = sibling_search.lookalikes(groups) => report.lookalikes = []"
-        ),
     },
     ("patch", f"{REASONS}what_is_refused"): {
         "a compiled model is patched": '"_orig_mod" in part._modules or part._ => 0 and part._',

@@ -4,60 +4,45 @@
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 VOCABULARY = 40
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+SIZES["num_attention_heads"] = 4
+TEXT = {**SIZES, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
 
 
 def llama(**changes):
     """Linear layers without bias, fewer key than query heads, an output head of its own."""
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
-    return _made(LlamaForCausalLM, LlamaConfig(**{**sizes, **heads, **changes}))
+    return _made("LlamaForCausalLM", **{**TEXT, **changes})
 
 
 def gpt2():
     """Conv1D layers, and an output head that is the embedding."""
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 16}
-    return _made(GPT2LMHeadModel, GPT2Config(**sizes))
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 16}
+    return _made("GPT2LMHeadModel", vocab_size=VOCABULARY, **sizes)
 
 
 def bert():
     """Linear layers with bias, and a classifier."""
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    rest = {"num_attention_heads": 4, "vocab_size": VOCABULARY, "num_labels": 3}
-    return _made(BertForSequenceClassification, BertConfig(**sizes, **rest))
+    return _made("BertForSequenceClassification", vocab_size=VOCABULARY, num_labels=3, **SIZES)
 
 
 def decoder(name, **changes):
     """A decoder of transformers by the name that its classes begin with."""
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    rest = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
-    text = getattr(transformers, f"{name}TextConfig", None)
-    config = text or getattr(transformers, f"{name}Config")
-    kind = getattr(transformers, f"{name}ForCausalLM")
-    return _made(kind, config(**sizes, **rest, pad_token_id=0, **changes))
+    return _made(f"{name}ForCausalLM", **TEXT, pad_token_id=0, **changes)
 
 
 def t5():
     """An encoder and a decoder, whose linear layers are called q, k, v, o, wi and wo."""
     sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
-    config = transformers.T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes)
-    return _made(transformers.T5ForConditionalGeneration, config)
+    rest = {"vocab_size": VOCABULARY, "decoder_start_token_id": 0}
+    return _made("T5ForConditionalGeneration", **sizes, **rest)
 
 
 def vit():
     """Images in, classes out."""
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    rest = {"num_attention_heads": 4, "image_size": 8, "patch_size": 4, "num_labels": 3}
-    return _made(transformers.ViTForImageClassification, transformers.ViTConfig(**sizes, **rest))
+    sizes = {"image_size": 8, "patch_size": 4, "num_labels": 3}
+    return _made("ViTForImageClassification", **SIZES, **sizes)
 
 
 def diffusion_transformer():
@@ -106,12 +91,12 @@ def tokens():
     return torch.randint(0, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(1))
 
 
+@torch.no_grad()
 def outputs(model):
-    with torch.no_grad():
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if isinstance(inner, nn.Sequential):
-            return model(torch.linspace(-1, 1, 18).reshape(3, 6))
-        return model(tokens()).logits
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(inner, nn.Sequential):
+        return model(torch.linspace(-1, 1, 18).reshape(3, 6))
+    return model(tokens()).logits
 
 
 @torch.no_grad()
@@ -134,14 +119,14 @@ def bits(model):
 
 def same(before, after):
     """Whether two results of `bits` are equal bit for bit."""
-    return (
-        before[0].keys() == after[0].keys()
-        and all(torch.equal(before[0][key], after[0][key]) for key in before[0])
-        and before[1:] == after[1:]
-    )
+    (state, *rest), (other, *others) = before, after
+    alike = state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
+    return alike and rest == others
 
 
-def _made(kind, config):
-    config.initializer_range = 0.3  # large enough for every layer to matter
+def _made(name, **sizes):
     torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    config = kind.config_class(**sizes)
+    config.initializer_range = 0.3  # large enough for every layer to matter
     return kind(config).eval()
