@@ -15,13 +15,10 @@ ALONE = f"{LAYER}two_layers_of_one_weight_do_not_merge_into_each_other"
 NO_BASE = "self.base_weight = torch.empty_like("
 SWITCHES = "parent.activation_relu_or_gelu, parent.use_nested_tensor"
 FREEZE, CHILD = "requires_grad_(id(parameter) in adapters)", "new.get(id(child), child)"
-FORWARD = "    def forward(self, input: Tensor) -> Tensor:"
-RENAMED = "    def forward(self, x: Tensor) -> Tensor:\n        input = x"
 SIBLINGS, SEARCH, GATED, MODULES = (
     f"layers/test_{name}.py::test_"
     for name in ("siblings", "sibling_search", "gated", "gated_modules")
 )
-
 INPUT = (
     "forward(self, input: Tensor) -> Tensor:",
     "forward(self, x: Tensor) -> Tensor:\n        input = x",
@@ -93,7 +90,7 @@ COPIES = {
         ("PyTorch's encoder reads weights past the adapters", SWITCHES, "_, _"),
     ],
     ("lora", "layers/test_siblings.py::test_keywords"): [
-        ("the layer has its own name for its input", FORWARD, RENAMED),
+        ("the layer has its own name for its input", *INPUT),
     ],
     ("active", f"{DRAWN_AGAIN} {OTHER_MASK}"): [
         (
@@ -151,7 +148,6 @@ COPIES = {
         ("a few tokens go the way of many", " and not plans.is_few(x.numel(), x.device)", ""),
     ],
     ("siblings", f"{SIBLINGS}keywords"): [("frozen siblings name their input", *INPUT)],
-    ("lora", f"{SIBLINGS}keywords"): [("the layer has its own name for its input", *INPUT)],
     ("siblings", f"{SIBLINGS}copies_are_siblings_of_their_own"): [
         ("siblings are copied with their parent or not at all", "if parent is None else", "and"),
     ],
