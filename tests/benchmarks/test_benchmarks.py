@@ -34,6 +34,7 @@ Figure = pytest.importorskip("matplotlib.figure").Figure
 RESULTS = Path(run.__file__).parent / "results"
 PAINT = Figure.savefig
 EAGER = [way for way in WAYS if way != "PEFT compiled"]
+DECODERS = [way for way in decoder_layer.WAYS if way != "PEFT compiled"]
 ERROR = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
 PROBLEM = Problem("small", 300, 40, 64, R=4, dtype=torch.float32, adapter=torch.float32)
 
@@ -136,32 +137,25 @@ def small_decoders(monkeypatch):
 @pytest.mark.parametrize("name", ["plain", "biased"])
 def test_all_ways_compute_the_same_decoder_layer(name, small_decoders):
     problem = decoder_layer.Problem(name, dtype=torch.float32, tokens=10)
-    frozen = decoder_layer.Layer(problem)
+    frozen, found = decoder_layer.Layer(problem), {}
     x = torch.randn(10, 32, requires_grad=True)
     dys = [torch.randn(10, n) for n in (32, 16, 16)]
-    found = {}
-    for way, make in decoder_layer.WAYS.items():
-        if way in ("frozen", "PEFT compiled"):
-            continue
-        layer = make(problem, copy.deepcopy(frozen))
+    for way in DECODERS[1:]:
+        layer = decoder_layer.WAYS[way](problem, copy.deepcopy(frozen))
         assert sum(p.requires_grad for p in layer.parameters()) == 14
         ys = layer(x)
         found[way] = [*ys, *torch.autograd.grad(ys, [x], dys)]
-    expected = found.pop("PEFT")
-    assert len(found) == 3
+    assert len(found) == 4
     for way, mine in found.items():
-        for one, other in zip(mine, expected, strict=True):
+        for one, other in zip(mine, found["PEFT"], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=way)
 
 
 def test_rows_of_decoder_layers(small_decoders):
-    ways = [way for way in decoder_layer.WAYS if way != "PEFT compiled"]
-    rows, problems = [], []
+    rows = []
     for problem in decoder_layer.problems("cpu"):
         problem = dataclasses.replace(problem, tokens=20)
-        rows.append({row["way"]: row for row in decoder_layer.measure(problem, ways, 0.0)})
-        described = {**run.described(problem), "tokens": problem.rows}
-        problems.append({**described, "rows": list(rows[-1].values())})
+        rows.append({row["way"]: row for row in decoder_layer.measure(problem, DECODERS, 0.0)})
     assert [len(row) for row in rows] == [5, 4, 5, 4]  # by hand there is no dropout
     plain = rows[0]
     assert plain["frozen"]["both"]["ratio"] == 1 and plain["frozen"]["launches"] >= 7
@@ -169,37 +163,6 @@ def test_rows_of_decoder_layers(small_decoders):
     # x, q, o, gate and up, and an s of 16 for each layer: less than the frozen layer keeps.
     assert kept["fastlora, siblings"] == 2 * 20 * (3 * 32 + 2 * 48 + 7 * 16)
     assert kept["fastlora, siblings"] < min(kept["fastlora"], kept["PEFT"])
-    table = "\n".join(report.decoders(problems))
-    assert "### plain, 20 tokens, dropout 0.05" in table and "| fastlora, siblings |" in table
-
-
-def test_a_way_that_fails_has_a_row_that_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(WAYS["loralib"], "forward", out_of_memory)
-    rows = measure.measure(PROBLEM, ["frozen", "loralib", "fastlora blocks"], 0.0)
-    assert [row["way"] for row in rows] == ["frozen", "loralib", "fastlora blocks"]
-    assert rows[1] == {"way": "loralib", "error": ERROR} and "error" not in rows[2]
-    assert f"left out loralib: {ERROR}" in capsys.readouterr().out.splitlines()
-    monkeypatch.setattr(WAYS["frozen"], "forward", out_of_memory)
-    frozen, mine = measure.measure(PROBLEM, ["frozen", "fastlora blocks"], 0.0)
-    assert frozen == {"way": "frozen", "error": ERROR}
-    for phase in measure.PHASES:
-        assert mine[phase]["median_s"] > 0 and mine[phase]["ratio"] is None
-
-
-def test_times_without_ratios_are_shown(tiny, tmp_path, monkeypatch):
-    for ways in (WAYS, decoder_layer.WAYS):
-        monkeypatch.setitem(ways, "frozen", out_of_memory)
-    _, table, pictures = made(tmp_path)
-    assert pictures == set(PICTURES)
-    assert [line[1::2][:3] for line in line_of(table, "PEFT")] == [["–"] * 3] * 4
-
-
-def test_few_rows_with_dropout_take_little_memory():
-    """The mask is drawn in memory for the rows there are, not for a whole block of them."""
-    few = Problem("few", 8, 256, 256, R=4, p=0.05)
-    rows = measure.measure(few, ["frozen", "fastlora blocks"], 0.0)
-    frozen, mine = (row["peak_bytes"] for row in rows)
-    assert mine < frozen + 64 * 1024
 
 
 @pytest.fixture
@@ -241,8 +204,18 @@ def written(folder):
 
 
 def test_a_run_writes_all_that_it_measures(tiny, tmp_path, capsys, monkeypatch):
+    """Each file by `replace_file` alone, so that it is whole or as it was, whatever ends a run."""
+    replaced = set()
+
+    def recorded(path, write):
+        replaced.add(path)
+        replace_file(path, write)
+
+    for module in (run, report):
+        monkeypatch.setattr(module, "replace_file", recorded)
     monkeypatch.setattr(Figure, "savefig", PAINT)
     result, table, pictures = made(tmp_path)
+    assert replaced == set(tmp_path.iterdir()) and len(replaced) == 7
     assert pictures == set(PICTURES) and result["left_out"] == []
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in tmp_path.glob("*.png"))
     assert [len(p["rows"]) for p in result["problems"]] == [6, 6]
@@ -300,7 +273,8 @@ def line_of(table, *names):
 
 
 @pytest.mark.parametrize("when", ["made", "first", "timed"])
-def test_too_little_memory_costs_one_way(when, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("broken", ["PEFT", "frozen"])
+def test_too_little_memory_costs_one_way(when, broken, tiny, tmp_path, monkeypatch, capsys):
     """Whether its layers cannot be made, or a step fails, the first or a later one."""
 
     def failing(make):
@@ -315,18 +289,22 @@ def test_too_little_memory_costs_one_way(when, tiny, tmp_path, monkeypatch):
         return out_of_memory if when == "made" else layer_of
 
     for ways in (WAYS, decoder_layer.WAYS, end_to_end.WAYS):
-        monkeypatch.setitem(ways, "PEFT", failing(ways["PEFT"]))
+        if broken in ways:
+            monkeypatch.setitem(ways, broken, failing(ways[broken]))
     result, table, pictures = made(tmp_path)
     assert pictures == set(PICTURES)
+    assert f"left out {broken}: {ERROR}" in capsys.readouterr().out.splitlines()
     layers = [p["rows"] for p in (*result["problems"], *result["decoder_layers"])]
     for rows in (*layers, result["end_to_end"]):
         for row in rows:
-            assert row.get("error") == (ERROR if row["way"] == "PEFT" else None)
-            assert ("rounds" in row) == (row["way"] != "PEFT")
-    assert all(row.get("ratio_to_peft") is None for row in result["end_to_end"])
-    lines = line_of(table, "PEFT")
+            assert row.get("error") == (ERROR if row["way"] == broken else None)
+            assert ("rounds" in row) == (row["way"] != broken)
+    lines = line_of(table, broken)
     assert len(lines) == 4 and all(cells[0] == ERROR for cells in lines)
     assert not any("".join(cells[1:]).strip(" |") for cells in lines)
+    if broken == "frozen":  # times without ratios are shown
+        assert [line[1::2][:3] for line in line_of(table, "PEFT")] == [["–"] * 3] * 4
+        return
     assert line_of(table, "model", "2", "PEFT")[0][:3] == ["8", ERROR, ""]
     assert line_of(table, "model", "2", "fastlora")[0][2] == "–"  # no PEFT to compare with
 
@@ -374,18 +352,10 @@ def test_what_a_failed_way_held_is_free_before_the_next(monkeypatch):
     held, alive = [], []
     own, collect = WAYS["fastlora blocks"].forward, gc.collect
 
-    def broken(x):
-        large = x.detach().clone()
-        held.append(weakref.ref(large))
-        raise RuntimeError("one error")
-
     def fails(self, x):
         large, self.circle = x.detach().clone(), [self]
         held.extend(weakref.ref(t) for t in (large, self))
-        try:
-            broken(x)
-        except RuntimeError:
-            out_of_memory()
+        out_of_memory()
 
     def look():
         alive.append([ref() is not None for ref in held])
@@ -398,7 +368,7 @@ def test_what_a_failed_way_held_is_free_before_the_next(monkeypatch):
         measure.measure(PROBLEM, ["frozen", "loralib", "fastlora blocks"], 0.0)
     finally:
         gc.enable()
-    assert alive[:2] == [[False, True, False], [False, False, False]]
+    assert alive[:2] == [[False, True], [False, False]]
 
 
 def test_an_interrupted_section_keeps_its_problems(tiny, tmp_path, monkeypatch):
@@ -427,20 +397,6 @@ def test_pictures_that_cannot_be_drawn_cost_themselves_alone(tiny, tmp_path, mon
     result, table, pictures = made(tmp_path / "without", "--only", "layer")
     assert result["problems"] and "| fastlora blocks |" in table and not pictures
     assert "no pictures: import of matplotlib" in capsys.readouterr().err
-
-
-def test_files_are_whole_or_as_they_were(tiny, tmp_path, monkeypatch):
-    """Whatever ends the process: each is written by `replace_file` alone."""
-    replaced = set()
-
-    def recorded(path, write):
-        replaced.add(path)
-        replace_file(path, write)
-
-    for module in (run, report):
-        monkeypatch.setattr(module, "replace_file", recorded)
-    made(tmp_path)
-    assert replaced == set(tmp_path.iterdir()) and len(replaced) == 7
 
 
 @pytest.mark.parametrize(
@@ -540,19 +496,18 @@ def assert_shared(frozen, ways):
 
 
 def test_layers_share_their_frozen_weights(small_decoders, monkeypatch):
-    layers = []
+    layers, step = [], measure.Step
 
-    class Recorded(measure.Step):
-        def __init__(self, layer, *inputs):
-            layers.append(layer)
-            super().__init__(layer, *inputs)
+    def recorded(layer, *inputs):
+        layers.append(layer)
+        return step(layer, *inputs)
 
     for module in (measure, decoder_layer):
-        monkeypatch.setattr(module, "Step", Recorded)
+        monkeypatch.setattr(module, "Step", recorded)
     problem = dataclasses.replace(PROBLEM, bias=True)
     measure.measure(problem, EAGER, 0.0)
     decoder = decoder_layer.Problem("biased", dtype=torch.float32, tokens=10)
-    decoder_layer.measure(decoder, [w for w in decoder_layer.WAYS if w != "PEFT compiled"], 0.0)
+    decoder_layer.measure(decoder, DECODERS, 0.0)
     assert len(layers) == 11
     for ways, again in ((layers[:6], problem.linear()), (layers[6:], decoder_layer.Layer(decoder))):
         linears = [{m for m in way.modules() if type(m) is torch.nn.Linear} for way in ways]
