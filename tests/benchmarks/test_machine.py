@@ -35,19 +35,19 @@ WIDE = Config(128, 256, 64, num_warps=8, num_stages=3, tma=True, low_rank="fold"
         (6144, 8192, 8192, 754.7),  # pytorch/FBGEMM#2766, bf16, chip not named
         (6144, 8192, 64, 133.3),
         (65536, 1024, 1024, 583.9),  # facebookexperimental/triton#1038, "Hopper"
+        # A persistent product with TMA (meta-pytorch/tritonbench#894); one is fitted.
+        (8192, 8192, 4096, -665.9),
+        (8192, 8192, 8192, -673.6),
+        (8192, 8192, 16384, -688.7),
     ],
 )
-def test_library_products_as_published(M, N, K, published):
-    """TFLOP/s of the library; three of the constants were fitted to these."""
+def test_products_as_published(M, N, K, published):
+    """TFLOP/s of the library, to which three of the constants were fitted; below 0 of ours."""
     seconds = library("product", H100, "16", M, N, K).seconds + STANDALONE
-    assert 2 * M * N * K / seconds / 1e12 == pytest.approx(published, rel=0.2)
-
-
-@pytest.mark.parametrize(("K", "published"), [(4096, 665.9), (8192, 673.6), (16384, 688.7)])
-def test_persistent_products_as_published(K, published):
-    """TFLOP/s of a persistent TMA product (meta-pytorch/tritonbench#894); one is fitted."""
-    step = prediction.product("product", H100, "16", 8192, 8192, K, 1, WIDE, False)
-    assert 2 * 8192 * 8192 * K / step.seconds / 1e12 == pytest.approx(published, rel=0.05)
+    if published < 0:
+        seconds = prediction.product("product", H100, "16", M, N, K, 1, WIDE, False).seconds
+    rate, within = 2 * M * N * K / seconds / 1e12, 0.2 if published > 0 else 0.05
+    assert rate == pytest.approx(abs(published), rel=within)
 
 
 def eager(M, d):
@@ -72,19 +72,19 @@ def together(streams, skinny, products):
     return total, seconds
 
 
-@pytest.mark.parametrize(
-    ("d", "torch_gib", "fused_gib"),
-    [(4096, 2.008, 1.258), (5120, 2.771, 1.836), (8192, 5.289, 4.044)],
-)
-def test_lorafusion_traffic_as_published(d, torch_gib, fused_gib):
-    """Read and written in device memory at 8192 tokens: figure 7's data in CentML/lorafusion."""
-    assert eager(8192, d)[0] / 2**30 == pytest.approx(torch_gib, rel=0.05)
-    # The fused kernels move 16 to 17% more than the model says.
-    assert lorafusion(8192, d)[0] / 2**30 == pytest.approx(fused_gib, rel=0.2)
+def test_lorafusion_as_published():
+    """Traffic at 8192 tokens: figure 7's data in CentML/lorafusion.
 
-
-def test_lorafusion_speedup_as_published():
-    """1.27 in the mean, 1.39 at best, r = 16, an H100 (EuroSys 2026; arXiv 2510.00206)."""
+    The speedup is 1.27 in the mean, 1.39 at best, r = 16, an H100 (EuroSys 2026; arXiv 2510.00206).
+    """
+    for d, torch_gib, fused_gib in (
+        (4096, 2.008, 1.258),
+        (5120, 2.771, 1.836),
+        (8192, 5.289, 4.044),
+    ):
+        assert eager(8192, d)[0] / 2**30 == pytest.approx(torch_gib, rel=0.05)
+        # The fused kernels move 16 to 17% more than the model says.
+        assert lorafusion(8192, d)[0] / 2**30 == pytest.approx(fused_gib, rel=0.2)
     shapes = [(M, d) for d in (4096, 5120, 8192) for M in range(2048, 8193, 256)]
     found = [eager(*shape)[1] / lorafusion(*shape)[1] for shape in shapes]
     assert sum(found) / len(found) == pytest.approx(1.27, abs=0.08)
@@ -192,9 +192,6 @@ def test_machines_from_properties(of, matrix, vector, memory):
 def test_no_machine_where_nothing_is_known():
     assert Machine.of(torch.device("cpu")) is None
     assert Machine.from_properties(properties("Volta", (7, 0), 80, 1.5, 0.9, 4096)) is None
-    old = properties("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 2.619, 5120)
-    del old.memory_clock_rate
-    assert Machine.from_properties(old) is None
 
 
 def test_float64_is_not_modelled():
