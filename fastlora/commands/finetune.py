@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from fastlora.commands import data, models, shared
-from fastlora.commands.shared import UserError, first_line, number, rank, say
+from fastlora.commands import data, shared
+from fastlora.commands.shared import UserError, is_sharded, number, rank, say
 
 WARMUP = 0.05  # of all steps
 PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets", "tqdm", "matplotlib")
@@ -76,13 +76,11 @@ def run(s: Namespace) -> dict[str, Any]:
         say("finished", f"{output} holds this run already; --restart trains again")
         say("held out", f"{metrics['held_out_before']:.3f} -> {metrics['held_out_after']:.3f}")
         return metrics
-    trainer, metrics = _train(s, config, examples, own)
-    say(
-        "saved", f"{output / 'adapter'} (PEFT format){_save_and_check(trainer, output / 'adapter')}"
-    )
-    if rank() == 0:
-        from fastlora.commands.pictures import loss_curve
+    from fastlora.commands.pictures import loss_curve
+    from fastlora.commands.trainer import train
 
+    metrics = train(s, config, examples, own, *_last_checkpoint(output, own))
+    if rank() == 0:
         how = f"r = {s.r}, dropout {s.dropout:g}, lr {s.lr:g}, {s.batch_size} examples a step"
         title = f"{Path(s.model).name}: LoRA fine-tuning"
         loss_curve(output / "loss_curve.png", metrics, title, how)
@@ -100,7 +98,7 @@ def _config(s: Namespace) -> Any:
         raise UserError(f"--batch-size must be a multiple of {count} processes, got {s.batch_size}")
     if device.index:
         raise UserError(f"--device {s.device}: choose by CUDA_VISIBLE_DEVICES, as Trainer does")
-    wrong = _sharded() and (cpu or os.environ.get("FSDP_VERSION") != "2")
+    wrong = is_sharded() and (cpu or os.environ.get("FSDP_VERSION") != "2")
     if wrong or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise UserError("accelerate's configuration must be data-parallel, or FSDP2 on GPUs")
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # --dtype says it
@@ -123,17 +121,13 @@ def _config(s: Namespace) -> Any:
     return config
 
 
-def _sharded() -> bool:
-    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
-
-
 def fingerprint(s: Namespace, device: torch.device) -> dict[str, Any]:
     """Return what a run that goes on must agree with: what decides the numbers, and a hash."""
     free = ("command", "output", "save_every", "restart")
     values = {name: value for name, value in vars(s).items() if name not in free}
     sha256 = hashlib.sha256(Path(s.data).read_bytes()).hexdigest()
     # Checkpoints of other devices, and sharded ones, differ too.
-    return values | {"device": device.type, "sharded": _sharded(), "data sha256": sha256}
+    return values | {"device": device.type, "sharded": is_sharded(), "data sha256": sha256}
 
 
 def _refuse_others(where: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -144,98 +138,18 @@ def _refuse_others(where: Path, there: dict[str, Any], asked: dict[str, Any]) ->
         raise UserError(f"{where} comes from other settings ({changes}); {cure}")
 
 
-def _last_checkpoint(output: Path) -> tuple[Path | None, dict[str, Any]]:
-    """Return the last checkpoint that is whole, and its state: Trainer writes that at the end."""
+def _last_checkpoint(output: Path, own: dict) -> tuple[str | None, int]:
+    """Return the last checkpoint that is whole, and its step: Trainer writes its state at the end.
+
+    Raises UserError where it comes from other settings than ``own``.
+    """
     whole = []
     for path in output.glob("checkpoints/checkpoint-*/trainer_state.json"):
         with contextlib.suppress(ValueError):
-            whole.append((path.parent, json.loads(path.read_text(encoding="utf-8"))))
-    return max(whole, key=lambda found: found[1]["global_step"], default=(None, {}))
-
-
-def _train(s: Namespace, config: Any, examples: list, own: dict) -> tuple[Any, dict[str, Any]]:
-    """Train, from the last checkpoint on; return the trainer and what metrics.json is to hold."""
-    from transformers import set_seed
-
-    import fastlora
-
-    checkpoint, state = _last_checkpoint(Path(s.output))
-    if checkpoint is not None:
-        _refuse_others(checkpoint, state["log_history"][0]["settings"], own)
-    how, count = "FSDP2" if _sharded() else "data-parallel", config.world_size
-    where = config.device.type + f", {count} processes ({how})" * (count > 1)
-    say("model", f"{s.model}, {s.dtype} on {where}; loading may take half a minute")
-    model, tokenizer = models.load_model(s.model, shared.DTYPES[s.dtype])
-    torch.manual_seed(s.seed)
-    lora = {"r": s.r, "lora_alpha": s.alpha, "lora_dropout": s.dropout}
-    model = models.adapted(model, s.target_modules, task_type="CAUSAL_LM", **lora)
-    say("adapter", first_line(fastlora.patch_peft(model)))
-    trainer = _trainer(s, config, model, tokenizer, examples, own)
-    set_seed(s.seed + rank())  # each process drops others
-    if checkpoint is not None:
-        say("resumed", f"after step {state['global_step']} of {s.steps}")
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except Exception as error:  # whatever reading a damaged file may raise
-        if checkpoint is None or trainer.state.global_step > state["global_step"]:
-            raise
-        text = f"cannot go on from {checkpoint}: {type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{text}; --restart begins again") from error
-    finally:
-        trainer.progress.close()
-    before, *steps, _ = trainer.state.log_history  # the last row is of all steps
-    seconds, rate = (steps[-1][f"train_{name}"] for name in ("runtime", "tokens_per_second"))
-    say("speed", f"{rate:.0f} tokens/s, {seconds / 60:.1f} minutes of training")
-    versions = {"fastlora": fastlora.__version__, "torch": torch.__version__}
-    metrics = {**before, **trainer.measure("after"), "versions": versions, "seconds": seconds}
-    metrics["trainable"], _ = model.get_nb_trainable_parameters()
-    metrics["tokens"] = steps[-1]["num_input_tokens_seen"]
-    metrics["losses"] = [row["loss"] for row in steps]
-    metrics["gradient_norms"] = [row["grad_norm"] for row in steps]
-    return trainer, metrics
-
-
-def _trainer(s: Namespace, config: Any, model, tokenizer, examples: list, own: dict) -> Any:
-    """Return the trainer of the examples, which TRL turns into tokens."""
-    import datasets
-    from jinja2 import TemplateError
-
-    from fastlora.commands.trainer import Trainer
-
-    datasets.disable_progress_bars()
-    sides = data.split(examples, s.held_out, s.seed)
-    if not tokenizer.chat_template:
-        sides = [list(map(data.without_template, side)) for side in sides]
-    training, held_out = map(datasets.Dataset.from_list, sides)
-    # Several processes then learn what one does, as every step has all its examples.
-    config.dataloader_drop_last = len(training) >= s.batch_size
-    rows = {"train_dataset": training, "eval_dataset": held_out, "processing_class": tokenizer}
-    try:
-        trainer = Trainer(model, config, **rows, ask=s.ask, start={"settings": own})
-    except TemplateError as error:
-        raise UserError(f"the model's chat template: {first_line(error)}") from error
-    counts = [len(trainer.train_dataset), len(trainer.eval_dataset)]
-    if not all(counts):
-        raise UserError(f"--seq-len {s.seq_len} leaves no token of any response; raise it")
-    left_out = len(examples) - sum(counts)
-    note = f"; {left_out} left out (prompt longer than --seq-len)" if left_out else ""
-    say("data", f"{counts[0]} examples to train on, {counts[1]} held out{note}")
-    return trainer
-
-
-@torch.no_grad()
-def _save_and_check(trainer: Any, folder: Path) -> str:
-    """Save the adapter, load it beside the trained one; return how the outputs compare."""
-    import fastlora
-
-    model, batch = trainer.model, trainer.data_collator([trainer.eval_dataset[0]])
-    if _sharded() or rank() == 0:
-        fastlora.save_adapter(model, folder)
-    if _sharded() or rank():
-        return ", from all processes' shards"
-    known = trainer._prepare_inputs({name: batch[name] for name in ("input_ids", "attention_mask")})
-    trained = model(**known).logits
-    model.load_adapter(str(folder), "saved", torch_device=str(model.device))
-    model.set_adapter("saved")
-    difference = (trained - model(**known).logits).abs().max().item()
-    return f"; loaded again, its outputs differ by at most {difference:.2g}"
+            state = json.loads(path.read_text(encoding="utf-8"))
+            whole.append((state["global_step"], path.parent, state["log_history"][0]))
+    if not whole:
+        return None, 0
+    step, checkpoint, start = max(whole)
+    _refuse_others(checkpoint, start["settings"], own)
+    return str(checkpoint), step

@@ -63,6 +63,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def is_sharded() -> bool:
+    """Return whether Accelerate is to shard the model, as it tells the processes it starts."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
 def say(what: str, text: object) -> None:
     if rank() == 0:
         print(f"{what:<9} {text}", flush=True)

@@ -5,19 +5,24 @@ from __future__ import annotations
 
 import inspect
 import math
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
 
+import datasets
 import torch
+from jinja2 import TemplateError
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
+from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTTrainer
 
-from fastlora.commands.models import answer
-from fastlora.commands.shared import UserError, say
+import fastlora
+from fastlora.commands import data, models, shared
+from fastlora.commands.shared import UserError, first_line, is_sharded, rank, say
 
-IGNORED = (
-    -100
-)  # the label of a token that has no part in the loss, as PyTorch's cross_entropy has it
+IGNORED = -100  # the label of a token that has no part in the loss, and is cross_entropy's
 
 
 class Trainer(SFTTrainer):
@@ -70,7 +75,7 @@ class Trainer(SFTTrainer):
         check_finite(loss, f"the end, {when} training", self.args.learning_rate)
         say(when, f"held-out loss {loss / count:.3f}")
         if self.ask is not None:
-            text = answer(self.model, self.processing_class, self.ask)
+            text = models.answer(self.model, self.processing_class, self.ask)
             say("question", self.ask)
             say("answer", text)
         return {f"held_out_{when}": loss / count, f"answer_{when}": text}
@@ -96,3 +101,81 @@ def check_finite(loss: float, where: str, lr: float) -> None:
     if not math.isfinite(loss):
         cure = f"--lr {lr:g} is too high; --restart with a lower one"
         raise UserError(f"the loss is {loss} at {where}: {cure}")
+
+
+def train(
+    s: Namespace, config: Any, examples: list, own: dict, checkpoint: str | None, step: int
+) -> dict[str, Any]:
+    """Train, from ``checkpoint`` on, and save the adapter; return what metrics.json is to hold."""
+    how, count = "FSDP2" if is_sharded() else "data-parallel", config.world_size
+    where = config.device.type + f", {count} processes ({how})" * (count > 1)
+    say("model", f"{s.model}, {s.dtype} on {where}; loading may take half a minute")
+    model, tokenizer = models.load_model(s.model, shared.DTYPES[s.dtype])
+    torch.manual_seed(s.seed)
+    lora = {"r": s.r, "lora_alpha": s.alpha, "lora_dropout": s.dropout}
+    model = models.adapted(model, s.target_modules, task_type="CAUSAL_LM", **lora)
+    say("adapter", first_line(fastlora.patch_peft(model)))
+    trainer = _trainer(s, config, model, tokenizer, examples, own)
+    set_seed(s.seed + rank())  # each process drops others
+    if checkpoint is not None:
+        say("resumed", f"after step {step} of {s.steps}")
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:  # whatever reading a damaged file may raise
+        if checkpoint is None or trainer.state.global_step > step:
+            raise
+        text = f"cannot go on from {checkpoint}: {type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{text}; --restart begins again") from error
+    finally:
+        trainer.progress.close()
+    before, *steps, _ = trainer.state.log_history  # the last row is of all steps
+    seconds, rate = (steps[-1][f"train_{name}"] for name in ("runtime", "tokens_per_second"))
+    say("speed", f"{rate:.0f} tokens/s, {seconds / 60:.1f} minutes of training")
+    versions = {"fastlora": fastlora.__version__, "torch": torch.__version__}
+    metrics = {**before, **trainer.measure("after"), "versions": versions, "seconds": seconds}
+    metrics["trainable"], _ = model.get_nb_trainable_parameters()
+    metrics["tokens"] = steps[-1]["num_input_tokens_seen"]
+    metrics["losses"] = [row["loss"] for row in steps]
+    metrics["gradient_norms"] = [row["grad_norm"] for row in steps]
+    folder = Path(s.output, "adapter")
+    say("saved", f"{folder} (PEFT format){_save_and_check(trainer, folder)}")
+    return metrics
+
+
+def _trainer(s: Namespace, config: Any, model, tokenizer, examples: list, own: dict) -> Any:
+    """Return the trainer of the examples, which TRL turns into tokens."""
+    datasets.disable_progress_bars()
+    sides = data.split(examples, s.held_out, s.seed)
+    if not tokenizer.chat_template:
+        sides = [list(map(data.without_template, side)) for side in sides]
+    training, held_out = map(datasets.Dataset.from_list, sides)
+    # Several processes then learn what one does, as every step has all its examples.
+    config.dataloader_drop_last = len(training) >= s.batch_size
+    rows = {"train_dataset": training, "eval_dataset": held_out, "processing_class": tokenizer}
+    try:
+        trainer = Trainer(model, config, **rows, ask=s.ask, start={"settings": own})
+    except TemplateError as error:
+        raise UserError(f"the model's chat template: {first_line(error)}") from error
+    counts = [len(trainer.train_dataset), len(trainer.eval_dataset)]
+    if not all(counts):
+        raise UserError(f"--seq-len {s.seq_len} leaves no token of any response; raise it")
+    left_out = len(examples) - sum(counts)
+    note = f"; {left_out} left out (prompt longer than --seq-len)" if left_out else ""
+    say("data", f"{counts[0]} examples to train on, {counts[1]} held out{note}")
+    return trainer
+
+
+@torch.no_grad()
+def _save_and_check(trainer: Any, folder: Path) -> str:
+    """Save the adapter, load it beside the trained one; return how the outputs compare."""
+    model, batch = trainer.model, trainer.data_collator([trainer.eval_dataset[0]])
+    if is_sharded() or rank() == 0:
+        fastlora.save_adapter(model, folder)
+    if is_sharded() or rank():
+        return ", from all processes' shards"
+    known = trainer._prepare_inputs({name: batch[name] for name in ("input_ids", "attention_mask")})
+    trained = model(**known).logits
+    model.load_adapter(str(folder), "saved", torch_device=str(model.device))
+    model.set_adapter("saved")
+    difference = (trained - model(**known).logits).abs().max().item()
+    return f"; loaded again, its outputs differ by at most {difference:.2g}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m fastlora tune``: measures a model's layers or shapes, says what that gains."""
+"""``python -m fastlora tune``: measures a model's layers or shapes, says what was fastest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from fastlora.commands import shared
 from fastlora.commands.models import adapted, empty_model
 from fastlora.commands.shared import DTYPES, UserError, number
 from fastlora.operator import measured, plans
-from fastlora.operator.measured import OPS
 from fastlora.operator.plans import Problem
 
 DROPOUT = {"both": (False, True), "on": (True,), "off": (False,)}
@@ -33,7 +32,7 @@ def add_options(add: Callable) -> None:
 
 
 def run(s: Namespace) -> None:
-    """Measure, print what was chosen and what that gains, and keep it for every later process."""
+    """Measure, print what was chosen of what, and keep it for every later process."""
     shared.require("tqdm")
     from tqdm import tqdm
 
@@ -46,39 +45,27 @@ def run(s: Namespace) -> None:
         raise UserError(f"--adapter-dtype must be {s.dtype} or fp32, got {s.adapter_dtype}")
     if plans.FORCED != "auto":
         raise UserError(f"FASTLORA_IMPL={plans.FORCED} leaves nothing to choose: unset it to tune")
-    where, dtypes = (
-        plans.indexed(shared.torch_device(s.device)),
-        (DTYPES[s.dtype], DTYPES[s.adapter_dtype]),
-    )
+    where = plans.indexed(shared.torch_device(s.device))
+    dtypes = DTYPES[s.dtype], DTYPES[s.adapter_dtype]
     posed = list(_of_model(s.model, s.target_modules) if s.model else map(_of_shape, s.shapes))
     if len(plans.usable_implementations(dtypes[0], where)) == 1:
         why = plans.triton_unusable(where) or "there is no other"
         print(f"nothing to choose on {where}: only 'blocks' runs there. {why}")
         return
-    problems = []
-    for m, (_, n, k, r, *_, others), rank, drop in itertools.product(
-        s.tokens, posed, s.r, DROPOUT[s.dropout]
-    ):
-        others = tuple((n, r * rank) for n, r in others)
-        problems.append(Problem(m, n, k, r * rank, *dtypes, drop, others).bucketed())
-    problems = list(dict.fromkeys(problems))
+    problems = {}  # in this order, each once
+    for m, one, rank, drop in itertools.product(s.tokens, posed, s.r, DROPOUT[s.dropout]):
+        others = tuple((n, r * rank) for n, r in one.others)
+        problem = Problem(m, one.N, one.K, one.R * rank, *dtypes, drop, others)
+        problems[problem.bucketed()] = None
     print(f"measuring on {measured.device_name(where)}")
     file, done = None, []
     with tqdm(total=len(problems), unit="problem") as progress:
-        for problem, found, kept in tuning.tune(problems, where, progress.write, s.seconds):
+        for problem, found, kept in tuning.tune(list(problems), where, progress.write, s.seconds):
             progress.update()
             done, file = done + [problem] * (found is not None), kept or file
     if not done:
         raise UserError(f"nothing could be measured on {where}")
     print(explain(done, device=where))
-    chosen = before = 0.0
-    for problem, op in itertools.product(done, OPS):
-        plan, default = plans.choose(op, "auto", problem, where), plans.default(dtypes[0], where)[0]
-        times = plan.with_host or plan.seconds
-        chosen += times[plan.impl] * 1e3
-        before += times.get(default, times[plan.impl]) * 1e3
-    gain = f"{chosen:.2f} ms as chosen, {before:.2f} ms by default ({before / chosen:.2f}x)"
-    print(f"{len(done)} problems, forward and backward: {gain}")
     print(f"kept in {file}" if file else "not kept: it held for this process only")
 
 

@@ -22,7 +22,6 @@ def test_the_command_measures_shapes(capsys):
     printed = capsys.readouterr().out
     problem = PROBLEM._replace(M=16)
     assert f"{problem}, on cpu\n  forward   blocks    measured on this machine: " in printed
-    assert "1 problems, forward and backward: " in printed and "(1.00x)" in printed
     assert f"kept in {measured.path_of(CPU)}" in printed
     assert measured.find(problem, CPU) is not None
 
@@ -33,8 +32,6 @@ def test_the_command_says_what_is_gained(capsys, monkeypatch):
     printed = capsys.readouterr().out
     measured = "triton    measured on this machine: triton 1 ms, library 2 ms, blocks 3 ms"
     assert printed.count(measured) == 4
-    gain = "2 problems, forward and backward: 4.00 ms as chosen, 12.00 ms by default (3.00x)"
-    assert gain in printed
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,12 @@ COPIES = {
     ("finetune", "finetune::test_other_settings_and_other_data_are_refused"): [
         ("a run goes on with other data", "Path(s.data).read_bytes()", 'b""'),
     ],
-    ("finetune", "launch::test_two_processes_go_on_from_one"): [
-        ("the data's last examples are a step", "= len(training) >= s.batch_size", "= False"),
-    ],
     ("data", "data::test_answers_and_whole_texts_are_learnt"): [
         ("later answers of a talk are left out", "for i in answers]", "for i in answers[:1]]"),
         ("answers have no question", '"prompt": talk[:i]', '"prompt": talk[i - 1 : i]'),
     ],
     ("trainer", "launch::test_two_processes_go_on_from_one"): [
+        ("the data's last examples are a step", "= len(training) >= s.batch_size", "= False"),
         (
             "one process's tokens are counted",
             'self.accelerator.reduce(learnt.sum(), "sum")',
