@@ -27,44 +27,44 @@ def run(_: Namespace) -> int:
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in PACKAGES:
         print(f"{name:18}{version_of(name)}")
-    failures = 0
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    devices, right = [torch.device("cuda", i) for i in range(torch.cuda.device_count())], True
     for device in [torch.device("cpu"), *devices]:
         size = f"{torch.get_num_threads()} threads"
         if device.type == "cuda":
             p = torch.cuda.get_device_properties(device)
             size = f"sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
         print(f"{device!s:18}{device_name(device)}, {size}")
-        for impl in ("blocks", "library", "triton", "auto"):
-            failures += sum(not _check(impl, device, dtype) for dtype in TOLERANCE)
         chosen, why = plans.default(torch.bfloat16, device)
         if plans.FORCED != "auto":
             chosen, why = plans.FORCED, "as FASTLORA_IMPL says"
         print(f"impl='auto' takes {chosen} for bfloat16 on {device} ({why})")
-    print("OK" if not failures else f"FAILED: {failures} checks above are wrong")
-    return 1 if failures else 0
+        for impl in ("blocks", "library", "triton", "auto"):
+            for dtype in TOLERANCE:
+                good, said = _check(impl, device, dtype)
+                print(f"{impl} on {device}, {str(dtype).removeprefix('torch.')}: {said}")
+                right &= good
+    print("OK" if right else "FAILED: some of the checks above are wrong")
+    return 0 if right else 1
 
 
-def _check(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Run one layer forward and backward, with dropout, against float64; print its error."""
-    what = f"{impl} on {device}, {str(dtype).removeprefix('torch.')}: "
+def _check(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Return whether a layer's forward and backward, with dropout, are right, and say so."""
     try:
         plans.named(impl, torch.empty(0, dtype=dtype, device=device))
-    except (RuntimeError, ValueError) as error:  # FASTLORA_IMPL may be meant for another device
-        print(f"{what}not usable. {error}")
-        return isinstance(error, RuntimeError)
+    except RuntimeError as error:  # FASTLORA_IMPL may be meant for another device
+        return True, f"not usable. {error}"
+    except ValueError as error:
+        return False, f"not usable. {error}"
     try:
         found = _results(impl, device, dtype, dtype)
         exact = _results("reference", device, dtype, torch.float64)
         pairs = zip(found, exact, strict=True)
         errors = [(f - e).norm().item() / e.norm().item() for f, e in pairs]
     except Exception as failure:  # a report of what fails is this command's purpose
-        print(f"{what}FAILED with {type(failure).__name__}: {failure}")
-        return False
-    good, most = all(error <= TOLERANCE[dtype] for error in errors), f"{TOLERANCE[dtype]:.0e}"
+        return False, f"FAILED with {type(failure).__name__}: {failure}"
+    good = all(error <= TOLERANCE[dtype] for error in errors)
     said = f"{'right' if good else 'WRONG'}, largest relative error {max(errors):.1e}"
-    print(f"{what}forward and backward {said} (at most {most})")
-    return good
+    return good, f"forward and backward {said} (at most {TOLERANCE[dtype]:.0e})"
 
 
 def _results(impl: str, device: torch.device, held: torch.dtype, dtype: torch.dtype) -> list:

@@ -50,9 +50,9 @@ class Trainer(SFTTrainer):
         labels = inputs.pop("labels")[:, 1:]
         learnt = labels != IGNORED
         keep = learnt.any(0).nonzero().squeeze(1)
-        # [B, kept, vocabulary] beside [B, kept]
         logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits.float()
-        loss = cross_entropy(logits.mT, labels[:, keep], reduction="sum")
+        # [B · kept, vocabulary] beside [B · kept]
+        loss = cross_entropy(logits.flatten(0, 1), labels[:, keep].flatten(), reduction="sum")
         # Gradients are averaged over processes.
         return loss * self.args.world_size / self.accelerator.reduce(learnt.sum(), "sum").clamp(1)
 

@@ -145,4 +145,4 @@ def test_info_refuses_what_layers_refuse(value, said, monkeypatch, capsys):
     monkeypatch.setattr(plans, "FORCED", value)
     monkeypatch.setattr(plans, "triton_unusable", lambda device: "for a reason")
     assert main(["info"]) == (1 if value == "nonsense" else 0)
-    assert said in capsys.readouterr().out.splitlines()[-3]
+    assert said in capsys.readouterr().out.splitlines()[-2]
