@@ -17,7 +17,6 @@ COMMANDS = {
     "finetune": (finetune, "fine-tune a language model on your own lines"),
     "ranks": (ranks, "find the rank and the layers, by runs of finetune"),
     "tune": (tune, "measure which implementation is fastest on this machine"),
-    "info": (info, "say what runs here: versions, device, implementations"),
 }
 
 
@@ -32,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
     parser = Parser("python -m fastlora", description="LoRA layers that cost what frozen ones do.")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="say what runs here: versions, device, implementations")
     for name, (module, text) in COMMANDS.items():
         shown = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
         module.add_options(commands.add_parser(name, help=text, **shown).add_argument)
@@ -39,8 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
     warnings.filterwarnings("ignore", "Could not find a config file")  # of a .gguf, or offline
     try:
-        settings = parser.parse_args(argv)
-        found = COMMANDS[settings.command][0].run(settings)
+        s = parser.parse_args(argv)
+        if s.command == "info":
+            return info.run()
+        COMMANDS[s.command][0].run(s)
     except (UserError, OSError) as error:
         which = f"process {rank()}: " if rank() else ""
         print(f"{which}error: {first_line(error)}", file=sys.stderr)
@@ -48,15 +50,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what is kept", file=sys.stderr)
         return 130
-    return found if isinstance(found, int) else 0
+    return 0
 
 
 def leave(code: int) -> None:
-    """End this process.
-
-    A group of gloo's, on a CPU, is left as it is: to free it can wait for ever for a thread that
-    waits for Python, and Python can abort as it ends (pytorch/pytorch#179291).
-    """
+    """End this process."""
+    # A group of gloo's, on a CPU, is left as it is: to free it can wait for ever for a thread that
+    # waits for Python, and Python can abort as it ends (pytorch/pytorch#179291).
     group = torch.distributed
     if group.is_available() and group.is_initialized() and group.get_backend() == "gloo":
         sys.stdout.flush()

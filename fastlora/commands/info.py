@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
-from argparse import Namespace
-from collections.abc import Callable
 
 import torch
 
@@ -16,13 +15,10 @@ from fastlora.operator.measured import device_name, version_of
 PACKAGES = ("fastlora-kernels", "torch", "triton", "safetensors", "peft", "transformers", "trl")
 # Relative to float64, by the base's dtype: far above rounding, far below any wrong result.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+EXACT = "reference", torch.float64
 
 
-def add_options(add: Callable) -> None:
-    """It has none."""
-
-
-def run(_: Namespace) -> int:
+def run() -> int:
     """Print the report and return 0, or 1 when an implementation that should run is wrong."""
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in PACKAGES:
@@ -38,11 +34,10 @@ def run(_: Namespace) -> int:
         if plans.FORCED != "auto":
             chosen, why = plans.FORCED, "as FASTLORA_IMPL says"
         print(f"impl='auto' takes {chosen} for bfloat16 on {device} ({why})")
-        for impl in ("blocks", "library", "triton", "auto"):
-            for dtype in TOLERANCE:
-                good, said = _check(impl, device, dtype)
-                print(f"{impl} on {device}, {str(dtype).removeprefix('torch.')}: {said}")
-                right &= good
+        for impl, dtype in itertools.product(("blocks", "library", "triton", "auto"), TOLERANCE):
+            good, said = _check(impl, device, dtype)
+            print(f"{impl} on {device}, {str(dtype).removeprefix('torch.')}: {said}")
+            right &= good
     print("OK" if right else "FAILED: some of the checks above are wrong")
     return 0 if right else 1
 
@@ -51,15 +46,11 @@ def _check(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, s
     """Return whether a layer's forward and backward, with dropout, are right, and say so."""
     try:
         plans.named(impl, torch.empty(0, dtype=dtype, device=device))
-    except RuntimeError as error:  # FASTLORA_IMPL may be meant for another device
-        return True, f"not usable. {error}"
-    except ValueError as error:
-        return False, f"not usable. {error}"
+    except (RuntimeError, ValueError) as error:  # FASTLORA_IMPL may be meant for another device
+        return isinstance(error, RuntimeError), f"not usable. {error}"
     try:
-        found = _results(impl, device, dtype, dtype)
-        exact = _results("reference", device, dtype, torch.float64)
-        pairs = zip(found, exact, strict=True)
-        errors = [(f - e).norm().item() / e.norm().item() for f, e in pairs]
+        pairs = zip(*(_results(*of, device, dtype) for of in ((impl, dtype), EXACT)), strict=True)
+        errors = [((found - exact).norm() / exact.norm()).item() for found, exact in pairs]
     except Exception as failure:  # a report of what fails is this command's purpose
         return False, f"FAILED with {type(failure).__name__}: {failure}"
     good = all(error <= TOLERANCE[dtype] for error in errors)
@@ -67,7 +58,7 @@ def _check(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, s
     return good, f"forward and backward {said} (at most {TOLERANCE[dtype]:.0e})"
 
 
-def _results(impl: str, device: torch.device, held: torch.dtype, dtype: torch.dtype) -> list:
+def _results(impl: str, dtype: torch.dtype, device: torch.device, held: torch.dtype) -> list:
     """Return y, dx, dA and dB in ``dtype``, of inputs that ``held`` holds."""
     torch.manual_seed(0)
     shapes = {"x": (100, 80), "lora_A": (8, 80), "lora_B": (96, 8), "weight": (96, 80)}

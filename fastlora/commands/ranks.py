@@ -59,23 +59,25 @@ class Trial:
     noise: float = 0.0
     why: str = ""
 
-    def __str__(self) -> str:
-        return f"r = {self.r} on {', '.join(self.targets)}"
-
     @property
     def loss(self) -> float:
         return fmean(self.losses)
 
-    def is_worth(self, over: Trial, wanted: float) -> bool:
-        """Compare it, seed by seed: a seed decides what is held out, too."""
-        gains = [1 - new / old for new, old in zip(self.losses, over.losses, strict=True)]
+    def __str__(self) -> str:
+        return f"r = {self.r} on {', '.join(self.targets)}"
+
+    def better(self, best: Trial, wanted: float) -> Trial:
+        """Return it or ``best``, compared seed by seed: a seed decides what is held out, too."""
+        gains = [1 - new / old for new, old in zip(self.losses, best.losses, strict=True)]
         self.gain, self.noise = fmean(gains), stdev(gains) if len(gains) > 1 else 0.0
-        self.why = f"{self} gains {self.gain:.2%} over {over}"
+        self.why = f"{self} gains {self.gain:.2%} over {best}"
+        if self.gain >= wanted and self.gain > self.noise:
+            return self
         if self.gain < wanted:
             self.why += f", under the {wanted:.2%} asked for"
-        elif self.gain <= self.noise:
+        else:
             self.why += f", no more than seeds differ by ({self.noise:.2%})"
-        return self.gain >= wanted and self.gain > self.noise
+        return best
 
 
 def run(s: Namespace) -> dict:
@@ -123,11 +125,11 @@ def search(
     trials = [best]
     while trials[-1] is best and 2 * best.r <= max_r:
         trials.append(train(2 * best.r, sets[0]))
-        best = trials[-1] if trials[-1].is_worth(best, wanted) else best
+        best = trials[-1].better(best, wanted)
     reasons = [trials[-1].why] + [f"--max-r {max_r} ends there"] * (trials[-1] is best)
     for targets in sets[1:]:
         trials.append(train(best.r, targets))
-        best = trials[-1] if trials[-1].is_worth(best, wanted) else best
+        best = trials[-1].better(best, wanted)
         reasons.append(trials[-1].why)
     if best.loss >= best.before:
         reasons.append(f"but untrained the model is no worse ({best.before:.3f}): lower --lr")

@@ -38,7 +38,7 @@ COPIES = {
         ("a gain that seeds do not agree on is one", " and self.gain > self.noise", ""),
     ],
     ("info", "tune::test_info_refuses_what_layers_refuse"): [
-        ("info takes any name", "return isinstance(error, RuntimeError)", "return True"),
+        ("info takes any name", "return isinstance(error, RuntimeError), f", "return True, f"),
     ],
 }
 MUTANTS = [
