@@ -94,12 +94,12 @@ def test_what_is_tried_and_taken_and_why(losses, options, tried, best, why):
 
 def test_the_table_marks_what_is_taken():
     lines = ranks.table(*searched({1: 3.0, 2: 2.9, 4: 2.91})[:2]).splitlines()
-    assert [line.split() for line in lines] == [
-        ["r", "trainable", "held-out", "loss", "gain", "seconds", "targets"],
-        ["0", "4.000", "untrained"],
-        ["1", "100", "3.000", "2", "q_proj,", "v_proj"],
-        ["2", "200", "2.900", "3.33%", "2", "taken", "q_proj,", "v_proj"],
-        ["4", "400", "2.910", "-0.34%", "2", "q_proj,", "v_proj"],
+    assert [" ".join(line.split()) for line in lines] == [
+        "r trainable held-out loss gain seconds targets",
+        "0 4.000 untrained",
+        "1 100 3.000 2 q_proj, v_proj",
+        "2 200 2.900 3.33% 2 taken q_proj, v_proj",
+        "4 400 2.910 -0.34% 2 q_proj, v_proj",
     ]
     assert len({len(line.partition("%")[0]) for line in lines[3:]}) == 1  # numbers are aligned
     assert "5.00% ± 0.00%" in ranks.table(*searched(APART)[:2])
@@ -223,12 +223,9 @@ def test_an_interrupted_search_goes_on(tiny, loaded, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
-        ("--max-r 0", "argument --max-r: must be at least 1, got 0"),
-        ("--gain nan", "argument --gain: must be at least 0 and below 1, got nan"),
         ("--seeds 3 1 3", "--seeds must be different ones, got [3, 1, 3]"),
         ("--target-modules q_proy", "--target-modules: Target modules {'q_proy'} not found"),
         ("--model nowhere/at/all", "--model nowhere/at/all cannot be read"),
-        ("--data nowhere.jsonl", "No such file or directory: 'nowhere.jsonl'"),
         ("--lr 1e30", "the loss is nan at step "),
     ],
 )

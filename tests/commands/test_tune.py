@@ -26,14 +26,6 @@ def test_the_command_measures_shapes(capsys):
     assert measured.find(problem, CPU) is not None
 
 
-def test_the_command_says_what_is_gained(capsys, monkeypatch):
-    monkeypatch.setattr(tuning, "_measure", lambda *_: timings())
-    assert run_tune("--shapes", "48x32", "--dropout", "both") == 0
-    printed = capsys.readouterr().out
-    measured = "triton    measured on this machine: triton 1 ms, library 2 ms, blocks 3 ms"
-    assert printed.count(measured) == 4
-
-
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
@@ -86,30 +78,30 @@ def test_the_command_names_what_is_wrong(options, message, capsys, tmp_path, mon
     assert f"error: {message}" in capsys.readouterr().err
 
 
-def test_the_command_where_there_is_nothing_to_choose(capsys, monkeypatch):
-    monkeypatch.setattr(plans, "triton_unusable", lambda device: "no GPU.")
-    assert run_tune("--shapes", "48x32") == 0
-    said = capsys.readouterr().out
-    assert said == "nothing to choose on cpu: only 'blocks' runs there. no GPU.\n"
-
-
-def test_nothing_is_measured(capsys, monkeypatch):
-    """As the environment forces a choice, or nothing could be."""
+def test_where_there_is_nothing_to_choose_or_measure(capsys, monkeypatch):
     monkeypatch.setattr(tuning, "_measure", lambda *_: None)
     assert run_tune("--shapes", "48x32") == 2
     assert "nothing could be measured on cpu" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "triton_unusable", lambda device: "no GPU.")
+        assert run_tune("--shapes", "48x32") == 0
+        said = capsys.readouterr().out
+        assert said == "nothing to choose on cpu: only 'blocks' runs there. no GPU.\n"
     monkeypatch.setattr(plans, "FORCED", "reference")
     assert run_tune("--shapes", "48x32") == 2
     assert "FASTLORA_IMPL=reference leaves nothing to choose" in capsys.readouterr().err
 
 
-def test_the_command_does_not_say_kept_when_it_is_not(capsys, monkeypatch, tmp_path):
+def test_what_is_chosen_is_said_even_where_it_is_not_kept(capsys, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(tuning, "_measure", lambda *_: timings())
     with pytest.warns(UserWarning, match="cannot be kept in"):
-        assert run_tune("--shapes", "48x32") == 0
-    assert "not kept: it held for this process only" in capsys.readouterr().out
+        assert run_tune("--shapes", "48x32", "--dropout", "both") == 0
+    printed = capsys.readouterr().out
+    chosen = "triton    measured on this machine: triton 1 ms, library 2 ms, blocks 3 ms"
+    assert printed.count(chosen) == 4
+    assert "not kept: it held for this process only" in printed
 
 
 # info
