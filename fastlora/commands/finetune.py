@@ -60,11 +60,8 @@ def run(s: Namespace) -> dict[str, Any]:
     examples = data.read_examples(s.data)
     shared.require(*PACKAGES)
     config = _config(s)
-    output, own, done = (
-        Path(s.output),
-        fingerprint(s, config.device),
-        Path(s.output, "metrics.json"),
-    )
+    output, done = Path(s.output), Path(s.output, "metrics.json")
+    own = fingerprint(s, config.device)
     with config.main_process_first(local=False):
         output.mkdir(parents=True, exist_ok=True)
         if s.restart and rank() == 0:
@@ -151,5 +148,5 @@ def _last_checkpoint(output: Path, own: dict) -> tuple[str | None, int]:
     if not whole:
         return None, 0
     step, checkpoint, start = max(whole)
-    _refuse_others(checkpoint, start["settings"], own)
+    _refuse_others(checkpoint, start.get("settings", {}), own)
     return str(checkpoint), step

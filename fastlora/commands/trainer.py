@@ -84,6 +84,11 @@ class Trainer(SFTTrainer):
 class Progress(ProgressCallback):
     """Shows loss and speed, and ends a run that diverges."""
 
+    def on_step_end(self, args, state, control, **more):
+        super().on_step_end(args, state, control, **more)
+        # Trainer would make one step too many, going on from the last.
+        control.should_save &= state.global_step < state.max_steps
+
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" not in logs:  # of all steps, at the end
             return

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from fastlora.__main__ import main
-from fastlora.commands import data, models
+from fastlora.commands import data, models, trainer
 
 # A run in another process, or of a fixture of the module, is to give the same numbers.
 pytestmark = pytest.mark.usefixtures("few")
@@ -113,6 +113,21 @@ def test_ctrl_c_leaves_a_run_that_goes_on(run, finished, stopped, capsys):
     assert run(stopped) == 0
     assert "resumed   after step 16 of 60" in capsys.readouterr().out
     assert tiny_chat.numbers(stopped) == tiny_chat.numbers(finished)
+
+
+def test_a_run_that_is_stopped_at_its_end_makes_no_step_too_many(
+    run, finished, tmp_path, monkeypatch
+):
+    def measure(self, when, own=trainer.Trainer.measure):
+        if when == "after":
+            raise KeyboardInterrupt
+        return own(self, when)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "measure", measure)
+        assert run(tmp_path, **{"save-every": 15}) == 130
+    assert run(tmp_path, **{"save-every": 15}) == 0
+    assert tiny_chat.numbers(tmp_path) == tiny_chat.numbers(finished)
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth"])

@@ -31,6 +31,9 @@ COPIES = {
             "learnt.sum()",
         ),
     ],
+    ("trainer", "finetune::test_a_run_that_is_stopped_at_its_end_makes_no_step_too_many"): [
+        ("a run goes on from its end", "state.global_step < state.max_steps", "True"),
+    ],
     ("trainer", "finetune::test_peft_loads_the_adapter_with_the_loss_that_was_measured"): [
         ("held-out loss is the mean of batches", ".item() * learnt", ".item()"),
     ],
