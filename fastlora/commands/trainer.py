@@ -18,7 +18,6 @@ from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTTrainer
 
-import fastlora
 from fastlora.commands import data, models, shared
 from fastlora.commands.shared import UserError, first_line, is_sharded, rank, say
 
@@ -112,6 +111,8 @@ def train(
     s: Namespace, config: Any, examples: list, own: dict, checkpoint: str | None, step: int
 ) -> dict[str, Any]:
     """Train, from ``checkpoint`` on, and save the adapter; return what metrics.json is to hold."""
+    import fastlora
+
     how, count = "FSDP2" if is_sharded() else "data-parallel", config.world_size
     where = config.device.type + f", {count} processes ({how})" * (count > 1)
     say("model", f"{s.model}, {s.dtype} on {where}; loading may take half a minute")
@@ -173,6 +174,8 @@ def _trainer(s: Namespace, config: Any, model, tokenizer, examples: list, own: d
 @torch.no_grad()
 def _save_and_check(trainer: Any, folder: Path) -> str:
     """Save the adapter, load it beside the trained one; return how the outputs compare."""
+    import fastlora
+
     model, batch = trainer.model, trainer.data_collator([trainer.eval_dataset[0]])
     if is_sharded() or rank() == 0:
         fastlora.save_adapter(model, folder)
