@@ -84,13 +84,3 @@ def split(
     while len(held_out) < wanted and len(shuffled) > 1:
         held_out += shuffled.pop()
     return [example for group in shuffled for example in group], held_out
-
-
-def without_template(example: Example) -> Example:
-    """Return an example as text for a model that has no chat template: prompt, newline, answer."""
-    if "text" in example:
-        return example
-    if len(example["prompt"]) > 1:
-        raise UserError("the model has no chat template for a conversation of several turns")
-    (asked,), (said,) = example["prompt"], example["completion"]
-    return {"prompt": f"{asked['content']}\n", "completion": said["content"]}

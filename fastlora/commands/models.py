@@ -12,6 +12,11 @@ from torch import nn
 from fastlora.commands.shared import UserError, first_line, require
 
 ANSWER_TOKENS = 48
+# Of models that have no chat template: prompt, newline, answer, end.
+_PLAIN = (
+    "{% for m in messages %}{{ m.content }}"
+    "{{ eos_token if m.role == 'assistant' else '\\n' }}{% endfor %}"
+)
 
 
 def load_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
@@ -27,9 +32,12 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
     try:
         tokenizer, kind = transformers.AutoTokenizer, transformers.AutoModelForCausalLM
         model = kind.from_pretrained(name, dtype=dtype, **source, **dense)
-        return model, tokenizer.from_pretrained(name, **source)
+        tokenizer = tokenizer.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name} cannot be loaded: {first_line(error)}") from error
+    if not tokenizer.chat_template:  # a template writes what begins a text, too
+        tokenizer.chat_template = tokenizer.decode(tokenizer("")["input_ids"]) + _PLAIN
+    return model, tokenizer
 
 
 def empty_model(name: str) -> nn.Module:
@@ -77,12 +85,9 @@ def adapted(model: nn.Module, targets: list[str], **lora: object) -> nn.Module:
 
 def answer(model: nn.Module, tokenizer, question: str) -> str:
     """Return the model's greedy answer on one line, at most ANSWER_TOKENS tokens long."""
-    asked, how = [{"role": "user", "content": question}], {"return_tensors": "pt"}
-    if tokenizer.chat_template:
-        how |= {"add_generation_prompt": True, "return_dict": True}
-        known = tokenizer.apply_chat_template(asked, **how).to(model.device)
-    else:
-        known = tokenizer(f"{question}\n", **how).to(model.device)
+    asked = [{"role": "user", "content": question}]
+    how = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    known = tokenizer.apply_chat_template(asked, **how).to(model.device)
     said = model.generate(**known, max_new_tokens=ANSWER_TOKENS, do_sample=False)
     said = said[0, known["input_ids"].shape[1] :]
     cut = "…" if len(said) == ANSWER_TOKENS else ""

@@ -151,10 +151,7 @@ def train(
 def _trainer(s: Namespace, config: Any, model, tokenizer, examples: list, own: dict) -> Any:
     """Return the trainer of the examples, which TRL turns into tokens."""
     datasets.disable_progress_bars()
-    sides = data.split(examples, s.held_out, s.seed)
-    if not tokenizer.chat_template:
-        sides = [list(map(data.without_template, side)) for side in sides]
-    training, held_out = map(datasets.Dataset.from_list, sides)
+    training, held_out = map(datasets.Dataset.from_list, data.split(examples, s.held_out, s.seed))
     # Several processes then learn what one does, as every step has all its examples.
     config.dataloader_drop_last = len(training) >= s.batch_size
     rows = {"train_dataset": training, "eval_dataset": held_out, "processing_class": tokenizer}

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import tiny_chat
 
 from fastlora.__main__ import main
-from fastlora.commands import data, models, trainer
+from fastlora.commands import data, trainer
 from fastlora.commands.shared import UserError
 
 ONE = [{"role": "user", "content": "what is one"}, {"role": "assistant", "content": "two"}]
@@ -44,33 +45,33 @@ REFUSES = "{{ raise_exception('roles must alternate') }}"
                 ),
             ],
         ),
-        # Without a template prompt and newline come first.
-        ({"messages": ONE}, None, [("what is one two <eos>", "two <eos>")]),
+        (
+            *({"messages": ONE + MORE}, ""),
+            [
+                ("what is one two <eos>", "two <eos>"),
+                ("what is one two <eos> what the sum of two <eos>", "the sum of two <eos>"),
+            ],
+        ),
         ({"text": "one two three"}, tiny_chat.CHAT, [("one two three <eos>",) * 2]),
-        ({"text": "one two " * 9}, None, [("one two " * 8 + "one",) * 2]),  # cut at the length
-        ({"messages": ONE + MORE}, None, "the model has no chat template for a conversation"),
+        ({"text": "one two " * 9}, "", [("one two " * 8 + "one",) * 2]),  # cut at the length
         ({"messages": ONE}, REFUSES, "the model's chat template: roles must alternate"),
     ],
 )
 def test_answers_and_whole_texts_are_learnt(
     tiny, tmp_path, monkeypatch, capsys, row, template, expected
 ):
-    made, load, path = [], models.load_model, tmp_path / "data.jsonl"
-
-    def load_model(*arguments):
-        model, tokenizer = load(*arguments)
-        tokenizer.chat_template = template
-        return model, tokenizer
+    made, path, model = [], tmp_path / "data.jsonl", tmp_path / "model"
+    shutil.copytree(tiny.model, model)
+    (model / "chat_template.jinja").write_text(template)
 
     def train(self, **_):
         made.append(self)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "load_model", load_model)
     monkeypatch.setattr(trainer.Trainer, "train", train)
     other = {"text": "six"} if "text" in row else OTHER
     path.write_text("\n".join(map(json.dumps, [row, other])))
-    own = {"model": tiny.model, "data": path, "output": tmp_path, "seq-len": 17, "held-out": 0.5}
+    own = {"model": model, "data": path, "output": tmp_path, "seq-len": 17, "held-out": 0.5}
     code = main(tiny_chat.command("finetune", **own))
     if isinstance(expected, str):
         assert code == 2 and f"error: {expected}" in capsys.readouterr().err
