@@ -43,9 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         if s.command == "info":
             return info.run()
         COMMANDS[s.command][0].run(s)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ImportError) as error:
         which = f"process {rank()}: " if rank() else ""
-        print(f"{which}error: {first_line(error)}", file=sys.stderr)
+        cure = ': pip install "fastlora-kernels[finetune]"' * isinstance(error, ImportError)
+        print(f"{which}error: {first_line(error)}{cure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what is kept", file=sys.stderr)

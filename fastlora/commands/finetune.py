@@ -19,7 +19,6 @@ from fastlora.commands import data, shared
 from fastlora.commands.shared import UserError, is_sharded, number, rank, say
 
 WARMUP = 0.05  # of all steps
-PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets", "tqdm", "matplotlib")
 POSITIVE, FRACTION = number(int, 1), number(float, 0, 1)
 _LINES = 'JSONL: "prompt" and "response", "messages", or "text" on each line'
 _TARGETS = "layer names, one regular expression, or all-linear"
@@ -58,7 +57,6 @@ def run(s: Namespace) -> dict[str, Any]:
     checkpoints/ only until these are there. Raises UserError for what the user can put right.
     """
     examples = data.read_examples(s.data)
-    shared.require(*PACKAGES)
     config = _config(s)
     output, done = Path(s.output), Path(s.output, "metrics.json")
     own = fingerprint(s, config.device)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastlora.commands.shared import UserError, first_line, require
+from fastlora.commands.shared import UserError, first_line
 
 ANSWER_TOKENS = 48
 # Of models that have no chat template: prompt, newline, answer, end.
@@ -45,7 +45,6 @@ def empty_model(name: str) -> nn.Module:
 
     A model without a language head, which only ``tune`` takes, comes as it is.
     """
-    require("transformers", "peft")
     import transformers
 
     source = _gguf(name)
@@ -62,10 +61,7 @@ def empty_model(name: str) -> nn.Module:
 def _gguf(folder: str) -> dict[str, str]:
     """Return what tells transformers to read the one .gguf of a folder without a config."""
     files = [] if Path(folder, "config.json").exists() else list(Path(folder).glob("*.gguf"))
-    if len(files) != 1:
-        return {}
-    require("gguf", extra="demo")
-    return {"gguf_file": files[0].name}
+    return {"gguf_file": files[0].name} if len(files) == 1 else {}
 
 
 def adapted(model: nn.Module, targets: list[str], **lora: object) -> nn.Module:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -35,13 +34,6 @@ def number(kind: type, least: float, below: float = math.inf) -> Callable[[str],
 
     parse.__name__ = kind.__name__  # as argparse says what is no number
     return parse
-
-
-def require(*modules: str, extra: str = "finetune") -> None:
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        what = " and ".join(missing)
-        raise UserError(f'{what} not installed: pip install "fastlora-kernels[{extra}]"')
 
 
 def torch_device(name: str | None) -> torch.device:

@@ -33,7 +33,6 @@ def add_options(add: Callable) -> None:
 
 def run(s: Namespace) -> None:
     """Measure, print what was chosen of what, and keep it for every later process."""
-    shared.require("tqdm")
     from tqdm import tqdm
 
     from fastlora.explain import explain
