@@ -66,8 +66,11 @@ def run(s: Namespace) -> dict[str, Any]:
             shutil.rmtree(output / "checkpoints", ignore_errors=True)
             done.unlink(missing_ok=True)
     if done.exists():
-        metrics = json.loads(done.read_text(encoding="utf-8"))
-        _refuse_others(done, metrics["settings"], own)
+        try:
+            metrics = json.loads(done.read_text(encoding="utf-8"))
+            _refuse_others(done, dict(metrics["settings"]), own)
+        except (ValueError, TypeError, LookupError) as error:
+            raise UserError(f"{done} is damaged; --restart begins again") from error
         say("finished", f"{output} holds this run already; --restart trains again")
         say("held out", f"{metrics['held_out_before']:.3f} -> {metrics['held_out_after']:.3f}")
         return metrics

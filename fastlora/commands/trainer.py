@@ -32,8 +32,8 @@ class Trainer(SFTTrainer):
 
     def __init__(self, *arguments, ask: str | None, start: dict, **options) -> None:
         super().__init__(*arguments, **options)
-        self.remove_callback(ProgressCallback)
         self.progress, self.ask, self.start = Progress(), ask, start
+        self.remove_callback(ProgressCallback)
         self.add_callback(self.progress)
 
     def compute_loss(self, model, inputs, *arguments, **options):
@@ -139,7 +139,7 @@ def train(
     say("speed", f"{rate:.0f} tokens/s, {seconds / 60:.1f} minutes of training")
     versions = {"fastlora": fastlora.__version__, "torch": torch.__version__}
     metrics = {**before, **trainer.measure("after"), "versions": versions, "seconds": seconds}
-    metrics["trainable"], _ = model.get_nb_trainable_parameters()
+    metrics["trainable"], _ = trainer.model.get_nb_trainable_parameters()
     metrics["tokens"] = steps[-1]["num_input_tokens_seen"]
     metrics["losses"] = [row["loss"] for row in steps]
     metrics["gradient_norms"] = [row["grad_norm"] for row in steps]

@@ -158,6 +158,13 @@ def test_a_finished_run_says_so_and_refuses_other_settings(run, finished, capsys
     assert (finished / "metrics.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("held", ["{", "[]", "{}"])
+def test_a_damaged_file_is_refused(run, tmp_path, capsys, held):
+    (tmp_path / "metrics.json").write_text(held)
+    assert run(tmp_path) == 2
+    assert "metrics.json is damaged; --restart begins again" in capsys.readouterr().err
+
+
 def test_a_run_that_diverges_says_so(run, tmp_path, capsys):
     assert run(tmp_path, lr=1e30, steps=8) == 2
     error = capsys.readouterr().err
