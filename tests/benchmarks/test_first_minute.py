@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import first_minute
 import pytest
 import torch
 from fastlora_kernels.configs import Chip, candidates
-
-BENCHMARKS = Path(first_minute.__file__).parent
+from measuring import run_python
 
 
 @pytest.fixture
@@ -87,9 +84,9 @@ def test_what_was_measured_outlives_what_fails(tiny, tmp_path, monkeypatch):
 
 def test_on_a_plain_cpu(tmp_path):
     path = tmp_path / "found.json"
-    command = [sys.executable, str(BENCHMARKS / "first_minute.py"), "--tokens", "2"]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    subprocess.run([*command, "--seconds", "0", "--output", str(path)], env=environment, check=True)
+    program = f"import first_minute as f; f.main('--tokens 2 --seconds 0 --output {path}'.split())"
+    paths = f"{Path(first_minute.__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
+    run_python(program, TRITON_INTERPRET="0", PYTHONPATH=paths)
     found = json.loads(path.read_text())
     assert [row["way"] for row in found["layers, 2 tokens"]] == ["frozen", "blocks"]
     assert "one tile" not in found and found["ceilings"]["copy_bytes_s"] > 0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -35,19 +36,19 @@ WIDE = Config(128, 256, 64, num_warps=8, num_stages=3, tma=True, low_rank="fold"
         (6144, 8192, 8192, 754.7),  # pytorch/FBGEMM#2766, bf16, chip not named
         (6144, 8192, 64, 133.3),
         (65536, 1024, 1024, 583.9),  # facebookexperimental/triton#1038, "Hopper"
+        # A persistent product with TMA (meta-pytorch/tritonbench#894); one is fitted.
+        (8192, 8192, 4096, -665.9),
+        (8192, 8192, 8192, -673.6),
+        (8192, 8192, 16384, -688.7),
     ],
 )
-def test_library_products_as_published(M, N, K, published):
-    """TFLOP/s of the library; three of the constants were fitted to these."""
+def test_products_as_published(M, N, K, published):
+    """TFLOP/s of the library, to which three of the constants were fitted; below 0 of ours."""
     seconds = library("product", H100, "16", M, N, K).seconds + STANDALONE
-    assert 2 * M * N * K / seconds / 1e12 == pytest.approx(published, rel=0.2)
-
-
-@pytest.mark.parametrize(("K", "published"), [(4096, 665.9), (8192, 673.6), (16384, 688.7)])
-def test_persistent_products_as_published(K, published):
-    """TFLOP/s of a persistent TMA product (meta-pytorch/tritonbench#894); one is fitted."""
-    step = prediction.product("product", H100, "16", 8192, 8192, K, 1, WIDE, False)
-    assert 2 * 8192 * 8192 * K / step.seconds / 1e12 == pytest.approx(published, rel=0.05)
+    if published < 0:
+        seconds = prediction.product("product", H100, "16", M, N, K, 1, WIDE, False).seconds
+    rate, within = 2 * M * N * K / seconds / 1e12, 0.2 if published > 0 else 0.05
+    assert rate == pytest.approx(abs(published), rel=within)
 
 
 def eager(M, d):
@@ -72,19 +73,19 @@ def together(streams, skinny, products):
     return total, seconds
 
 
-@pytest.mark.parametrize(
-    ("d", "torch_gib", "fused_gib"),
-    [(4096, 2.008, 1.258), (5120, 2.771, 1.836), (8192, 5.289, 4.044)],
-)
-def test_lorafusion_traffic_as_published(d, torch_gib, fused_gib):
-    """Read and written in device memory at 8192 tokens: figure 7's data in CentML/lorafusion."""
-    assert eager(8192, d)[0] / 2**30 == pytest.approx(torch_gib, rel=0.05)
-    # The fused kernels move 16 to 17% more than the model says.
-    assert lorafusion(8192, d)[0] / 2**30 == pytest.approx(fused_gib, rel=0.2)
+def test_lorafusion_as_published():
+    """Traffic at 8192 tokens: figure 7's data in CentML/lorafusion.
 
-
-def test_lorafusion_speedup_as_published():
-    """1.27 in the mean, 1.39 at best, r = 16, an H100 (EuroSys 2026; arXiv 2510.00206)."""
+    The speedup is 1.27 in the mean, 1.39 at best, r = 16, an H100 (EuroSys 2026; arXiv 2510.00206).
+    """
+    for d, torch_gib, fused_gib in (
+        (4096, 2.008, 1.258),
+        (5120, 2.771, 1.836),
+        (8192, 5.289, 4.044),
+    ):
+        assert eager(8192, d)[0] / 2**30 == pytest.approx(torch_gib, rel=0.05)
+        # The fused kernels move 16 to 17% more than the model says.
+        assert lorafusion(8192, d)[0] / 2**30 == pytest.approx(fused_gib, rel=0.2)
     shapes = [(M, d) for d in (4096, 5120, 8192) for M in range(2048, 8193, 256)]
     found = [eager(*shape)[1] / lorafusion(*shape)[1] for shape in shapes]
     assert sum(found) / len(found) == pytest.approx(1.27, abs=0.08)
@@ -110,49 +111,42 @@ def test_grids_are_those_of_the_launchers(M, C, r):
 
 
 @pytest.mark.parametrize("impl", ["blocks", "library", "triton"])
-@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (BF16, FP32), (FP32, FP32)])
-@pytest.mark.parametrize("dropout", [False, True])
-def test_every_plan_has_a_time(op, impl, dtypes, dropout):
-    before = 0.0
-    for M in (1, 100, 1024, 8192):
-        problem = Problem(M, 1024, 4096, 40, *dtypes, dropout)
-        found = predict(op, impl, problem, H100)
-        assert found.seconds == sum(step.seconds for step in found.steps) > before
-        assert found.seconds > predict(op, "frozen", problem, H100).seconds * 0.9
-        assert all(step.seconds >= step.bytes / H100.copy * 0.99 for step in found.steps)
-        assert f"{op} by {impl}" in str(found)
-        before = found.seconds * 0.9  # fewer rows may wait longer for the same w
+def test_every_plan_has_a_time(impl, dtypes):
+    for op, dropout in itertools.product(OPS, (False, True)):
+        before = 0.0
+        for M in (1, 100, 1024, 8192):
+            problem = Problem(M, 1024, 4096, 40, *dtypes, dropout)
+            found = predict(op, impl, problem, H100)
+            assert found.seconds == sum(step.seconds for step in found.steps) > before
+            assert found.seconds > predict(op, "frozen", problem, H100).seconds * 0.9
+            assert all(step.seconds >= step.bytes / H100.copy * 0.99 for step in found.steps)
+            assert f"{op} by {impl}" in str(found)
+            before = found.seconds * 0.9  # fewer rows may wait longer for the same w
 
 
-def test_forms_of_a_product():
-    """Folded in costs less than before the loop, TMA less than pointers."""
+def test_what_costs_more():
     problem = Problem(8192, 4096, 4096, 16, BF16, BF16)
 
     def seconds(**changes):
         configs = {name: replace(WIDE, **changes) for name in ("outputs", "input_grad")}
         return [predict(op, "triton", problem, H100, configs).seconds for op in OPS]
 
+    # Before the loop more than folded in, by pointers more than by TMA.
     first, pointers = {"low_rank": "first"}, {"low_rank": "first", "tma": False}
     costs = zip(seconds(), seconds(**first), seconds(**pointers), strict=True)
     assert all(a < b < c for a, b, c in costs)
-
-
-def test_few_programs_cannot_fill_the_memory():
+    # Few programs cannot fill the memory.
     config = Config(64, 16, 64, num_stages=4)
-    ((half,), (full,)) = (
-        narrow("shrink", H100, "16", M, 4096, 16, config, False) for M in (1024, 8192)
-    )
-    assert full.bytes / full.seconds > 0.8 * H100.copy
-    assert half.bytes / half.seconds < 0.5 * H100.copy
-
-
-def test_ragged_tiles_and_last_waves_cost_whole_ones():
-    def seconds(M):
-        return prediction.product("y", H100, "16", M, 4096, 4096, 16, WIDE, False).seconds
-
-    assert seconds(1025) == seconds(1152) > seconds(1024)  # 144 tiles and 128, of 132 processors
-    assert seconds(1024) > seconds(1025) / 2 * 0.99
+    steps = (narrow("shrink", H100, "16", M, 4096, 16, config, False) for M in (1024, 8192))
+    half, full = (step.bytes / step.seconds / H100.copy for (step,) in steps)
+    assert half < 0.5 and full > 0.8
+    # Ragged tiles and last waves cost whole ones: 144 tiles and 128, of 132 processors.
+    times = [
+        prediction.product("y", H100, "16", M, 4096, 4096, 16, WIDE, False).seconds
+        for M in (1024, 1025, 1152)
+    ]
+    assert times[0] < times[1] == times[2] < 2.02 * times[0]
 
 
 @pytest.mark.parametrize(("M", "r"), [(16, 8), (512, 128), (16384, 16)])
@@ -189,14 +183,8 @@ def test_machines_from_properties(of, matrix, vector, memory):
     assert predict("forward", "triton", Problem(512, 1024, 1024), found).seconds > 0
 
 
-def test_no_machine_where_nothing_is_known():
+def test_what_is_not_modelled():
     assert Machine.of(torch.device("cpu")) is None
     assert Machine.from_properties(properties("Volta", (7, 0), 80, 1.5, 0.9, 4096)) is None
-    old = properties("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 2.619, 5120)
-    del old.memory_clock_rate
-    assert Machine.from_properties(old) is None
-
-
-def test_float64_is_not_modelled():
     with pytest.raises(ValueError, match=r"problem\.dtype is float64"):
         predict("forward", "blocks", Problem(8, 8, 8, 8, torch.float64, torch.float64), H100)

@@ -1,111 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines of text into tokens and labels: what is learnt, what is held out, in which order."""
+"""Lines of JSON into tokens and labels: what is learnt, what is held out, what is refused."""
 
 from __future__ import annotations
 
-import pytest
-import transformers
+import json
+import shutil
 
-from fastlora.commands import data
+import pytest
+import tiny_chat
+
+from fastlora.__main__ import main
+from fastlora.commands import data, trainer
 from fastlora.commands.shared import UserError
 
-ASKED = [{"role": "user", "content": "what is one"}, {"role": "assistant", "content": "two"}]
-AGAIN = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "the sum of two"}]
-
-
-@pytest.fixture
-def tokenizer(tiny):
-    return transformers.AutoTokenizer.from_pretrained(tiny.model)
-
-
-def learnt(tokenizer, example, seq_len=100):
-    """Return what an example becomes, and its tokens that are learnt."""
-    encoded = data.encode(tokenizer, example, seq_len)
-    ids, labels = encoded["input_ids"], encoded["labels"]
-    assert len(ids) == len(labels)
-    assert all(label in (token, data.IGNORED) for token, label in zip(ids, labels, strict=True))
-    return tokenizer.decode(ids), tokenizer.decode([x for x in labels if x != data.IGNORED])
-
-
-def test_only_answers_are_learnt(tokenizer):
-    one = "<user> what is one <eos> <assistant> two <eos>"
-    assert learnt(tokenizer, ASKED) == (one, "two <eos>")
-    two = f"{one} <user> what <eos> <assistant> the sum of two <eos>"
-    assert learnt(tokenizer, ASKED + AGAIN) == (two, "two <eos> the sum of two <eos>")
-    assert learnt(tokenizer, [*ASKED, AGAIN[0]]) == (one, "two <eos>")
-
-
-def test_an_answer_that_a_template_writes_otherwise_later_is_context(tokenizer):
-    """As by Qwen3, which leaves out what was thought."""
-    last = "{% set last = loop.last %}{% if m.role == 'user' or loop.last %}{{ m.content }}"
-    tokenizer.chat_template = (
-        "{% for m in messages %}" + last + "{% else %}ten{% endif %} <eos> {% endfor %}"
-        "{% if add_generation_prompt %}<assistant> {% endif %}"
-    )
-    _, answers = learnt(tokenizer, ASKED + AGAIN)
-    assert answers == "the sum of two <eos>"
-
-
-def test_without_a_chat_template_prompt_and_newline_come_first(tokenizer):
-    """Of a talk of two turns; a longer one is refused, as is what a template refuses."""
-    tokenizer.chat_template = None
-    assert learnt(tokenizer, ASKED) == ("what is one two <eos>", "two <eos>")
-    with pytest.raises(UserError, match="the model's chat template: "):
-        data.encode(tokenizer, ASKED + AGAIN, 100)
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(UserError, match=r"^the model's chat template: roles must alternate$"):
-        data.encode(tokenizer, ASKED, 100)
-
-
-def test_a_text_is_learnt_whole_and_cut_at_the_length(tokenizer):
-    """But for its first token, which nothing predicts."""
-    assert learnt(tokenizer, "one two three") == ("one two three <eos>", "two three <eos>")
-    assert learnt(tokenizer, "one two three four", 3) == ("one two three", "two three")
-    assert data.encode(tokenizer, ASKED, 6) is None
-
-
-def test_the_order_is_a_function_of_the_seed():
-    flat = data.order(10, 25, seed=1)
-    assert sorted(flat[:10]) == sorted(flat[10:20]) == list(range(10))
-    assert flat[:10] != flat[10:20] and len(flat) == 25
-    assert data.order(10, 12, seed=1) == flat[:12] != data.order(10, 12, seed=2)
-
-
-@pytest.mark.parametrize("talk", [False, True])
-def test_answers_to_one_prompt_stay_on_one_side(talk):
-    examples = [f"q{i // 3}" for i in range(60)]
-    if talk:
-        asked = [[{"role": "user", "content": text}] for text in examples]
-        examples = [[*one, ASKED[1], *AGAIN] for one in asked]
-    training, held_out = data.split(examples, 0.1, seed=0, at_most=256)
-    assert len(held_out) == 6 and len(training) == 54
-    assert not any(example in held_out for example in training)
-    assert len(data.split(examples, 0.5, seed=0, at_most=3)[1]) == 3
+ONE = [{"role": "user", "content": "what is one"}, {"role": "assistant", "content": "two"}]
+MORE = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "the sum of two"}]
+OTHER = {"prompt": "six", "response": "ten"}
+TALK = "<user> what is one <eos> <assistant> two <eos>"
+LAST = "<assistant> the sum of two <eos>"
+# As Qwen3, it leaves out later what was said at first.
+THINKS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<assistant> {% endif %}"
+    "{{ m.content if loop.last or m.role == 'user' else 'ten' }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+REFUSES = "{{ raise_exception('roles must alternate') }}"
 
 
 @pytest.mark.parametrize(
-    ("line", "problem"),
+    ("row", "template", "expected"),
     [
-        ('{"prompt": "a", "response": ', "not JSON"),
-        ('["a"]', "got a list; expected"),
-        ('{"prompt": "a"}', "got prompt; expected"),
-        ('{"a": 1}', "got none of the keys; expected"),
-        ('{"text": "a", "prompt": "b"}', "got prompt and text; expected"),
-        ('{"prompt": "a", "response": 3}', '"response" must be a text that is not empty, got 3'),
-        ('{"prompt": "a", "response": " "}', "got ' '"),
-        (r'{"prompt": "\ud800", "response": "a"}', r"got '\ud800'"),
-        ('{"messages": "a"}', '"messages" must be a list of {"role": "…", "content": "…"}'),
-        ('{"messages": [{"role": "user"}]}', '"content" must be a text that is not empty, got'),
-        ('{"messages": [{"role": "user", "content": "a"}]}', 'must hold an answer of "assistant"'),
-        ('{"messages": []}', 'must hold an answer of "assistant"'),
-        (b'{"text": "\xff"}', "not JSON"),
-        ("[" * 100_000, "not JSON"),
+        ({"prompt": "what is one", "response": "two"}, tiny_chat.CHAT, [(TALK, "two <eos>")]),
+        (
+            *({"messages": [*ONE, *MORE, MORE[0]]}, tiny_chat.CHAT),
+            [(TALK, "two <eos>"), (f"{TALK} <user> what <eos> {LAST}", "the sum of two <eos>")],
+        ),
+        (
+            *({"messages": ONE + MORE}, THINKS),
+            [
+                ("what is one <eos> <assistant> two <eos>", "two <eos>"),
+                (
+                    f"what is one <eos> <assistant> ten <eos> what <eos> {LAST}",
+                    "the sum of two <eos>",
+                ),
+            ],
+        ),
+        (
+            *({"messages": ONE + MORE}, ""),
+            [
+                ("what is one two <eos>", "two <eos>"),
+                ("what is one two <eos> what the sum of two <eos>", "the sum of two <eos>"),
+            ],
+        ),
+        ({"text": "one two three"}, tiny_chat.CHAT, [("one two three <eos>",) * 2]),
+        ({"text": "one two " * 9}, "", [("one two " * 8 + "one",) * 2]),  # cut at the length
+        ({"messages": ONE}, REFUSES, "the model's chat template: roles must alternate"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, problem):
+def test_answers_and_whole_texts_are_learnt(
+    tiny, tmp_path, monkeypatch, capsys, row, template, expected
+):
+    made, path, model = [], tmp_path / "data.jsonl", tmp_path / "model"
+    shutil.copytree(tiny.model, model)
+    (model / "chat_template.jinja").write_text(template)
+
+    def train(self, **_):
+        made.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Trainer, "train", train)
+    other = {"text": "six"} if "text" in row else OTHER
+    path.write_text("\n".join(map(json.dumps, [row, other])))
+    own = {"model": model, "data": path, "output": tmp_path, "seq-len": 17, "held-out": 0.5}
+    code = main(tiny_chat.command("finetune", **own))
+    if isinstance(expected, str):
+        assert code == 2 and f"error: {expected}" in capsys.readouterr().err
+        return
+    decode, found = made[0].processing_class.decode, []
+    for example in [*made[0].train_dataset, *made[0].eval_dataset]:
+        ids, labels = example["input_ids"], example["labels"]
+        assert all(label in (i, -100) for i, label in zip(ids, labels, strict=True))
+        found.append((decode(ids), decode([label for label in labels if label != -100])))
+    assert sorted(pair for pair in found if "six" not in pair[0].split()[:2]) == sorted(expected)
+
+
+def test_answers_to_one_prompt_stay_on_one_side():
+    """And the answers of one conversation, of which one holds the other."""
+    examples = [{"text": f"q{i // 3}"} for i in range(30)]
+    for i in range(15):
+        asked = [{"role": "user", "content": f"q{i}"}]
+        examples += [{"prompt": asked}, {"prompt": [*asked, ONE[1], *MORE]}]
+    training, held_out = data.split(examples, 0.1, seed=0)
+    assert 6 <= len(held_out) <= 8 and len(training) + len(held_out) == 60
+    for example in held_out:
+        own = example.get("text") or example["prompt"][0]
+        assert not any(own == (e.get("text") or e["prompt"][0]) for e in training)
+    assert data.split(examples, 0.1, seed=1)[1] != held_out == data.split(examples, 0.1, 0)[1]
+    assert len(data.split([{"text": str(i)} for i in range(3000)], 0.5, 0)[1]) == 256
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "a", "response": ',
+        '["a"]',
+        '{"prompt": "a"}',
+        '{"a": 1}',
+        '{"text": "a", "prompt": "b"}',
+        '{"prompt": "a", "response": 3}',
+        '{"prompt": "a", "response": " "}',
+        r'{"prompt": "\ud800", "response": "a"}',
+        '{"messages": "a"}',
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        '{"messages": [{"role": "assistant", "content": "a"}]}',
+        '{"messages": []}',
+        b'{"text": "\xff"}',
+        "[" * 100_000,
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line):
     path = tmp_path / "bad.jsonl"
-    path.write_bytes(b'{"text": "one"}\n\n' + (line.encode() if isinstance(line, str) else line))
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b'{"prompt": "one", "response": "two"}\n\n' + line)
     with pytest.raises(UserError) as error:
         data.read_examples(path)
     said = str(error.value)
-    assert said.startswith(f"{path}, line 3: ") and problem in said and len(said.splitlines()) == 1
+    assert said.startswith(f'{path}, line 3: expected {{"prompt": "…", ') and len(said) < 400
+    assert said.endswith(f"got {line[:60].decode(errors='replace')}")
+    path.write_text('{"prompt": "one", "response": "two"}\n{"text": "one"}')
+    with pytest.raises(UserError, match="line 2: texts and conversations need a file each"):
+        data.read_examples(path)

@@ -12,23 +12,18 @@ import tiny_chat
 
 from fastlora.commands import demo, models
 
-pytest.importorskip("yaml", reason="PyYAML is not installed")
-
-
-def test_each_conversations_first_two_turns_become_a_pair(tmp_path):
-    (tmp_path / "talk.yml").write_text(
-        "conversations:\n- [Hello, Hi there., Bye]\n- [Hello, Hi there.]\n- ['Is it 4?', 4]\n"
-        f"- [Write a program, {'x' * 121}]\n"
-    )
-    assert demo.corpus_pairs(tmp_path) == [("Hello", "Hi there."), ("Is it 4?", "4")]
-
-
-INSTALLED = all(map(importlib.util.find_spec, (demo.MODEL, demo.CORPUS, "gguf")))
+INSTALLED = all(map(importlib.util.find_spec, (demo.MODEL, demo.CORPUS, "gguf", "yaml")))
 
 
 @pytest.mark.skipif(not INSTALLED, reason="the demo's model and corpus are not installed")
 def test_the_demo_fine_tunes_the_installed_model(tmp_path, monkeypatch, capsys):
     """Of a .gguf that transformers reads into dense weights, which it may mark as quantised."""
+    (tmp_path / "talk.yml").write_text(
+        "conversations:\n- [Hello, Hi there., Bye]\n- [Hello, Hi there.]\n- ['Is it 4?', 4]\n"
+        f"- [Write a program, {'x' * 121}]\n"
+    )
+    pairs = [("Hello", "Hi there."), ("Is it 4?", "4")]  # each conversation's first two turns
+    assert demo.corpus_pairs(tmp_path) == [{"prompt": q, "response": a} for q, a in pairs]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "ANSWER_TOKENS", 3)
     small = "--steps 1 --batch-size 1 --held-out 0.001 --target-modules q_proj v_proj"
@@ -41,7 +36,7 @@ def test_the_demo_fine_tunes_the_installed_model(tmp_path, monkeypatch, capsys):
     assert tiny_chat.numbers(demo.OUTPUT)["answer_before"] == "I'm sorry…"
 
 
-def test_a_missing_package_is_named(monkeypatch, tmp_path, capsys):
+def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setattr(demo, "MODEL", "no_such_package")
     assert demo.main() == 2
     assert "no_such_package is not installed" in capsys.readouterr().err

@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
-from measuring import CPU, PROBLEM, timings
+from measuring import CPU, PROBLEM, run_python, timings
 from tiny_models import llama
 
 from fastlora.__main__ import main
-from fastlora.commands import info, tune
 from fastlora.operator import measured, plans, tuning
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
@@ -26,42 +21,35 @@ def test_the_command_measures_shapes(capsys):
     assert run_tune("--shapes", "48x32", "--dropout", "off") == 0
     printed = capsys.readouterr().out
     problem = PROBLEM._replace(M=16)
-    assert f"{problem}, forward: blocks, " in printed and ", as by default" in printed
-    assert "1 problems, forward and backward: " in printed and "(1.00x)" in printed
+    assert f"{problem}, on cpu\n  forward   blocks    measured on this machine: " in printed
     assert f"kept in {measured.path_of(CPU)}" in printed
     assert measured.find(problem, CPU) is not None
 
 
-def test_the_command_says_what_is_gained(capsys, monkeypatch):
-    monkeypatch.setattr(tuning, "_measure", lambda *_: timings())
-    assert run_tune("--shapes", "48x32", "--dropout", "both") == 0
-    printed = capsys.readouterr().out
-    assert ": triton, 1 ms, 3.00x the speed of blocks, the default" in printed
-    assert (
-        "2 problems, forward and backward: 4.00 ms as chosen, 12.00 ms by default (3.00x)"
-        in printed
-    )
-
-
-def test_the_command_reads_a_model(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (
+            "all-linear",
+            {(16, 16, ()), (8, 16, ()), (24, 16, ()), (16, 24, ())}
+            | {(16, 16, ((8, 16), (8, 16))), (24, 16, ((24, 16),))},
+        ),
+        (
+            r"model\.layers\.\d+\.self_attn\.[qk]_proj",  # names as in finetune's model
+            {(16, 16, ()), (8, 16, ()), (16, 16, ((8, 16), (8, 0)))},  # v is frozen
+        ),
+    ],
+)
+def test_a_models_weights_are_measured_alone_and_with_those_that_read_the_same(
+    targets, expected, monkeypatch, tmp_path
+):
     llama().config.save_pretrained(tmp_path)
-    posed = []
-    monkeypatch.setattr(tuning, "_measure", lambda problem, *_: posed.append(problem) or timings())
-    pattern = r"model\.layers\.\d+\.self_attn\.[qk]_proj"  # names as in finetune's model
-    assert run_tune("--model", str(tmp_path), "--target-modules", pattern) == 0
-    alone = [p for p in posed if not p.others]
-    assert {(p.N, p.K) for p in alone} == {(16, 16), (8, 16)} and len(alone) == 4
-    # q and k with v, which is frozen, of one x.
-    together = [p for p in posed if p.others]
-    assert {(p.N, p.R, p.others) for p in together} == {(16, 16, ((8, 16), (8, 0)))}
-    assert len(together) == 2
-
-
-def test_weights_are_measured_alone_and_with_those_that_read_the_same(tmp_path):
-    llama().config.save_pretrained(tmp_path)
-    alone = [((16, 16, True),), ((8, 16, True),), ((24, 16, True),), ((16, 24, True),)]
-    together = [((16, 16, True), (8, 16, True), (8, 16, True)), ((24, 16, True), (24, 16, True))]
-    assert tune._of_model(str(tmp_path), "all-linear") == alone + together
+    known = []
+    monkeypatch.setattr(tuning, "_measure", lambda problem, *_: known.append(problem) or timings())
+    assert run_tune("--model", str(tmp_path), "--target-modules", targets) == 0
+    assert {(p.N, p.K, p.others) for p in known} == expected
+    assert len(known) == 2 * len(expected)  # with dropout and without
+    assert {(p.M, p.R, p.dtype, p.adapter) for p in known} == {(16, 16, *PROBLEM[4:6])}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +58,7 @@ def test_weights_are_measured_alone_and_with_those_that_read_the_same(tmp_path):
         ([], "give either --model or --shapes"),
         (["--model", "a", "--shapes", "8x8"], "give either --model or --shapes"),
         (["--shapes", "48"], "--shapes takes NxK, such as 14336x4096, got '48'"),
-        (["--shapes", "8x8", "--r", "0"], "--r must be positive, got 0"),
+        (["--shapes", "8x8", "--r", "0"], "argument --r: must be at least 1, got 0"),
         (["--shapes", "8x8", "--adapter-dtype", "fp16"], "--adapter-dtype must be bf16 or fp32"),
         (["--shapes", "8x8", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--model", "no/such/folder"], "--model no/such/folder cannot be read"),
@@ -90,30 +78,30 @@ def test_the_command_names_what_is_wrong(options, message, capsys, tmp_path, mon
     assert f"error: {message}" in capsys.readouterr().err
 
 
-def test_the_command_where_there_is_nothing_to_choose(capsys, monkeypatch):
-    monkeypatch.setattr(plans, "triton_unusable", lambda device: "no GPU.")
-    assert run_tune("--shapes", "48x32") == 0
-    said = capsys.readouterr().out
-    assert said == "nothing to choose on cpu: only 'blocks' runs there. no GPU.\n"
-
-
-def test_nothing_is_measured(capsys, monkeypatch):
-    """As the environment forces a choice, or nothing could be."""
+def test_where_there_is_nothing_to_choose_or_measure(capsys, monkeypatch):
     monkeypatch.setattr(tuning, "_measure", lambda *_: None)
     assert run_tune("--shapes", "48x32") == 2
     assert "nothing could be measured on cpu" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "triton_unusable", lambda device: "no GPU.")
+        assert run_tune("--shapes", "48x32") == 0
+        said = capsys.readouterr().out
+        assert said == "nothing to choose on cpu: only 'blocks' runs there. no GPU.\n"
     monkeypatch.setattr(plans, "FORCED", "reference")
     assert run_tune("--shapes", "48x32") == 2
     assert "FASTLORA_IMPL=reference leaves nothing to choose" in capsys.readouterr().err
 
 
-def test_the_command_does_not_say_kept_when_it_is_not(capsys, monkeypatch, tmp_path):
+def test_what_is_chosen_is_said_even_where_it_is_not_kept(capsys, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(tuning, "_measure", lambda *_: timings())
     with pytest.warns(UserWarning, match="cannot be kept in"):
-        assert run_tune("--shapes", "48x32") == 0
-    assert "not kept: it held for this process only" in capsys.readouterr().out
+        assert run_tune("--shapes", "48x32", "--dropout", "both") == 0
+    printed = capsys.readouterr().out
+    chosen = "triton    measured on this machine: triton 1 ms, library 2 ms, blocks 3 ms"
+    assert printed.count(chosen) == 4
+    assert "not kept: it held for this process only" in printed
 
 
 # info
@@ -121,17 +109,13 @@ def test_the_command_does_not_say_kept_when_it_is_not(capsys, monkeypatch, tmp_p
 
 @pytest.mark.parametrize("interpret", ["0", "1"])
 def test_info_ends_in_ok(interpret):
-    from_command = subprocess.run(
-        [sys.executable, "-m", "fastlora", "info"],
-        env={**os.environ, "TRITON_INTERPRET": interpret},
-        capture_output=True,
-        text=True,
-    )
-    out = from_command.stdout
-    assert from_command.returncode == 0 and out.splitlines()[-1] == "OK", out + from_command.stderr
-    assert "blocks on cpu, bfloat16: forward and backward right" in out
-    if interpret == "1":
-        assert "triton on cpu, bfloat16: forward and backward right" in out
+    program = "from fastlora.__main__ import main; raise SystemExit(main(['info']))"
+    out = run_python(program, TRITON_INTERPRET=interpret)
+    assert out.splitlines()[-1] == "OK" and "impl='auto' takes blocks" in out
+    right = {"blocks", "auto"} | ({"library", "triton"} if interpret == "1" else set())
+    for impl in ("blocks", "library", "triton", "auto"):
+        word = "forward and backward right" if impl in right else "not usable"
+        assert f"{impl} on cpu, bfloat16: {word}" in out
 
 
 def test_info_says_what_failed(monkeypatch, capsys):
@@ -143,7 +127,7 @@ def test_info_says_what_failed(monkeypatch, capsys):
 
     right = blocks.input_grad_and_da
     monkeypatch.setattr(blocks, "input_grad_and_da", wrong)
-    assert info.main() == 1
+    assert main(["info"]) == 1
     out = capsys.readouterr().out
     assert "blocks on cpu, float32: forward and backward WRONG" in out and "FAILED" in out
 
@@ -151,7 +135,6 @@ def test_info_says_what_failed(monkeypatch, capsys):
 @pytest.mark.parametrize(("value", "said"), [("nonsense", "must be one of"), ("triton", "usable")])
 def test_info_refuses_what_layers_refuse(value, said, monkeypatch, capsys):
     monkeypatch.setattr(plans, "FORCED", value)
-    monkeypatch.setattr(info, "_check", lambda *_: True)
     monkeypatch.setattr(plans, "triton_unusable", lambda device: "for a reason")
-    assert info.main() == (1 if value == "nonsense" else 0)
+    assert main(["info"]) == (1 if value == "nonsense" else 0)
     assert said in capsys.readouterr().out.splitlines()[-2]

@@ -5,44 +5,49 @@ from __future__ import annotations
 
 from broken_copies import Mutant
 
-CTRL_C = "finetune::test_ctrl_c_leaves_a_run_that_goes_on"
-OTHERWISE = "data::test_an_answer_that_a_template_writes_otherwise_later_is_context"
-SAMPLER = "return SequentialSampler(self.train_dataset)"
-
 # By file and the test that must notice: what, right, wrong.
 COPIES = {
-    ("shared", "finetune::test_a_run_that_diverges_says_so"): [
+    ("trainer", "finetune::test_a_run_that_diverges_says_so"): [
         ("losses that are not finite are trained on", "if not math.isfinite(loss):", "if False:"),
     ],
-    ("finetune", CTRL_C): [
-        ("Ctrl-C is not noticed", "    except KeyboardInterrupt:", "    except ZeroDivisionError:"),
+    ("__main__", "finetune::test_ctrl_c_leaves_a_run_that_goes_on"): [
+        ("Ctrl-C ends well", "return 130", "return 0"),
+    ],
+    ("finetune", "finetune::test_ctrl_c_leaves_a_run_that_goes_on"): [
         ("a half checkpoint is gone on from", "with contextlib.suppress(ValueError):", "if True:"),
     ],
     ("finetune", "finetune::test_other_settings_and_other_data_are_refused"): [
-        ("a run goes on with other data", "Path(self.data).read_bytes()", 'b""'),
+        ("a run goes on with other data", "Path(s.data).read_bytes()", 'b""'),
     ],
-    ("data", "data::test_only_answers_are_learnt"): [
-        ("the prompt is learnt, too", "part if learnt else [IGNORED] * len(part)", "part"),
-    ],
-    ("data", OTHERWISE): [
-        ("an answer written otherwise is learnt", "if not before.startswith(done):", "if False:"),
-    ],
-    ("trainer", "finetune::test_the_first_loss_is_that_of_the_batch"): [
-        ("the sampler has its own order", SAMPLER, "return super()._get_train_sampler()"),
+    ("data", "data::test_answers_and_whole_texts_are_learnt"): [
+        ("later answers of a talk are left out", "for i in answers]", "for i in answers[:1]]"),
+        ("answers have no question", '"prompt": talk[:i]', '"prompt": talk[i - 1 : i]'),
     ],
     ("trainer", "launch::test_two_processes_go_on_from_one"): [
-        ("one process's tokens are counted", 'self.accelerator.reduce(count, "sum")', "count"),
+        ("the data's last examples are a step", "= len(training) >= s.batch_size", "= False"),
+        (
+            "one process's tokens are counted",
+            'self.accelerator.reduce(learnt.sum(), "sum")',
+            "learnt.sum()",
+        ),
     ],
-    ("rank_search", "ranks::test_what_is_tried_and_taken_and_why"): [
-        ("a gain that seeds do not agree on is one", " and fmean(gains) > noise(gains)", ""),
+    ("trainer", "finetune::test_a_run_that_is_stopped_at_its_end_makes_no_step_too_many"): [
+        ("a run goes on from its end", "state.global_step < state.max_steps", "True"),
+    ],
+    ("trainer", "finetune::test_peft_loads_the_adapter_with_the_loss_that_was_measured"): [
+        ("held-out loss is the mean of batches", ".item() * learnt", ".item()"),
+    ],
+    ("ranks", "ranks::test_what_is_tried_and_taken_and_why"): [
+        ("a gain that seeds do not agree on is one", " and self.gain > self.noise", ""),
     ],
     ("info", "tune::test_info_refuses_what_layers_refuse"): [
-        ("info takes any name", "return failures + 1", "return failures"),
+        ("info takes any name", "return isinstance(error, RuntimeError), f", "return True, f"),
     ],
 }
 MUTANTS = [
-    Mutant(what, f"fastlora/commands/{file}.py", right, wrong, f"commands/test_{test}")
+    Mutant(what, f"fastlora/{folder}{file}.py", right, wrong, f"commands/test_{test}")
     for (file, name), copies in COPIES.items()
     for test in [name.replace("::", ".py::")]
+    for folder in ["" if file == "__main__" else "commands/"]
     for what, right, wrong in copies
 ]

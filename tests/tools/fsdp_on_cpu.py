@@ -8,9 +8,8 @@ import os
 
 from accelerate.state import DistributedType, PartialState
 
-from fastlora.__main__ import main
+from fastlora.__main__ import leave, main
 from fastlora.commands import finetune
-from fastlora.commands.shared import leave
 
 
 def init(self, *arguments, own=PartialState.__init__, **options):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny chat model, sums to teach it, and the command that does: what the commands' tests run."""
 
+import contextlib
 import json
+from unittest.mock import patch
 
 import torch
 
@@ -51,7 +53,23 @@ def command(name, **options):
     return [name, *(word for key, value in given.items() for word in (f"--{key}", str(value)))]
 
 
+@contextlib.contextmanager
+def interrupted(step):
+    """Have Ctrl-C pressed in a run's step of this number."""
+    from fastlora.commands.trainer import Trainer
+
+    whole = Trainer.training_step
+
+    def training_step(self, *arguments, **options):
+        if self.state.global_step == step - 1:
+            raise KeyboardInterrupt
+        return whole(self, *arguments, **options)
+
+    with patch.object(Trainer, "training_step", training_step):
+        yield
+
+
 def numbers(output):
     """Return what a run's metrics.json says that no clock decides."""
     found = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-    return {name: value for name, value in found.items() if name not in ("seconds", "processes")}
+    return {name: value for name, value in found.items() if name != "seconds"}
