@@ -20,8 +20,6 @@ LOADS = ("LDG", "LD", "UBLKCP", *ASYNC)
 _INSTRUCTION = re.compile(
     r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@(?P<guard>!?\w+) )?(?P<opcode>\w+)(?P<rest>.*)"
 )
-_NEVER = ("!PT", "!UPT")
-_LABEL = re.compile(r"(\.L_\w+)")
 # What follows the opcode of a branch that is always taken: modifiers and a label.
 _ALWAYS = re.compile(r"(\.\w+)* `\(\.L_\w+\)")
 
@@ -37,16 +35,14 @@ class Instruction:
     @property
     def targets(self) -> list[str]:
         """The labels that the instruction names."""
-        return _LABEL.findall(self.rest)
+        return re.findall(r"\.L_\w+", self.rest)
 
     @property
     def falls_through(self) -> bool:
         """Whether the next instruction may follow."""
-        if self.guarded:
-            return True
         if self.opcode == "BRA":
-            return ".DIV" in self.rest or not _ALWAYS.match(self.rest)
-        return self.opcode not in ("EXIT", "RET", "BRX", "JMP", "JMX", "BRXU")
+            return self.guarded or ".DIV" in self.rest or not _ALWAYS.match(self.rest)
+        return self.guarded or self.opcode not in ("EXIT", "RET", "BRX", "JMP", "JMX", "BRXU")
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class Code:
         for line in text.splitlines():
             if match := _INSTRUCTION.match(line):
                 guard, opcode, rest = match.group("guard", "opcode", "rest")
-                if guard in _NEVER:  # such as the loads beside cp.async that load nothing
+                if guard in ("!PT", "!UPT"):  # such as the loads beside cp.async that load nothing
                     opcode, rest = "NOP", ""
                 guarded = guard not in (None, "PT", "UPT")
                 self.instructions.append(Instruction(opcode, rest, guarded))
@@ -97,36 +93,32 @@ class Code:
         return Counter(i.opcode for i in self.instructions)
 
     @cached_property
-    def blocks(self) -> dict[int, range]:
-        """The instructions that run one after the other, by the index of the first."""
+    def graph(self) -> networkx.DiGraph:
+        """What runs from one end to the other, by its first instruction, and what may follow it."""
         starts = {0, *self.labels.values()}
         for i, instruction in enumerate(self.instructions):
             if instruction.targets or not instruction.falls_through:
                 starts.add(i + 1)
         bounds = [*sorted(s for s in starts if s < len(self.instructions)), len(self.instructions)]
-        return {first: range(first, end) for first, end in pairwise(bounds)}
-
-    @cached_property
-    def successors(self) -> dict[int, set[int]]:
-        """The blocks that may follow each block."""
-        found = {}
-        for first, block in self.blocks.items():
-            last = self.instructions[block[-1]]
-            after = {block.stop} if last.falls_through else set()
+        graph = networkx.DiGraph()
+        for first, end in pairwise(bounds):
+            block, last = self.instructions[first:end], self.instructions[end - 1]
+            graph.add_node(first, opcodes=Counter(i.opcode for i in block))
+            after = {end} if last.falls_through else set()
             if last.opcode != "BSSY":  # says where diverging threads meet: behind the next BSYNC
                 after |= {self.labels[t] for t in last.targets if t in self.labels}
-            found[first] = after & self.blocks.keys()
-        return found
+            graph.add_edges_from((first, b) for b in sorted(after) if b in bounds[:-1])
+        return graph
 
-    def loops(self) -> Iterator[frozenset[int]]:
+    def loops(self) -> Iterator[set[int]]:
         """Yield the blocks of every loop, outer loops before the loops inside."""
-        pending = [frozenset(self.blocks)]
+        pending = [self.graph]
         while pending:
-            for part in _components(pending.pop(), self.successors):
-                if len(part) == 1 and not self.successors[next(iter(part))] & part:
-                    continue
-                yield part
-                pending.append(part - self._entries(part))
+            graph = pending.pop()
+            for part in networkx.strongly_connected_components(graph):
+                if networkx.number_of_selfloops(graph.subgraph(part)) or len(part) > 1:
+                    yield part
+                    pending.append(self.graph.subgraph(part - self._entries(part)))
 
     def main_loop(self) -> MainLoop | None:
         """Return the innermost loop with the most matrix instructions of the largest kind.
@@ -136,21 +128,28 @@ class Code:
         """
         loops = [(part, self._count(part)) for part in self.loops()]
         for kinds in (*MATRIX, LOADS):
-            # Of two alike the one with the pipeline, then the one with less around them.
-            having = [
-                ((_sum(counts, kinds), _sum(counts, ASYNC), -sum(counts.values())), part, counts)
-                for part, counts in loops
-                if _sum(counts, kinds)
-            ]
-            inner = [one for one in having if not any(other < one[1] for _, other, _ in having)]
+            having = [(part, counts) for part, counts in loops if _sum(counts, kinds)]
+            inner = [one for one in having if not any(part < one[0] for part, _ in having)]
             if inner:
-                _, part, counts = max(inner, key=lambda one: one[0])
-                opcodes = LOADS if kinds is LOADS else _largest(counts, kinds)
+                # Of two alike the one with the pipeline, then the one with less around them.
+                part, counts = max(
+                    inner,
+                    key=lambda one: (
+                        _sum(one[1], kinds),
+                        _sum(one[1], ASYNC),
+                        -sum(one[1].values()),
+                    ),
+                )
+                opcodes = kinds
+                if kinds is not LOADS:
+                    # All that the tensor cores do, or all that multiplies and adds.
+                    cores = [opcode for of_kind in MATRIX[:-1] for opcode in of_kind]
+                    opcodes = [o for o in (kinds if kinds is MATRIX[-1] else cores) if counts[o]]
                 turn = self._count(self._turn(part, opcodes))
                 return MainLoop("" if kinds is LOADS else "+".join(opcodes), counts, turn)
         return None
 
-    def _turn(self, part: frozenset[int], opcodes: Iterable[str]) -> list[int]:
+    def _turn(self, part: set[int], opcodes: Iterable[str]) -> list[int]:
         """Return the blocks of the way round a loop with the most ``opcodes``; the shortest."""
 
         def value(way: list[int]) -> tuple[int, int]:
@@ -159,37 +158,22 @@ class Code:
 
         start = min(self._entries(part))
         ways = {start: [start]}
-        # Components come in the order of the ways; one of several blocks is a loop that waits.
-        for blocks in _components(part - {start}, self.successors):
-            before = [way for b, way in ways.items() if self.successors[b] & blocks]
-            way = max(before, key=value) + sorted(blocks)
-            ways |= dict.fromkeys(blocks, way)
-        return max((way for b, way in ways.items() if start in self.successors[b]), key=value)
+        # Blocks in the order of the ways; several that lead to each other are a loop that waits.
+        rest = networkx.condensation(self.graph.subgraph(part - {start}))
+        for several in networkx.topological_sort(rest):
+            blocks = rest.nodes[several]["members"]
+            before = [way for b, way in ways.items() if blocks & {*self.graph[b]}]
+            ways |= dict.fromkeys(blocks, max(before, key=value) + sorted(blocks))
+        return max((way for b, way in ways.items() if start in self.graph[b]), key=value)
 
-    def _entries(self, part: frozenset[int]) -> frozenset[int]:
+    def _entries(self, part: set[int]) -> set[int]:
         """Return the blocks of a loop that others lead to; there is one, but for odd code."""
-        entries = {b for a, to in self.successors.items() if a not in part for b in to & part}
-        # Nothing leads to the endless loop behind the code.
-        return frozenset(entries or {min(part)})
+        entries = {b for a, b in self.graph.in_edges(part) if a not in part}
+        return entries or {min(part)}  # nothing leads to the endless loop behind the code
 
     def _count(self, blocks: Iterable[int]) -> Counter:
-        return Counter(self.instructions[i].opcode for b in blocks for i in self.blocks[b])
+        return sum((self.graph.nodes[block]["opcodes"] for block in blocks), Counter())
 
 
 def _sum(counts: Counter, opcodes: Iterable[str]) -> int:
     return sum(counts[o] for o in opcodes)
-
-
-def _largest(counts: Counter, largest: tuple[str, ...]) -> list[str]:
-    """Return the matrix instructions of the tensor cores that occur, or those that multiply-add."""
-    among = largest if largest is MATRIX[-1] else [o for kinds in MATRIX[:-1] for o in kinds]
-    return [o for o in among if counts[o]]
-
-
-def _components(nodes: frozenset[int], successors: dict[int, set[int]]) -> list[frozenset[int]]:
-    """Return the strongly connected components among ``nodes``, each before those it leads to."""
-    graph = networkx.DiGraph()
-    graph.add_nodes_from(sorted(nodes))
-    graph.add_edges_from((n, after) for n in sorted(nodes) for after in successors[n] & nodes)
-    parts = networkx.condensation(graph)
-    return [frozenset(parts.nodes[n]["members"]) for n in networkx.topological_sort(parts)]
