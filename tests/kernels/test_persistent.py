@@ -13,7 +13,7 @@ from aot import CHIPS
 from covering import covering
 from fastlora_kernels import configs, input_grad, launch, outputs, steps
 from fastlora_kernels.configs import Chip, Config
-from joints import Joint, recorded, run, same, verify, verify_exactly
+from joints import Joint, recorded, run, verify, verify_exactly
 
 # Ragged in every dimension that may be; rows of 16 bytes; one projection without an adapter.
 QKV = Joint(40, 40, (40, 24, 40), (8, 0, 16), "bf16", scaling=0.5)
@@ -22,7 +22,8 @@ ONE = Joint(50, 72, (40,), (8,), "bf16", scaling=0.5)
 LAYER = Joint(256, 512, (512, 128, 128), (16,) * 3, "bf16", biases=(False,) * 3, scaling=2.0)
 SHIPPED = {c for (kernel, _), cs in configs.DEFAULTS.items() for c in cs if c.tma}
 BOTH = ["outputs", "input_grad"]
-each_low_rank = pytest.mark.parametrize("low_rank", ["fold", "first"])
+LOW_RANKS = ("fold", "first")
+each_low_rank = pytest.mark.parametrize("low_rank", LOW_RANKS)
 each_joint = pytest.mark.parametrize("joint", [ONE, QKV], ids=["one", "several"])
 
 
@@ -66,49 +67,56 @@ def names(launched: list[tuple[str, int]]) -> list[str]:
     return [name for name, _ in launched]
 
 
-KINDS = [("bf16", ()), ("fp16", (0.3, 0.0, 0.3)), ("bf16-fp32", ()), ("fp16-fp32", (0.3,))]
-MODES = ("base", "low_rank", "both")
+def problems() -> list[tuple[Joint, dict[str, Config], list[str]]]:
+    """Return problems, configs, and which products the persistent programs then make."""
+    kinds = [("bf16", ()), ("fp16", (0.3, 0.0, 0.3)), ("bf16-fp32", ()), ("fp16-fp32", (0.3,))]
+    modes, found = ("base", "low_rank", "both"), []
+    for (kind, p), mode, low_rank, joint in covering(kinds, modes, LOW_RANKS, (ONE, QKV)):
+        # The interpreter's chip has no other such config for what cannot be folded; terms that are
+        # made before could overflow float16.
+        takes = ["outputs"] * (low_rank == "first" or kind == "bf16")
+        dx = kind.startswith("bf16") if joint is QKV else low_rank == "first" or kind == "bf16"
+        biases = mode != "base", False, True
+        problem = replace(joint, kind=kind, mode=mode, dropout_p=p, biases=biases)
+        found.append((problem, suiting(joint, low_rank), takes + ["input_grad"] * dx))
+    # Ranks of one tile and of several, and numbers of projections.
+    several = [((24, 64), (16, 16)), ((16, 8, 80, 32), (40, 8, 8, 24)), ((32, 32), (0, 0))]
+    several += [((24,), (24,)), ((24,), (64,)), ((40,), (0,)), ((40, 24, 40), (3, 5, 33))]
+    for (sizes, ranks), low_rank in itertools.product(several, LOW_RANKS):
+        joint = replace(QKV, M=33, sizes=sizes, ranks=ranks)
+        takes = BOTH if low_rank == "first" or 3 not in ranks else ["input_grad"]
+        found.append((joint, suiting(joint, low_rank, block_r=32), takes))
+    # What the copy engine cannot read goes another way.
+    others = {"ranks": (8, 0, 12)}, {"kind": "fp16", "dropout_p": (0.3,)}, {"K": 39}
+    others += {"sizes": (40, 20, 40)}, {"sizes": (33,), "ranks": (8,), "K": 41}
+    for i, change in enumerate(others):  # of the first, rows of b are not 16 bytes apart
+        found.append((replace(QKV, **change), tiled(), BOTH[1:] * (i == 0)))
+    # Rows stored one by one have more addresses in a wide tile than a thread has registers.
+    wide = dict.fromkeys(BOTH, Config(128, 256, 64, num_warps=8, tma=True, low_rank="fold"))
+    found.append((Joint(40, 40, (33,), (8,), "bf16"), wide, []))
+    return found
 
 
-@pytest.mark.parametrize(
-    ("of_kind", "mode", "low_rank", "joint"),
-    covering(KINDS, MODES, ("fold", "first"), (ONE, QKV)),
-    ids=str,
-)
-def test_acceptance_rule(of_kind, mode, low_rank, joint, launched):
-    kind, p = of_kind
-    problem = replace(
-        joint, kind=kind, mode=mode, dropout_p=p, biases=(mode != "base", False, True)
-    )
-    verify(fastlora_kernels, problem, configs=suiting(joint, low_rank))
-    # The interpreter's chip has no other such config for what cannot be folded; terms that are made
-    # before could overflow float16.
-    folds = kind == "bf16"
-    dx = folds or (kind == "bf16-fp32" if joint is QKV else low_rank == "first")
-    expected = ["outputs"] * (low_rank == "first" or folds) + ["input_grad"] * dx
-    assert names(launched) == expected
+def amid_nan(ts: list[dict]) -> list[dict]:
+    """Return the tensors where in memory NaN lies past their rows and columns."""
+    found = [dict(t) for t in ts]
+    for t, name in itertools.product(found, ("x", "w", "a", "b", "dy")):
+        rows, columns = t[name].shape
+        around = t[name].new_full((rows + 40, columns + 40), torch.nan)
+        around[:rows, :columns] = t[name]
+        t[name] = around[:rows, :columns]
+    return [{**t, "x": found[0]["x"]} for t in found]
 
 
-@each_low_rank
-@pytest.mark.parametrize(
-    ("sizes", "ranks"),
-    [
-        *[((24,), (r,)) for r in (1, 24, 64)],
-        *[((40,), (0,)), ((24, 64), (16, 16)), ((16, 8, 80, 32), (40, 8, 8, 24))],
-        ((32, 32), (0, 0)),
-    ],
-)
-def test_numbers_of_projections_and_ranks(sizes, ranks, low_rank, launched):
-    """Ranks of one tile and of several; what cannot be folded goes another way."""
-    joint = replace(QKV, M=33, sizes=sizes, ranks=ranks)
-    verify(fastlora_kernels, joint, configs=suiting(joint, low_rank, block_r=32))
-    if low_rank == "first" or ranks != (1,):
-        assert names(launched) == BOTH
+@pytest.mark.parametrize(("joint", "chosen", "takes"), problems(), ids=str)
+def test_acceptance_rule(joint, chosen, takes, launched):
+    verify(fastlora_kernels, joint, configs=chosen, ts=amid_nan(joint.tensors()))
+    assert names(launched) == takes
 
 
-def test_any_rank_joins_first(launched):
-    verify(fastlora_kernels, replace(QKV, ranks=(3, 5, 33)), configs=tiled("first"))
-    assert names(launched) == BOTH
+def test_rows_stored_one_by_one_take_smaller_tiles():
+    _, product, *_ = recorded(CHIPS[90], Joint(64, 64, (33,), (8,), "bf16"))
+    assert product.config.block_m * product.config.block_n <= configs.MOST_UNEVEN
 
 
 @each_low_rank
@@ -143,23 +151,6 @@ def test_more_tiles_than_programs(joint, low_rank, launched, monkeypatch):
 
 
 @each_low_rank
-@each_joint
-def test_no_stage_reads_what_is_not_there(joint, low_rank, launched):
-    """Rows and columns past the end are NaN in memory, and must not matter."""
-    ts = joint.tensors()
-    padded = [dict(t) for t in ts]
-    for i, t in enumerate(padded):
-        for name in ("x", "w", "a", "b", "dy"):
-            rows, columns = t[name].shape
-            around = torch.full((rows + 40, columns + 40), float("nan"), dtype=t[name].dtype)
-            around[:rows, :columns] = t[name]
-            t[name] = around[:rows, :columns] if name != "x" or i == 0 else padded[0]["x"]
-    chosen = suiting(joint, low_rank)
-    same(*(run(fastlora_kernels, joint, t, chosen) for t in (padded, ts)))
-    assert len(launched) == 4
-
-
-@each_low_rank
 @pytest.mark.parametrize("ranks", [(8, 0, 16), (8,), (1,)])
 def test_an_infinity_stays_where_it_is(low_rank, ranks):
     """As in eager mode: not NaN, although it meets the zeros past the rank and past K."""
@@ -174,25 +165,18 @@ def test_an_infinity_stays_where_it_is(low_rank, ranks):
 
 
 @pytest.mark.parametrize(
-    ("change", "takes"),
+    ("way", "takes"),
     [
-        ({"ranks": (8, 0, 12)}, ["input_grad"]),  # rows of b that are not 16 bytes apart
-        ({"kind": "fp16", "dropout_p": (0.3,)}, []),
-        ({"K": 39}, []),
-        ({"sizes": (40, 20, 40)}, []),
-        ({"sizes": (33,), "ranks": (8,), "K": 41}, []),
+        *[("x", ["input_grad"]), ("w", []), ("b", ["input_grad"]), ("dy", ["outputs"])],
+        *[("misaligned", ["input_grad"]), ("expanded", ["outputs"]), ("every w", ["input_grad"])],
     ],
-    ids=str,
 )
-def test_what_the_copy_engine_cannot_read_goes_another_way(change, takes, launched):
-    verify(fastlora_kernels, replace(QKV, **change), configs=tiled())
-    assert names(launched) == takes
-
-
-@pytest.mark.parametrize("way", ["x", "w", "b", "dy", "misaligned", "expanded", "every w"])
 @each_joint
-def test_what_lies_another_way(way, joint, launched):
-    """w by columns has its own descriptors, if all have it; what nothing can read goes round."""
+def test_what_lies_another_way(way, takes, joint, launched):
+    """What nothing can read goes round: the interpreter's chip has no "first" that could take it.
+
+    Terms of several projections may be made before.
+    """
     ts = joint.tensors()
     last, x = ts[-1], ts[-1]["x"]
     for t in ts if way == "every w" else ts[-1:]:
@@ -202,12 +186,7 @@ def test_what_lies_another_way(way, joint, launched):
     if way == "expanded":
         last["dy"] = last["dy"][:1].expand(joint.M, -1)
     verify(fastlora_kernels, joint, configs=tiled(), ts=[{**t, "x": last["x"]} for t in ts])
-    way = "every w" if way == "w" and joint is ONE else way
-    # The interpreter's chip has no "first" that could take what cannot be folded.
-    y = way in ("dy", "expanded")
-    # Those of several projections may be made before.
-    dx = way in ("x", "b", "misaligned") or (way == "every w" and joint is QKV)
-    assert names(launched) == ["outputs"] * y + ["input_grad"] * dx
+    assert names(launched) == ([] if way == "every w" and joint is ONE else takes)
 
 
 @each_low_rank
@@ -217,15 +196,6 @@ def test_w_by_columns_has_descriptors_of_its_own(joint, low_rank, launched):
     chosen = suiting(joint, "first") | {"outputs": tiled(low_rank)["outputs"]}
     verify(fastlora_kernels, joint, configs=chosen, ts=ts)
     assert names(launched) == BOTH
-
-
-def test_rows_stored_one_by_one_take_smaller_tiles(launched):
-    """A wide tile has more addresses then than a thread has registers."""
-    wide = dict.fromkeys(BOTH, Config(128, 256, 64, num_warps=8, tma=True, low_rank="fold"))
-    verify(fastlora_kernels, Joint(40, 40, (33,), (8,), "bf16"), configs=wide)
-    assert launched == []  # y through the portable kernel; dx has odd rows to read
-    _, product, *_ = recorded(CHIPS[90], Joint(64, 64, (33,), (8,), "bf16"))
-    assert product.config.block_m * product.config.block_n <= configs.MOST_UNEVEN
 
 
 @each_low_rank
