@@ -121,13 +121,14 @@ def test_what_no_ptx_may_have(ptx, said):
 
 def test_an_amd_chip(found):
     mine = [r for r in found[1:] if r["capability"] == "gfx942"]
-    assert products(r["kernel"] for r in mine) == STEPS
-    if any("no_linker" in r for r in mine):
-        pytest.skip(mine[0]["no_linker"])
+    assert products(map(kernel_of, mine)) == STEPS
     for r in mine:
-        assert r["spilled"] == r["spilled_scalars"] == r["scratch"] == 0, r
-        assert r["registers"] <= 512 and r["shared"] <= aot.GFX942.shared_memory, r
-        assert r["matrix"] > 0 or r["kernel"].startswith(ELEMENTWISE), r
+        if "no_linker" in r:
+            pytest.skip(r["no_linker"])
+        registers, *spills, shared, matrix = r["figures"].values()
+        assert spills == [0, 0, 0] and registers <= 512, r
+        assert shared <= aot.CHIPS["gfx942"].shared_memory, r
+        assert matrix > 0 or kernel_of(r).startswith(ELEMENTWISE), r
 
 
 def test_the_recorder_sees_every_kernel():
@@ -154,7 +155,7 @@ def test_no_copy_overtakes_a_wgmma(order):
 
 def test_two_lengths_compile_what_all_need():
     """One that 16 divides and one that it does not; of 150 others none needs another program."""
-    found = lines_of("specialized.py")
+    found = lines_of("compiled_cases.py", "0", "1", "lengths")
     assert len(found) == 9
     assert not {row["name"]: row["more"] for row in found if row["more"]}
     assert max(row["few"] for row in found) <= 20

@@ -52,14 +52,10 @@ def test_right(kernel):
 
 @pytest.fixture
 def said(tmp_path, monkeypatch, capsys):
-    """A machine with a GPU, where pip installs nothing, and a file of tests in place of ours.
-
-    What `make gpu` returns and says there.
-    """
+    """What `make gpu` returns and says on a machine with a GPU, of tests in place of ours."""
     (tmp_path / "test_fake.py").write_text(FAKE)
-    changes = {"ROOT": tmp_path, "TESTS": "test_fake.py", "INSTALL": ["nothing"]}
-    for name, value in changes.items():
-        monkeypatch.setattr(run_gpu, name, value)
+    monkeypatch.setattr(run_gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(run_gpu, "TESTS", "test_fake.py")
     monkeypatch.setattr(run_gpu.signal, "signal", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")

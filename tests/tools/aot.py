@@ -27,6 +27,7 @@ CHIPS = {
     90: Chip((9, 0), 232448, 132),
     100: Chip((10, 0), 232448, 148),
     120: Chip((12, 0), 101376, 170),
+    "gfx942": Chip((0, 0), 65536, 304),  # an AMD Instinct MI300X
 }
 # Shared memory (KiB), threads and blocks of one of its processors, as in ``cuda_occupancy.h``.
 LIMITS = {
@@ -37,8 +38,6 @@ LIMITS = {
     100: (228, 2048, 32),
     120: (100, 1536, 24),
 }
-# What configs depend on of an AMD Instinct MI300X.
-GFX942 = Chip((0, 0), 65536, 304)
 
 _TYPES = {
     torch.float64: "*fp64",

@@ -1,29 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every kernel as each chip would run it and prints the resources, a JSON line each.
 
-Run by the tests of compiled kernels and by figures.py in a process of its own: the interpreter must
-be off.
+Or what other lengths of a batch would compile. Run by test_compiled.py and figures.py in a process
+of its own: the interpreter must be off.
 """
 
 from __future__ import annotations
 
 import ast
-import dataclasses
 import hashlib
 import itertools
 import json
+import random
 import re
 import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 import aot
 import fastlora_kernels
 import torch
 from acceptance import KINDS
+from covering import covering
 from fastlora_kernels import gated, gated_backward, launch
-from fastlora_kernels.configs import DROPPING, LAUNCHERS, Config, candidates, kind_of
+from fastlora_kernels.configs import DROPPING, LAUNCHERS, Chip, Config, candidates, kind_of
 from fastlora_kernels.gated import ACTIVATIONS
 from joints import Joint, recorded
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 # `make figures` compiles everything for every chip and keeps what it found with a hash of the
 # kernels. The test suite compiles a sample, which has to come out as kept, where the matrix
@@ -44,11 +50,12 @@ EVEN, MIXED, FLOAT32 = itertools.product(("even",), ("bf16", "bf16-fp32", "fp32"
 RAGGED, UNEVEN = itertools.product(("ragged", "uneven"), ("bf16",), (16,))
 # Also with every config that the tuner may try.
 TUNED = tuple((*p, "every") for p in itertools.product(("even",), KINDS_COMPILED[:2], (16, 128)))
+AMD = {"gfx942": (EVEN, ("even", "bf16-fp32", 128))}  # is compiled to see that it compiles
 # What is asked for: the problems of each chip.
 ASKED = {
     "every": dict.fromkeys(CAPABILITIES + MORE_CAPABILITIES, PROBLEMS + TUNED),
-    "defaults": dict.fromkeys(CAPABILITIES, PROBLEMS),
-    "sample": {80: (EVEN, RAGGED), 90: (EVEN, UNEVEN), 100: (MIXED, UNEVEN)},
+    "defaults": {**dict.fromkeys(CAPABILITIES, PROBLEMS), **AMD},
+    "sample": {80: (EVEN, RAGGED), 90: (EVEN, UNEVEN), 100: (MIXED, UNEVEN), **AMD},
     "order": {90: (FLOAT32, *TUNED[:2])},  # of what is tuned ds_db alone
 }
 # The problems for which several projections are compiled too: for all chips by `make figures`, else
@@ -97,13 +104,13 @@ def calls(
     return found
 
 
-def jobs(asked: str) -> list[tuple[int, str, launch.Call]]:
+def jobs(asked: str) -> list[tuple[int | str, str, launch.Call]]:
     """Return capability, name and launch of the programs of `ASKED`."""
     found = {}
     for capability, problems in ASKED[asked].items():
         seen = set()
         for size, kind, r, *which in problems:
-            several = asked == "every" or capability == 90
+            several = asked == "every" or capability in (90, "gfx942")
             for call in calls(aot.CHIPS[capability], size, kind, r, *which, joint=several):
                 left_out = asked == "order" and which and call.kernel.__name__ != "ds_db_kernel"
                 if left_out or key(call) in seen:
@@ -111,7 +118,7 @@ def jobs(asked: str) -> list[tuple[int, str, launch.Call]]:
                 seen.add(key(call))
                 name = program_name(call, f"{kind} r={r} {size}")
                 if (capability, name) in found:
-                    raise ValueError(f"two programs of sm_{capability} are called {name!r}")
+                    raise ValueError(f"two programs of {capability} are called {name!r}")
                 found[capability, name] = call
     return [(*program, call) for program, call in found.items()]
 
@@ -164,7 +171,7 @@ def program_name(call: launch.Call, problem: str) -> str:
             variant += [name] if value else []
         elif value != getattr(config, name.lower(), None):
             variant.append(f"{name}={value}")
-    for field in dataclasses.fields(config):
+    for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(value, bool):
             tiles += [field.name] if value else []
@@ -173,12 +180,25 @@ def program_name(call: launch.Call, problem: str) -> str:
     return " | ".join((call.kernel.__name__, problem, " ".join(tiles), " ".join(variant)))
 
 
-def report(capability: int, name: str, call: launch.Call) -> dict:
+def report(capability: int | str, name: str, call: launch.Call) -> dict:
     """Compile a program and return what is kept of it (`figures.py` says what each figure is).
 
-    And what it has that none may have, and `order_of` it.
+    And what it has that none may have, and `order_of` it. Of one for gfx942 other figures: those of
+    a thread, its spills and bytes of scratch, and the matrix instructions of the whole program.
     """
-    program = aot.compiled(call, capability)
+    about = {"capability": capability, "name": name, "stages": call.config.num_stages}
+    try:
+        program = aot.compiled(call, capability)
+    except Exception as error:  # Triton 3.4 has no linker of its own for AMD chips
+        if "ROCm linker" not in str(error):
+            raise
+        return about | {"no_linker": str(error)}
+    if capability == "gfx942":
+        code = program.asm["amdgcn"]
+        fields = "vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"
+        kept = {name: int(re.search(rf"\.{name}:\s*(\d+)", code)[1]) for name in fields}
+        shared = {"shared": program.metadata.shared, "matrix": code.count("v_mfma")}
+        return about | {"figures": kept | shared}
     registers, stack, code = aot.machine_code(program.asm["cubin"])
     uses, whole, loop = program.metadata, code.opcodes, code.main_loop()
     held = capability, uses.num_warps, registers, uses.shared, uses.tmem_size or 0
@@ -190,9 +210,8 @@ def report(capability: int, name: str, call: launch.Call) -> dict:
         kept |= {"loop_instructions": loop.instructions}
         kept |= {"loop_ldgsts": loop.opcodes["LDGSTS"], "loop_tma": loop.opcodes["UTMALDG"]}
         kept |= {"loop_lds": loop.opcodes["LDS"] + loop.opcodes["LDSM"]}
-    about = {"capability": capability, "name": name, "stages": call.config.num_stages}
-    about |= {"figures": kept, "forbidden": forbidden(program.asm["ptx"])}
-    return about | order_of(program.asm["ttgir"])
+    found = {"figures": kept, "forbidden": forbidden(program.asm["ptx"])}
+    return about | found | order_of(program.asm["ttgir"])
 
 
 def forbidden(ptx: str) -> list[str]:
@@ -243,44 +262,52 @@ def faults(
     return [fault for fault, there in found.items() if there] + list(forbidden)
 
 
-def amd() -> list[tuple[str, launch.Call]]:
-    """Return problem and launch of the programs that are compiled for an AMD chip."""
-    found = {}
-    for (size, kind, r), joint in ((EVEN, True), (("even", "bf16-fp32", 128), False)):
-        for call in calls(aot.GFX942, size, kind, r, joint=joint):
-            found.setdefault(key(call), (f"{kind} r={r} {size}", call))
-    return list(found.values())
+def keys(lengths: Iterable[int], chip: Chip, layer: Joint) -> set[str]:
+    """Return Triton's own key for each program that forward and backward of such lengths run.
 
-
-def amd_report(problem: str, call: launch.Call) -> dict:
-    """Compile a program for gfx942 and return what it uses.
-
-    Vector registers and bytes of scratch of a thread, bytes of shared memory of a block, and the
-    matrix instructions in the whole program.
+    And a gated product of the first outputs. Nothing is compiled.
     """
-    about = {"capability": "gfx942", "kernel": call.kernel.__name__, "problem": problem}
-    try:
-        program = aot.compiled(call, "gfx942")
-    except Exception as error:  # Triton 3.4 has no linker of its own
-        if "ROCm linker" not in str(error):
-            raise
-        return {**about, "no_linker": str(error)}
-    code = program.asm["amdgcn"]
-    names = {"registers": "vgpr_count", "spilled": "vgpr_spill_count"}
-    names |= {"spilled_scalars": "sgpr_spill_count", "scratch": "private_segment_fixed_size"}
-    found = {n: int(re.search(rf"\.{field}:\s*(\d+)", code)[1]) for n, field in names.items()}
-    return {**about, **found, "shared": program.metadata.shared, "matrix": code.count("v_mfma")}
+    binders, found, backend = {}, set(), make_backend(GPUTarget("cuda", 90, 32))
+    for length in lengths:
+        calls = recorded(chip, replace(layer, M=length))
+        y = torch.empty(length, layer.sizes[0], dtype=torch.bfloat16, device="meta")
+        with launch.recording(chip) as elementwise:
+            gated_backward(y, gated(y, y, "silu"), y, "silu")
+        for call in calls + elementwise:
+            kernel, config = call.kernel, call.config
+            if kernel not in binders:
+                about = kernel.signature, kernel.params, backend
+                binders[kernel] = create_function_from_signature(*about)
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            _, key, *_ = binders[kernel](*call.values, **options)
+            found.add(f"{kernel.__name__} {key} {options}")
+    return found
+
+
+def lengths() -> Iterator[dict]:
+    """Yield how many programs two lengths of a batch need, and which 150 others need beside them.
+
+    Of the two 16 divides one.
+    """
+    others = [random.Random(0).randint(2, 1 << 14) for _ in range(150)]
+    layers = (4096, (4096,), (16,)), (4096, (4096, 1024, 1024), (8,) * 3), (576, (576,), (33,))
+    for layer, p, kind, chip in covering(
+        layers, (0.0, 0.1), ("bf16", "bf16-fp32", "fp32"), (80, 90)
+    ):
+        joint = Joint(0, *layer, kind, dropout_p=(p,) * 3, biases=(False,) * 3, scaling=0.5)
+        few, many = (keys(of, aot.CHIPS[chip], joint) for of in ((4096, 4095), others))
+        yield {"name": f"{joint}, sm_{chip}", "few": len(few), "more": [*many - few]}
 
 
 def main(share: int, of: int, which: str) -> None:
-    if share == 0 and which != "order":
-        programs = [(capability, name) for capability, name, _ in jobs("every")]
+    """Print what was asked for: "lengths", or the reports of a share of the jobs."""
+    if share == 0 and which in ("every", "sample", "defaults"):
+        programs = [job[:2] for job in jobs("every")]
         print(json.dumps({"all": programs, "kernels": fingerprint()}), flush=True)
-    for problem, call in amd()[share::of] if which != "order" else ():
-        print(json.dumps(amd_report(problem, call)), flush=True)
     known = set(map(tuple, json.load(sys.stdin))) if which == "every" else ()
-    for job in [job for job in jobs(which) if job[:2] not in known][share::of]:
-        print(json.dumps(report(*job)), flush=True)
+    todo = [job for job in jobs(which) if job[:2] not in known] if which in ASKED else []
+    for row in lengths() if which == "lengths" else (report(*job) for job in todo[share::of]):
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

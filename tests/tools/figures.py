@@ -97,38 +97,21 @@ def main() -> None:
         if name in kept.get(chip, ()):
             chips[chip][name] = kept[chip][name]
     for report in reports:
-        if (chip := report["capability"]) == "gfx942":  # compiled to see that it compiles
-            continue
-        name, found = report["name"], report["figures"]
+        chip, name, found = (report[key] for key in ("capability", "name", "figures"))
         wrong += [f"sm_{chip} {name}: {x}" for x in faults(chip, name, found, report["forbidden"])]
         chips[chip][name] = found
     if wrong:
         sys.exit("\n".join(wrong))
-    FOLDER.mkdir(exist_ok=True)
     for old in FOLDER.glob("sm_*.json"):
         old.unlink()
-    parts = [ABOUT.format(version=triton.__version__)]
+    page = FOLDER / "README.md"
+    by_hand, tables = page.read_text(encoding="utf-8").partition("## sm_")[0], []
     for chip, programs in sorted(chips.items()):
         file = FOLDER / f"sm_{chip}.json"
         file.write_text(text(triton.__version__, about["kernels"], programs), encoding="utf-8")
-        parts.append(f"## sm_{chip}\n\n{table(programs)}\n")
+        tables.append(f"## sm_{chip}\n\n{table(programs)}\n")
         print(f"sm_{chip}: {len(programs)} programs")
-    (FOLDER / "README.md").write_text("\n".join(parts), encoding="utf-8")
-
-
-ABOUT = """# What the compiled kernels use
-
-Written by `make figures` (Triton {version}, no GPU): nothing here is measured. The JSON files hold
-a line for each program, and the test suite fails where one changes; `figures.py` says
-what each figure is. Here is the range over the programs of a kernel and a config.
-
-- config: tile sizes, warps and stages; registers and stack (bytes) of a thread; shared memory of a
-  block; blocks that a processor holds.
-- loads: LDGSTS or TMA loads in the main loop. A producer's loop of its own is not counted.
-- instructions a matrix: all instructions of a turn of the main loop for each of its matrix
-  instructions. One is a warp's (HMMA), four warps' (HGMMA), a block's (UTCHMMA) or a thread's
-  multiply-add (FFMA; FFMA2 makes two), so compare only within one kind.
-"""
+    page.write_text(by_hand + "\n".join(tables), encoding="utf-8")
 
 
 if __name__ == "__main__":

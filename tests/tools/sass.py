@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 
 import networkx  # PyTorch needs it, too
 
@@ -47,7 +47,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class MainLoop:
-    """The opcodes of a loop, counted: all of them, and those of one ``turn``.
+    """A loop's opcodes, counted, and what one turn issues: matrix instructions and all.
 
     The turn is the way through its branches with the most matrix instructions, the shortest of
     these. That leaves out what a loop does now and then: waiting once more for a barrier, or the
@@ -57,17 +57,8 @@ class MainLoop:
 
     kind: str
     opcodes: Counter
-    turn: Counter
-
-    @property
-    def matrix(self) -> int:
-        """The number of matrix instructions of a turn."""
-        return _sum(self.turn, self.kind.split("+"))
-
-    @property
-    def instructions(self) -> int:
-        """The number of instructions of a turn."""
-        return sum(self.turn.values())
+    matrix: int
+    instructions: int
 
 
 class Code:
@@ -101,7 +92,7 @@ class Code:
                 starts.add(i + 1)
         bounds = [*sorted(s for s in starts if s < len(self.instructions)), len(self.instructions)]
         graph = networkx.DiGraph()
-        for first, end in pairwise(bounds):
+        for first, end in itertools.pairwise(bounds):
             block, last = self.instructions[first:end], self.instructions[end - 1]
             graph.add_node(first, opcodes=Counter(i.opcode for i in block))
             after = {end} if last.falls_through else set()
@@ -128,25 +119,23 @@ class Code:
         """
         loops = [(part, self._count(part)) for part in self.loops()]
         for kinds in (*MATRIX, LOADS):
+
+            def value(one, kinds=kinds) -> tuple[int, int, int]:
+                # Of two alike the one with the pipeline, then the one with less around them.
+                _, counts = one
+                return _sum(counts, kinds), _sum(counts, ASYNC), -sum(counts.values())
+
             having = [(part, counts) for part, counts in loops if _sum(counts, kinds)]
             inner = [one for one in having if not any(part < one[0] for part, _ in having)]
             if inner:
-                # Of two alike the one with the pipeline, then the one with less around them.
-                part, counts = max(
-                    inner,
-                    key=lambda one: (
-                        _sum(one[1], kinds),
-                        _sum(one[1], ASYNC),
-                        -sum(one[1].values()),
-                    ),
-                )
-                opcodes = kinds
-                if kinds is not LOADS:
-                    # All that the tensor cores do, or all that multiplies and adds.
-                    cores = [opcode for of_kind in MATRIX[:-1] for opcode in of_kind]
-                    opcodes = [o for o in (kinds if kinds is MATRIX[-1] else cores) if counts[o]]
+                part, counts = max(inner, key=value)
+                # All that the tensor cores do, or all that multiplies and adds.
+                of = itertools.chain(*MATRIX[:-1]) if kinds in MATRIX[:-1] else kinds
+                opcodes = [o for o in of if counts[o]]
                 turn = self._count(self._turn(part, opcodes))
-                return MainLoop("" if kinds is LOADS else "+".join(opcodes), counts, turn)
+                if kinds is LOADS:
+                    return MainLoop("", counts, 0, sum(turn.values()))
+                return MainLoop("+".join(opcodes), counts, _sum(turn, opcodes), sum(turn.values()))
         return None
 
     def _turn(self, part: set[int], opcodes: Iterable[str]) -> list[int]:
