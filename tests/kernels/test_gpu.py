@@ -127,17 +127,13 @@ CASES = [
     for i, joint in enumerate(SMALL)
 ]
 # Ranks that other tests lack: the lowest, one between the tiles, one above the largest.
-RANKS = [("fp32", 512), ("bf16", 1), ("bf16", 33), ("fp16", 512), ("bf16-fp32", 512)]
+RANKS = ("fp32", 512), ("bf16", 1), ("bf16", 33), ("fp16", 512), ("bf16-fp32", 512)
+CASES += [("triton", Joint(304, 208, (272,), (r,), kind, dropout_p=(0.1,))) for kind, r in RANKS]
 
 
 @pytest.mark.parametrize(("body", "joint"), CASES, ids=str)
 def test_acceptance_rule(body, joint):
     verify(BODIES[body], joint, "cuda")
-
-
-@pytest.mark.parametrize(("kind", "r"), RANKS)
-def test_ranks(kind, r):
-    verify(fastlora_kernels, Joint(304, 208, (272,), (r,), kind, dropout_p=(0.1,)), "cuda")
 
 
 @pytest.mark.parametrize("kind", ["bf16", "bf16-fp32"])
@@ -211,27 +207,21 @@ def test_every_config(count, launcher, kind, config):
 
 # With one scaling, as in a model: from Hopper on everything wide then goes by TMA.
 LLAMA = [
-    Joint(4000, 4096, (4096, 1024, 1024), (16,) * 3, "bf16", dropout_p=(0.1,) * 3, scaling=0.5),
+    Joint(4000, 4096, (4096, 1024, 1024), (16,) * 3, "bf16", scaling=0.5),
     Joint(2000, 4096, (14336, 14336), (128,) * 2, "bf16-fp32", scaling=0.5),
 ]
 SIZES = [(4000, 4096, (4096,), (16,)), (2000, 4096, (1024,), (128,))]
 REAL = [
-    *[Joint(*shape, kind) for shape in SIZES for kind in ("bf16", "bf16-fp32")],
-    Joint(*SIZES[0], "fp16"),
+    (Joint(*shape, kind, mode), 0.05)
+    for mode in MODES
+    for shape, kind in [*itertools.product(SIZES, ("bf16", "bf16-fp32")), (SIZES[0], "fp16")]
 ]
+REAL += [pytest.param(joint, p, marks=large) for joint in LLAMA for p in (0.0, 0.1)]
 
 
-@large
-@pytest.mark.parametrize("joint", LLAMA, ids=str)
-@pytest.mark.parametrize("p", [0.0, 0.1])
-def test_several_projections(joint, p):
+@pytest.mark.parametrize(("joint", "p"), REAL, ids=str)
+def test_real_sizes(joint, p):
     verify(fastlora_kernels, replace(joint, dropout_p=(p,) * len(joint.sizes)), "cuda")
-
-
-@pytest.mark.parametrize("joint", REAL, ids=str)
-@pytest.mark.parametrize("mode", MODES)
-def test_real_sizes(mode, joint):
-    verify(fastlora_kernels, replace(joint, mode=mode, dropout_p=(0.05,)), "cuda")
 
 
 GATED = [("silu", torch.bfloat16), ("gelu", torch.float32), ("gelu", torch.float16)]
@@ -261,7 +251,7 @@ def test_rows_past_two_billion_elements():
 
 HUNDRED = [
     *(Joint(1040, 768, (512,), (16,), k, dropout_p=(0.1,)) for k in ("bf16", "bf16-fp32", "fp32")),
-    pytest.param(LLAMA[0], marks=large),
+    pytest.param(replace(LLAMA[0], dropout_p=(0.1,) * 3), marks=large),
 ]
 
 

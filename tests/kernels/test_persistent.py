@@ -114,11 +114,6 @@ def test_acceptance_rule(joint, chosen, takes, launched):
     assert names(launched) == takes
 
 
-def test_rows_stored_one_by_one_take_smaller_tiles():
-    _, product, *_ = recorded(CHIPS[90], Joint(64, 64, (33,), (8,), "bf16"))
-    assert product.config.block_m * product.config.block_n <= configs.MOST_UNEVEN
-
-
 @each_low_rank
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_small_integers_are_exact(low_rank, p):
@@ -222,41 +217,30 @@ def test_float16_does_not_overflow_before_the_sum(p, seed, chosen):
     assert dx.isfinite().all() and dx.float().mean() > 49_000
 
 
-def launches(chip: int, count: int, **change):
-    """Return the names of the launches of q, k and v, or of q, and the launches."""
-    of = {n: getattr(LAYER, n)[:count] for n in ("sizes", "ranks")}
-    calls = recorded(CHIPS[chip], replace(LAYER, **(of | change)))
-    return [call.kernel.__name__.removesuffix("_kernel") for call in calls], calls
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_defaults_of_each_chip(count):
-    called, (shrink, y, *backward) = launches(90, count)
-    narrow = ["ds_db"] * count + ["sum"]
-    assert called[:2] == ["shrink", "persistent_outputs"]
-    assert called[2:] == [*narrow, "persistent_input_grad", "da", "sum"]
-    assert shrink.args["factor"] == 2.0
-    for scaled, read in zip(shrink.args["scaled_ptrs"], y.args["s_ptrs"], strict=True):
-        assert scaled is read
-    assert (y.args["scales"], y.args["LOW_RANK"]) == ((1.0,), "fold")
-    assert backward[count + 1].args["LOW_RANK"] == "fold"
-    low_rank = {"kind": "bf16-fp32"}, {"ranks": (4,) * count}
-    for change in low_rank:
-        _, (shrink, y, *_) = launches(90, count, **change)
-        assert shrink.args["scaled_ptrs"] is None
-        assert (y.args["scales"], y.args["LOW_RANK"]) == ((2.0,), "first")
-    for change in (*low_rank, {"dropout_p": (0.1,) * count}):
-        calls = [c for c in launches(90, count, **change)[1] if "dx_ptr" in c.args]
-        if count == 1:
-            assert [c.args["LOW_RANK"] for c in calls] == ["first"]
-            continue
-        rest, product = calls
-        # The low-rank terms come in a launch of their own, which makes no product of dy.
-        assert rest.args["sizes"] == (0, 0, 0) and product.args["sizes"] == (512, 128, 128)
-        assert rest.args["dx_ptr"] is product.args["rest_ptr"]
-    assert launches(90, count, scaling=1.0)[1][0].args["scaled_ptrs"] is None
-    called, _ = launches(80, count)
-    assert called[:2] == ["shrink", "outputs"] and "input_grad" in called
+@pytest.mark.parametrize(
+    ("chip", "change", "of_one", "of_several"),
+    [
+        (80, {}, [None, None], [None, None]),
+        (90, {}, ["fold", "fold"], ["fold", "fold"]),
+        # The low-rank terms of several dx come in a launch of their own.
+        (90, {"kind": "bf16-fp32"}, ["first", "first"], ["first", None, "rest"]),
+        (90, {"ranks": (4,) * 3}, ["first", "first"], ["first", None, "rest"]),
+        (90, {"dropout_p": (0.1,) * 3}, ["fold", "first"], ["fold", None, "rest"]),
+    ],
+    ids=str,
+)
+def test_defaults_of_each_chip(chip, change, of_one, of_several):
+    """How the wide products of a layer are made: portable, or when the low-rank one joins."""
+    for count, expected in ((1, of_one), (3, of_several)):
+        joint = replace(LAYER, **change)
+        joint = replace(joint, sizes=joint.sizes[:count], ranks=joint.ranks[:count])
+        shrink, *calls = recorded(CHIPS[chip], joint)
+        wide = [c for c in calls if {"y_ptrs", "y_descs", "dx_ptr"} & c.args.keys()]
+        assert [c.args.get("LOW_RANK") for c in wide] == expected
+        # What is folded in, shrink has scaled.
+        folds = expected[0] == "fold"
+        assert (shrink.args["scaled_ptrs"] is not None) == folds
+        assert wide[0].args["scales"] == ((1.0,) if folds else (2.0,))
 
 
 def test_defaults_where_projections_differ():
@@ -271,44 +255,28 @@ def test_defaults_where_projections_differ():
         assert calls[1].args["LOW_RANK"] == low_rank
 
 
-def test_a_product_that_comes_first_takes_the_rank_in_narrow_tiles():
-    """Whole, a high rank would need more shared memory than the pipeline leaves."""
-    joint = replace(LAYER, sizes=(512,), ranks=(128,), scaling=2.0)
-    chosen = dict.fromkeys(BOTH, Config(128, 256, 64, num_warps=8, tma=True))
-    calls = [c for c in recorded(CHIPS[90], joint, chosen) if "LOW_RANK" in c.args]
-    assert [(c.args["LOW_RANK"], c.args["BLOCK_R"]) for c in calls] == [("first", 32)] * 2
-
-
-def config(low_rank: str, *tiles: int, tma: bool = True, **rest) -> Config:
-    return Config(*(tiles or (32, 32, 32)), tma=tma, low_rank=low_rank, **rest)
-
-
 @pytest.mark.parametrize(
-    ("chosen", "kernel", "kind", "r", "dropout", "count"),
+    ("change", "kernel", "kind", "r", "dropout", "count"),
     [
-        (config("fold"), "outputs", "16", 12, False, 1),  # rows of s that are not 16 bytes apart
-        (config("fold"), "input_grad", "16", 16, True, 1),
-        (config("fold"), "outputs", "mixed", 16, False, 1),
-        (config("fold"), "outputs", "fp16", 16, False, 3),
-        (config("fold"), "input_grad", "fp16", 16, True, 3),
-        (config("first"), "input_grad", "16", 16, False, 3),
-        (config("last"), "outputs", "16", 16, False, 1),
-        (config("fold"), "shrink", "16", 16, False, 1),
-        (config("fold"), "outputs", "32", 16, False, 1),
-        (config("fold", 256, 256, 64, num_stages=4, num_warps=8), "outputs", "16", 16, False, 1),
-        (config("fold", 512, 32, 32, num_warps=8), "outputs", "16", 16, False, 1),
-        (config("fold", num_warps=2), "outputs", "16", 16, False, 1),
-        (config("fold", tma=False), "outputs", "16", 16, False, 1),
+        ({}, "outputs", "16", 12, False, 1),  # rows of s that are not 16 bytes apart
+        ({}, "input_grad", "16", 16, True, 1),
+        ({}, "outputs", "mixed", 16, False, 1),
+        ({}, "outputs", "fp16", 16, False, 3),
+        ({}, "input_grad", "fp16", 16, True, 3),
+        ({"low_rank": "first"}, "input_grad", "16", 16, False, 3),
+        ({"low_rank": "last"}, "outputs", "16", 16, False, 1),
+        ({}, "shrink", "16", 16, False, 1),
+        ({}, "outputs", "32", 16, False, 1),
+        ({"block_m": 256, "block_n": 256, "num_warps": 8}, "outputs", "16", 16, False, 1),
+        ({"block_m": 512, "num_warps": 8}, "outputs", "16", 16, False, 1),
+        ({"num_warps": 2}, "outputs", "16", 16, False, 1),
+        ({"tma": False}, "outputs", "16", 16, False, 1),
     ],
 )
-def test_configs_that_cannot_run_are_refused(chosen, kernel, kind, r, dropout, count):
-    assert not configs.is_valid(chosen, kernel, kind, r, dropout, CHIPS[90], count)
-
-
-def test_only_chips_with_the_copy_engine_get_these_configs():
-    old = CHIPS[80], Chip((0, 0), 65536, 100), Chip((7, 5), 65536, 100)
-    for chip, kernel, kind in itertools.product(old, BOTH, ("16", "mixed", "32")):
-        assert not any(c.tma for c in configs.candidates(kernel, kind, 16, False, chip))
+def test_configs_that_cannot_run_are_refused(change, kernel, kind, r, dropout, count):
+    assert configs.is_valid(tiled()["outputs"], "outputs", "16", 16, False, CHIPS[90])
+    config = replace(tiled()["outputs"], **change)
+    assert not configs.is_valid(config, kernel, kind, r, dropout, CHIPS[90], count)
 
 
 def test_tritons_that_need_more_shared_memory_get_narrow_tiles(monkeypatch):
