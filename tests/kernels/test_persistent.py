@@ -14,6 +14,7 @@ from covering import covering
 from fastlora_kernels import configs, input_grad, launch, outputs, steps
 from fastlora_kernels.configs import Chip, Config
 from joints import Joint, recorded, run, verify, verify_exactly
+from recorder import recording
 
 # Ragged in every dimension that may be; rows of 16 bytes; one projection without an adapter.
 QKV = Joint(40, 40, (40, 24, 40), (8, 0, 16), "bf16", scaling=0.5)
@@ -138,8 +139,7 @@ def test_tiles_of_several_are_written_in_two_halves(kind, name):
 @each_joint
 def test_more_tiles_than_programs(joint, low_rank, launched, monkeypatch):
     """A program goes on to its next tile, of another projection; groups of rows end well."""
-    for module in (outputs, input_grad):
-        monkeypatch.setattr(module, "chip_of", lambda device: Chip((0, 0), 1 << 30, 3))
+    monkeypatch.setattr(Chip, "of", staticmethod(lambda device: Chip((0, 0), 1 << 30, 3)))
     chosen = suiting(joint, low_rank, group_m=2)
     verify(fastlora_kernels, replace(joint, M=100), configs=chosen)
     assert launched == [("outputs", 3), ("input_grad", 3)]
@@ -250,7 +250,7 @@ def test_defaults_where_projections_differ():
         ts = joint.blank()
         of = joint.projections(ts)
         of[1] = of[1]._replace(scaling=scaling)
-        with launch.recording(CHIPS[90]) as calls:
+        with recording(CHIPS[90]) as calls:
             steps.outputs(ts[0]["x"], of, *steps.shrink(ts[0]["x"], of))
         assert calls[1].args["LOW_RANK"] == low_rank
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import triton
 from fastlora_kernels.configs import Chip, cdiv
-from fastlora_kernels.launch import Call
+from recorder import Call
 from sass import Code
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

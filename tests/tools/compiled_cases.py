@@ -23,10 +23,11 @@ import fastlora_kernels
 import torch
 from acceptance import KINDS
 from covering import covering
-from fastlora_kernels import gated, gated_backward, launch
+from fastlora_kernels import gated, gated_backward
 from fastlora_kernels.configs import DROPPING, LAUNCHERS, Chip, Config, candidates, kind_of
 from fastlora_kernels.gated import ACTIVATIONS
 from joints import Joint, recorded
+from recorder import Call, recording
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -72,7 +73,7 @@ FORBIDDEN = {
 
 def calls(
     chip, size: str, kind: str, r: int, which: str = "default", joint: bool = True
-) -> list[launch.Call]:
+) -> list[Call]:
     """Return what a forward and a backward with and without dropout launch on ``chip``.
 
     And those of q, k and v if ``joint``. With the "default" configs, or "every" one that the tuner
@@ -96,7 +97,7 @@ def calls(
             found += recorded(chip, problem, configs)
     if joint and (size, kind, r) == EVEN:
         y = torch.empty(M, N, dtype=KINDS[kind][0], device="meta")
-        with launch.recording(chip) as elementwise:
+        with recording(chip) as elementwise:
             for activation in ACTIVATIONS:
                 gated(y, y, activation)
                 gated_backward(y, y, y, activation)
@@ -104,7 +105,7 @@ def calls(
     return found
 
 
-def jobs(asked: str) -> list[tuple[int | str, str, launch.Call]]:
+def jobs(asked: str) -> list[tuple[int | str, str, Call]]:
     """Return capability, name and launch of the programs of `ASKED`."""
     found = {}
     for capability, problems in ASKED[asked].items():
@@ -136,7 +137,7 @@ def fingerprint() -> str:
     return hashlib.sha256("\n".join(code).encode()).hexdigest()[:16]
 
 
-def key(call: launch.Call) -> tuple:
+def key(call: Call) -> tuple:
     """Return what makes two launches the same program."""
     signature = tuple(
         (name, getattr(value, "dtype", value) if aot.is_constexpr(name) else None)
@@ -151,7 +152,7 @@ def key(call: launch.Call) -> tuple:
     return call.kernel.__name__, call.config, signature, pointers, ones
 
 
-def program_name(call: launch.Call, problem: str) -> str:
+def program_name(call: Call, problem: str) -> str:
     """Return what tells a program of a chip from all others, and means the same tomorrow.
 
     Kernel, problem, config, then the constexprs that the config does not give and the arguments
@@ -180,7 +181,7 @@ def program_name(call: launch.Call, problem: str) -> str:
     return " | ".join((call.kernel.__name__, problem, " ".join(tiles), " ".join(variant)))
 
 
-def report(capability: int | str, name: str, call: launch.Call) -> dict:
+def report(capability: int | str, name: str, call: Call) -> dict:
     """Compile a program and return what is kept of it (`figures.py` says what each figure is).
 
     And what it has that none may have, and `order_of` it. Of one for gfx942 other figures: those of
@@ -271,7 +272,7 @@ def keys(lengths: Iterable[int], chip: Chip, layer: Joint) -> set[str]:
     for length in lengths:
         calls = recorded(chip, replace(layer, M=length))
         y = torch.empty(length, layer.sizes[0], dtype=torch.bfloat16, device="meta")
-        with launch.recording(chip) as elementwise:
+        with recording(chip) as elementwise:
             gated_backward(y, gated(y, y, "silu"), y, "silu")
         for call in calls + elementwise:
             kernel, config = call.kernel, call.config

@@ -17,8 +17,8 @@ from types import ModuleType
 import fastlora_kernels
 import torch
 from acceptance import KINDS, Case, accept, integers, mask_of, oracle, plain
-from fastlora_kernels import launch
 from fastlora_kernels.dropout import kept_scale
+from recorder import Call, recording
 
 from fastlora.operator.operands import Operands
 
@@ -100,9 +100,9 @@ def run(kernels: ModuleType, joint: Joint, ts: list[dict], configs: dict | None 
     return results, dx
 
 
-def recorded(chip, joint: Joint, configs: dict | None = None) -> list[launch.Call]:
+def recorded(chip, joint: Joint, configs: dict | None = None) -> list[Call]:
     """Return what the five steps would launch on ``chip``."""
-    with launch.recording(chip) as calls:
+    with recording(chip) as calls:
         run(fastlora_kernels, joint, joint.blank(), configs)
     return calls
 
