@@ -83,14 +83,6 @@ def test_main_loops(name):
     assert (loop and (loop.kind, loop.matrix, loop.instructions)) == expected
 
 
-def test_opcodes_are_those_of_the_loop_and_of_all():
-    one = code(LOOPS["one block"][0])
-    assert one.main_loop().opcodes == {"LDSM": 1, "NOP": 1, "HMMA": 2, "LDGSTS": 1, "BRA": 1}
-    assert one.opcodes["LDGSTS"] == 2
-    waits = code(LOOPS["waiting out of line is no part of a turn"][0]).main_loop()
-    assert sum(waits.opcodes.values()) == 9
-
-
 @pytest.mark.parametrize(
     ("capability", "warps", "registers", "shared", "columns", "blocks"),
     [
