@@ -29,7 +29,7 @@ from fastlora.operator.dropout import keep_mask
 NAMES = ("x", "w", "a", "b", "dy")
 # M, K, outputs and ranks; None is that of the turn.
 SHAPES = (
-    (97, 70, (50,), (None,)),
+    (70, 40, (50,), (None,)),
     (33, 130, (50, 20, 33), (5, None, 3)),
     (40, 36, (40,), (None,)),
     (34, 128, (96, 32), (None, None)),

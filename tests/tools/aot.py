@@ -19,25 +19,22 @@ from sass import Code
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# Shared memory a block may use (bytes) and processors of a chip of that compute capability.
-CHIPS = {
-    80: Chip((8, 0), 166912, 108),
-    86: Chip((8, 6), 101376, 84),
-    89: Chip((8, 9), 101376, 128),
-    90: Chip((9, 0), 232448, 132),
-    100: Chip((10, 0), 232448, 148),
-    120: Chip((12, 0), 101376, 170),
-    "gfx942": Chip((0, 0), 65536, 304),  # an AMD Instinct MI300X
-}
-# Shared memory (KiB), threads and blocks of one of its processors, as in ``cuda_occupancy.h``.
+# Of a processor, as in ``cuda_occupancy.h``: shared memory (KiB), threads and blocks; and how many
+# of them a chip of that compute capability has.
 LIMITS = {
-    80: (164, 2048, 32),
-    86: (100, 1536, 16),
-    89: (100, 1536, 24),
-    90: (228, 2048, 32),
-    100: (228, 2048, 32),
-    120: (100, 1536, 24),
+    80: (164, 2048, 32, 108),
+    86: (100, 1536, 16, 84),
+    89: (100, 1536, 24, 128),
+    90: (228, 2048, 32, 132),
+    100: (228, 2048, 32, 148),
+    120: (100, 1536, 24, 170),
 }
+RESERVED = 1024  # bytes of shared memory of every block, by the driver
+CHIPS = {
+    capability: Chip(divmod(capability, 10), (kib << 10) - RESERVED, processors)
+    for capability, (kib, _, _, processors) in LIMITS.items()
+}
+CHIPS["gfx942"] = Chip((0, 0), 65536, 304)  # an AMD Instinct MI300X
 
 _TYPES = {
     torch.float64: "*fp64",
@@ -120,13 +117,13 @@ def blocks_per_processor(
     ``registers`` a thread, ``shared`` bytes a block, and the columns of tensor memory that a
     block allocates (sm_100).
     """
-    kib, threads, blocks = LIMITS[capability]
+    kib, threads, blocks, _ = LIMITS[capability]
     # The 65,536 registers are split among four schedulers, a warp's come in units of 256. Shared
-    # memory comes in units of 128 bytes; the driver keeps 1,024 of every block.
+    # memory comes in units of 128 bytes.
     return min(
         blocks,
         threads // (32 * warps),
         65536 // 4 // (256 * cdiv(32 * registers, 256)) * 4 // warps,
-        kib * 1024 // (128 * cdiv(shared + 1024, 128)),
+        (kib << 10) // (128 * cdiv(shared + RESERVED, 128)),
         512 // tensor_columns if tensor_columns else blocks,
     )
