@@ -227,7 +227,7 @@ def order_of(ir: str) -> dict:
     """
     zeros = re.findall(r"(%\w+) = arith\.constant dense<0\.0", ir)
     starts = re.findall(r" tt\.dot \S+, \S+, (%\w+)", ir)
-    buffers = dict(re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x", ir))
+    buffers = dict(re.findall(r"(%\w+) = ttg\.local_alloc\s*: \(\) -> \S+memdesc<(\d+)x\d+x", ir))
     views = dict(re.findall(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", ir))
     read = {tile for both in re.findall(r"warp_group_dot (%\w+), (%\w+)", ir) for tile in both}
     while read & views.keys():
