@@ -94,14 +94,14 @@ COPIES = {
             "    if on_the_way and major == 9 and m < 32 <= n:",
         ),
     ],
-    ("ds_db", "kernels/test_compiled.py::test_two_lengths_compile_what_all_need"): [
+    ("ds_db", "kernels/test_compiled.py::test_few_lengths_compile_what_all_need"): [
         (
             "every number of rows is compiled for",
             '@triton.jit(do_not_specialize=["steps"])',
             "@triton.jit",
         ),
     ],
-    ("sums", "kernels/test_compiled.py::test_two_lengths_compile_what_all_need"): [
+    ("sums", "kernels/test_compiled.py::test_few_lengths_compile_what_all_need"): [
         (
             "every number of parts is compiled for",
             "tuple(2 * n + 3 for n in parts)",

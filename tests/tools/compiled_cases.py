@@ -286,18 +286,18 @@ def keys(lengths: Iterable[int], chip: Chip, layer: Joint) -> set[str]:
 
 
 def lengths() -> Iterator[dict]:
-    """Yield how many programs two lengths of a batch need, and which 150 others need beside them.
+    """Yield how many programs a few lengths of a batch need, and which 150 others need beside them.
 
-    Of the two 16 divides one.
+    The few are two for each power of two, of which 16 divides one.
     """
+    few = [n - odd for n in (1 << k for k in range(2, 15)) for odd in (0, 1)]
     others = [random.Random(0).randint(2, 1 << 14) for _ in range(150)]
     layers = (4096, (4096,), (16,)), (4096, (4096, 1024, 1024), (8,) * 3), (576, (576,), (33,))
-    for layer, p, kind, chip in covering(
-        layers, (0.0, 0.1), ("bf16", "bf16-fp32", "fp32"), (80, 90)
-    ):
+    kinds = "bf16", "bf16-fp32", "fp32"
+    for layer, p, kind, chip in covering(layers, (0.0, 0.1), kinds, (80, 90)):
         joint = Joint(0, *layer, kind, dropout_p=(p,) * 3, biases=(False,) * 3, scaling=0.5)
-        few, many = (keys(of, aot.CHIPS[chip], joint) for of in ((4096, 4095), others))
-        yield {"name": f"{joint}, sm_{chip}", "few": len(few), "more": [*many - few]}
+        known, all_of = (keys(of, aot.CHIPS[chip], joint) for of in ([2, *few], others))
+        yield {"name": f"{joint}, sm_{chip}", "few": len(known), "more": [*all_of - known]}
 
 
 def main(share: int, of: int, which: str) -> None:
