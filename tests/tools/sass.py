@@ -7,8 +7,9 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import networkx  # PyTorch needs it, too
 
@@ -22,27 +23,27 @@ _INSTRUCTION = re.compile(
 )
 # What follows the opcode of a branch that is always taken: modifiers and a label.
 _ALWAYS = re.compile(r"(\.\w+)* `\(\.L_\w+\)")
+_ENDS = ("BRA", "EXIT", "RET", "BRX", "JMP", "JMX", "BRXU")
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One instruction: its ``opcode`` without modifiers, and the text after it."""
+class Instruction(NamedTuple):
+    """One instruction: its opcode without modifiers, the labels that it names, what may follow."""
 
     opcode: str
-    rest: str = field(repr=False)
-    guarded: bool = False
+    targets: list[str]
+    falls_through: bool
 
-    @property
-    def targets(self) -> list[str]:
-        """The labels that the instruction names."""
-        return re.findall(r"\.L_\w+", self.rest)
-
-    @property
-    def falls_through(self) -> bool:
-        """Whether the next instruction may follow."""
-        if self.opcode == "BRA":
-            return self.guarded or ".DIV" in self.rest or not _ALWAYS.match(self.rest)
-        return self.guarded or self.opcode not in ("EXIT", "RET", "BRX", "JMP", "JMX", "BRXU")
+    @classmethod
+    def of(cls, guard: str | None, opcode: str, rest: str) -> Instruction:
+        if guard in (
+            "!PT",
+            "!UPT",
+        ):  # never carried out, as loads beside cp.async that load nothing
+            return cls("NOP", [], True)
+        always = guard in (None, "PT", "UPT") and opcode in _ENDS
+        if opcode == "BRA":
+            always = always and ".DIV" not in rest and bool(_ALWAYS.match(rest))
+        return cls(opcode, re.findall(r"\.L_\w+", rest), not always)
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,12 @@ class Code:
     """The instructions of one kernel and the blocks that they form."""
 
     def __init__(self, text: str) -> None:
-        """``text``: what nvdisasm prints. Instructions that are never carried out become NOPs."""
+        """``text``: what nvdisasm prints."""
         self.instructions: list[Instruction] = []
         self.labels: dict[str, int] = {}
         for line in text.splitlines():
             if match := _INSTRUCTION.match(line):
-                guard, opcode, rest = match.group("guard", "opcode", "rest")
-                if guard in ("!PT", "!UPT"):  # such as the loads beside cp.async that load nothing
-                    opcode, rest = "NOP", ""
-                guarded = guard not in (None, "PT", "UPT")
-                self.instructions.append(Instruction(opcode, rest, guarded))
+                self.instructions.append(Instruction.of(*match.group("guard", "opcode", "rest")))
             elif line.startswith(".L_"):
                 self.labels[line.split(":")[0]] = len(self.instructions)
 
