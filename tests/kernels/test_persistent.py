@@ -20,7 +20,7 @@ from recorder import recording
 QKV = Joint(40, 40, (40, 24, 40), (8, 0, 16), "bf16", scaling=0.5)
 ONE = Joint(50, 72, (40,), (8,), "bf16", scaling=0.5)
 # As a model has them.
-LAYER = Joint(256, 512, (512, 128, 128), (16,) * 3, "bf16", biases=(False,) * 3, scaling=2.0)
+LAYER = Joint(8192, 4096, (4096, 1024, 1024), (16,) * 3, "bf16", scaling=2.0)
 SHIPPED = {c for (kernel, _), cs in configs.DEFAULTS.items() for c in cs if c.tma}
 BOTH = ["outputs", "input_grad"]
 LOW_RANKS = ("fold", "first")
