@@ -154,7 +154,7 @@ def test_no_copy_overtakes_a_wgmma(order):
 
 
 def test_few_lengths_compile_what_all_need():
-    """Two for each power of two, one that 16 divides; of 150 others none needs another program."""
+    """Two for each power of two, 16 divides one; of 150 others none needs another program."""
     found = lines_of("compiled_cases.py", "0", "1", "lengths")
     assert len(found) == 9
     assert not {row["name"]: row["more"] for row in found if row["more"]}

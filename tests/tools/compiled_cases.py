@@ -8,13 +8,14 @@ of its own: the interpreter must be off.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import itertools
 import json
 import random
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -263,41 +264,48 @@ def faults(
     return [fault for fault, there in found.items() if there] + list(forbidden)
 
 
+@functools.cache
+def binder(kernel) -> Callable:
+    """Return what makes Triton's own key of a launch's arguments."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    return create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
 def keys(lengths: Iterable[int], chip: Chip, layer: Joint) -> set[str]:
-    """Return Triton's own key for each program that forward and backward of such lengths run.
+    """Return Triton's key for each program that forward and backward of such lengths run.
 
     And a gated product of the first outputs. Nothing is compiled.
     """
-    binders, found, backend = {}, set(), make_backend(GPUTarget("cuda", 90, 32))
+    found = set()
     for length in lengths:
         calls = recorded(chip, replace(layer, M=length))
         y = torch.empty(length, layer.sizes[0], dtype=torch.bfloat16, device="meta")
         with recording(chip) as elementwise:
             gated_backward(y, gated(y, y, "silu"), y, "silu")
         for call in calls + elementwise:
-            kernel, config = call.kernel, call.config
-            if kernel not in binders:
-                about = kernel.signature, kernel.params, backend
-                binders[kernel] = create_function_from_signature(*about)
-            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            _, key, *_ = binders[kernel](*call.values, **options)
-            found.add(f"{kernel.__name__} {key} {options}")
+            uses = {"num_warps": call.config.num_warps, "num_stages": call.config.num_stages}
+            _, key, *_ = binder(call.kernel)(*call.values, **uses)
+            found.add(f"{call.kernel.__name__} {key} {uses}")
     return found
 
 
 def lengths() -> Iterator[dict]:
-    """Yield how many programs a few lengths of a batch need, and which 150 others need beside them.
+    """Yield how many programs lengths of a batch need, and which others than a few of them need.
 
-    The few are two for each power of two, of which 16 divides one.
+    The few are a power of two, by which tiles are chosen, and one less: 16 divides one of the two.
+    The others are 150 up to it and beyond the last one, at random.
     """
-    few = [n - odd for n in (1 << k for k in range(2, 15)) for odd in (0, 1)]
-    others = [random.Random(0).randint(2, 1 << 14) for _ in range(150)]
+    others = [random.Random(0).randint(3, 1 << 14) for _ in range(150)]
     layers = (4096, (4096,), (16,)), (4096, (4096, 1024, 1024), (8,) * 3), (576, (576,), (33,))
     kinds = "bf16", "bf16-fp32", "fp32"
     for layer, p, kind, chip in covering(layers, (0.0, 0.1), kinds, (80, 90)):
-        joint = Joint(0, *layer, kind, dropout_p=(p,) * 3, biases=(False,) * 3, scaling=0.5)
-        known, all_of = (keys(of, aot.CHIPS[chip], joint) for of in ([2, *few], others))
-        yield {"name": f"{joint}, sm_{chip}", "few": len(known), "more": [*all_of - known]}
+        of = aot.CHIPS[chip], Joint(0, *layer, kind, "both", (p,) * 3, (False,) * 3, scaling=0.5)
+        few, more = set(), set()
+        for most in (1 << k for k in range(2, 15)):
+            known = keys((most, most - 1), *of)
+            few |= known
+            more |= keys([n for n in others if most // 2 < n <= most], *of) - known
+        yield {"name": f"{of}", "few": len(few), "more": sorted(more)}
 
 
 def main(share: int, of: int, which: str) -> None:
