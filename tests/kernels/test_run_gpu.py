@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import aot
@@ -16,6 +14,7 @@ import run_gpu
 import side_by_side
 import torch
 from fastlora_kernels import configs
+from uninterpreted import lines_of
 
 ROOT = Path(__file__).parents[2]
 # Half a second to compile a program and as much for the C code that launches it (Triton 3.6):
@@ -52,33 +51,31 @@ def test_right(kernel):
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """A machine with a GPU, where pip installs nothing, and a file of tests in place of ours."""
+def said(tmp_path, monkeypatch, capsys):
+    """What `make gpu` returns and says on a machine with a GPU, of tests in place of ours."""
     (tmp_path / "test_fake.py").write_text(FAKE)
     monkeypatch.setattr(run_gpu, "ROOT", tmp_path)
     monkeypatch.setattr(run_gpu, "TESTS", "test_fake.py")
-    monkeypatch.setattr(run_gpu, "INSTALL", ["nothing"])
     monkeypatch.setattr(run_gpu.signal, "signal", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setenv("PYTHONPATH", "before")
-    return tmp_path
+    return lambda *arguments: (run_gpu.main(arguments), capsys.readouterr().out)
 
 
-def test_without_a_gpu(capsys, monkeypatch):
+def test_without_a_gpu(said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run_gpu.main([]) == 2
-    assert capsys.readouterr().out == "no CUDA GPU here\n"
+    assert said() == (2, "no CUDA GPU here\n")
 
 
-def test_what_fails_is_said_at_once_and_costs_no_other_test(fake, capsys):
-    assert run_gpu.main(["--workers", "2", "--silence", "3"]) == 1
-    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+def test_what_fails_is_said_at_once_and_costs_no_other_test(said):
+    code, out = said("--workers", "2", "--silence", "3")
+    lines = [line.strip() for line in out.splitlines()]
     failures = {}
     for i, line in enumerate(lines):
         if line.startswith("FAILED test_fake.py::test_"):
             failures[line.removeprefix("FAILED test_fake.py::test_")] = lines[i + 1 : i + 18]
-    assert failures.keys() == {"wrong", "hang", "exit", "crash"}
+    assert code == 1 and failures.keys() == {"wrong", "hang", "exit", "crash"}
     assert list(failures)[-1] == "hang"  # the others are not kept until it has ended
     assert "E   AssertionError: one is not two" in failures["wrong"][:4]
     assert "the process has ended: exit code 7" in failures["exit"]
@@ -91,26 +88,25 @@ def test_what_fails_is_said_at_once_and_costs_no_other_test(fake, capsys):
     assert lines[-1].startswith("GPU tests did not pass on a GPU, torch ")
 
 
-def test_other_arguments_go_to_pytest(fake, capsys):
-    assert run_gpu.main(["-k", "right and a-", "--workers", "1"]) == 0
-    assert "\n2 passed in " in capsys.readouterr().out
-    assert run_gpu.main(["-k", "wrong or right", "-x", "--workers", "1"]) == 1
-    said = capsys.readouterr().out
-    assert "not run: 3 of test_fake.py::test_right: a, b\n" in said
-    assert "1 failed, 3 not run in " in said
+def test_other_arguments_go_to_pytest(said):
+    code, out = said("-k", "right and a-", "--workers", "1")
+    assert code == 0 and "\n2 passed in " in out
+    code, out = said("-k", "wrong or right", "-x", "--workers", "1")
+    assert code == 1 and "not run: 3 of test_fake.py::test_right: a, b\n" in out
+    assert "1 failed, 3 not run in " in out
 
 
-def test_nothing_begins_when_the_minutes_are_over(fake, capsys):
-    assert run_gpu.main(["--minutes", "0", "--workers", "1"]) == 5
-    assert "not run: 1 of test_fake.py::test_hang" in capsys.readouterr().out
+def test_nothing_begins_when_the_minutes_are_over(said):
+    code, out = said("--minutes", "0", "--workers", "1", "-k", "right")
+    assert code == 5 and "not run: 3 of test_fake.py::test_right" in out
 
 
-def test_what_cannot_start_is_said(fake, capsys):
-    assert run_gpu.main(["--unheard-of", "--workers", "1"]) == 1
-    assert "error: unrecognized arguments: --unheard-of" in capsys.readouterr().out
+def test_what_cannot_start_is_said(said):
+    code, out = said("--unheard-of", "--workers", "1")
+    assert code == 1 and "error: unrecognized arguments: --unheard-of" in out
 
 
-def test_an_interrupted_run_is_summed_up(fake, capsys, monkeypatch):
+def test_an_interrupted_run_is_summed_up(said, monkeypatch):
     processes = []
 
     def listen(tests):
@@ -118,8 +114,8 @@ def test_an_interrupted_run_is_summed_up(fake, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(side_by_side.Tests, "listen", listen)
-    assert run_gpu.main(["--workers", "1"]) == 5
-    assert "interrupted in no test\nnothing ran in " in capsys.readouterr().out
+    code, out = said("--workers", "1")
+    assert code == 5 and "interrupted in no test\nnothing ran in " in out
     assert processes[0].popen.poll() is not None
 
 
@@ -138,20 +134,15 @@ def test_make_passes_its_arguments_on():
     command = ["make", "--no-print-directory", "-n", "gpu", "PYTHON=python", "ARGS=-k ranks -x"]
     # Without what `make test` tells those below it.
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("MAKE", "MFLAGS"))}
-    said = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    assert said.stdout == "python tests/tools/run_gpu.py -k ranks -x\n"
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(command, **options, check=True)
+    assert done.stdout == "python tests/tools/run_gpu.py -k ranks -x\n"
 
 
 @pytest.fixture(scope="module")
 def recorded():
-    """What each test of test_gpu.py would launch on an H100: the interpreter is off there."""
-    script = ROOT / "tests/tools/gpu_programs.py"
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    """What each test of test_gpu.py would launch on an H100."""
+    return lines_of("gpu_programs.py")
 
 
 def test_programs_are_few(recorded):
@@ -166,17 +157,15 @@ def test_every_kernel_comes_first(recorded):
     contacts = [function for function in functions if function.startswith("test_first_contact")]
     assert contacts == functions[:2]
     first = [one for one in recorded if one["test"].startswith("test_first_contact")]
-    assert {kernel for one in first for kernel, _ in one["launched"]} == {
-        kernel for one in recorded for kernel, _ in one["launched"]
-    }
+    kernels = [{kernel for one in of for kernel, _ in one["launched"]} for of in (first, recorded)]
+    assert kernels[0] == kernels[1]
 
 
 def test_every_config_runs(recorded):
     """Each that the tuner may try on an H100, for each kind, by its own kernel."""
     ran, anywhere = set(), set()
     for one in recorded:
-        params = one["params"]
-        of = params.get("launcher", ""), params.get("kind", ""), params.get("count", "")
+        of = tuple(one["params"].get(name, "") for name in ("launcher", "kind", "count"))
         anywhere |= {config for _, config in one["launched"]}
         ran |= {(*of, c) for kernel, c in one["launched"] if kernel.endswith(f"{of[0]}_kernel")}
     launchers = [name for names in configs.LAUNCHERS.values() for name in names]

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles what the launchers would launch for a chip that need not be here, and reads the result.
 
-Everything comes from the tools inside Triton's own package: ``ptxas`` while compiling,
-``cuobjdump`` and ``nvdisasm`` to read the machine code. Needs a process in which the interpreter
-is off.
+With the tools of Triton's own package, in a process in which the interpreter is off.
 """
 
 from __future__ import annotations
@@ -11,31 +9,32 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import triton
-from fastlora_kernels.configs import Chip
-from fastlora_kernels.launch import Call
-from occupancy import blocks_per_processor
-from sass import Code, MainLoop
+from fastlora_kernels.configs import Chip, cdiv
+from recorder import Call
+from sass import Code
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# Shared memory a block may use (bytes) and processors of a chip of that compute capability.
-CHIPS = {
-    80: Chip((8, 0), 166912, 108),
-    86: Chip((8, 6), 101376, 84),
-    89: Chip((8, 9), 101376, 128),
-    90: Chip((9, 0), 232448, 132),
-    100: Chip((10, 0), 232448, 148),
-    120: Chip((12, 0), 101376, 170),
+# Of a processor, as in ``cuda_occupancy.h``: shared memory (KiB), threads and blocks; and how many
+# of them a chip of that compute capability has.
+LIMITS = {
+    80: (164, 2048, 32, 108),
+    86: (100, 1536, 16, 84),
+    89: (100, 1536, 24, 128),
+    90: (228, 2048, 32, 132),
+    100: (228, 2048, 32, 148),
+    120: (100, 1536, 24, 170),
 }
-
-# What configs depend on of an AMD Instinct MI300X.
-GFX942 = Chip((0, 0), 65536, 304)
+RESERVED = 1024  # bytes of shared memory of every block, by the driver
+CHIPS = {
+    capability: Chip(divmod(capability, 10), (kib << 10) - RESERVED, processors)
+    for capability, (kib, _, _, processors) in LIMITS.items()
+}
+CHIPS["gfx942"] = Chip((0, 0), 65536, 304)  # an AMD Instinct MI300X
 
 _TYPES = {
     torch.float64: "*fp64",
@@ -46,68 +45,8 @@ _TYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What one compiled kernel uses: per thread registers and stack bytes, per block shared bytes.
-
-    ``blocks`` a processor; ``instructions`` counts the opcodes of the machine code.
-    """
-
-    registers: int
-    stack: int
-    shared: int
-    blocks: int
-    instructions: Counter = field(repr=False)
-    ptx: str = field(repr=False)
-    sass: str = field(repr=False)
-    main_loop: MainLoop | None = field(repr=False)
-
-
-def compile_call(call: Call, capability: int) -> Resources:
-    """Compile one recorded launch for ``capability`` (80 for sm_80) and return what it uses."""
-    compiled = _compile(call, GPUTarget("cuda", capability, 32))
-    usage, sass = _disassemble(compiled.asm["cubin"])
-    registers, code, uses = int(re.search(r"REG:(\d+)", usage)[1]), Code(sass), compiled.metadata
-    held = capability, uses.num_warps, registers, uses.shared, uses.tmem_size or 0
-    return Resources(
-        registers=registers,
-        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
-        shared=uses.shared,
-        blocks=blocks_per_processor(*held),
-        instructions=code.opcodes,
-        ptx=compiled.asm["ptx"],
-        sass=sass,
-        main_loop=code.main_loop(),
-    )
-
-
-def ptx(call: Call, capability: int) -> str:
-    """Compile one recorded launch for ``capability`` and return what ptxas is given."""
-    return _compile(call, GPUTarget("cuda", capability, 32)).asm["ptx"]
-
-
-def compile_for_amd(call: Call) -> dict[str, int]:
-    """Compile one recorded launch for gfx942 and return what it uses.
-
-    Vector registers and bytes of scratch of a thread, bytes of shared memory of a block, and the
-    matrix instructions in the whole program.
-    """
-    compiled = _compile(call, GPUTarget("hip", "gfx942", 64))
-    code = compiled.asm["amdgcn"]
-
-    def number(field: str) -> int:
-        return int(re.search(rf"\.{field}:\s*(\d+)", code)[1])
-
-    return {
-        "registers": number("vgpr_count"),
-        "spilled": number("vgpr_spill_count") + number("sgpr_spill_count"),
-        "scratch": number("private_segment_fixed_size"),
-        "shared": compiled.metadata.shared,
-        "matrix": code.count("v_mfma"),
-    }
-
-
-def _compile(call: Call, target: GPUTarget):
+def compiled(call: Call, capability: int | str):
+    """Return what Triton compiles of a launch for that chip: 90 is sm_90, "gfx942" an AMD one."""
     signature, constexprs, attrs = {}, {}, {}
 
     def described(path: tuple[int, ...], value, constexpr: bool, special: bool):
@@ -122,12 +61,18 @@ def _compile(call: Call, target: GPUTarget):
         return kind
 
     for i, name in enumerate(call.kernel.arg_names):
-        constexpr = name.isupper() and len(name) > 1
         special = name not in unspecialized(call)
-        signature[name] = described((i,), call.args[name], constexpr, special)
+        signature[name] = described((i,), call.args[name], is_constexpr(name), special)
+    nvidia = isinstance(capability, int)
+    target = GPUTarget("cuda" if nvidia else "hip", capability, 32 if nvidia else 64)
     options = {"num_warps": call.config.num_warps, "num_stages": call.config.num_stages}
     source = ASTSource(call.kernel, signature, constexprs, attrs)
     return triton.compile(source, target=target, options=options)
+
+
+def is_constexpr(name: str) -> bool:
+    """Return whether a kernel's argument is one: M, N and K are not."""
+    return name.isupper() and len(name) > 1
 
 
 def unspecialized(call: Call) -> list[str]:
@@ -148,14 +93,37 @@ def _argument(value, constexpr: bool, special: bool) -> tuple[str, bool, bool]:
     return ("i32" if -(2**31) <= value < 2**31 else "i64"), False, divisible
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
+def machine_code(cubin: bytes) -> tuple[int, int, Code]:
+    """Return a thread's registers and bytes of stack, and the instructions."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+    def said(*command) -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _run(tools / "cuobjdump", "-res-usage", file.name)
-        return usage, _run(tools / "nvdisasm", "-c", file.name)
+        usage = said(tools / "cuobjdump", "-res-usage", file.name)
+        code = Code(said(tools / "nvdisasm", "-c", file.name))
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return registers, stack, code
 
 
-def _run(*command) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def blocks_per_processor(
+    capability: int, warps: int, registers: int, shared: int, tensor_columns: int = 0
+) -> int:
+    """Return how many blocks of so many warps fit.
+
+    ``registers`` a thread, ``shared`` bytes a block, and the columns of tensor memory that a
+    block allocates (sm_100).
+    """
+    kib, threads, blocks, _ = LIMITS[capability]
+    # The 65,536 registers are split among four schedulers, a warp's come in units of 256. Shared
+    # memory comes in units of 128 bytes.
+    return min(
+        blocks,
+        threads // (32 * warps),
+        65536 // 4 // (256 * cdiv(32 * registers, 256)) * 4 // warps,
+        (kib << 10) // (128 * cdiv(shared + RESERVED, 128)),
+        512 // tensor_columns if tensor_columns else blocks,
+    )

@@ -10,7 +10,7 @@ COPIES = {
     ("tiles", "kernels/test_kernels.py::test_offsets_past_two_billion_elements"): [
         ("offsets of 32 bits", "    return (offs % size).to(tl.int64)", "    return offs % size"),
     ],
-    ("shrink", "kernels/test_kernels.py::test_strides"): [
+    ("shrink", "kernels/test_kernels.py::test_acceptance_rule"): [
         (
             "columns of x taken as neighbours",
             "rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk",
@@ -80,28 +80,28 @@ COPIES = {
             "high = (wide.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000",
         ),
     ],
-    ("tiles", "kernels/test_ptx.py::test_float32_sums_start_from_zero"): [
+    ("tiles", "kernels/test_compiled.py::test_float32_sums_start_from_zero"): [
         (
             "a float32 sum is one chain from its start",
             "acc = tl.fma(part, tl.full(acc.shape, 1.0, tl.float32), acc)",
             "acc += part",
         ),
     ],
-    ("configs", "kernels/test_ptx.py::test_no_copy_overtakes_a_wgmma"): [
+    ("configs", "kernels/test_compiled.py::test_no_copy_overtakes_a_wgmma"): [
         (
             "a copy may overtake a wgmma",
             "    if on_the_way and major == 9 and m < 64 <= n:",
             "    if on_the_way and major == 9 and m < 32 <= n:",
         ),
     ],
-    ("ds_db", "kernels/test_specialized.py"): [
+    ("ds_db", "kernels/test_compiled.py::test_few_lengths_compile_what_all_need"): [
         (
             "every number of rows is compiled for",
             '@triton.jit(do_not_specialize=["steps"])',
             "@triton.jit",
         ),
     ],
-    ("sums", "kernels/test_specialized.py"): [
+    ("sums", "kernels/test_compiled.py::test_few_lengths_compile_what_all_need"): [
         (
             "every number of parts is compiled for",
             "tuple(2 * n + 3 for n in parts)",

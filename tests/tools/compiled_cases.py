@@ -1,32 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every kernel as each chip would run it and prints the resources, a JSON line each.
 
-Run by test_compiled.py and figures.py in a process of its own: the interpreter must be off.
+Or what other lengths of a batch would compile. Run by test_compiled.py and figures.py in a process
+of its own: the interpreter must be off.
 """
 
 from __future__ import annotations
 
 import ast
-import dataclasses
+import functools
 import hashlib
 import itertools
 import json
+import random
 import re
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 import aot
 import fastlora_kernels
 import torch
 from acceptance import KINDS
-from fastlora_kernels import gated, gated_backward, launch, steps
-from fastlora_kernels.configs import DROPPING, candidates, kind_of
+from covering import covering
+from fastlora_kernels import gated, gated_backward
+from fastlora_kernels.configs import DROPPING, LAUNCHERS, Chip, Config, candidates, kind_of
 from fastlora_kernels.gated import ACTIVATIONS
+from joints import Joint, recorded
+from recorder import Call, recording
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
-# `make figures` compiles everything and keeps what it found with a hash of the kernels. The test
-# suite compiles for the chips whose matrix instructions differ, without those that have sm_80's and
-# less shared memory: a sample, which has to come out as kept, of the problems that another kind of
-# loop is compiled for; all defaults where what is kept is of another Triton or of other kernels.
+# `make figures` compiles everything for every chip and keeps what it found with a hash of the
+# kernels. The test suite compiles a sample, which has to come out as kept, where the matrix
+# instructions differ: those that are left out have sm_80's. All defaults where what is kept is of
+# another Triton or of other kernels.
 CAPABILITIES = (80, 90, 100)
 MORE_CAPABILITIES = (86, 89, 120)
 SIZES = {"even": (4096, 4096, 4096), "ragged": (1000, 1001, 999), "uneven": (1000, 1001, 1008)}
@@ -38,96 +48,81 @@ PROBLEMS = (
     *itertools.product(("uneven",), KINDS_COMPILED[:2], (16,)),  # y has odd rows, x and w do not
     ("even", "fp16", 16),
 )
-SAMPLE = (
-    *itertools.product(("even",), ("bf16", "bf16-fp32", "fp32"), (16,)),
-    ("ragged", "bf16", 16),
-    ("uneven", "bf16", 16),
-)
-# The problems for which several projections are compiled too; in the test suite for sm_90 alone, by
-# `make figures` for all chips.
-JOINT = (
-    ("even", "bf16", 16),
-    ("even", "bf16", 128),
-    ("even", "bf16-fp32", 16),
-    ("even", "fp32", 16),
-    ("ragged", "bf16", 16),
-)
+EVEN, MIXED, FLOAT32 = itertools.product(("even",), ("bf16", "bf16-fp32", "fp32"), (16,))
+RAGGED, UNEVEN = itertools.product(("ragged", "uneven"), ("bf16",), (16,))
+# Also with every config that the tuner may try.
+TUNED = tuple((*p, "every") for p in itertools.product(("even",), KINDS_COMPILED[:2], (16, 128)))
+AMD = {"gfx942": (EVEN, ("even", "bf16-fp32", 128))}  # is compiled to see that it compiles
+# What is asked for: the problems of each chip.
+ASKED = {
+    "every": dict.fromkeys(CAPABILITIES + MORE_CAPABILITIES, PROBLEMS + TUNED),
+    "defaults": {**dict.fromkeys(CAPABILITIES, PROBLEMS), **AMD},
+    "sample": {80: (EVEN, RAGGED), 90: (EVEN, UNEVEN), 100: (MIXED, UNEVEN), **AMD},
+    "order": {90: (FLOAT32, *TUNED[:2])},  # of what is tuned ds_db alone
+}
+# The problems for which several projections are compiled too: for all chips by `make figures`, else
+# for sm_90.
+JOINT = (EVEN, ("even", "bf16", 128), MIXED, FLOAT32, RAGGED)
+# What no program may have in its PTX.
+FORBIDDEN = {
+    "float64 instructions": r"\.f64",
+    "TF32 where IEEE float32 was asked for": "tf32",
+    "compiled to a trap": "trap;",
+    "atomic operations on global memory": r"\b(?:atom|red)\.[\w.]*global",
+}
 
 
 def calls(
-    chip, kind: str, r: int, size: str, which: str = "default", joint: bool = True
-) -> list[launch.Call]:
+    chip, size: str, kind: str, r: int, which: str = "default", joint: bool = True
+) -> list[Call]:
     """Return what a forward and a backward with and without dropout launch on ``chip``.
 
     And those of q, k and v if ``joint``. With the "default" configs, or "every" one that the tuner
     may try.
     """
-    (M, N, K), (base, adapter) = SIZES[size], KINDS[kind]
-
-    def empty(*shape, dtype=base):
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
+    (M, N, K), found = SIZES[size], []
     joint = joint and which == "default" and (size, kind, r) in JOINT
-    with launch.recording(chip) as recorded:
-        for count, p in itertools.product((1, 3) if joint else (1,), (0.0, 0.1)):
-            seed, outputs = empty(1, dtype=torch.int64) if p else None, (N, N // 4, N // 4)[:count]
-            x, dys, all_of = empty(M, K), [empty(M, n) for n in outputs], [True] * count
-            a, s = empty(r, K, dtype=adapter), [empty(M, r, dtype=adapter)] * count
-            bs = [empty(n, r, dtype=adapter) for n in outputs]
-            of = [(empty(len(b), K), a, b, empty(len(b)), seed, 0.5, p) for b in bs]
-            # By step, in the order in which layers run them.
-            run = {
-                "shrink": lambda c, x=x, of=of: steps.shrink(x, of, c),
-                "outputs": lambda c, x=x, of=of: steps.outputs(x, of, *steps.shrink(x, of, c), c),
-                "ds_db": lambda c, dys=dys, of=of, s=s, n=all_of: steps.ds_db(dys, of, s, n, n, c),
-                "input_grad": lambda c, dys=dys, of=of, s=s: steps.input_grad(dys, of, s, c),
-                "da": lambda c, x=x, of=of, s=s, n=all_of: steps.da(x, of, s, n, c),
-            }
-            for step, launches in run.items():
-                if which == "default":
-                    launches({})
-                    continue
-                dropout = p > 0 and step in DROPPING
-                for config in candidates(step, kind_of(base, adapter), r, dropout, chip):
-                    launches({step: config})
-        if joint and (size, kind, r) == JOINT[0]:
+    for sizes, p in itertools.product([(N,), (N, N // 4, N // 4)][: 1 + joint], (0.0, 0.1)):
+        ranks, p_of_each = (r,) * len(sizes), (p,) * len(sizes)
+        problem = Joint(M, K, sizes, ranks, kind, "both", p_of_each, (True,) * 3, scaling=0.5)
+        chosen: list[dict[str, Config]] = [{}]
+        if which == "every":
+            chosen = [
+                {step: config}
+                for step in itertools.chain(*LAUNCHERS.values())
+                for config in candidates(
+                    step, kind_of(*KINDS[kind]), r, p > 0 and step in DROPPING, chip
+                )
+            ]
+        for configs in chosen:
+            found += recorded(chip, problem, configs)
+    if joint and (size, kind, r) == EVEN:
+        y = torch.empty(M, N, dtype=KINDS[kind][0], device="meta")
+        with recording(chip) as elementwise:
             for activation in ACTIVATIONS:
-                gated(dys[0], dys[0], activation)
-                gated_backward(dys[0], dys[0], dys[0], activation)
-    return recorded
-
-
-def jobs(asked: str) -> list[tuple[int, str, str, launch.Call]]:
-    """Return capability, problem, name and launch of programs: "every", "defaults" or "sample"."""
-    every = asked == "every"
-    found, names = [], set()
-    problems = [(*problem, "default") for problem in (SAMPLE if asked == "sample" else PROBLEMS)]
-    if every:
-        problems += itertools.product(("even",), ("bf16", "bf16-fp32"), (16, 128), ("every",))
-    for capability in CAPABILITIES + (MORE_CAPABILITIES if every else ()):
-        seen = set()
-        for size, kind, r, which in problems:
-            problem = f"{kind} r={r} {size}"
-            joint = every or capability == 90
-            for call in calls(aot.CHIPS[capability], kind, r, size, which, joint):
-                if key(call) in seen:
-                    continue
-                seen.add(key(call))
-                name = program_name(call, problem)
-                if (capability, name) in names:
-                    raise ValueError(f"two programs of sm_{capability} are called {name!r}")
-                names.add((capability, name))
-                found.append((capability, problem, name, call))
+                gated(y, y, activation)
+                gated_backward(y, y, y, activation)
+        found += elementwise
     return found
 
 
-def amd_jobs() -> list[tuple[str, launch.Call]]:
-    """Return problem and launch of the programs that are compiled for an AMD chip."""
+def jobs(asked: str) -> list[tuple[int | str, str, Call]]:
+    """Return capability, name and launch of the programs of `ASKED`."""
     found = {}
-    for size, kind, r in (("even", "bf16", 16), ("even", "bf16-fp32", 128), ("ragged", "bf16", 16)):
-        for call in calls(aot.GFX942, kind, r, size):
-            found.setdefault(key(call), (f"{kind} r={r} {size}", call))
-    return list(found.values())
+    for capability, problems in ASKED[asked].items():
+        seen = set()
+        for size, kind, r, *which in problems:
+            several = asked == "every" or capability in (90, "gfx942")
+            for call in calls(aot.CHIPS[capability], size, kind, r, *which, joint=several):
+                left_out = asked == "order" and which and call.kernel.__name__ != "ds_db_kernel"
+                if left_out or key(call) in seen:
+                    continue
+                seen.add(key(call))
+                name = program_name(call, f"{kind} r={r} {size}")
+                if (capability, name) in found:
+                    raise ValueError(f"two programs of {capability} are called {name!r}")
+                found[capability, name] = call
+    return [(*program, call) for program, call in found.items()]
 
 
 def fingerprint() -> str:
@@ -143,10 +138,10 @@ def fingerprint() -> str:
     return hashlib.sha256("\n".join(code).encode()).hexdigest()[:16]
 
 
-def key(call: launch.Call) -> tuple:
+def key(call: Call) -> tuple:
     """Return what makes two launches the same program."""
     signature = tuple(
-        (name, getattr(value, "dtype", value) if name.isupper() and len(name) > 1 else None)
+        (name, getattr(value, "dtype", value) if aot.is_constexpr(name) else None)
         for name, value in call.args.items()
     )
     args = {n: v for n, v in call.args.items() if n not in aot.unspecialized(call)}
@@ -158,28 +153,27 @@ def key(call: launch.Call) -> tuple:
     return call.kernel.__name__, call.config, signature, pointers, ones
 
 
-def program_name(call: launch.Call, problem: str) -> str:
+def program_name(call: Call, problem: str) -> str:
     """Return what tells a program of a chip from all others, and means the same tomorrow.
 
     Kernel, problem, config, then the constexprs that the config does not give and the arguments
     that the program was compiled for because they are 1.
     """
-    config, variant = call.config, []
+    config, variant, tiles = call.config, [], []
     count = max(len(value) for value in (*call.values, ()) if isinstance(value, tuple))
     if count > 1:
         variant.append(f"of {count}")
     for name, value in call.args.items():
         if isinstance(value, tuple) and len(value) == 1:
             (value,) = value
-        if not (name.isupper() and len(name) > 1):
+        if not aot.is_constexpr(name):
             if isinstance(value, int) and value == 1 and name not in aot.unspecialized(call):
                 variant.append(f"{name}=1")
         elif isinstance(value, bool):
             variant += [name] if value else []
         elif value != getattr(config, name.lower(), None):
             variant.append(f"{name}={value}")
-    tiles = []
-    for field in dataclasses.fields(config):
+    for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(value, bool):
             tiles += [field.name] if value else []
@@ -188,103 +182,141 @@ def program_name(call: launch.Call, problem: str) -> str:
     return " | ".join((call.kernel.__name__, problem, " ".join(tiles), " ".join(variant)))
 
 
-def figures(found: aot.Resources) -> dict:
-    """Return what is kept of a program: `figures.py` says what each figure is."""
-    loop, whole = found.main_loop, found.instructions
-    kept = {
-        "registers": found.registers,
-        "stack": found.stack,
-        "shared": found.shared,
-        "blocks": found.blocks,
-        "total": sum(whole.values()),
-        "ldgsts": whole["LDGSTS"],
-        "tma": whole["UTMALDG"],
-    }
+def report(capability: int | str, name: str, call: Call) -> dict:
+    """Compile a program and return what is kept of it (`figures.py` says what each figure is).
+
+    And what it has that none may have, and `order_of` it. Of one for gfx942 other figures: those of
+    a thread, its spills and bytes of scratch, and the matrix instructions of the whole program.
+    """
+    about = {"capability": capability, "name": name, "stages": call.config.num_stages}
+    try:
+        program = aot.compiled(call, capability)
+    except Exception as error:  # Triton 3.4 has no linker of its own for AMD chips
+        if "ROCm linker" not in str(error):
+            raise
+        return about | {"no_linker": str(error)}
+    if capability == "gfx942":
+        code = program.asm["amdgcn"]
+        fields = "vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"
+        kept = {name: int(re.search(rf"\.{name}:\s*(\d+)", code)[1]) for name in fields}
+        shared = {"shared": program.metadata.shared, "matrix": code.count("v_mfma")}
+        return about | {"figures": kept | shared}
+    registers, stack, code = aot.machine_code(program.asm["cubin"])
+    uses, whole, loop = program.metadata, code.opcodes, code.main_loop()
+    held = capability, uses.num_warps, registers, uses.shared, uses.tmem_size or 0
+    kept = {"registers": registers, "stack": stack, "shared": uses.shared}
+    kept |= {"blocks": aot.blocks_per_processor(*held), "total": sum(whole.values())}
+    kept |= {"ldgsts": whole["LDGSTS"], "tma": whole["UTMALDG"]}
     if loop is not None:
-        kept |= {
-            "matrix": loop.kind,
-            "loop_matrix": loop.matrix,
-            "loop_instructions": loop.instructions,
-            "loop_ldgsts": loop.opcodes["LDGSTS"],
-            "loop_tma": loop.opcodes["UTMALDG"],
-            "loop_lds": loop.opcodes["LDS"] + loop.opcodes["LDSM"],
-        }
-    return kept
+        kept |= {"matrix": loop.kind, "loop_matrix": loop.matrix}
+        kept |= {"loop_instructions": loop.instructions}
+        kept |= {"loop_ldgsts": loop.opcodes["LDGSTS"], "loop_tma": loop.opcodes["UTMALDG"]}
+        kept |= {"loop_lds": loop.opcodes["LDS"] + loop.opcodes["LDSM"]}
+    found = {"figures": kept, "forbidden": forbidden(program.asm["ptx"])}
+    return about | found | order_of(program.asm["ttgir"])
 
 
-def faults(report: dict, spills: bool = True) -> list[str]:
-    """Return what no program may have, whatever the chip; ``spills`` among it or not."""
+def forbidden(ptx: str) -> list[str]:
+    return [what for what, pattern in FORBIDDEN.items() if re.search(pattern, ptx)]
+
+
+def order_of(ir: str) -> dict:
+    """Return what Triton makes of an order, by what ``ttgir`` says.
+
+    What its float32 products start from, "zero" or a name; of how many buffers the rings are that
+    wgmma reads; how many wgmma may still read when a loop turns.
+    """
+    zeros = re.findall(r"(%\w+) = arith\.constant dense<0\.0", ir)
+    starts = re.findall(r" tt\.dot \S+, \S+, (%\w+)", ir)
+    buffers = dict(re.findall(r"(%\w+) = ttg\.local_alloc\s*: \(\) -> \S+memdesc<(\d+)x\d+x", ir))
+    views = dict(re.findall(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", ir))
+    read = {tile for both in re.findall(r"warp_group_dot (%\w+), (%\w+)", ir) for tile in both}
+    while read & views.keys():
+        read = {views.get(tile, tile) for tile in read}
+    waits = map(int, re.findall(r"warp_group_dot_wait .*pendings = (\d+)", ir))
+    return {
+        "starts": ["zero" if start in zeros else start for start in starts],
+        "rings": sorted(int(buffers[tile]) for tile in read & buffers.keys()),
+        "unfinished": max(waits, default=0),
+    }
+
+
+def faults(
+    capability: int, name: str, figures: dict, forbidden: list[str] = (), spills: bool = True
+) -> list[str]:
+    """Return what no program may have, ``spills`` among it or not, and what it has to have."""
+    kernel, problem, *_ = name.split(" | ")
+    matrix, most = figures.get("matrix", ""), aot.CHIPS[capability].shared_memory
+    wide = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}.get(capability, "HMMA")
+    products = not kernel.startswith(("sum_", "gated_"))
+    expected = {"FFMA", "FFMA2"} if problem.startswith("fp32") else {wide, "HMMA"}
+    if "outputs" in kernel or "input_grad" in kernel:
+        expected -= {"HMMA"} - {wide}
+    ahead = sum(figures[load] - figures.get(f"loop_{load}", 0) for load in ("ldgsts", "tma"))
     found = {
-        f"spills, {report['stack']} bytes of stack": spills and report["stack"] > 0,
-        "local memory": spills and not {"LDL", "STL"}.isdisjoint(report["instructions"]),
-        "compiled to a trap": report["ptx_trap"],
-        "atomic operations on global memory": report["ptx_atomics"],
-        f"{report['registers']} registers": report["registers"] > 255,
-        f"{report['shared']} bytes of shared memory": report["shared"]
-        > aot.CHIPS[report["capability"]].shared_memory,
-        "float64 instructions": report["ptx_f64"],
-        "TF32 where IEEE float32 was asked for": report["ptx_tf32"],
+        f"spills, {figures['stack']} bytes of stack": spills and figures["stack"] > 0,
+        f"{figures['registers']} registers": figures["registers"] > 255,
+        f"{figures['shared']} bytes of shared memory": figures["shared"] > most,
+        "no block fits a processor": figures["blocks"] == 0,
+        f"matrix instructions {matrix!r}": products and expected.isdisjoint(matrix.split("+")),
+        "nothing is loaded ahead": products and problem.endswith(" even") and ahead <= 0,
     }
-    return [fault for fault, there in found.items() if there]
+    return [fault for fault, there in found.items() if there] + list(forbidden)
 
 
-def pipelined_loads(call: launch.Call) -> int:
-    """Return how many loads of 16 bytes a thread issues when the large operands are pipelined."""
-    args, config = call.args, call.config
-    m, n, k = config.block_m, config.block_n, config.block_k
-    kernel = call.kernel.__name__.removesuffix("_kernel")
-    if kernel.startswith("persistent"):
-        return 2 * config.num_stages  # of a tile each
-    # By kernel: the elements of a step, and an argument of their dtype.
-    loads = {
-        "outputs": ((m + n) * k, "x_ptr"),
-        "input_grad": ((m + n) * k, "dx_ptr"),
-        "shrink": (m * k, "x_ptr"),
-        "da": (m * n, "x_ptr"),
-        "ds_db": (m * n, "dy_ptr"),
-    }
-    if kernel not in loads:
-        return 0
-    elements, name = loads[kernel]
-    tensor = args[name]
-    return config.num_stages * elements * tensor.dtype.itemsize // (16 * 32 * config.num_warps)
+@functools.cache
+def binder(kernel) -> Callable:
+    """Return what makes Triton's own key of a launch's arguments."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    return create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
+def keys(lengths: Iterable[int], chip: Chip, layer: Joint) -> set[str]:
+    """Return Triton's key for each program that forward and backward of such lengths run.
+
+    And a gated product of the first outputs. Nothing is compiled.
+    """
+    found = set()
+    for length in lengths:
+        calls = recorded(chip, replace(layer, M=length))
+        y = torch.empty(length, layer.sizes[0], dtype=torch.bfloat16, device="meta")
+        with recording(chip) as elementwise:
+            gated_backward(y, gated(y, y, "silu"), y, "silu")
+        for call in calls + elementwise:
+            uses = {"num_warps": call.config.num_warps, "num_stages": call.config.num_stages}
+            _, key, *_ = binder(call.kernel)(*call.values, **uses)
+            found.add(f"{call.kernel.__name__} {key} {uses}")
+    return found
+
+
+def lengths() -> Iterator[dict]:
+    """Yield how many programs lengths of a batch need, and which others than a few of them need.
+
+    The few are a power of two, by which tiles are chosen, and one less: 16 divides one of the two.
+    The others are 150 up to it and beyond the last one, at random.
+    """
+    others = [random.Random(0).randint(3, 1 << 14) for _ in range(150)]
+    layers = (4096, (4096,), (16,)), (4096, (4096, 1024, 1024), (8,) * 3), (576, (576,), (33,))
+    kinds = "bf16", "bf16-fp32", "fp32"
+    for layer, p, kind, chip in covering(layers, (0.0, 0.1), kinds, (80, 90)):
+        of = aot.CHIPS[chip], Joint(0, *layer, kind, "both", (p,) * 3, (False,) * 3, scaling=0.5)
+        few, more = set(), set()
+        for most in (1 << k for k in range(2, 15)):
+            known = keys((most, most - 1), *of)
+            few |= known
+            more |= keys([n for n in others if most // 2 < n <= most], *of) - known
+        yield {"name": f"{of}", "few": len(few), "more": sorted(more)}
 
 
 def main(share: int, of: int, which: str) -> None:
-    if share == 0:
-        programs = [(capability, name) for capability, _, name, _ in jobs("every")]
+    """Print what was asked for: "lengths", or the reports of a share of the jobs."""
+    if share == 0 and which in ("every", "sample", "defaults"):
+        programs = [job[:2] for job in jobs("every")]
         print(json.dumps({"all": programs, "kernels": fingerprint()}), flush=True)
-    for problem, call in amd_jobs()[share::of]:
-        try:
-            found = aot.compile_for_amd(call)
-        except Exception as error:  # Triton 3.4 has no linker of its own
-            if "ROCm linker" not in str(error):
-                raise
-            found = {"no_linker": str(error)}
-        about = {"problem": problem, "kernel": call.kernel.__name__, "config": str(call.config)}
-        print(json.dumps({"capability": "gfx942", **about, **found}), flush=True)
     known = set(map(tuple, json.load(sys.stdin))) if which == "every" else ()
-    todo = [job for job in jobs(which) if (job[0], job[2]) not in known]
-    for capability, problem, name, call in todo[share::of]:
-        found = aot.compile_call(call, capability)
-        report = {
-            "capability": capability,
-            "name": name,
-            "problem": problem,
-            "kernel": call.kernel.__name__,
-            "dropout": bool(call.args.get("HAS_DROPOUT")),
-            "registers": found.registers,
-            "stack": found.stack,
-            "shared": found.shared,
-            "instructions": found.instructions,
-            "figures": figures(found),
-            "pipelined_loads": pipelined_loads(call),
-            "ptx_f64": ".f64" in found.ptx,
-            "ptx_tf32": "tf32" in found.ptx,
-            "ptx_trap": "trap;" in found.ptx,
-            "ptx_atomics": bool(re.search(r"\b(?:atom|red)\.[\w.]*global", found.ptx)),
-        }
-        print(json.dumps(report), flush=True)
+    todo = [job for job in jobs(which) if job[:2] not in known] if which in ASKED else []
+    for row in lengths() if which == "lengths" else (report(*job) for job in todo[share::of]):
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import json
 import sys
 import tempfile
@@ -20,7 +21,8 @@ import aot
 import pytest
 import torch
 from compiled_cases import key
-from fastlora_kernels import configs, launch
+from fastlora_kernels import configs
+from recorder import Call, recording
 from torch.overrides import TorchFunctionMode
 
 from fastlora.operator import plans, tuning
@@ -31,22 +33,17 @@ TESTS = Path(__file__).parents[1] / "kernels/test_gpu.py"
 FACTORIES = ("empty", "full", "ones", "zeros", "eye", "arange", "randn", "rand", "randint")
 
 
-def program(call: launch.Call) -> str:
+def program(call: Call) -> str:
     """Return what tells a program from others where sizes differ as well, as Triton does."""
-    divisible = []
-
-    def look(value) -> None:
+    divisible, pending = [], [v for n, v in call.args.items() if not aot.is_constexpr(n)]
+    while pending:
+        value = pending.pop()
         if isinstance(value, tuple):
-            for part in value:
-                look(part)
+            pending += value
         elif isinstance(value, torch.Tensor):
             divisible.append(value.storage_offset() * value.element_size() % 16 == 0)
         elif isinstance(value, int):
             divisible.append(value % 16 == 0)
-
-    for name, value in call.args.items():
-        if not (name.isupper() and len(name) > 1):
-            look(value)
     return str((key(call), divisible))
 
 
@@ -81,14 +78,11 @@ def replace_what_needs_a_gpu(patch: pytest.MonkeyPatch) -> None:
     """Have the tests launch, and what is in their way do nothing."""
     import joints
     import long_run
-    import test_gated
+    import test_gated_kernels
     import test_gpu
 
     def launched(kernels, joint, device="cuda", configs=None, ts=None):
         joints.run(kernels, joint, joint.tensors("cuda") if ts is None else ts, configs)
-
-    def launched_exactly(joint, device):
-        launched(test_gpu.fastlora_kernels, joint)
 
     def measured_once(steps, *_, **__):
         return {name: [tuple(1.0 for _ in step())] for name, step in steps.items()}
@@ -97,45 +91,43 @@ def replace_what_needs_a_gpu(patch: pytest.MonkeyPatch) -> None:
         losses(fused, 1, device)
         return [2.0, 1.0], 0
 
-    nothing = contextlib.nullcontext
-    replaced = {
-        test_gpu: {"verify": launched, "same": MagicMock()},
-        joints: {"verify_exactly": launched_exactly},
-        test_gated: {"accept": MagicMock()},
-        long_run: {"losses": trained_a_step},
-        plans: {
-            "triton_unusable": lambda device: None,
-            "default": lambda dtype, device: ("library", ""),
-        },
-        tuning: {"interleaved": measured_once},
-        configs.Chip: {"of": lambda device: CHIP},
-        pytest: {"raises": lambda *_, **__: nothing()},
-        torch: {
-            "compile": lambda module, **_: module,
-            "Generator": lambda *_, make=torch.Generator: make(),
-        },
-        torch.testing: {"assert_close": MagicMock()},
-    }
-    for module, values in replaced.items():
-        for name, value in values.items():
-            patch.setattr(module, name, value)
+    nothing, own = contextlib.nullcontext, torch.Generator
     says = {"memory_allocated": 0, "current_device": 0, "get_device_name": "H100"}
-    says["device"] = nothing()
-    cuda = {name: lambda *_, value=value: value for name, value in says.items()}
-    patch.setattr(torch, "cuda", MagicMock(**cuda))
+    cuda = {name: MagicMock(return_value=value) for name, value in says.items()}
+    replaced = {
+        (test_gpu, "verify"): launched,
+        (test_gpu, "same"): MagicMock(),
+        (joints, "verify_exactly"): lambda joint, device: launched(
+            test_gpu.fastlora_kernels, joint
+        ),
+        (test_gated_kernels, "accept"): MagicMock(),
+        (long_run, "losses"): trained_a_step,
+        (plans, "triton_unusable"): lambda device: None,
+        (plans, "default"): lambda dtype, device: ("library", ""),
+        (tuning, "interleaved"): measured_once,
+        (configs.Chip, "of"): lambda device: CHIP,
+        (pytest, "raises"): lambda *_, **__: nothing(),
+        (torch, "compile"): lambda module, **_: module,
+        (torch, "Generator"): lambda *_: own(),
+        (torch, "cuda"): MagicMock(**cuda, device=lambda *_: nothing()),
+        (torch.testing, "assert_close"): MagicMock(),
+    }
+    for (module, name), value in replaced.items():
+        patch.setattr(module, name, value)
 
 
 class Recorder:
     """Instead of running the tests that were collected, says what each would launch."""
 
+    def __init__(self) -> None:
+        self.found: list[dict] = []
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session):
         with pytest.MonkeyPatch.context() as patch:
             replace_what_needs_a_gpu(patch)
-            for item in session.items:
-                if item.get_closest_marker("skipif"):
-                    continue
-                print(json.dumps(recorded(item)), flush=True)
+            items = [item for item in session.items if not item.get_closest_marker("skipif")]
+            self.found = [recorded(item) for item in items]
         return True
 
 
@@ -145,7 +137,7 @@ def recorded(item: pytest.Item) -> dict:
     with (
         pytest.MonkeyPatch.context() as patch,
         tempfile.TemporaryDirectory() as folder,
-        launch.recording(CHIP) as calls,
+        recording(CHIP) as calls,
         Weightless(),
     ):
         given = {**params, "monkeypatch": patch, "tmp_path": Path(folder)}
@@ -160,6 +152,14 @@ def recorded(item: pytest.Item) -> dict:
     return found
 
 
+def main() -> int:
+    recorder, said = Recorder(), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        arguments = ["-m", "gpu", "-p", "no:cacheprovider", "-q", "-s", str(TESTS)]
+        code = pytest.main(arguments, plugins=[recorder])
+    print("\n".join(map(json.dumps, recorder.found)) if code == 0 else said.getvalue())
+    return code
+
+
 if __name__ == "__main__":
-    arguments = ["-m", "gpu", "-p", "no:cacheprovider", "-q", "-s", str(TESTS), *sys.argv[1:]]
-    sys.exit(pytest.main(arguments, plugins=[Recorder()]))
+    sys.exit(main())

@@ -7,7 +7,6 @@ Every projection is a problem of its own; dx is the sum of theirs. A list of one
 from __future__ import annotations
 
 import importlib
-import itertools
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,10 +18,12 @@ import fastlora_kernels
 import torch
 from acceptance import KINDS, Case, accept, integers, mask_of, oracle, plain
 from fastlora_kernels.dropout import kept_scale
+from recorder import Call, recording
 
 from fastlora.operator.operands import Operands
 
 PACKAGE = Path(fastlora_kernels.__file__).parent
+Found = tuple[list[dict], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,17 @@ class Joint:
         drawn = [case.tensors(device) for case in self.cases()]
         return [{**t, "x": drawn[0]["x"]} for t in drawn]
 
-    def integers(self) -> list[dict]:
-        """Return small integers whose every sum and product the dtypes hold, as the tensors."""
-        generator = torch.Generator().manual_seed(3)
-        ts = [integers(t, generator) for t in self.tensors()]
-        return [{**t, "x": ts[0]["x"]} for t in ts]
+    def blank(self) -> list[dict]:
+        """Return tensors of the same sizes without memory, for launches that are only recorded."""
+        base, adapter = (torch.empty((), dtype=d, device="meta") for d in KINDS[self.kind])
+        x, found = base.new_empty(self.M, self.K), []
+        for case in self.cases():
+            t = {"x": x, "w": x.new_empty(case.N, case.K), "dy": x.new_empty(case.M, case.N)}
+            t |= {"a": adapter.new_empty(case.R, case.K), "b": adapter.new_empty(case.N, case.R)}
+            t["bias"] = x.new_empty(case.N) if case.bias else None
+            t["seed"] = x.new_empty(1, dtype=torch.int64) if case.dropout_p else None
+            found.append(t)
+        return found
 
     def projections(self, ts: list[dict]) -> list[Operands]:
         """Return what the five steps take."""
@@ -74,9 +81,6 @@ class Joint:
             )
             for case, t, r in zip(self.cases(), ts, self.ranks, strict=True)
         ]
-
-
-Found = tuple[list[dict], torch.Tensor]
 
 
 def run(kernels: ModuleType, joint: Joint, ts: list[dict], configs: dict | None = None) -> Found:
@@ -94,6 +98,13 @@ def run(kernels: ModuleType, joint: Joint, ts: list[dict], configs: dict | None 
         if s is not None:
             result |= {"s": s, "lora_A": da, "lora_B": db}
     return results, dx
+
+
+def recorded(chip, joint: Joint, configs: dict | None = None) -> list[Call]:
+    """Return what the five steps would launch on ``chip``."""
+    with recording(chip) as calls:
+        run(fastlora_kernels, joint, joint.blank(), configs)
+    return calls
 
 
 def expected(joint: Joint, ts: list[dict], how: Callable) -> Found:
@@ -130,8 +141,9 @@ def verify_exactly(
     joint: Joint, lie: Callable = lambda name, t: t, configs=None, device: str = "cpu"
 ) -> None:
     """Check small integers for equality; ``lie`` may lay tensors out differently."""
-    joint = replace(joint, scaling=2.0)
-    ts = joint.integers()
+    joint, generator = replace(joint, scaling=2.0), torch.Generator().manual_seed(3)
+    ts = [integers(t, generator) for t in joint.tensors()]
+    ts = [{**t, "x": ts[0]["x"]} for t in ts]
     exact, exact_dx = expected(joint, ts, oracle)
     ts = [{n: v if v is None else lie(n, v).to(device) for n, v in t.items()} for t in ts]
     results, dx = run(fastlora_kernels, joint, [{**t, "x": ts[0]["x"]} for t in ts], configs)
@@ -147,26 +159,6 @@ def same(found: Found, other: Found) -> None:
     assert torch.equal(found[1], other[1]), "dx"
     for one, two in zip(found[0], other[0], strict=True):
         assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-SHAPES = [
-    (97, 170, (50,), (5,)),
-    (130, 36, (40,), (33,)),
-    (33, 270, (50, 20, 33), (5, 5, 5)),
-    (64, 128, (96, 32), (16, 16)),
-    (20, 261, (65, 40, 24, 8), (2, 33, 0, 17)),
-]
-DROPOUTS = ((), (0.3, 0.1, 0.5, 0.2), (0.0, 0.4))
-
-
-def joints() -> list[Joint]:
-    """Return ragged sizes in every mix of dtypes, with modes and dropout taking turns."""
-    modes = itertools.cycle(itertools.product(("both", "base", "low_rank"), DROPOUTS))
-    problems = enumerate(itertools.product(KINDS, SHAPES))
-    return [
-        Joint(*shape, kind, mode, p, seed=i)
-        for (i, (kind, shape)), (mode, p) in zip(problems, modes, strict=False)
-    ]
 
 
 def load(folder: Path, name: str, file: str, right: str, wrong: str) -> ModuleType:

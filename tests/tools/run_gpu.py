@@ -4,17 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import platform
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = "tests/kernels/test_gpu.py"
-INSTALL = ["install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--editable"]
 PYTEST = ["-m", "gpu", "--tb=short", "-p", "no:cacheprovider"]
 
 
@@ -34,12 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = {n: value for n, value in os.environ.items() if n != "TRITON_INTERPRET"}
     if options.sanitizer:
         environment["COMPUTE_SANITIZER"] = "1"
-    pip = [sys.executable, "-m", "pip", *INSTALL, str(ROOT)]
-    if subprocess.run(pip, capture_output=True).returncode:
-        print("pip could not install the checkout; its folders are used as they are")
-        paths = str(linked_packages()), os.environ.get("PYTHONPATH")
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    where = f"{torch.cuda.get_device_name()}, {versions(torch)}"
+    paths = str(linked_packages()), os.environ.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
+    versions = f"torch {torch.__version__}, triton {triton}, Python {platform.python_version()}"
+    where = f"{torch.cuda.get_device_name()}, {versions}"
     print(f"GPU tests on {where}", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit: sum up what there is
     code = side_by_side.run(
@@ -67,22 +66,13 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
 
 
 def linked_packages() -> Path:
-    """Return a folder that holds links to both packages and nothing else."""
+    """Return a folder that holds links to both packages and nothing else: nothing is installed."""
     folder = ROOT / "build" / "packages"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / "fastlora").symlink_to(ROOT / "fastlora")
-    (folder / "fastlora_kernels").symlink_to(ROOT / "kernels" / "fastlora_kernels")
+    for package in (ROOT / "fastlora", ROOT / "kernels" / "fastlora_kernels"):
+        (folder / package.name).symlink_to(package)
     return folder
-
-
-def versions(torch) -> str:
-    try:
-        from triton import __version__ as triton
-    except ImportError:
-        triton = "missing"
-    python = ".".join(map(str, sys.version_info[:3]))
-    return f"torch {torch.__version__}, triton {triton}, Python {python}"
 
 
 if __name__ == "__main__":

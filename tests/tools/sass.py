@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from typing import NamedTuple
 
 import networkx  # PyTorch needs it, too
 
@@ -20,38 +21,34 @@ LOADS = ("LDG", "LD", "UBLKCP", *ASYNC)
 _INSTRUCTION = re.compile(
     r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@(?P<guard>!?\w+) )?(?P<opcode>\w+)(?P<rest>.*)"
 )
-_NEVER = ("!PT", "!UPT")
-_LABEL = re.compile(r"(\.L_\w+)")
 # What follows the opcode of a branch that is always taken: modifiers and a label.
 _ALWAYS = re.compile(r"(\.\w+)* `\(\.L_\w+\)")
+_ENDS = ("BRA", "EXIT", "RET", "BRX", "JMP", "JMX", "BRXU")
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One instruction: its ``opcode`` without modifiers, and the text after it."""
+class Instruction(NamedTuple):
+    """One instruction: its opcode without modifiers, the labels that it names, what may follow."""
 
     opcode: str
-    rest: str = field(repr=False)
-    guarded: bool = False
+    targets: list[str]
+    falls_through: bool
 
-    @property
-    def targets(self) -> list[str]:
-        """The labels that the instruction names."""
-        return _LABEL.findall(self.rest)
-
-    @property
-    def falls_through(self) -> bool:
-        """Whether the next instruction may follow."""
-        if self.guarded:
-            return True
-        if self.opcode == "BRA":
-            return ".DIV" in self.rest or not _ALWAYS.match(self.rest)
-        return self.opcode not in ("EXIT", "RET", "BRX", "JMP", "JMX", "BRXU")
+    @classmethod
+    def of(cls, guard: str | None, opcode: str, rest: str) -> Instruction:
+        if guard in (
+            "!PT",
+            "!UPT",
+        ):  # never carried out, as loads beside cp.async that load nothing
+            return cls("NOP", [], True)
+        always = guard in (None, "PT", "UPT") and opcode in _ENDS
+        if opcode == "BRA":
+            always = always and ".DIV" not in rest and bool(_ALWAYS.match(rest))
+        return cls(opcode, re.findall(r"\.L_\w+", rest), not always)
 
 
 @dataclass(frozen=True)
 class MainLoop:
-    """The opcodes of a loop, counted: all of them, and those of one ``turn``.
+    """A loop's opcodes, counted, and what one turn issues: matrix instructions and all.
 
     The turn is the way through its branches with the most matrix instructions, the shortest of
     these. That leaves out what a loop does now and then: waiting once more for a barrier, or the
@@ -61,33 +58,20 @@ class MainLoop:
 
     kind: str
     opcodes: Counter
-    turn: Counter
-
-    @property
-    def matrix(self) -> int:
-        """The number of matrix instructions of a turn."""
-        return _sum(self.turn, self.kind.split("+"))
-
-    @property
-    def instructions(self) -> int:
-        """The number of instructions of a turn."""
-        return sum(self.turn.values())
+    matrix: int
+    instructions: int
 
 
 class Code:
     """The instructions of one kernel and the blocks that they form."""
 
     def __init__(self, text: str) -> None:
-        """``text``: what nvdisasm prints. Instructions that are never carried out become NOPs."""
+        """``text``: what nvdisasm prints."""
         self.instructions: list[Instruction] = []
         self.labels: dict[str, int] = {}
         for line in text.splitlines():
             if match := _INSTRUCTION.match(line):
-                guard, opcode, rest = match.group("guard", "opcode", "rest")
-                if guard in _NEVER:  # such as the loads beside cp.async that load nothing
-                    opcode, rest = "NOP", ""
-                guarded = guard not in (None, "PT", "UPT")
-                self.instructions.append(Instruction(opcode, rest, guarded))
+                self.instructions.append(Instruction.of(*match.group("guard", "opcode", "rest")))
             elif line.startswith(".L_"):
                 self.labels[line.split(":")[0]] = len(self.instructions)
 
@@ -97,36 +81,32 @@ class Code:
         return Counter(i.opcode for i in self.instructions)
 
     @cached_property
-    def blocks(self) -> dict[int, range]:
-        """The instructions that run one after the other, by the index of the first."""
+    def graph(self) -> networkx.DiGraph:
+        """What runs from one end to the other, by its first instruction, and what may follow it."""
         starts = {0, *self.labels.values()}
         for i, instruction in enumerate(self.instructions):
             if instruction.targets or not instruction.falls_through:
                 starts.add(i + 1)
         bounds = [*sorted(s for s in starts if s < len(self.instructions)), len(self.instructions)]
-        return {first: range(first, end) for first, end in pairwise(bounds)}
-
-    @cached_property
-    def successors(self) -> dict[int, set[int]]:
-        """The blocks that may follow each block."""
-        found = {}
-        for first, block in self.blocks.items():
-            last = self.instructions[block[-1]]
-            after = {block.stop} if last.falls_through else set()
+        graph = networkx.DiGraph()
+        for first, end in itertools.pairwise(bounds):
+            block, last = self.instructions[first:end], self.instructions[end - 1]
+            graph.add_node(first, opcodes=Counter(i.opcode for i in block))
+            after = {end} if last.falls_through else set()
             if last.opcode != "BSSY":  # says where diverging threads meet: behind the next BSYNC
                 after |= {self.labels[t] for t in last.targets if t in self.labels}
-            found[first] = after & self.blocks.keys()
-        return found
+            graph.add_edges_from((first, b) for b in sorted(after) if b in bounds[:-1])
+        return graph
 
-    def loops(self) -> Iterator[frozenset[int]]:
+    def loops(self) -> Iterator[set[int]]:
         """Yield the blocks of every loop, outer loops before the loops inside."""
-        pending = [frozenset(self.blocks)]
+        pending = [self.graph]
         while pending:
-            for part in _components(pending.pop(), self.successors):
-                if len(part) == 1 and not self.successors[next(iter(part))] & part:
-                    continue
-                yield part
-                pending.append(part - self._entries(part))
+            graph = pending.pop()
+            for part in networkx.strongly_connected_components(graph):
+                if networkx.number_of_selfloops(graph.subgraph(part)) or len(part) > 1:
+                    yield part
+                    pending.append(self.graph.subgraph(part - self._entries(part)))
 
     def main_loop(self) -> MainLoop | None:
         """Return the innermost loop with the most matrix instructions of the largest kind.
@@ -136,21 +116,26 @@ class Code:
         """
         loops = [(part, self._count(part)) for part in self.loops()]
         for kinds in (*MATRIX, LOADS):
-            # Of two alike the one with the pipeline, then the one with less around them.
-            having = [
-                ((_sum(counts, kinds), _sum(counts, ASYNC), -sum(counts.values())), part, counts)
-                for part, counts in loops
-                if _sum(counts, kinds)
-            ]
-            inner = [one for one in having if not any(other < one[1] for _, other, _ in having)]
+
+            def value(one, kinds=kinds) -> tuple[int, int, int]:
+                # Of two alike the one with the pipeline, then the one with less around them.
+                _, counts = one
+                return _sum(counts, kinds), _sum(counts, ASYNC), -sum(counts.values())
+
+            having = [(part, counts) for part, counts in loops if _sum(counts, kinds)]
+            inner = [one for one in having if not any(part < one[0] for part, _ in having)]
             if inner:
-                _, part, counts = max(inner, key=lambda one: one[0])
-                opcodes = LOADS if kinds is LOADS else _largest(counts, kinds)
+                part, counts = max(inner, key=value)
+                # All that the tensor cores do, or all that multiplies and adds.
+                of = itertools.chain(*MATRIX[:-1]) if kinds in MATRIX[:-1] else kinds
+                opcodes = [o for o in of if counts[o]]
                 turn = self._count(self._turn(part, opcodes))
-                return MainLoop("" if kinds is LOADS else "+".join(opcodes), counts, turn)
+                if kinds is LOADS:
+                    return MainLoop("", counts, 0, sum(turn.values()))
+                return MainLoop("+".join(opcodes), counts, _sum(turn, opcodes), sum(turn.values()))
         return None
 
-    def _turn(self, part: frozenset[int], opcodes: Iterable[str]) -> list[int]:
+    def _turn(self, part: set[int], opcodes: Iterable[str]) -> list[int]:
         """Return the blocks of the way round a loop with the most ``opcodes``; the shortest."""
 
         def value(way: list[int]) -> tuple[int, int]:
@@ -159,37 +144,22 @@ class Code:
 
         start = min(self._entries(part))
         ways = {start: [start]}
-        # Components come in the order of the ways; one of several blocks is a loop that waits.
-        for blocks in _components(part - {start}, self.successors):
-            before = [way for b, way in ways.items() if self.successors[b] & blocks]
-            way = max(before, key=value) + sorted(blocks)
-            ways |= dict.fromkeys(blocks, way)
-        return max((way for b, way in ways.items() if start in self.successors[b]), key=value)
+        # Blocks in the order of the ways; several that lead to each other are a loop that waits.
+        rest = networkx.condensation(self.graph.subgraph(part - {start}))
+        for several in networkx.topological_sort(rest):
+            blocks = rest.nodes[several]["members"]
+            before = [way for b, way in ways.items() if blocks & {*self.graph[b]}]
+            ways |= dict.fromkeys(blocks, max(before, key=value) + sorted(blocks))
+        return max((way for b, way in ways.items() if start in self.graph[b]), key=value)
 
-    def _entries(self, part: frozenset[int]) -> frozenset[int]:
+    def _entries(self, part: set[int]) -> set[int]:
         """Return the blocks of a loop that others lead to; there is one, but for odd code."""
-        entries = {b for a, to in self.successors.items() if a not in part for b in to & part}
-        # Nothing leads to the endless loop behind the code.
-        return frozenset(entries or {min(part)})
+        entries = {b for a, b in self.graph.in_edges(part) if a not in part}
+        return entries or {min(part)}  # nothing leads to the endless loop behind the code
 
     def _count(self, blocks: Iterable[int]) -> Counter:
-        return Counter(self.instructions[i].opcode for b in blocks for i in self.blocks[b])
+        return sum((self.graph.nodes[block]["opcodes"] for block in blocks), Counter())
 
 
 def _sum(counts: Counter, opcodes: Iterable[str]) -> int:
     return sum(counts[o] for o in opcodes)
-
-
-def _largest(counts: Counter, largest: tuple[str, ...]) -> list[str]:
-    """Return the matrix instructions of the tensor cores that occur, or those that multiply-add."""
-    among = largest if largest is MATRIX[-1] else [o for kinds in MATRIX[:-1] for o in kinds]
-    return [o for o in among if counts[o]]
-
-
-def _components(nodes: frozenset[int], successors: dict[int, set[int]]) -> list[frozenset[int]]:
-    """Return the strongly connected components among ``nodes``, each before those it leads to."""
-    graph = networkx.DiGraph()
-    graph.add_nodes_from(sorted(nodes))
-    graph.add_edges_from((n, after) for n in sorted(nodes) for after in successors[n] & nodes)
-    parts = networkx.condensation(graph)
-    return [frozenset(parts.nodes[n]["members"]) for n in networkx.topological_sort(parts)]
