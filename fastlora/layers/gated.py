@@ -128,9 +128,7 @@ def _kernels(t: Tensor, impl: str) -> ModuleType | None:
 
 def read(module: nn.Module) -> tuple[tuple[str, ...], str]:
     """Return what a gated MLP calls gate, up and down, and its activation; or () and why not."""
-    forward = getattr(
-        type(module), "_stand_in_for", type(module)
-    ).forward  # not what `fused` has made
+    forward = getattr(type(module), "_stands_for", type(module)).forward  # not that of `fused`
     formula = _formula(getattr(forward, "__code__", None))
     found = _GATED.fullmatch(formula)
     if found is None:
@@ -221,7 +219,7 @@ def fused(kind: type) -> type:
         _, _, *state = kind.__reduce_ex__(self, protocol)
         return _new, (kind,), *state
 
-    own = {"forward": forward, "__reduce_ex__": reduce_ex, "_stand_in_for": kind}
+    own = {"forward": forward, "__reduce_ex__": reduce_ex, "_stands_for": kind}
     return type(f"Fused{kind.__name__}", (kind,), own)
 
 

@@ -67,7 +67,7 @@ class Groups:
 class FrozenLinear(nn.Linear):
     """An ``nn.Linear`` that has siblings; nothing else about it differs."""
 
-    _stand_in_for, _siblings = nn.Linear, None
+    _stands_for, _siblings = nn.Linear, None
 
     def sibling_operands(self, x: Tensor) -> Layer | None:
         kinds = {type(self.weight), type(self.bias)}  # not those of a quantised weight, say
@@ -99,7 +99,7 @@ def handed(member: nn.Module, x: Tensor) -> Tensor | None:
         return None
     if _held.seats:  # also what this group has computed for x before: this is another forward
         _miss([name for name, *_ in _held.seats.values()])
-        _held.x = _held.seats = None
+        vars(_held).clear()
     if member._siblings is not group or any(map(may_differ, members)):
         return None
     layers = [each.sibling_operands(x) for each in members]
@@ -129,7 +129,7 @@ def _fetched(member: nn.Module) -> Tensor | None:
     elif not _held.seats:
         _held.group.misses = max(0, _held.group.misses - 1)
     if not _held.seats:
-        _held.x = None
+        vars(_held).clear()
     return y if same else None
 
 
@@ -224,7 +224,7 @@ def make(groups: Sequence[Found], report: PatchReport) -> None:
                 layer.__class__ = FrozenLinear
             if name in names:
                 layer._siblings = group
-        kind = getattr(type(parent), "_stand_in_for", type(parent))
+        kind = getattr(type(parent), "_stands_for", type(parent))
         if mlp and kind is type(parent):
             parent.__class__ = gated.fused(kind)
         (report.gated_mlps if mlp else report.siblings).append((path, mlp or names))
@@ -236,8 +236,8 @@ def make(groups: Sequence[Found], report: PatchReport) -> None:
 
 def separate(model: nn.Module) -> None:
     """Take every group in ``model`` apart: each layer computes alone, as before `make`."""
-    ours = [(m, k) for m in model.modules() for k in type(m).__mro__ if "_stand_in_for" in vars(k)]
-    kinds = [rebased(type(module), kind, kind._stand_in_for) for module, kind in ours]
+    ours = [(m, k) for m in model.modules() for k in type(m).__mro__ if "_stands_for" in vars(k)]
+    kinds = [rebased(type(module), kind, kind._stands_for) for module, kind in ours]
     for (module, _), kind in zip(ours, kinds, strict=True):
         module.__class__ = kind
     for module in model.modules():

@@ -138,7 +138,7 @@ def test_the_same_outputs_gradients_and_dropout(targets, p, runs):
 def test_what_only_looks_like_one(make, runs):
     plain, model = wrapped(make, ALL), wrapped(make, ALL)
     assert patch_peft(model, fuse_siblings=X).gated_mlps == []
-    assert gated.read(make())[0] == () and not hasattr(model.base_model.model, "_stand_in_for")
+    assert gated.read(make())[0] == () and not hasattr(model.base_model.model, "_stands_for")
     close(results(model), results(plain))
     assert runs == []
 
