@@ -207,9 +207,15 @@ def find(model: nn.Module, how: How, adapted: Collection[nn.Module]) -> list[Fou
         others = [m for m in parent._modules.values() if m in places and m not in layers]
         if len(layers) == 2 and len(others) == 1:
             mlp, why_not = gated.read(parent)
+            if mlp:  # what a class has against others of its kind it says before all changes
+                gated.fused(_kind(parent))
         if any(parent._modules[name] in adapted for name in (*names, *mlp)):
             found.append(Found(parent, path, names, mlp, "" if mlp else why_not))
     return found
+
+
+def _kind(parent: nn.Module) -> type:
+    return getattr(type(parent), "_stands_for", type(parent))
 
 
 def make(groups: Sequence[Found], report: PatchReport) -> None:
@@ -224,7 +230,7 @@ def make(groups: Sequence[Found], report: PatchReport) -> None:
                 layer.__class__ = FrozenLinear
             if name in names:
                 layer._siblings = group
-        kind = getattr(type(parent), "_stands_for", type(parent))
+        kind = _kind(parent)
         if mlp and kind is type(parent):
             parent.__class__ = gated.fused(kind)
         (report.gated_mlps if mlp else report.siblings).append((path, mlp or names))

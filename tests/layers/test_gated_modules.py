@@ -225,6 +225,18 @@ def test_the_report_says_why_not():
         assert report.gated_mlps == report.lookalikes == []
 
 
+def test_a_class_that_takes_no_heirs_says_so_before_anything_changes():
+    class Last(MLP):
+        def __init_subclass__(cls):
+            raise TypeError("Last is final")
+
+    model = get_peft_model(nn.Sequential(Last()), LoraConfig(target_modules=["open"]))
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(TypeError, match="Last is final"):
+        patch_peft(model, fuse_siblings=X)
+    assert kinds == [type(module) for module in model.modules()]
+
+
 # Where it has to run as it is
 
 
