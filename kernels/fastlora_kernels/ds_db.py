@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastlora_kernels.configs import ON_THE_WAY_RANK, Config, cdiv
 from fastlora_kernels.launch import Launch, chip_of, config_for, planned
-from fastlora_kernels.locate import check
 from fastlora_kernels.sums import adding
 from fastlora_kernels.tiles import dot, sum_dtype, triton_dtype
 
@@ -107,54 +106,35 @@ def split(
 
 
 @planned
-def ds_db(
-    dy: tuple[Tensor, ...],
-    s: tuple[Tensor, ...],
-    b: tuple[Tensor, ...],
-    scalings: tuple[float, ...],
-    need_ds: tuple[bool, ...],
-    need_db: tuple[bool, ...],
-    config: Config | None = None,
-):
-    """Return ``ds_i = scaling_i · dy_i b_i`` and ``db_i = scaling_i · dy_iᵀ s_i``, shaped as s, b.
+def ds_db(dy, s, b, scalings, need_ds, need_db, config: Config | None = None):
+    """Return ds and db of one to four projections: `steps.ds_db` says what they are.
 
-    In b's dtype, each None where it is not needed. One to four ``dy`` [M, N_i] and ``b`` [N_i, R_i]
-    of any strides, ``s`` [M, R_i] contiguous; s and b of one dtype: that of dy, or float32. A
-    launch reads a dy for both, one more adds the float32 partial sums of all up.
+    A launch reads a dy for both, one more adds the float32 partial sums of all up.
     """
-    check(dy=dy, s=s, b=b, scalings=scalings, need_ds=need_ds, need_db=need_db)
     acc, each, outs, scales = sum_dtype(dy[0].dtype), [], [], []
     for i, of_one in enumerate(zip(dy, b, need_ds, need_db, strict=True)):
         if need_ds[i] or need_db[i]:
             launch, *shapes = _reading(*of_one, config)
-            each.append((i, launch, *shapes))
+            each.append((i, launch, shapes))
             there = [shape for shape in shapes if shape is not None]
-            outs += [(shape[1] * shape[2], shape[0]) for shape in there]
+            outs += [(rows * r, parts) for parts, rows, r in there]
             scales += [float(scalings[i])] * len(there)
     if not each:
         return lambda *_: ((None,) * len(dy),) * 2
     add = adding(tuple(outs), tuple(scales), acc)
 
     def run(dy, s, b, *_):
-        dss, dbs = [None] * len(dy), [None] * len(dy)
-        parts, out = [], []
-        for i, launch, ds, db in each:
-            t, other = dy[i], b[i]
-            ds_parts = None if ds is None else t.new_empty(*ds, dtype=acc)
-            db_parts = None if db is None else t.new_empty(*db, dtype=acc)
-            launch(t, s[i], other, ds_parts, db_parts)
-            if ds is not None:
-                _, rows, r = ds
-                dss[i] = other.new_empty(rows, r)
-                parts.append(ds_parts)
-                out.append(dss[i])
-            if db is not None:
-                _, rows, r = db
-                dbs[i] = other.new_empty(rows, r)
-                parts.append(db_parts)
-                out.append(dbs[i])
+        found, parts, out = ([None] * len(dy), [None] * len(dy)), [], []
+        for i, launch, shapes in each:
+            made = [None if n is None else dy[i].new_empty(*n, dtype=acc) for n in shapes]
+            launch(dy[i], s[i], b[i], *made)
+            for results, shape, part in zip(found, shapes, made, strict=True):
+                if shape is not None:
+                    results[i] = b[i].new_empty(*shape[1:])
+                    parts.append(part)
+                    out.append(results[i])
         add(tuple(parts), tuple(out))
-        return dss, dbs
+        return found
 
     return run
 
@@ -173,10 +153,7 @@ def _reading(dy: Tensor, b: Tensor, need_ds: bool, need_db: bool, config: Config
     tiles = (tiles_n if need_db else 0) + (steps * chunks if need_ds and not on_the_way else 0)
     launch = Launch(
         *(ds_db_kernel, (tiles * tiles_r, splits), config),
-        *(M, N, R, steps),
-        *dy.stride(),
-        *b.stride()[::-1],
-        R,
+        *(M, N, R, steps, *dy.stride(), *b.stride()[::-1], R),
         *(need_ds, need_db, on_the_way, triton_dtype(dy.dtype)),
         *(config.block_m, config.block_n, block_r),
     )

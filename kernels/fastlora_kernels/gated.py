@@ -58,42 +58,27 @@ def _activated(x, ACTIVATION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["blocks"])
 def gated_kernel(
-    gate_ptr, up_ptr, h_ptr,
+    gate_ptr, up_ptr, dh_ptr, h_ptr, dgate_ptr, dup_ptr,
     F, blocks,
     stride_gm, stride_gf,
     stride_um, stride_uf,
-    ACTIVATION: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    offs_f = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs_f < F
-    gate = tl.load(gate_ptr + row * stride_gm + offs_f * stride_gf, mask=mask, other=0.0).to(ACC)
-    up = tl.load(up_ptr + row * stride_um + offs_f * stride_uf, mask=mask, other=0.0).to(ACC)
-    value, _ = _activated(gate, ACTIVATION)
-    tl.store(h_ptr + row * F + offs_f, (value * up).to(h_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["blocks"])
-def gated_backward_kernel(
-    dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, h_ptr,
-    F, blocks,
     stride_hm, stride_hf,
-    stride_gm, stride_gf,
-    stride_um, stride_uf,
-    ACTIVATION: tl.constexpr, HAS_H: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_DH: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // blocks).to(tl.int64)
     offs_f = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs_f < F
-    dh = tl.load(dh_ptr + row * stride_hm + offs_f * stride_hf, mask=mask, other=0.0).to(ACC)
+    offs = row * F + offs_f
+    dtype: tl.constexpr = gate_ptr.dtype.element_ty
     gate = tl.load(gate_ptr + row * stride_gm + offs_f * stride_gf, mask=mask, other=0.0).to(ACC)
     up = tl.load(up_ptr + row * stride_um + offs_f * stride_uf, mask=mask, other=0.0).to(ACC)
     value, slope = _activated(gate, ACTIVATION)
-    offs = row * F + offs_f
-    dtype: tl.constexpr = dgate_ptr.dtype.element_ty
-    tl.store(dgate_ptr + offs, (dh * up * slope).to(dtype), mask=mask)
-    tl.store(dup_ptr + offs, (dh * value).to(dtype), mask=mask)
-    if HAS_H:
+    if HAS_DH:
+        dh_tile = dh_ptr + row * stride_hm + offs_f * stride_hf
+        dh = tl.load(dh_tile, mask=mask, other=0.0).to(ACC)
+        tl.store(dgate_ptr + offs, (dh * up * slope).to(dtype), mask=mask)
+        tl.store(dup_ptr + offs, (dh * value).to(dtype), mask=mask)
+    if h_ptr is not None:
         tl.store(h_ptr + offs, (value * up).to(dtype), mask=mask)
 
 
@@ -104,11 +89,11 @@ def gated(gate: Tensor, up: Tensor, activation: str):
     ``gate`` and ``up`` [M, F] of one dtype and any strides. ``activation`` is "silu", "gelu"
     (with erf) or "gelu_tanh"; ValueError for another.
     """
-    launch = _over(gated_kernel, activation, (), gate, up)
+    launch = _over(activation, False, gate, up, gate)
 
     def run(gate, up, _):
         h = gate.new_empty(gate.shape)
-        launch(gate, up, h)
+        launch(gate, up, None, h, None, None)
         return h
 
     return run
@@ -127,26 +112,25 @@ def gated_backward(
 
 @planned
 def _gated_backward(dh, gate, up, activation: str, need_h: bool):
-    launch = _over(gated_backward_kernel, activation, (need_h,), dh, gate, up)
+    launch = _over(activation, True, gate, up, dh)
 
     def run(dh, gate, up, *_):
         dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
         h = gate.new_empty(gate.shape) if need_h else None
-        launch(dh, gate, up, dgate, dup, h)
+        launch(gate, up, dh, h, dgate, dup)
         return dgate, dup, h
 
     return run
 
 
-def _over(kernel, activation: str, flags: tuple[bool, ...], *tensors: Tensor) -> Launch:
-    """Return the launch of ``kernel`` over rows of the tensors: one if all are contiguous."""
+def _over(activation: str, has_dh: bool, *tensors: Tensor) -> Launch:
+    """Return the launch over rows of gate, up and dh: over one if all are contiguous."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)}")
     first = tensors[0]
     M, F = (1, first.numel()) if all(t.is_contiguous() for t in tensors) else first.shape
     return Launch(
-        *(kernel, (M * cdiv(F, BLOCK),), GATED_CONFIG),
-        *(F, cdiv(F, BLOCK)),
+        *(gated_kernel, (M * cdiv(F, BLOCK),), GATED_CONFIG, F, cdiv(F, BLOCK)),
         *[stride for t in tensors for stride in t.stride()],
-        *(activation, *flags, triton_dtype(first.dtype), BLOCK),
+        *(activation, has_dh, triton_dtype(first.dtype), BLOCK),
     )

@@ -52,19 +52,6 @@ def number_of(i, numbers, dtype: tl.constexpr):
     return chosen
 
 
-def check(**lists: Sequence) -> None:
-    """Raise ValueError unless all ``lists``, by the name of the argument, are as long as the first.
-
-    A list has 1 to `MOST` items, one for each projection.
-    """
-    (name, first), *rest = lists.items()
-    if not 1 <= len(first) <= MOST:
-        raise ValueError(f"{name} has {len(first)} items; one for each of 1 to {MOST} projections")
-    for other, values in rest:
-        if len(values) != len(first):
-            raise ValueError(f"{other} has {len(values)} items; as many as {name}: {len(first)}")
-
-
 def alike(values: Sequence) -> tuple:
     """Return the values as `number_of` takes them: one where all are equal.
 
@@ -73,10 +60,16 @@ def alike(values: Sequence) -> tuple:
     return (values[0],) if all(v == values[0] for v in values) else tuple(values)
 
 
-def strides(tensors: Sequence[Tensor | None], dim: int) -> tuple[int, ...]:
-    """Return the strides along ``dim`` as `number_of` takes them; None goes with any other."""
-    there = [t.stride(dim) for t in tensors if t is not None] or [0]
-    return alike([there[0] if t is None else t.stride(dim) for t in tensors])
+def lengths(tensors: Sequence[Tensor | None], dim: int) -> tuple[int, ...]:
+    """Return the sizes along ``dim``, 0 for None: a projection without an adapter has rank 0."""
+    return tuple(0 if t is None else t.shape[dim] for t in tensors)
+
+
+def strides(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, ...], ...]:
+    """Return the strides of each dimension as `number_of` takes them; None goes with any other."""
+    there = next((t.stride() for t in tensors if t is not None), (0, 0))
+    each = [there if t is None else t.stride() for t in tensors]
+    return tuple(map(alike, zip(*each, strict=True)))
 
 
 def filled(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

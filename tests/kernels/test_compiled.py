@@ -12,7 +12,7 @@ import triton
 from compiled_cases import CAPABILITIES, MORE_CAPABILITIES, SIZES, calls, faults
 from uninterpreted import lines_of
 
-ELEMENTWISE = ("sum_kernel", "gated_kernel", "gated_backward_kernel")
+ELEMENTWISE = ("sum_kernel", "gated_kernel")
 STEPS = ("shrink_kernel", "outputs_kernel", "ds_db_kernel", "input_grad_kernel", "da_kernel")
 PERSISTENT = ("persistent_outputs_kernel", "persistent_input_grad_kernel")
 each_kernel = pytest.mark.parametrize(

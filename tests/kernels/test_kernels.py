@@ -14,7 +14,7 @@ import pytest
 import torch
 import triton
 from acceptance import KINDS, RANKS, oracle, strided
-from fastlora_kernels import configs, ds_db, input_grad, launch, outputs, steps
+from fastlora_kernels import configs, ds_db, launch, steps
 from fastlora_kernels.configs import Chip, Config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -373,19 +373,6 @@ def test_grids_end_where_no_limit_is():
         steps.da(x, of, dss, [True])
     assert len(calls) == 7 and max(call.grid[0] for call in calls) > 1 << 16
     assert max(size for call in calls for size in call.grid[1:]) < 1 << 10
-
-
-def test_a_wrong_list_is_named():
-    x, w, s = torch.ones(3, 4), torch.ones(5, 4), torch.ones(3, 2)
-    shrink, da = (vars(steps)[f"{name}_of"] for name in ("shrink", "da"))
-    with pytest.raises(ValueError, match="a has 5 items; one for each of 1 to 4 projections"):
-        shrink.shrink(x, (w,) * 5, (None,) * 5, (0.0,) * 5)
-    with pytest.raises(ValueError, match="scalings has 1 items; as many as w: 2"):
-        outputs.outputs(x, (w,) * 2, (s,) * 2, (torch.ones(5, 2),) * 2, (None,) * 2, (1.0,))
-    with pytest.raises(ValueError, match="dy has 0 items"):
-        input_grad.input_grad((), (), (), (), (), ())
-    with pytest.raises(ValueError, match="p has 2 items; as many as ds: 1"):
-        da.da(x, (s,), (None,), (0.0,) * 2)
 
 
 def test_every_chip_has_a_config():

@@ -282,8 +282,8 @@ MUTANTS = {
     "halves swapped": (
         FOLD,
         "tiles.py",
-        "y_desc.store([first_m, first_n], left.to(dtype))",
-        "y_desc.store([first_m, first_n], right.to(dtype))",
+        "first_m, first_n, left, dtype)",
+        "first_m, first_n, right, dtype)",
     ),
     "s scaled twice": (
         FOLD,
@@ -337,11 +337,16 @@ MUTANTS = {
     "one step late": (FOLD, "input_grad.py", "if step >= ends[i - 1]:", "if step > ends[i - 1]:"),
     "rest of the left half for both": (
         FOLD,
-        "input_grad.py",
-        "right += rest_desc.load([first_m, first_k + WIDTH])",
-        "right += rest_desc.load([first_m, first_k])",
+        "tiles.py",
+        "rest_desc.load([first_m, first_n])",
+        "rest_desc.load([first_m, 0])",
     ),
-    "no rest in the left half": (FOLD, "input_grad.py", "left += rest_desc", "rest_desc"),
+    "no rest in the left half": (
+        FOLD,
+        "tiles.py",
+        "_store(y_desc, rest_desc, first_m, first_n, left, dtype)",
+        "_store(y_desc, None, first_m, first_n, left, dtype)",
+    ),
     "low-rank terms not masked": (FOLD, "input_grad.py", "folds = not dropout and ", "folds = "),
     "tile of another row": (
         FOLD,

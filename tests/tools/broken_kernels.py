@@ -90,8 +90,8 @@ COPIES = {
     ("configs", "kernels/test_ptx.py::test_no_copy_overtakes_a_wgmma"): [
         (
             "a copy may overtake a wgmma",
-            "    if on_the_way and major == 9 and m < 64 <= n:",
-            "    if on_the_way and major == 9 and m < 32 <= n:",
+            "        on_the_way and major == 9 and m < 64 <= n,",
+            "        on_the_way and major == 9 and m < 32 <= n,",
         ),
     ],
     ("ds_db", "kernels/test_specialized.py"): [
