@@ -112,12 +112,12 @@ def ds_db(dy, s, b, scalings, need_ds, need_db, config: Config | None = None):
     A launch reads a dy for both, one more adds the float32 partial sums of all up.
     """
     acc, each, outs, scales = sum_dtype(dy[0].dtype), [], [], []
-    for i, of_one in enumerate(zip(dy, b, need_ds, need_db, strict=True)):
-        if need_ds[i] or need_db[i]:
-            launch, *shapes = _reading(*of_one, config)
-            each.append((i, launch, shapes))
-            there = [shape for shape in shapes if shape is not None]
-            outs += [(rows * r, parts) for parts, rows, r in there]
+    for i, needs in enumerate(zip(need_ds, need_db, strict=True)):
+        if any(needs):
+            launch, *shapes = _reading(dy[i], b[i], *needs, config)
+            there = [(which, shapes[which]) for which in (0, 1) if needs[which]]
+            each.append((i, launch, there))
+            outs += [(rows * r, parts) for _, (parts, rows, r) in there]
             scales += [float(scalings[i])] * len(there)
     if not each:
         return lambda *_: ((None,) * len(dy),) * 2
@@ -125,14 +125,14 @@ def ds_db(dy, s, b, scalings, need_ds, need_db, config: Config | None = None):
 
     def run(dy, s, b, *_):
         found, parts, out = ([None] * len(dy), [None] * len(dy)), [], []
-        for i, launch, shapes in each:
-            made = [None if n is None else dy[i].new_empty(*n, dtype=acc) for n in shapes]
-            launch(dy[i], s[i], b[i], *made)
-            for results, shape, part in zip(found, shapes, made, strict=True):
-                if shape is not None:
-                    results[i] = b[i].new_empty(*shape[1:])
-                    parts.append(part)
-                    out.append(results[i])
+        for i, launch, there in each:
+            t, other, into = dy[i], b[i], [None, None]
+            for which, (count, rows, r) in there:
+                into[which] = t.new_empty(count, rows, r, dtype=acc)
+                found[which][i] = other.new_empty(rows, r)
+                parts.append(into[which])
+                out.append(found[which][i])
+            launch(t, s[i], other, *into)
         add(tuple(parts), tuple(out))
         return found
 
@@ -140,7 +140,7 @@ def ds_db(dy, s, b, scalings, need_ds, need_db, config: Config | None = None):
 
 
 def _reading(dy: Tensor, b: Tensor, need_ds: bool, need_db: bool, config: Config | None) -> tuple:
-    """Return the launch that reads ``dy``, and the shapes of partial sums [parts, ...], or None."""
+    """Return the launch that reads ``dy``, and the shapes of partial sums of ds and db [parts, ...]."""
     (M, N), R = dy.shape, b.shape[1]
     config = config or config_for("ds_db", (dy,), (dy,), R, b.dtype, False)
     block_r = config.rank_tile(R)
@@ -157,4 +157,4 @@ def _reading(dy: Tensor, b: Tensor, need_ds: bool, need_db: bool, config: Config
         *(need_ds, need_db, on_the_way, triton_dtype(dy.dtype)),
         *(config.block_m, config.block_n, block_r),
     )
-    return launch, (chunks, M, R) if need_ds else None, (splits, N, R) if need_db else None
+    return launch, (chunks, M, R), (splits, N, R)

@@ -74,8 +74,10 @@ def strides(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, ...], ...]:
 
 def filled(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Return the tensors with another one in the place of each None, for `pointer_of`."""
-    there = next((t for t in tensors if t is not None), None)
-    return tuple(there if t is None else t for t in tensors)
+    there = [t for t in tensors if t is not None]
+    if len(there) in (0, len(tensors)):
+        return tensors
+    return tuple([there[0] if t is None else t for t in tensors])
 
 
 def stacked(ranks: Sequence[int]) -> int:
