@@ -89,12 +89,10 @@ def is_valid(
     """Return whether ``config`` can run ``kernel``, by the step's name, on ``chip``.
 
     ``count`` projections: ``r`` is then their largest rank for the wide products, and what the
-    ranks come to if stacked for "shrink" and "da".
-
-    Tiles must be powers of two of at least 16, warps a power of two of at most 32; the pipeline
-    must fit a block's shared memory: one step of both operands for each of ``num_stages``, less
-    one where the tensor cores take operands from registers; and a thread must hold its
-    accumulators in registers, fewer of them where it also draws a dropout mask of the same tile.
+    ranks come to if stacked for "shrink" and "da". The pipeline must fit a block's shared memory:
+    a step of both operands for each of ``num_stages``, less one where the tensor cores take
+    operands from registers; and a thread must hold its accumulators in registers, fewer of them
+    where it also draws a dropout mask of the same tile.
     """
     m, n, k, r_tile = config.block_m, config.block_n, config.block_k, config.rank_tile(r)
     warps, major, several, mixed = config.num_warps, chip.capability[0], count > 1, kind == "mixed"
@@ -190,58 +188,43 @@ def step_bytes(config: Config, kernel: str, kind: str, r: int, dropout: bool = F
     return (m + n) * k * base
 
 
-def _listed(*tiles: tuple[int, ...], block_r: int = 128, low_rank: str = "") -> tuple[Config, ...]:
-    """Return configs from (block_m, block_n, block_k, warps, stages); with ``low_rank`` by TMA."""
-    how = {"tma": True, "low_rank": low_rank} if low_rank else {}
-    return tuple(
-        Config(m, n, k, block_r, num_warps=warps, num_stages=stages, **how)
-        for m, n, k, warps, stages in tiles
-    )
-
-
 WIDE = (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3)
 FOLDED = (128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)
-# By kernel and kind, best first; `default_config` picks. None is measured yet. What is not listed
-# for several projections, or for a kernel at all, is as for one, or as for the kernel like it.
-LIKE = {"input_grad": "outputs", "da": "ds_db"}
-DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
-    ("outputs", "16"): (
-        *_listed(*FOLDED, (64, 128, 64, 4, 6), (64, 64, 128, 4, 5), low_rank="fold"),
-        *_listed((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), low_rank="first"),
-        *_listed(*WIDE, block_r=32),
-    ),
-    ("outputs", "mixed"): (
-        *_listed((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), block_r=16, low_rank="first"),
-        *_listed(*WIDE, block_r=16),
-    ),
-    ("input_grad of several", "mixed"): (
-        *_listed(*FOLDED, low_rank="fold"),
-        *_listed(*WIDE, (128, 64, 64, 8, 3), block_r=16),
-    ),
-    ("outputs", "32"): _listed((64, 64, 32, 4, 2), block_r=16),
-    ("input_grad of several", "32"): _listed((64, 64, 32, 8, 2), block_r=16),
-    ("outputs", "unaligned"): _listed((64, 64, 32, 4, 2), block_r=16),
-    ("shrink", "16"): (
-        *_listed((64, 16, 64, 4, 4), (64, 16, 64, 8, 4), (32, 16, 128, 4, 5), (16, 16, 128, 2, 6)),
-    ),
-    ("shrink", "mixed"): (
-        *_listed((64, 16, 64, 4, 3), block_r=16),
-        *_listed((64, 16, 32, 4, 3), (64, 16, 32, 8, 3), block_r=64),
-    ),
-    ("shrink", "32"): _listed((32, 16, 64, 4, 3), block_r=32),
-    ("ds_db", "16"): _listed(
-        *((64, 128, 16, 4, 3), (64, 128, 16, 8, 3), (32, 128, 16, 8, 3), (32, 256, 16, 8, 3)),
-        *((128, 64, 16, 4, 3), (128, 128, 16, 8, 3)),
-    ),
-    ("ds_db", "mixed"): _listed((32, 128, 16, 8, 3), (32, 64, 16, 4, 3), block_r=16),
+# Kernel, kind, by TMA when the low-rank product joins, the widest rank tile, and then configs, best
+# first: block_m, block_n, block_k, warps, stages. None is measured yet.
+TABLE = (
+    ("outputs", "16", "fold", 128, *FOLDED, (64, 128, 64, 4, 6), (64, 64, 128, 4, 5)),
+    ("outputs", "16", "first", 128, (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
+    ("outputs", "16", "", 32, *WIDE),
+    ("outputs", "mixed", "first", 16, (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
+    ("outputs", "mixed", "", 16, *WIDE),
+    ("outputs", "32", "", 16, (64, 64, 32, 4, 2)),
+    ("outputs", "unaligned", "", 16, (64, 64, 32, 4, 2)),
+    ("input_grad of several", "mixed", "fold", 128, *FOLDED),
+    ("input_grad of several", "mixed", "", 16, *WIDE, (128, 64, 64, 8, 3)),
+    ("input_grad of several", "32", "", 16, (64, 64, 32, 8, 2)),
+    ("shrink", "16", "", 128, (64, 16, 64, 4, 4), (64, 16, 64, 8, 4)),
+    ("shrink", "16", "", 128, (32, 16, 128, 4, 5), (16, 16, 128, 2, 6)),
+    ("shrink", "mixed", "", 16, (64, 16, 64, 4, 3)),
+    ("shrink", "mixed", "", 64, (64, 16, 32, 4, 3), (64, 16, 32, 8, 3)),
+    ("shrink", "32", "", 32, (32, 16, 64, 4, 3)),
+    ("ds_db", "16", "", 128, (64, 128, 16, 4, 3), (64, 128, 16, 8, 3), (32, 128, 16, 8, 3)),
+    ("ds_db", "16", "", 128, (32, 256, 16, 8, 3), (128, 64, 16, 4, 3), (128, 128, 16, 8, 3)),
+    ("ds_db", "mixed", "", 16, (32, 128, 16, 8, 3), (32, 64, 16, 4, 3)),
+    ("ds_db", "32", "", 16, (32, 64, 16, 4, 2), (32, 32, 16, 4, 2)),
+    ("ds_db", "unaligned", "", 16, (16, 32, 16, 2, 2)),
     # No product with b: the terms of a wider tile of ds leave room, so all ranks fit into one.
-    ("da", "mixed"): (
-        *_listed((32, 128, 16, 8, 3), block_r=16),
-        *_listed((32, 64, 16, 4, 3), block_r=64),
-    ),
-    ("ds_db", "unaligned"): _listed((16, 32, 16, 2, 2), block_r=16),
-    ("ds_db", "32"): _listed((32, 64, 16, 4, 2), (32, 32, 16, 4, 2), block_r=16),
-}
+    ("da", "mixed", "", 16, (32, 128, 16, 8, 3)),
+    ("da", "mixed", "", 64, (32, 64, 16, 4, 3)),
+)
+# What is not listed for several projections, or for a kernel at all, is as for one, or its like.
+LIKE = {"input_grad": "outputs", "da": "ds_db"}
+DEFAULTS: dict[tuple[str, str], list[Config]] = {}
+for _kernel, _kind, _low_rank, _block_r, *_tiles in TABLE:
+    for _m, _n, _k, _warps, _stages in _tiles:
+        _by = {"num_warps": _warps, "num_stages": _stages}
+        _by |= {"tma": True, "low_rank": _low_rank} if _low_rank else {}
+        DEFAULTS.setdefault((_kernel, _kind), []).append(Config(_m, _n, _k, _block_r, **_by))
 # The launchers of each direction, and those to which dropout matters.
 LAUNCHERS = {"forward": ("shrink", "outputs"), "backward": ("ds_db", "da", "input_grad")}
 DROPPING = ("shrink", "outputs", "da", "input_grad")
@@ -252,16 +235,9 @@ SMALL = Config(16, 32, 32, block_r=16, num_warps=4, num_stages=2)
 
 
 def default_config(
-    kernel: str,
-    kind: str,
-    r: int,
-    dropout: bool,
-    chip: Chip,
-    count: int = 1,
-    aligned: bool = True,
-    even: bool = True,
-    fold: bool = True,
-) -> Config:
+    kernel: str, kind: str, r: int, dropout: bool, chip: Chip, count: int = 1,
+    aligned: bool = True, even: bool = True, fold: bool = True,
+) -> Config:  # fmt: skip
     """Return the valid config of ``kernel`` with the widest rank tile, of those the first listed.
 
     A tile narrower than the rank has the tall input read again for the rest of it. False is
@@ -286,7 +262,7 @@ def candidates(
     """
     kind_name = {"fp16": "16"}.get(kind, kind) if aligned else "unaligned"
     names = [f"{kernel} of several"] * (count > 1) + [kernel, LIKE.get(kernel, kernel)]
-    listed = next((DEFAULTS[n, kind_name] for n in names if (n, kind_name) in DEFAULTS), ())
+    listed = next((DEFAULTS[n, kind_name] for n in names if (n, kind_name) in DEFAULTS), [])
     everywhere = chip.capability == (0, 0)
     valid = [c for c in listed if is_valid(c, kernel, kind, r, dropout, chip, count)]
     return [c for c in valid if not (everywhere and c.tma)]

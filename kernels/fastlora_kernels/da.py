@@ -7,16 +7,17 @@ a second kernel adds them in a fixed order.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from fastlora_kernels.configs import Config, cdiv
+from fastlora_kernels.configs import Config, cdiv, default_config
 from fastlora_kernels.dropout import keep_scales, keep_tile
 from fastlora_kernels.ds_db import split
-from fastlora_kernels.launch import Launch, chip_of, config_for, planned
+from fastlora_kernels.launch import Launch, case_of, chip_of, planned
 from fastlora_kernels.locate import filled, lengths, locate, number_of, pointer_of, stacked
 from fastlora_kernels.sums import adding
-from fastlora_kernels.tiles import dot, sum_dtype, triton_dtype
+from fastlora_kernels.tiles import dot, triton_dtype
 
 
 @triton.jit(do_not_specialize=["tiles_r", "steps", "keep_froms"])
@@ -82,12 +83,12 @@ def da(x, ds, seeds, p, config: Config | None = None):
     """Return da of one to four adapters in one pass over x: `steps.da` says what that is."""
     (M, K), ranks, count = x.shape, lengths(ds, 1), len(ds)
     dropout, room = any(seed is not None for seed in seeds), stacked(ranks)
-    config = config or config_for("da", (x,), (x,), room, ds[0].dtype, dropout, count)
+    config = config or default_config(*case_of("da", (x,), (x,), room, ds[0].dtype, dropout, count))
     together = count > 1 and room <= config.block_r
     block_r = room // count if together else config.rank_tile(max(ranks))
     tiles_r = 1 if together else sum(cdiv(r, block_r) for r in ranks)
     splits, steps = split(M, K, config, chip_of(x.device).processors, tiles_r)
-    acc = sum_dtype(x.dtype)
+    acc = torch.promote_types(x.dtype, torch.float32)
     scales, keep_froms = keep_scales(seeds, p)
     launch = Launch(
         *(da_kernel, (cdiv(K, config.block_n) * tiles_r, splits), config),

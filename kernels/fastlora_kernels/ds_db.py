@@ -7,14 +7,15 @@ results do not vary from run to run.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.configs import ON_THE_WAY_RANK, Config, cdiv
-from fastlora_kernels.launch import Launch, chip_of, config_for, planned
+from fastlora_kernels.configs import ON_THE_WAY_RANK, Config, cdiv, default_config
+from fastlora_kernels.launch import Launch, case_of, chip_of, planned
 from fastlora_kernels.sums import adding
-from fastlora_kernels.tiles import dot, sum_dtype, triton_dtype
+from fastlora_kernels.tiles import dot, triton_dtype
 
 # Programs wanted for each processor, by splitting the rows.
 PROGRAMS = 2
@@ -111,7 +112,7 @@ def ds_db(dy, s, b, scalings, need_ds, need_db, config: Config | None = None):
 
     A launch reads a dy for both, one more adds the float32 partial sums of all up.
     """
-    acc, each, outs, scales = sum_dtype(dy[0].dtype), [], [], []
+    acc, each, outs, scales = torch.promote_types(dy[0].dtype, torch.float32), [], [], []
     for i, needs in enumerate(zip(need_ds, need_db, strict=True)):
         if any(needs):
             launch, *shapes = _reading(dy[i], b[i], *needs, config)
@@ -140,9 +141,9 @@ def ds_db(dy, s, b, scalings, need_ds, need_db, config: Config | None = None):
 
 
 def _reading(dy: Tensor, b: Tensor, need_ds: bool, need_db: bool, config: Config | None) -> tuple:
-    """Return the launch that reads ``dy``, and the shapes of partial sums of ds and db [parts, ...]."""
+    """Return the launch that reads ``dy``, and the shapes of the partial sums of ds and db."""
     (M, N), R = dy.shape, b.shape[1]
-    config = config or config_for("ds_db", (dy,), (dy,), R, b.dtype, False)
+    config = config or default_config(*case_of("ds_db", (dy,), (dy,), R, b.dtype, False))
     block_r = config.rank_tile(R)
     tiles_r, tiles_n = cdiv(R, block_r), cdiv(N, config.block_n)
     on_the_way = need_ds and need_db and R <= ON_THE_WAY_RANK

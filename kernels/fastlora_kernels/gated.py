@@ -11,13 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.configs import Config, cdiv
+from fastlora_kernels.configs import cdiv
 from fastlora_kernels.launch import Launch, planned
+from fastlora_kernels.sums import BLOCK, CONFIG
 from fastlora_kernels.tiles import triton_dtype
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-BLOCK = 1024
-GATED_CONFIG = Config(block_m=16, block_n=16, num_warps=4, num_stages=2)
 # They stand behind the tensors that they multiply: the interpreter wants it so.
 SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
@@ -58,7 +57,7 @@ def _activated(x, ACTIVATION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["blocks"])
 def gated_kernel(
-    gate_ptr, up_ptr, dh_ptr, h_ptr, dgate_ptr, dup_ptr,
+    gate_ptr, up_ptr, dh_ptr, dgate_ptr, dup_ptr, h_ptr,
     F, blocks,
     stride_gm, stride_gf,
     stride_um, stride_uf,
@@ -82,21 +81,13 @@ def gated_kernel(
         tl.store(h_ptr + offs, (value * up).to(dtype), mask=mask)
 
 
-@planned
-def gated(gate: Tensor, up: Tensor, activation: str):
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Return ``act(gate) · up`` [M, F] in their dtype, contiguous, rounded once.
 
     ``gate`` and ``up`` [M, F] of one dtype and any strides. ``activation`` is "silu", "gelu"
     (with erf) or "gelu_tanh"; ValueError for another.
     """
-    launch = _over(activation, False, gate, up, gate)
-
-    def run(gate, up, _):
-        h = gate.new_empty(gate.shape)
-        launch(gate, up, None, h, None, None)
-        return h
-
-    return run
+    return _gated(None, gate, up, activation, True)[2]
 
 
 def gated_backward(
@@ -107,30 +98,27 @@ def gated_backward(
     ``dh``, ``gate`` and ``up`` [M, F] of one dtype and any strides; ``activation`` as in `gated`.
     Without ``need_h`` the third is None.
     """
-    return _gated_backward(dh, gate, up, activation, need_h)
+    return _gated(dh, gate, up, activation, need_h)
 
 
 @planned
-def _gated_backward(dh, gate, up, activation: str, need_h: bool):
-    launch = _over(activation, True, gate, up, dh)
-
-    def run(dh, gate, up, *_):
-        dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-        h = gate.new_empty(gate.shape) if need_h else None
-        launch(gate, up, dh, h, dgate, dup)
-        return dgate, dup, h
-
-    return run
-
-
-def _over(activation: str, has_dh: bool, *tensors: Tensor) -> Launch:
-    """Return the launch over rows of gate, up and dh: over one if all are contiguous."""
+def _gated(dh, gate, up, activation: str, need_h: bool):
+    """Return what is asked for, over one row if all tensors are contiguous."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)}")
-    first = tensors[0]
-    M, F = (1, first.numel()) if all(t.is_contiguous() for t in tensors) else first.shape
-    return Launch(
-        *(gated_kernel, (M * cdiv(F, BLOCK),), GATED_CONFIG, F, cdiv(F, BLOCK)),
+    backward, shape = dh is not None, gate.shape
+    tensors = gate, up, dh if backward else gate
+    M, F = (1, gate.numel()) if all(t.is_contiguous() for t in tensors) else shape
+    launch = Launch(
+        *(gated_kernel, (M * cdiv(F, BLOCK),), CONFIG, F, cdiv(F, BLOCK)),
         *[stride for t in tensors for stride in t.stride()],
-        *(activation, has_dh, triton_dtype(first.dtype), BLOCK),
+        *(activation, backward, triton_dtype(gate.dtype), BLOCK),
     )
+    asked = backward, backward, need_h
+
+    def run(dh, gate, up, *_):
+        made = tuple([gate.new_empty(*shape) if wanted else None for wanted in asked])
+        launch(gate, up, dh, *made)
+        return made
+
+    return run

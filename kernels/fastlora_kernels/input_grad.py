@@ -2,11 +2,10 @@
 """dx = Σ_i (dy_i w_i + dropout_i'(ds_i a_i)): what the projections of one x pass down to it.
 
 One accumulator and one write. In the portable kernel the low-rank terms come first, each masked by
-the seed of its projection, and then a main loop for each projection adds to the sum of all before
-it. On sm_90 and later one pipelined loop of a persistent program goes from the columns of one dy on
-to those of the next. The low-rank terms are a "fold" there, one more dy and w to be summed. Where
-dropout or float32 factors forbid that, the term of a single projection comes "first", and those of
-several from an earlier launch.
+the seed of its projection, and then a main loop for each. On sm_90 and later one pipelined loop
+goes from the columns of one dy on to those of the next; the low-rank terms are a "fold", one more
+dy and w. Where dropout or float32 factors forbid that, the term of a single projection comes
+"first", and those of several are a "rest", made by an earlier launch.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora_kernels.configs import Config, cdiv
+from fastlora_kernels.configs import Config, cdiv, default_config
 from fastlora_kernels.dropout import keep_scales, keep_tile
-from fastlora_kernels.launch import Launch, chip_of, config_for, planned
+from fastlora_kernels.launch import Launch, case_of, chip_of, planned
 from fastlora_kernels.locate import alike, filled, lengths, number_of, pointer_of, strides
 from fastlora_kernels.outputs import readable, runnable
 from fastlora_kernels.tiles import (
@@ -151,7 +150,7 @@ def input_grad(dy, w, ds, a, seeds, p, config: Config | None = None):
     there, bf16 = [t for t in a if t is not None], dy[0].dtype == torch.bfloat16
     dropout = any(seed is not None for seed in seeds)
     adapter = there[0].dtype if there else dy[0].dtype
-    asked = dy, w, max(1, *ranks), adapter, dropout, len(w)
+    case = case_of("input_grad", dy, w, max(1, *ranks), adapter, dropout, len(w))
     even, by_rows = K * dy[0].element_size() % 16 == 0, w[0].stride(1) == 1
     # The ds and a are one more dy and w; of several they are copied into one.
     folds = not dropout and adapter == dy[0].dtype and sum(ranks) % 8 == 0
@@ -160,13 +159,13 @@ def input_grad(dy, w, ds, a, seeds, p, config: Config | None = None):
     # Masks and float32 terms of several would need a second tile beside the accumulator, and come
     # from a launch before. Float16 might overflow where the sum of both does not.
     suited = suited and (folds or bf16 or not several)
-    config = runnable(config, "input_grad", asked, even, suited, folds or several)
+    config = runnable(config, case, even, suited, folds or several)
     if not config.tma:
         return _portable(dy, w, a, seeds, p, config)
     if folds or not several:
         fold = folds and (several or config.low_rank == "fold")
         return _persistent(dy, w, ds, a, seeds, p, config, fold)
-    portable = config_for("input_grad", *asked, even=False)
+    portable = default_config(*case, even=False)
     none = (None,) * len(w)
     products = _persistent(dy, w, none, none, none, (0.0,) * len(w), config, False, rest=True)
 

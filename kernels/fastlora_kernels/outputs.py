@@ -2,10 +2,9 @@
 """y_i = x w_iᵀ + scale_i · s_i b_iᵀ + bias_i for the projections of one x: one wide product.
 
 One accumulator, and y is written once. The column tiles of all projections are numbered one after
-the other, so that programs which run at the same time share rows of x whatever projection they are
-of. A portable kernel begins with the low-rank product, scales it and adds the frozen one. On sm_90
-and later persistent programs get their tiles by the tensor memory accelerator, and the low-rank
-product comes "first" as well, or is a "fold": the last steps of the main loop, in its pipeline.
+the other: programs that run at the same time share rows of x. The low-rank product comes "first"
+and is scaled; in the persistent programs of sm_90 and later it may be a "fold" instead: the last
+steps of the main loop, in its pipeline.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.configs import MOST_UNEVEN, Config, cdiv
-from fastlora_kernels.launch import Launch, chip_of, config_for, planned
+from fastlora_kernels.configs import MOST_UNEVEN, Config, cdiv, default_config
+from fastlora_kernels.launch import Launch, case_of, chip_of, planned
 from fastlora_kernels.locate import alike, filled, lengths, locate, number_of, pointer_of, strides
 from fastlora_kernels.tiles import (
     add_low_rank,
@@ -86,25 +85,22 @@ def persistent_outputs_kernel(
     GROUP_M: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = y_ptrs[0].dtype.element_ty
-    x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_x, 1], [BLOCK_M, BLOCK_K])
+    x_desc = descriptor(x_ptr, M, K, stride_x, True, BLOCK_M, BLOCK_K)
     w_descs = ()
     s_descs = ()
     b_descs = ()
     y_descs = ()
     for i in tl.static_range(len(sizes)):
         N = sizes[i]
-        w_descs = w_descs + (
-            descriptor(w_ptrs[i], N, K, strides_w[i], W_BY_ROWS, BLOCK_N, BLOCK_K),
-        )
-        y_desc = tl.make_tensor_descriptor(y_ptrs[i], [M, N], [N, 1], [BLOCK_M, BLOCK_N // HALVES])
-        y_descs = y_descs + (y_desc,)
+        w_desc = descriptor(w_ptrs[i], N, K, strides_w[i], W_BY_ROWS, BLOCK_N, BLOCK_K)
+        w_descs = w_descs + (w_desc,)
+        y_descs = y_descs + (descriptor(y_ptrs[i], M, N, N, True, BLOCK_M, BLOCK_N // HALVES),)
         if LOW_RANK == "fold":
             # A projection without an adapter has rank 0 here, and another one's s and b.
             R = max(ranks[i], 8)
-            s_desc = tl.make_tensor_descriptor(s_ptrs[i], [M, R], [R, 1], [BLOCK_M, BLOCK_K])
+            s_descs = s_descs + (descriptor(s_ptrs[i], M, R, R, True, BLOCK_M, BLOCK_K),)
             stride_b = number_of(i, strides_bn if W_BY_ROWS else strides_br, tl.int64)
             b_desc = descriptor(b_ptrs[i], N, R, stride_b, W_BY_ROWS, BLOCK_N, BLOCK_K)
-            s_descs = s_descs + (s_desc,)
             b_descs = b_descs + (b_desc,)
 
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -166,20 +162,18 @@ def readable(t: Tensor, by_rows: bool = True) -> bool:
     return lie and t.data_ptr() % 16 == 0 and t.numel() > 0
 
 
-def runnable(
-    config: Config | None, kernel: str, asked: tuple, even: bool, suited: bool, folds: bool
-) -> Config:
+def runnable(config: Config | None, case: tuple, even: bool, suited: bool, folds: bool) -> Config:
     """Return the config of a wide product, or the default, or what runs where that one cannot.
 
-    ``asked`` for as of `config_for`; ``even`` rows of the result start at multiples of 16 bytes.
+    ``case`` as `case_of` has it; rows of the result are ``even``: start at multiples of 16 bytes.
     ``suited``: operands that the tensor memory accelerator reads, which then ``folds`` factors in.
     """
-    config = config or config_for(kernel, *asked, even=even)
+    config = config or default_config(*case, even)
     if config.tma and config.low_rank == "fold" and not folds:
-        config = config_for(kernel, *asked, even=even, fold=False)
+        config = default_config(*case, even, fold=False)
     large = not even and config.block_m * config.block_n > MOST_UNEVEN
     if large or (config.tma and not suited):
-        config = config_for(kernel, *asked, even=False)
+        config = default_config(*case, even=False)
     return config
 
 
@@ -190,12 +184,12 @@ def _config(x, w, b, config: Config | None, scaled: bool) -> Config:
     """
     adapters, by_rows = [t for t in b if t is not None], w[0].stride(1) == 1
     dtype = adapters[0].dtype if adapters else x.dtype
-    asked = (x,), w, max(1, *lengths(b, 1)), dtype, False, len(w)
+    case = case_of("outputs", (x,), w, max(1, *lengths(b, 1)), dtype, False, len(w))
     even = all(n * x.element_size() % 16 == 0 for n in lengths(w, 0))
     suited = even and readable(x) and all(readable(t, by_rows) for t in w)
     folds = scaled and dtype == x.dtype
     folds = folds and all(t.shape[1] % 8 == 0 and readable(t, by_rows) for t in adapters)
-    return runnable(config, "outputs", asked, even, suited, folds)
+    return runnable(config, case, even, suited, folds)
 
 
 def scaled_before(x, w, b, scalings: tuple[float, ...], config: Config | None) -> float | None:

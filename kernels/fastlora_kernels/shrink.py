@@ -8,12 +8,12 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fastlora_kernels.configs import Config, cdiv
+from fastlora_kernels.configs import Config, cdiv, default_config
 from fastlora_kernels.dropout import keep_scales, keep_tile
-from fastlora_kernels.launch import Launch, config_for, planned
+from fastlora_kernels.launch import Launch, case_of, planned
 from fastlora_kernels.locate import filled, lengths, locate, number_of, pointer_of, stacked, strides
 from fastlora_kernels.outputs import scaled_before
-from fastlora_kernels.tiles import dot, triton_dtype, wrapped
+from fastlora_kernels.tiles import dot, loaded, triton_dtype, wrapped
 
 
 @triton.jit(do_not_specialize=["keep_froms"])
@@ -62,17 +62,11 @@ def shrink_kernel(
         sums = sums + (tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC),)
     for k in range(0, K, BLOCK_K):
         mask_k = offs_k < K - k
-        if EVEN_K:
-            x = tl.load(x_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+        x = loaded(x_ptrs, mask_k[None, :], EVEN_K)
         added = ()
         moved = ()
         for i in tl.static_range(len(a_ptrs)):
-            if EVEN_K:
-                a = tl.load(a_tiles[i])
-            else:
-                a = tl.load(a_tiles[i], mask=mask_k[:, None], other=0.0)
+            a = loaded(a_tiles[i], mask_k[:, None], EVEN_K)
             x_hat = x
             if seed_ptrs[i] is not None:
                 keep = keep_tile(seed_ptrs[i], offs_m, k, K, keep_froms[i], BLOCK_K)
@@ -103,7 +97,7 @@ def shrink(x, a, seeds, p, config: Config | None = None, *into: Any):
     factor = scaled_before(x, *into) if into else None
     (M, K), ranks, count = x.shape, lengths(a, 0), len(a)
     dropout, room = any(seed is not None for seed in seeds), stacked(ranks)
-    config = config or config_for("shrink", (x,), a, room, a[0].dtype, dropout, count)
+    config = config or default_config(*case_of("shrink", (x,), a, room, a[0].dtype, dropout, count))
     together = room <= config.block_r
     block_r = room // count if together else config.rank_tile(max(ranks))
     tiles_r = 1 if together else sum(cdiv(r, block_r) for r in ranks)

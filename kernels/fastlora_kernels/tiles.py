@@ -31,6 +31,12 @@ def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def loaded(ptrs, mask, EVEN: tl.constexpr):
+    """Return what lies there, zeros where the mask is false; it is true everywhere if EVEN."""
+    return tl.load(ptrs) if EVEN else tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
 def dot(left, right, acc):
     """Return acc + left @ right for a tile of the base's dtype and one of the adapters'.
 
@@ -90,13 +96,9 @@ def add_product(
     step_x = tl.cast(BLOCK_K, tl.int64) * stride_xk
     step_w = tl.cast(BLOCK_K, tl.int64) * stride_wk
     for k in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs)
-            w = tl.load(w_ptrs)
-        else:
-            mask_k = offs_k < K - k
-            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
+        mask_k = offs_k < K - k
+        x = loaded(x_ptrs, mask_k[None, :], EVEN_K)
+        w = loaded(w_ptrs, mask_k[:, None], EVEN_K)
         acc = dot(x, w, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
         x_ptrs += step_x
         w_ptrs += step_w
@@ -192,11 +194,6 @@ def _upper(bits):
     return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return what products of ``dtype`` are summed in: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Return the accumulator's dtype as kernels name it."""
+    """Return what kernels sum products of ``dtype`` in."""
     return tl.float64 if dtype == torch.float64 else tl.float32
