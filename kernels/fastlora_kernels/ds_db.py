@@ -92,9 +92,7 @@ def ds_db_kernel(
         tl.store(ds_ptr + row[:, None] * R + ranks[None, :], ds, mask=mask_mr)
 
 
-def split(
-    M: int, columns: int, config: Config, processors: int, tiles_r: int = 1
-) -> tuple[int, int]:
+def split(M: int, columns: int, config: Config, processors: int, tiles_r: int = 1) -> tuple:
     """Return into how many splits the rows go, and the row tiles of each.
 
     Each column tile has ``tiles_r`` programs in every split.

@@ -14,7 +14,6 @@ from torch import Tensor
 from fastlora_kernels.configs import cdiv
 from fastlora_kernels.launch import Launch, planned
 from fastlora_kernels.sums import BLOCK, CONFIG
-from fastlora_kernels.tiles import triton_dtype
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 # They stand behind the tensors that they multiply: the interpreter wants it so.
@@ -28,10 +27,7 @@ CUBIC: tl.constexpr = tl.constexpr(0.044715)
 def _logistic(x):
     """Return 1 / (1 + exp(-x)), and what it lacks to 1, which a difference would have rounded."""
     power = tl.exp(-x)
-    if x.dtype == tl.float32:
-        part = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + power)
-    else:
-        part = 1.0 / (1.0 + power)
+    part = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + power)
     return part, part * tl.minimum(power, 3e38)
 
 
@@ -62,19 +58,18 @@ def gated_kernel(
     stride_gm, stride_gf,
     stride_um, stride_uf,
     stride_hm, stride_hf,
-    ACTIVATION: tl.constexpr, HAS_DH: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_DH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // blocks).to(tl.int64)
     offs_f = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs_f < F
     offs = row * F + offs_f
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
-    gate = tl.load(gate_ptr + row * stride_gm + offs_f * stride_gf, mask=mask, other=0.0).to(ACC)
-    up = tl.load(up_ptr + row * stride_um + offs_f * stride_uf, mask=mask, other=0.0).to(ACC)
+    gate = tl.load(gate_ptr + row * stride_gm + offs_f * stride_gf, mask=mask).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_um + offs_f * stride_uf, mask=mask).to(tl.float32)
     value, slope = _activated(gate, ACTIVATION)
     if HAS_DH:
-        dh_tile = dh_ptr + row * stride_hm + offs_f * stride_hf
-        dh = tl.load(dh_tile, mask=mask, other=0.0).to(ACC)
+        dh = tl.load(dh_ptr + row * stride_hm + offs_f * stride_hf, mask=mask).to(tl.float32)
         tl.store(dgate_ptr + offs, (dh * up * slope).to(dtype), mask=mask)
         tl.store(dup_ptr + offs, (dh * value).to(dtype), mask=mask)
     if h_ptr is not None:
@@ -112,7 +107,7 @@ def _gated(dh, gate, up, activation: str, need_h: bool):
     launch = Launch(
         *(gated_kernel, (M * cdiv(F, BLOCK),), CONFIG, F, cdiv(F, BLOCK)),
         *[stride for t in tensors for stride in t.stride()],
-        *(activation, backward, triton_dtype(gate.dtype), BLOCK),
+        *(activation, backward, BLOCK),
     )
     asked = backward, backward, need_h
 

@@ -38,7 +38,6 @@ def shrink(
     not ``for_outputs`` of this file.
     """
     ss, scaled = [None] * len(projections), [None] * len(projections)
-    any_scaled = False
     for few in _groups(projections, adapted=True):
         w, a, b, _, seeds, scalings, p = _columns(projections, few)
         # What `outputs` folds in has to be scaled before. Float16 might overflow then.
@@ -48,17 +47,13 @@ def shrink(
         _put(found, ss, few)
         if made is not None:
             _put(made, scaled, few)
-            any_scaled = True
-    return ss, scaled if any_scaled else None
+    return ss, scaled if any(s is not None for s in scaled) else None
 
 
 def outputs(
-    x: Tensor,
-    projections: Projections,
-    ss: Maybe,
-    scaled: Maybe | None = None,
+    x: Tensor, projections: Projections, ss: Maybe, scaled: Maybe | None = None,
     configs: Configs = NO_CONFIGS,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """Return y_i = x w_iᵀ + scaling_i · s_i b_iᵀ + bias_i [M, N_i] in the dtype of x.
 
     ``ss`` and ``scaled`` as `shrink` returns them. The results are contiguous.
@@ -74,13 +69,10 @@ def outputs(
 
 
 def ds_db(
-    dys: Maybe,
-    projections: Projections,
-    ss: Maybe,
-    need_ds: Sequence[bool],
-    need_db: Sequence[bool],
+    dys: Maybe, projections: Projections, ss: Maybe,
+    need_ds: Sequence[bool], need_db: Sequence[bool],
     configs: Configs = NO_CONFIGS,
-) -> tuple[Maybe, Maybe]:
+) -> tuple[Maybe, Maybe]:  # fmt: skip
     """Return ds_i = scaling_i · dy_i b_i [M, R_i] and db_i = scaling_i · dy_iᵀ s_i [N_i, R_i].
 
     In b's dtype, each None where it is not needed, or there is no dy or no adapter.
@@ -110,12 +102,9 @@ def input_grad(
 
 
 def da(
-    x: Tensor,
-    projections: Projections,
-    dss: Maybe,
-    needs: Sequence[bool],
+    x: Tensor, projections: Projections, dss: Maybe, needs: Sequence[bool],
     configs: Configs = NO_CONFIGS,
-) -> Maybe:
+) -> Maybe:  # fmt: skip
     """Return da_i = ds_iᵀ dropout_i(x) [R_i, K] in the dtype of ds, None where not needed.
 
     Two runs give the same bits, as those of `ds_db` do.
