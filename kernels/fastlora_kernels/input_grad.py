@@ -162,19 +162,10 @@ def input_grad(dy, w, ds, a, seeds, p, config: Config | None = None):
     config = runnable(config, case, even, suited, folds or several)
     if not config.tma:
         return _portable(dy, w, a, seeds, p, config)
-    if folds or not several:
-        fold = folds and (several or config.low_rank == "fold")
-        return _persistent(dy, w, ds, a, seeds, p, config, fold)
-    portable = default_config(*case, even=False)
-    none = (None,) * len(w)
-    products = _persistent(dy, w, none, none, none, (0.0,) * len(w), config, False, rest=True)
-
-    def run(dy, w, ds, a, seeds, p, *_):
-        nothing = tuple([t[:, :0] for t in dy]), tuple([t[:0] for t in w])
-        rest = input_grad(*nothing, ds, a, seeds, p, portable)
-        return products(dy, w, none, none, none, rest=rest)
-
-    return run
+    low_rank = "rest" if several and not folds else "fold"
+    if there and not several:
+        low_rank = config.low_rank if folds else "first"
+    return _persistent(dy, w, ds, a, seeds, p, config, low_rank, default_config(*case, even=False))
 
 
 def _portable(dy, w, a, seeds, p, config: Config):
@@ -197,22 +188,20 @@ def _portable(dy, w, a, seeds, p, config: Config):
     return run
 
 
-def _persistent(dy, w, ds, a, seeds, p, config: Config, fold: bool, rest: bool = False):
-    (M, _), K, several = dy[0].shape, w[0].shape[1], len(w) > 1
-    fold = fold and any(t is not None for t in a)
-    first = not (fold or rest or several or a[0] is None)
+def _persistent(dy, w, ds, a, seeds, p, config: Config, low_rank: str, portable: Config):
+    (M, _), K, by_rows = dy[0].shape, w[0].shape[1], w[0].stride(1) == 1
+    adapted, first = [i for i, t in enumerate(a) if t is not None], low_rank == "first"
 
     def operands(dy, w, ds, a):
         """Return every dy and w, and one more of each: all ds side by side, all a below another."""
-        if not fold:
+        if low_rank != "fold" or not adapted:
             return dy, w
-        if not several:
+        if len(w) == 1:
             return (*dy, *ds), (*w, *a)
-        there = [t for t in ds if t is not None], [t for t in a if t is not None]
-        return (*dy, torch.cat(there[0], 1)), (*w, torch.cat(there[1]))
+        beside, below = [ds[i] for i in adapted], [a[i] for i in adapted]
+        return (*dy, torch.cat(beside, 1)), (*w, torch.cat(below))
 
     dys, ws = operands(dy, w, ds, a)
-    by_rows = w[0].stride(1) == 1
     scales, keep_froms = keep_scales(seeds, p)
     R, strides_a = (len(a[0]), a[0].stride()) if first else (0, (0, 0))
     tiles = cdiv(M, config.block_m) * cdiv(K, config.block_n)
@@ -221,15 +210,17 @@ def _persistent(dy, w, ds, a, seeds, p, config: Config, fold: bool, rest: bool =
         *(M, K, lengths(dys, 1), R),
         *(tuple(t.stride(0) for t in dys), tuple(t.stride(0 if by_rows else 1) for t in ws)),
         *(*strides_a, scales[0], keep_froms[0]),
-        *("rest" if rest else "first" if first else "fold", by_rows),
-        first and seeds[0] is not None,
+        *(low_rank, by_rows, first and seeds[0] is not None),
         *(config.block_m, config.block_n, config.block_k, min(config.rank_tile(max(1, R)), 32)),
         *(config.group_m, 2 if config.block_n > 128 else 1),
     )
 
-    def run(dy, w, ds, a, seeds, *_, rest=None):
+    def run(dy, w, ds, a, seeds, p, *_):
+        rest, factors = None, (ds[0], a[0], seeds[0]) if first else (None, None, None)
+        if low_rank == "rest":
+            nothing = tuple([t[:, :0] for t in dy]), tuple([t[:0] for t in w])
+            rest = input_grad(*nothing, ds, a, seeds, p, portable)
         dx = dy[0].new_empty(M, K)
-        factors = (ds[0], a[0], seeds[0]) if first else (None, None, None)
         launch(dx, rest, *operands(dy, w, ds, a), *factors)
         return dx
 
