@@ -155,10 +155,9 @@ def _configs(
     """Return the measured config of each step that has one which can run here."""
     if not fields or problem.others:  # of several projections the steps take their defaults
         return {}
-    from fastlora_kernels.configs import DROPPING, LAUNCHERS, Config, is_valid, kind_of
-    from fastlora_kernels.launch import chip_of
+    from fastlora_kernels.configs import DROPPING, LAUNCHERS, Chip, Config, is_valid, kind_of
 
-    kind, chip, found = kind_of(problem.dtype, problem.adapter), chip_of(device), {}
+    kind, chip, found = kind_of(problem.dtype, problem.adapter), Chip.of(device), {}
     for name in set(fields) & set(LAUNCHERS[op]):
         try:
             config = Config(**fields[name])

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora_kernels.configs import Config, cdiv, default_config
+from fastlora_kernels.configs import Chip, Config, cdiv, default_config
 from fastlora_kernels.dropout import keep_scales, keep_tile
 from fastlora_kernels.ds_db import split
-from fastlora_kernels.launch import Launch, case_of, chip_of, planned
+from fastlora_kernels.launch import Launch, case_of, planned
 from fastlora_kernels.locate import filled, lengths, locate, number_of, pointer_of, stacked
 from fastlora_kernels.sums import adding
 from fastlora_kernels.tiles import dot, triton_dtype
@@ -87,7 +87,7 @@ def da(x, ds, seeds, p, config: Config | None = None):
     together = count > 1 and room <= config.block_r
     block_r = room // count if together else config.rank_tile(max(ranks))
     tiles_r = 1 if together else sum(cdiv(r, block_r) for r in ranks)
-    splits, steps = split(M, K, config, chip_of(x.device).processors, tiles_r)
+    splits, steps = split(M, K, config, Chip.of(x.device).processors, tiles_r)
     acc = torch.promote_types(x.dtype, torch.float32)
     scales, keep_froms = keep_scales(seeds, p)
     launch = Launch(

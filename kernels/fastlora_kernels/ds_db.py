@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.configs import ON_THE_WAY_RANK, Config, cdiv, default_config
-from fastlora_kernels.launch import Launch, case_of, chip_of, planned
+from fastlora_kernels.configs import ON_THE_WAY_RANK, Chip, Config, cdiv, default_config
+from fastlora_kernels.launch import Launch, case_of, planned
 from fastlora_kernels.sums import adding
 from fastlora_kernels.tiles import dot, triton_dtype
 
@@ -147,7 +147,7 @@ def _reading(dy: Tensor, b: Tensor, need_ds: bool, need_db: bool, config: Config
     on_the_way = need_ds and need_db and R <= ON_THE_WAY_RANK
     # Programs of their own for ds are as many again, each of as many tiles.
     kinds = 2 if need_ds and need_db and not on_the_way else 1
-    splits, steps = split(M, N, config, chip_of(dy.device).processors, kinds * tiles_r)
+    splits, steps = split(M, N, config, Chip.of(dy.device).processors, kinds * tiles_r)
     chunks = tiles_n if on_the_way else cdiv(tiles_n, steps)
     tiles = (tiles_n if need_db else 0) + (steps * chunks if need_ds and not on_the_way else 0)
     launch = Launch(

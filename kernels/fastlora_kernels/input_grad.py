@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora_kernels.configs import Config, cdiv, default_config
+from fastlora_kernels.configs import Chip, Config, cdiv, default_config
 from fastlora_kernels.dropout import keep_scales, keep_tile
-from fastlora_kernels.launch import Launch, case_of, chip_of, planned
+from fastlora_kernels.launch import Launch, case_of, planned
 from fastlora_kernels.locate import alike, filled, lengths, number_of, pointer_of, strides
 from fastlora_kernels.outputs import readable, runnable
 from fastlora_kernels.tiles import (
@@ -206,7 +206,7 @@ def _persistent(dy, w, ds, a, seeds, p, config: Config, low_rank: str, portable:
     R, strides_a = (len(a[0]), a[0].stride()) if first else (0, (0, 0))
     tiles = cdiv(M, config.block_m) * cdiv(K, config.block_n)
     launch = Launch(
-        *(persistent_input_grad_kernel, (min(tiles, chip_of(w[0].device).processors),), config),
+        *(persistent_input_grad_kernel, (min(tiles, Chip.of(w[0].device).processors),), config),
         *(M, K, lengths(dys, 1), R),
         *(tuple(t.stride(0) for t in dys), tuple(t.stride(0 if by_rows else 1) for t in ws)),
         *(*strides_a, scales[0], keep_froms[0]),

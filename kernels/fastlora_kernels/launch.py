@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a kernel is launched: on the tensors' own device, in the interpreter, or only recorded.
+"""How a kernel is launched: on the tensors' own device, or in the interpreter.
 
 Everything but pointers is worked out once for operands of the same sizes that lie in the same way
 (`planned`); the compiled program is then run by its own launcher (`Launch`), Triton not asked.
@@ -13,7 +13,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -37,39 +37,6 @@ TAIL = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_
 MOST_PLANS = 4096  # of a launcher: lengths may be endless
 
 
-class Call(NamedTuple):
-    """One launch as it was asked for: what ahead-of-time compilation needs to know of it."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    values: tuple[Any, ...]
-    config: Config
-
-    @property
-    def args(self) -> dict[str, Any]:
-        return dict(zip(self.kernel.arg_names, self.values, strict=True))
-
-
-_recorded: list[Call] | None = None
-_recorded_chip: Chip | None = None
-
-
-@contextlib.contextmanager
-def recording(chip: Chip) -> Iterator[list[Call]]:
-    """Collect the launches made inside, as for ``chip``, and run none of them."""
-    global _recorded, _recorded_chip
-    _recorded, _recorded_chip = calls, _ = [], chip
-    try:
-        yield calls
-    finally:
-        _recorded = _recorded_chip = None
-
-
-def chip_of(device: torch.device) -> Chip:
-    """Return what configs need to know of ``device``."""
-    return Chip.of(device) if _recorded_chip is None else _recorded_chip
-
-
 def case_of(
     kernel: str, xs: Sequence[Tensor], others: Sequence[Tensor], r: int, adapter: torch.dtype,
     dropout: bool, count: int = 1,
@@ -85,7 +52,7 @@ def case_of(
     )
     aligned = aligned and all(len({t.stride(1) == 1 for t in ts}) == 1 for ts in (xs, others))
     kind = kind_of(xs[0].dtype, adapter)
-    return kernel, kind, r, dropout, chip_of(xs[0].device), count, aligned
+    return kernel, kind, r, dropout, Chip.of(xs[0].device), count, aligned
 
 
 # What the key of a plan holds as it is; all else is a tensor.
@@ -102,7 +69,7 @@ def planned(prepare: Callable[..., Callable]) -> Callable:
 
     @functools.wraps(prepare)
     def launcher(*args: Any) -> Any:
-        if INTERPRETED or _recorded is not None:
+        if INTERPRETED:
             return prepare(*args)(*args)
         key: list = []
         for arg in args:
@@ -153,9 +120,6 @@ class Launch:
         self._by_triton(*tensors)
 
     def _by_triton(self, *tensors: Any) -> None:
-        if _recorded is not None:
-            _recorded.append(Call(self.kernel, self.grid, (*tensors, *self.rest), self.config))
-            return
         run, first, config = self.kernel[self.grid], tensors[0], self.config
         first = first[0] if isinstance(first, tuple) else first
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.configs import MOST_UNEVEN, Config, cdiv, default_config
-from fastlora_kernels.launch import Launch, case_of, chip_of, planned
+from fastlora_kernels.configs import MOST_UNEVEN, Chip, Config, cdiv, default_config
+from fastlora_kernels.launch import Launch, case_of, planned
 from fastlora_kernels.locate import alike, filled, lengths, locate, number_of, pointer_of, strides
 from fastlora_kernels.tiles import (
     add_low_rank,
@@ -222,7 +222,7 @@ def outputs(x, w, s, b, biases, scalings, config: Config | None = None):
     if config.tma:
         by_rows = w[0].stride(1) == 1
         launch = Launch(
-            *(persistent_outputs_kernel, (min(tiles, chip_of(x.device).processors),), config),
+            *(persistent_outputs_kernel, (min(tiles, Chip.of(x.device).processors),), config),
             *(*shared, x.stride(0), tuple(t.stride(0 if by_rows else 1) for t in w), *rest),
             *(config.low_rank if any(ranks) else None, by_rows, has_bias),
             *(*blocks, min(block_r, 32), config.group_m, 2 if config.block_n > 128 else 1),

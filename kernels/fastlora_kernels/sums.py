@@ -44,8 +44,7 @@ def adding(
 ) -> Callable:
     """Return what writes ``scales[i]`` times the sum of parts i [parts, ...] to output i.
 
-    ``outs``: the elements of each output and the number of its parts, which are of ``dtype``. One
-    scale may be for all.
+    ``outs``: the elements of each output and the number of its parts, which are of ``dtype``.
     """
     sizes, parts = zip(*outs, strict=True)
     blocks = sum(cdiv(size, BLOCK) for size in sizes)

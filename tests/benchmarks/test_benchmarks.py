@@ -24,8 +24,8 @@ import report
 import run
 import torch
 from baselines import WAYS, Problem, cannot
-from fastlora_kernels import launch
 from fastlora_kernels.configs import Chip
+from recorder import recording
 
 from fastlora.files import replace_file
 from fastlora.operator.timing import interleaved, ratio
@@ -83,7 +83,7 @@ def test_lorafusion_scales_the_narrow_factor(monkeypatch):
     monkeypatch.setattr(baselines, "on_gpu", lambda t: True)
     problem = Problem("scaled", 256, 128, 128, scaling=2.0)
     layer, (x, _) = WAYS["LoRAFusion schedule"](problem), problem.inputs()
-    with launch.recording(Chip((9, 0), 232448, 132)) as calls:
+    with recording(Chip((9, 0), 232448, 132)) as calls:
         layer(x)
     (call,) = calls
     assert call.kernel.__name__.startswith("persistent") and call.config.low_rank == "fold"

@@ -19,6 +19,7 @@ from fastlora_kernels.configs import Chip, Config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from joints import Joint, expected, joints, run, same, verify, verify_exactly
+from recorder import recording
 
 from fastlora.operator.dropout import keep_mask
 
@@ -81,7 +82,7 @@ def test_a_launch_has_pointers_of_one_type(chip):
     """A kernel chooses among them; the interpreter would not mind."""
     dtypes = torch.bfloat16, None, torch.float32, torch.bfloat16
     of = [(empty(64, 64), *adapter(d), None, None, 0.5, 0.0) for d in dtypes]
-    with launch.recording(chip) as calls:
+    with recording(chip) as calls:
         ss, scaled = steps.shrink(empty(32, 64), of)
         dys = steps.outputs(empty(32, 64), of, ss, scaled)
         steps.input_grad(dys, of, ss)
@@ -323,7 +324,7 @@ def test_only_the_gradients_asked_for():
 def test_ds_and_db_come_from_one_launch():
     for r, needs in itertools.product((16, 128), ((True, True), (True, False), (False, True))):
         dy, b, s = empty(999, 500), empty(500, r), empty(999, r)
-        with launch.recording(HOPPER) as calls:
+        with recording(HOPPER) as calls:
             found = ds_db.ds_db((dy,), (s,), (b,), (1.0,), *((need,) for need in needs))
         assert tuple(f is not None for (f,) in found) == needs
         assert [c.args["dy_ptr"] is dy for c in calls if "dy_ptr" in c.args] == [True]
@@ -365,7 +366,7 @@ def test_grids_end_where_no_limit_is():
     """Only the first dimension of a grid may have more than 65,535 programs."""
     of = [(empty(64, 64), *adapter(torch.bfloat16), None, None, 1.0, 0.0)]
     x = empty(1 << 24, 64)
-    with launch.recording(AMPERE) as calls:
+    with recording(AMPERE) as calls:
         ss, scaled = steps.shrink(x, of)
         dys = steps.outputs(x, of, ss, scaled)
         dss, _ = steps.ds_db(dys, of, ss, [True], [True])

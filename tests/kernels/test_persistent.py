@@ -12,6 +12,7 @@ import torch
 from fastlora_kernels import configs, input_grad, launch, outputs, steps
 from fastlora_kernels.configs import Chip, Config
 from joints import Joint, run, same, verify, verify_exactly
+from recorder import recording
 from test_kernels import AMPERE, HOPPER, empty
 
 # Ragged in every dimension that may be; rows of 16 bytes; one projection without an adapter.
@@ -117,8 +118,7 @@ def test_tiles_of_several_are_written_in_two_halves():
 @each_low_rank
 def test_more_tiles_than_programs(low_rank, launched, monkeypatch):
     """A program goes on to its next tile, of another projection; groups of rows end well."""
-    for module in (outputs, input_grad):
-        monkeypatch.setattr(module, "chip_of", lambda device: Chip((0, 0), 1 << 30, 3))
+    monkeypatch.setattr(Chip, "of", staticmethod(lambda device: Chip((0, 0), 1 << 30, 3)))
     verify(fastlora_kernels, replace(QKV, M=100), configs=tiled(low_rank, group_m=2))
     verify(fastlora_kernels, replace(ONE, M=100), configs=both(low_rank, group_m=2))
     assert launched == [("outputs", 3), ("input_grad", 3)] * 2
@@ -225,7 +225,7 @@ def test_rows_stored_one_by_one_take_smaller_tiles(launched):
         configs={"outputs": wide, "input_grad": wide},
     )
     assert launched == []  # y through the portable kernel; dx has odd rows to read
-    with launch.recording(HOPPER) as calls:
+    with recording(HOPPER) as calls:
         w, b = empty(33, 64), empty(33, 8)
         outputs.outputs(empty(64, 64), (w,), (empty(64, 8),), (b,), (None,), (1.0,))
     assert calls[0].config.block_m * calls[0].config.block_n <= configs.MOST_UNEVEN
@@ -271,10 +271,10 @@ def qkv_calls(chip, dtype=torch.bfloat16, p=0.0, scaling=2.0, r=16, others=None,
     for i, (adapted, c) in (others or {}).items():
         w, a, b, bias, seed, _, p = of[i]
         of[i] = (w, *((a, b) if adapted else (None, None)), bias, seed, c, p)
-    with launch.recording(chip) as forward:
+    with recording(chip) as forward:
         ss, scaled = steps.shrink(x, of)
         ys = steps.outputs(x, of, ss, scaled)
-    with launch.recording(chip) as backward:
+    with recording(chip) as backward:
         needs = [True] * count
         dss, _ = steps.ds_db(ys, of, ss, needs, needs)
         steps.input_grad(ys, of, dss)
@@ -328,7 +328,7 @@ def test_a_product_that_comes_first_takes_the_rank_in_narrow_tiles():
     """Whole, a high rank would need more shared memory than the pipeline leaves."""
     of = [(empty(512, 512), empty(128, 512), empty(512, 128), None, None, 2.0, 0.0)]
     config = dict.fromkeys(("outputs", "input_grad"), Config(128, 256, 64, num_warps=8, tma=True))
-    with launch.recording(HOPPER) as calls:
+    with recording(HOPPER) as calls:
         (y,) = steps.outputs(empty(256, 512), of, [empty(256, 128)], None, config)
         steps.input_grad([y], of, [empty(256, 128)], config)
     assert [(c.args["LOW_RANK"], c.args["BLOCK_R"]) for c in calls] == [("first", 32)] * 2

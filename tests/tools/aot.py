@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 import triton
 from fastlora_kernels.configs import Chip
-from fastlora_kernels.launch import Call
 from occupancy import blocks_per_processor
+from recorder import Call
 from sass import Code, MainLoop
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

@@ -19,9 +19,10 @@ import aot
 import fastlora_kernels
 import torch
 from acceptance import KINDS
-from fastlora_kernels import gated, gated_backward, launch, steps
+from fastlora_kernels import gated, gated_backward, steps
 from fastlora_kernels.configs import DROPPING, candidates, kind_of
 from fastlora_kernels.gated import ACTIVATIONS
+from recorder import Call, recording
 
 # `make figures` compiles everything and keeps what it found with a hash of the kernels. The test
 # suite compiles for the chips whose matrix instructions differ, without those that have sm_80's and
@@ -56,7 +57,7 @@ JOINT = (
 
 def calls(
     chip, kind: str, r: int, size: str, which: str = "default", joint: bool = True
-) -> list[launch.Call]:
+) -> list[Call]:
     """Return what a forward and a backward with and without dropout launch on ``chip``.
 
     And those of q, k and v if ``joint``. With the "default" configs, or "every" one that the tuner
@@ -68,7 +69,7 @@ def calls(
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     joint = joint and which == "default" and (size, kind, r) in JOINT
-    with launch.recording(chip) as recorded:
+    with recording(chip) as recorded:
         for count, p in itertools.product((1, 3) if joint else (1,), (0.0, 0.1)):
             seed, outputs = empty(1, dtype=torch.int64) if p else None, (N, N // 4, N // 4)[:count]
             x, dys, all_of = empty(M, K), [empty(M, n) for n in outputs], [True] * count
@@ -97,7 +98,7 @@ def calls(
     return recorded
 
 
-def jobs(asked: str) -> list[tuple[int, str, str, launch.Call]]:
+def jobs(asked: str) -> list[tuple[int, str, str, Call]]:
     """Return capability, problem, name and launch of programs: "every", "defaults" or "sample"."""
     every = asked == "every"
     found, names = [], set()
@@ -121,7 +122,7 @@ def jobs(asked: str) -> list[tuple[int, str, str, launch.Call]]:
     return found
 
 
-def amd_jobs() -> list[tuple[str, launch.Call]]:
+def amd_jobs() -> list[tuple[str, Call]]:
     """Return problem and launch of the programs that are compiled for an AMD chip."""
     found = {}
     for size, kind, r in (("even", "bf16", 16), ("even", "bf16-fp32", 128), ("ragged", "bf16", 16)):
@@ -143,7 +144,7 @@ def fingerprint() -> str:
     return hashlib.sha256("\n".join(code).encode()).hexdigest()[:16]
 
 
-def key(call: launch.Call) -> tuple:
+def key(call: Call) -> tuple:
     """Return what makes two launches the same program."""
     signature = tuple(
         (name, getattr(value, "dtype", value) if name.isupper() and len(name) > 1 else None)
@@ -158,7 +159,7 @@ def key(call: launch.Call) -> tuple:
     return call.kernel.__name__, call.config, signature, pointers, ones
 
 
-def program_name(call: launch.Call, problem: str) -> str:
+def program_name(call: Call, problem: str) -> str:
     """Return what tells a program of a chip from all others, and means the same tomorrow.
 
     Kernel, problem, config, then the constexprs that the config does not give and the arguments
@@ -228,7 +229,7 @@ def faults(report: dict, spills: bool = True) -> list[str]:
     return [fault for fault, there in found.items() if there]
 
 
-def pipelined_loads(call: launch.Call) -> int:
+def pipelined_loads(call: Call) -> int:
     """Return how many loads of 16 bytes a thread issues when the large operands are pipelined."""
     args, config = call.args, call.config
     m, n, k = config.block_m, config.block_n, config.block_k

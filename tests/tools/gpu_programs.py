@@ -20,7 +20,8 @@ import aot
 import pytest
 import torch
 from compiled_cases import key
-from fastlora_kernels import configs, launch
+from fastlora_kernels import configs
+from recorder import Call, recording
 from torch.overrides import TorchFunctionMode
 
 from fastlora.operator import plans, tuning
@@ -31,7 +32,7 @@ TESTS = Path(__file__).parents[1] / "kernels/test_gpu.py"
 FACTORIES = ("empty", "full", "ones", "zeros", "eye", "arange", "randn", "rand", "randint")
 
 
-def program(call: launch.Call) -> str:
+def program(call: Call) -> str:
     """Return what tells a program from others where sizes differ as well, as Triton does."""
     divisible = []
 
@@ -145,7 +146,7 @@ def recorded(item: pytest.Item) -> dict:
     with (
         pytest.MonkeyPatch.context() as patch,
         tempfile.TemporaryDirectory() as folder,
-        launch.recording(CHIP) as calls,
+        recording(CHIP) as calls,
         Weightless(),
     ):
         given = {**params, "monkeypatch": patch, "tmp_path": Path(folder)}

@@ -14,8 +14,9 @@ from collections.abc import Iterable
 import aot
 import torch
 from acceptance import KINDS
-from fastlora_kernels import gated, gated_backward, launch, steps
+from fastlora_kernels import gated, gated_backward, steps
 from fastlora_kernels.configs import Chip
+from recorder import recording
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -44,7 +45,7 @@ def programs(
     all_of = [True] * len(each)
     for length in lengths:
         x = empty(length, K)
-        with launch.recording(chip) as calls:
+        with recording(chip) as calls:
             ss, scaled = steps.shrink(x, each)
             ys = steps.outputs(x, each, ss, scaled)
             dss, _ = steps.ds_db(ys, each, ss, all_of, all_of)

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collects what the kernels' launchers would launch on a chip that need not be here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+from fastlora_kernels import launch
+from fastlora_kernels.configs import Chip, Config
+
+
+class Call(NamedTuple):
+    """One launch as it was asked for."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    values: tuple[Any, ...]
+    config: Config
+
+    @property
+    def args(self) -> dict[str, Any]:
+        return dict(zip(self.kernel.arg_names, self.values, strict=True))
+
+
+@contextlib.contextmanager
+def recording(chip: Chip) -> Iterator[list[Call]]:
+    """Collect the launches made inside, as for ``chip``, and run none of them."""
+    calls = []
+
+    def note(self: launch.Launch, *tensors: Any) -> None:
+        if not self.empty:
+            calls.append(Call(self.kernel, self.grid, (*tensors, *self.rest), self.config))
+
+    with (
+        patch.object(launch, "INTERPRETED", True),  # no plan is kept
+        patch.object(launch.Launch, "__call__", note),
+        patch.object(Chip, "of", staticmethod(lambda device: chip)),
+    ):
+        yield calls
