@@ -12,7 +12,7 @@ import contextvars
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ if INTERPRETED:
 
     interpreter.install()
 
-NO_CONFIGS: Mapping[str, Config] = {}
 # The versions of Triton whose launchers may be called by `Launch`, and what those take.
 KNOWN_TRITON = (3, 4) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 HEAD = ("self", "gridX", "gridY", "gridZ", "stream", "function")

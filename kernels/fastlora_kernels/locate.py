@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which projection a program is of, where several of one input (q, k, v; gate, up) share a launch.
 
-What differs between the projections goes to a kernel as tuples. An index that the compiler knows
-takes an item of one; a program that has to find its projection at run time chooses among them by
-`pointer_of` and `number_of`, on scalars, so that loads stay pipelined.
+What differs between the projections goes to a kernel as tuples. A program that has to find its
+projection at run time chooses among their items by `pointer_of` and `number_of`, on scalars, so
+that loads stay pipelined.
 """
 
 from __future__ import annotations

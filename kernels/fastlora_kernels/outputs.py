@@ -55,12 +55,9 @@ def outputs_kernel(
         acc = add_low_rank(acc, i, s_ptrs, b_ptrs, rows, columns, *of_b, dtype, BLOCK_R)
         acc *= tl.cast(number_of(i, scales, ACC), ACC)
     w_ptr = pointer_of(i, w_ptrs)
-    stride_wn = number_of(i, strides_wn, tl.int64)
-    stride_wk = number_of(i, strides_wk, tl.int64)
+    of_w = number_of(i, strides_wn, tl.int64), number_of(i, strides_wk, tl.int64)
     of_x = stride_xm, stride_xk
-    acc = add_product(
-        acc, x_ptr, w_ptr, rows, columns, K, *of_x, stride_wn, stride_wk, EVEN_K, BLOCK_K
-    )
+    acc = add_product(acc, x_ptr, w_ptr, rows, columns, K, *of_x, *of_w, EVEN_K, BLOCK_K)
 
     mask_n = offs_n < N
     if HAS_BIAS:

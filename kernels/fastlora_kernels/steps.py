@@ -20,12 +20,12 @@ from fastlora_kernels import input_grad as input_grad_of
 from fastlora_kernels import outputs as outputs_of
 from fastlora_kernels import shrink as shrink_of
 from fastlora_kernels.configs import Config
-from fastlora_kernels.launch import NO_CONFIGS
 from fastlora_kernels.locate import MOST
 
 Projections = Sequence[tuple]
 Configs = Mapping[str, Config]
 Maybe = Sequence[Tensor | None]
+NO_CONFIGS: Configs = {}
 _THE_ONE = [(0,)]
 
 

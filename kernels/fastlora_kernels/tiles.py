@@ -81,12 +81,8 @@ def dot_16(left, right, acc):
 
 @triton.jit
 def add_product(
-    acc,
-    x_ptr, w_ptr,
-    rows, columns,
-    K,
-    stride_xm, stride_xk,
-    stride_wn, stride_wk,
+    acc, x_ptr, w_ptr, rows, columns, K,
+    stride_xm, stride_xk, stride_wn, stride_wk,
     EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Return acc + x wᵀ for a tile of ``rows`` of x and ``columns``, which are rows of w."""
@@ -107,10 +103,7 @@ def add_product(
 
 @triton.jit
 def add_low_rank(
-    acc, i,
-    s_ptrs, b_ptrs,
-    rows, columns,
-    ranks,
+    acc, i, s_ptrs, b_ptrs, rows, columns, ranks,
     strides_bn, strides_br,
     dtype: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
