@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -228,6 +229,7 @@ for _kernel, _kind, _low_rank, _block_r, *_tiles in TABLE:
 # The launchers of each direction, and those to which dropout matters.
 LAUNCHERS = {"forward": ("shrink", "outputs"), "backward": ("ds_db", "da", "input_grad")}
 DROPPING = ("shrink", "outputs", "da", "input_grad")
+FILLED = 0.9  # of the processors have a tile: smaller tiles, for more of them, would not pay
 # Elements of a tile that is stored one by one: more need more addresses than there are registers.
 MOST_UNEVEN = 128 * 128
 # Runs anywhere: where nothing above fits, and where elements must be loaded one by one.
@@ -237,6 +239,7 @@ SMALL = Config(16, 32, 32, block_r=16, num_warps=4, num_stages=2)
 def default_config(
     kernel: str, kind: str, r: int, dropout: bool, chip: Chip, count: int = 1,
     aligned: bool = True, even: bool = True, fold: bool = True,
+    result: tuple[int, Sequence[int]] | None = None,
 ) -> Config:  # fmt: skip
     """Return the valid config of ``kernel`` with the widest rank tile, of those the first listed.
 
@@ -244,13 +247,22 @@ def default_config(
     ``aligned`` when rows do not start at multiples of 16 bytes: every element is then loaded by
     itself and needs a register for its address; ``even`` when the rows of the result do not, or the
     tensor memory accelerator cannot take an operand; ``fold`` when it cannot take the factors.
+    With the rows and columns of the ``result`` it is the first whose tiles nearly fill the chip, or
+    the one with most. Rows count as the next power of two, or many lengths had many programs.
     """
     valid = candidates(kernel, kind, r, dropout, chip, count, aligned)
     if not fold:
         valid = [c for c in valid if c.low_rank != "fold"]
     if not even:
         valid = [c for c in valid if not c.tma and c.block_m * c.block_n <= MOST_UNEVEN]
-    return max(valid, key=lambda c: c.rank_tile(r), default=SMALL)
+    widest = max((c.rank_tile(r) for c in valid), default=0)
+    valid = [c for c in valid if c.rank_tile(r) == widest] or [SMALL]
+    if result is None:
+        return valid[0]
+    rows, columns = 1 << (result[0] - 1).bit_length(), result[1]
+    tiles = [cdiv(rows, c.block_m) * sum(cdiv(n, c.block_n) for n in columns) for c in valid]
+    enough = min(max(tiles), FILLED * chip.processors)
+    return next(c for c, count in zip(valid, tiles, strict=True) if count >= enough)
 
 
 def candidates(

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora_kernels.configs import Chip, Config, cdiv, default_config
+from fastlora_kernels.configs import Chip, Config, cdiv
 from fastlora_kernels.dropout import keep_scales, keep_tile
 from fastlora_kernels.ds_db import split
-from fastlora_kernels.launch import Launch, case_of, planned
+from fastlora_kernels.launch import Launch, default_of, planned
 from fastlora_kernels.locate import filled, lengths, locate, number_of, pointer_of, stacked
 from fastlora_kernels.sums import adding
 from fastlora_kernels.tiles import dot, triton_dtype
@@ -83,7 +83,7 @@ def da(x, ds, seeds, p, config: Config | None = None):
     """Return da of one to four adapters in one pass over x: `steps.da` says what that is."""
     (M, K), ranks, count = x.shape, lengths(ds, 1), len(ds)
     dropout, room = any(seed is not None for seed in seeds), stacked(ranks)
-    config = config or default_config(*case_of("da", (x,), (x,), room, ds[0].dtype, dropout, count))
+    config = config or default_of("da", (x,), (x,), room, ds[0].dtype, dropout, count)()
     together = count > 1 and room <= config.block_r
     block_r = room // count if together else config.rank_tile(max(ranks))
     tiles_r = 1 if together else sum(cdiv(r, block_r) for r in ranks)

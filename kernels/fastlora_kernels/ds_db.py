@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.configs import ON_THE_WAY_RANK, Chip, Config, cdiv, default_config
-from fastlora_kernels.launch import Launch, case_of, planned
+from fastlora_kernels.configs import ON_THE_WAY_RANK, Chip, Config, cdiv
+from fastlora_kernels.launch import Launch, default_of, planned
 from fastlora_kernels.sums import adding
 from fastlora_kernels.tiles import dot, triton_dtype
 
@@ -141,7 +141,7 @@ def ds_db(dy, s, b, scalings, need_ds, need_db, config: Config | None = None):
 def _reading(dy: Tensor, b: Tensor, need_ds: bool, need_db: bool, config: Config | None) -> tuple:
     """Return the launch that reads ``dy``, and the shapes of the partial sums of ds and db."""
     (M, N), R = dy.shape, b.shape[1]
-    config = config or default_config(*case_of("ds_db", (dy,), (dy,), R, b.dtype, False))
+    config = config or default_of("ds_db", (dy,), (dy,), R, b.dtype, False)()
     block_r = config.rank_tile(R)
     tiles_r, tiles_n = cdiv(R, block_r), cdiv(N, config.block_n)
     on_the_way = need_ds and need_db and R <= ON_THE_WAY_RANK

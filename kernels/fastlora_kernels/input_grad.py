@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora_kernels.configs import Chip, Config, cdiv, default_config
+from fastlora_kernels.configs import Chip, Config, cdiv
 from fastlora_kernels.dropout import keep_scales, keep_tile
-from fastlora_kernels.launch import Launch, case_of, planned
+from fastlora_kernels.launch import Launch, default_of, planned
 from fastlora_kernels.locate import alike, filled, lengths, number_of, pointer_of, strides
 from fastlora_kernels.outputs import readable, runnable
 from fastlora_kernels.tiles import (
@@ -150,7 +150,8 @@ def input_grad(dy, w, ds, a, seeds, p, config: Config | None = None):
     there, bf16 = [t for t in a if t is not None], dy[0].dtype == torch.bfloat16
     dropout = any(seed is not None for seed in seeds)
     adapter = there[0].dtype if there else dy[0].dtype
-    case = case_of("input_grad", dy, w, max(1, *ranks), adapter, dropout, len(w))
+    asked = dy, w, max(1, *ranks), adapter, dropout, len(w), (len(dy[0]), (K,))
+    default = default_of("input_grad", *asked)
     even, by_rows = K * dy[0].element_size() % 16 == 0, w[0].stride(1) == 1
     # The ds and a are one more dy and w; of several they are copied into one.
     folds = not dropout and adapter == dy[0].dtype and sum(ranks) % 8 == 0
@@ -159,13 +160,13 @@ def input_grad(dy, w, ds, a, seeds, p, config: Config | None = None):
     # Masks and float32 terms of several would need a second tile beside the accumulator, and come
     # from a launch before. Float16 might overflow where the sum of both does not.
     suited = suited and (folds or bf16 or not several)
-    config = runnable(config, case, even, suited, folds or several)
+    config = runnable(config, default, even, suited, folds or several)
     if not config.tma:
         return _portable(dy, w, a, seeds, p, config)
     low_rank = "rest" if several and not folds else "fold"
     if there and not several:
         low_rank = config.low_rank if folds else "first"
-    return _persistent(dy, w, ds, a, seeds, p, config, low_rank, default_config(*case, even=False))
+    return _persistent(dy, w, ds, a, seeds, p, config, low_rank, default(even=False))
 
 
 def _portable(dy, w, a, seeds, p, config: Config):

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastlora_kernels.configs import Chip, Config, kind_of
+from fastlora_kernels.configs import Chip, Config, default_config, kind_of
 from fastlora_kernels.locate import locate
 
 # Read once by Triton when a kernel is decorated; later changes of the variable have no effect.
@@ -36,11 +36,11 @@ TAIL = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_
 MOST_PLANS = 4096  # of a launcher: lengths may be endless
 
 
-def case_of(
+def default_of(
     kernel: str, xs: Sequence[Tensor], others: Sequence[Tensor], r: int, adapter: torch.dtype,
-    dropout: bool, count: int = 1,
-) -> tuple:  # fmt: skip
-    """Return what `default_config` needs to know of a ``kernel`` whose main loop reads these.
+    dropout: bool, count: int = 1, result: tuple[int, Sequence[int]] | None = None,
+) -> Callable[..., Config]:  # fmt: skip
+    """Return what makes the default config of a ``kernel`` whose main loop reads these.
 
     Whether it can do so 16 bytes at a time matters: strides are 1 and a multiple of 16, and those
     of ``xs``, and of ``others``, lie the same way round.
@@ -50,8 +50,8 @@ def case_of(
         for t in (*xs, *others)
     )
     aligned = aligned and all(len({t.stride(1) == 1 for t in ts}) == 1 for ts in (xs, others))
-    kind = kind_of(xs[0].dtype, adapter)
-    return kernel, kind, r, dropout, Chip.of(xs[0].device), count, aligned
+    case = kernel, kind_of(xs[0].dtype, adapter), r, dropout, Chip.of(xs[0].device), count, aligned
+    return functools.partial(default_config, *case, result=result)
 
 
 # What the key of a plan holds as it is; all else is a tensor.

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.configs import MOST_UNEVEN, Chip, Config, cdiv, default_config
-from fastlora_kernels.launch import Launch, case_of, planned
+from fastlora_kernels.configs import MOST_UNEVEN, Chip, Config, cdiv
+from fastlora_kernels.launch import Launch, default_of, planned
 from fastlora_kernels.locate import alike, filled, lengths, locate, number_of, pointer_of, strides
 from fastlora_kernels.tiles import (
     add_low_rank,
@@ -159,18 +159,18 @@ def readable(t: Tensor, by_rows: bool = True) -> bool:
     return lie and t.data_ptr() % 16 == 0 and t.numel() > 0
 
 
-def runnable(config: Config | None, case: tuple, even: bool, suited: bool, folds: bool) -> Config:
-    """Return the config of a wide product, or the default, or what runs where that one cannot.
+def runnable(config: Config | None, default, even: bool, suited: bool, folds: bool) -> Config:
+    """Return the config of a wide product, or its default, or what runs where that one cannot.
 
-    ``case`` as `case_of` has it; rows of the result are ``even``: start at multiples of 16 bytes.
-    ``suited``: operands that the tensor memory accelerator reads, which then ``folds`` factors in.
+    Rows of the result are ``even``: start at multiples of 16 bytes. ``suited`` are operands that
+    the tensor memory accelerator reads, which then ``folds`` factors in.
     """
-    config = config or default_config(*case, even)
+    config = config or default(even=even)
     if config.tma and config.low_rank == "fold" and not folds:
-        config = default_config(*case, even, fold=False)
+        config = default(even=even, fold=False)
     large = not even and config.block_m * config.block_n > MOST_UNEVEN
     if large or (config.tma and not suited):
-        config = default_config(*case, even=False)
+        config = default(even=False)
     return config
 
 
@@ -181,12 +181,13 @@ def _config(x, w, b, config: Config | None, scaled: bool) -> Config:
     """
     adapters, by_rows = [t for t in b if t is not None], w[0].stride(1) == 1
     dtype = adapters[0].dtype if adapters else x.dtype
-    case = case_of("outputs", (x,), w, max(1, *lengths(b, 1)), dtype, False, len(w))
+    rank, result = max(1, *lengths(b, 1)), (len(x), lengths(w, 0))
+    default = default_of("outputs", (x,), w, rank, dtype, False, len(w), result)
     even = all(n * x.element_size() % 16 == 0 for n in lengths(w, 0))
     suited = even and readable(x) and all(readable(t, by_rows) for t in w)
     folds = scaled and dtype == x.dtype
     folds = folds and all(t.shape[1] % 8 == 0 and readable(t, by_rows) for t in adapters)
-    return runnable(config, case, even, suited, folds)
+    return runnable(config, default, even, suited, folds)
 
 
 def scaled_before(x, w, b, scalings: tuple[float, ...], config: Config | None) -> float | None:

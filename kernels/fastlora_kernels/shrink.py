@@ -8,9 +8,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fastlora_kernels.configs import Config, cdiv, default_config
+from fastlora_kernels.configs import Config, cdiv
 from fastlora_kernels.dropout import keep_scales, keep_tile
-from fastlora_kernels.launch import Launch, case_of, planned
+from fastlora_kernels.launch import Launch, default_of, planned
 from fastlora_kernels.locate import filled, lengths, locate, number_of, pointer_of, stacked, strides
 from fastlora_kernels.outputs import scaled_before
 from fastlora_kernels.tiles import dot, loaded, triton_dtype, wrapped
@@ -97,7 +97,7 @@ def shrink(x, a, seeds, p, config: Config | None = None, *into: Any):
     factor = scaled_before(x, *into) if into else None
     (M, K), ranks, count = x.shape, lengths(a, 0), len(a)
     dropout, room = any(seed is not None for seed in seeds), stacked(ranks)
-    config = config or default_config(*case_of("shrink", (x,), a, room, a[0].dtype, dropout, count))
+    config = config or default_of("shrink", (x,), a, room, a[0].dtype, dropout, count)()
     together = room <= config.block_r
     block_r = room // count if together else config.rank_tile(max(ranks))
     tiles_r = 1 if together else sum(cdiv(r, block_r) for r in ranks)

@@ -94,6 +94,18 @@ COPIES = {
             "        on_the_way and major == 9 and m < 32 <= n,",
         ),
     ],
+    ("configs", "kernels/test_defaults.py"): [
+        (
+            "every number of rows has tiles of its own",
+            "rows, columns = 1 << (result[0] - 1).bit_length(), result[1]",
+            "rows, columns = result",
+        ),
+        (
+            "few rows take the tiles of many",
+            "enough = min(max(tiles), FILLED * chip.processors)",
+            "enough = 0",
+        ),
+    ],
     ("ds_db", "kernels/test_specialized.py"): [
         (
             "every number of rows is compiled for",

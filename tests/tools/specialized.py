@@ -22,6 +22,8 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 LENGTHS = 150
+# Two of each power of two, by which tiles are chosen: one that 16 divides and one that it does not.
+FEW = (2, *(n - odd for n in (1 << k for k in range(2, 15)) for odd in (0, 1)))
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 
 
@@ -70,7 +72,7 @@ def main() -> None:
     kinds = "bf16", "bf16-fp32", "fp32"
     for (sizes, K, R), p, kind, chip in itertools.product(layers, (0.0, 0.1), kinds, (80, 90)):
         layer = aot.CHIPS[chip], sizes, K, R, p, kind
-        few, many = programs((4096, 4095), *layer), programs(lengths, *layer)
+        few, many = programs(FEW, *layer), programs(lengths, *layer)
         name = f"{sizes} x {K}, r = {R}, {kind}, dropout {p:g}, sm_{chip}"
         print(json.dumps({"name": name, "few": len(few), "more": sorted(many - few)}), flush=True)
 
