@@ -255,10 +255,10 @@ def default_config(
         valid = [c for c in valid if c.low_rank != "fold"]
     if not even:
         valid = [c for c in valid if not c.tma and c.block_m * c.block_n <= MOST_UNEVEN]
-    widest = max((c.rank_tile(r) for c in valid), default=0)
-    valid = [c for c in valid if c.rank_tile(r) == widest] or [SMALL]
-    if result is None:
-        return valid[0]
+    first = max(valid, key=lambda c: c.rank_tile(r), default=SMALL)
+    if result is None or first == SMALL:
+        return first
+    valid = [c for c in valid if (c.rank_tile(r), c.tma) == (first.rank_tile(r), first.tma)]
     rows, columns = 1 << (result[0] - 1).bit_length(), result[1]
     tiles = [cdiv(rows, c.block_m) * sum(cdiv(n, c.block_n) for n in columns) for c in valid]
     enough = min(max(tiles), FILLED * chip.processors)

@@ -13,7 +13,7 @@ from fastlora_kernels.dropout import keep_scales, keep_tile
 from fastlora_kernels.launch import Launch, default_of, planned
 from fastlora_kernels.locate import filled, lengths, locate, number_of, pointer_of, stacked, strides
 from fastlora_kernels.outputs import scaled_before
-from fastlora_kernels.tiles import dot, loaded, triton_dtype, wrapped
+from fastlora_kernels.tiles import dot, triton_dtype, wrapped
 
 
 @triton.jit(do_not_specialize=["keep_froms"])
@@ -62,11 +62,17 @@ def shrink_kernel(
         sums = sums + (tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC),)
     for k in range(0, K, BLOCK_K):
         mask_k = offs_k < K - k
-        x = loaded(x_ptrs, mask_k[None, :], EVEN_K)
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
         added = ()
         moved = ()
         for i in tl.static_range(len(a_ptrs)):
-            a = loaded(a_tiles[i], mask_k[:, None], EVEN_K)
+            if EVEN_K:
+                a = tl.load(a_tiles[i])
+            else:
+                a = tl.load(a_tiles[i], mask=mask_k[:, None], other=0.0)
             x_hat = x
             if seed_ptrs[i] is not None:
                 keep = keep_tile(seed_ptrs[i], offs_m, k, K, keep_froms[i], BLOCK_K)

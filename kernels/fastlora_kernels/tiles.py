@@ -31,12 +31,6 @@ def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def loaded(ptrs, mask, EVEN: tl.constexpr):
-    """Return what lies there, zeros where the mask is false; it is true everywhere if EVEN."""
-    return tl.load(ptrs) if EVEN else tl.load(ptrs, mask=mask, other=0.0)
-
-
-@triton.jit
 def dot(left, right, acc):
     """Return acc + left @ right for a tile of the base's dtype and one of the adapters'.
 
@@ -92,9 +86,13 @@ def add_product(
     step_x = tl.cast(BLOCK_K, tl.int64) * stride_xk
     step_w = tl.cast(BLOCK_K, tl.int64) * stride_wk
     for k in range(0, K, BLOCK_K):
-        mask_k = offs_k < K - k
-        x = loaded(x_ptrs, mask_k[None, :], EVEN_K)
-        w = loaded(w_ptrs, mask_k[:, None], EVEN_K)
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            mask_k = offs_k < K - k
+            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
         acc = dot(x, w, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
         x_ptrs += step_x
         w_ptrs += step_w
