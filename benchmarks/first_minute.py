@@ -188,10 +188,9 @@ def timed(ways: dict[str, Step], device: torch.device, seconds: float) -> list[d
 
 def tried(kernel: str, x: torch.Tensor) -> list:
     """Return the configs of ``kernel`` that the tuner would try, without dropout."""
-    from fastlora_kernels.configs import candidates
-    from fastlora_kernels.launch import chip_of
+    from fastlora_kernels.configs import Chip, candidates
 
-    return candidates(kernel, "16", 16, False, chip_of(x.device))
+    return candidates(kernel, "16", 16, False, Chip.of(x.device))
 
 
 def named(config) -> str:

@@ -253,8 +253,10 @@ def _triton(op: str, p, m: Machine, configs: Mapping[str, Config]) -> Iterator[S
     """Yield what `fastlora_kernels` runs: dx follows ds, da comes last."""
     for name in sorted(LAUNCHERS[op], key="da".__eq__):
         _, kind, _, drops = asked = _asked(name, p)
-        config = configs.get(name) or default_config(*asked, m.chip)
-        if name in ("outputs", "input_grad"):
+        wide = name in ("outputs", "input_grad")
+        result = (p.M, _sizes(op, p)[1:2]) if wide else None
+        config = configs.get(name) or default_config(*asked, m.chip, result=result)
+        if wide:
             yield product(name, m, kind, *_sizes(op, p), p.R, config, drops)
         else:
             sizes = p.M, (p.N if name == "ds_db" else p.K), p.R

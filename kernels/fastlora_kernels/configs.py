@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,76 +89,87 @@ def is_valid(
 ) -> bool:
     """Return whether ``config`` can run ``kernel``, by the step's name, on ``chip``.
 
-    With ``dropout`` they draw a mask, all but "outputs", whose s is then not that of x as it is,
-    and "ds_db". ``count`` projections: ``r`` is then their largest rank for the wide products, and
-    what the ranks come to if stacked for "shrink" and "da".
-
-    Tiles must be powers of two of at least 16, warps a power of two of at most 32; the pipeline
-    must fit a block's shared memory: one step of both operands for each of ``num_stages``, less
-    one where the tensor cores take operands from registers; and a thread must hold its
-    accumulators in registers, fewer of them where it also draws a dropout mask of the same tile.
+    ``count`` projections: ``r`` is then their largest rank for the wide products, and what the
+    ranks come to if stacked for "shrink" and "da". The pipeline must fit a block's shared memory:
+    a step of both operands for each of ``num_stages``, less one where the tensor cores take
+    operands from registers; and a thread must hold its accumulators in registers, fewer of them
+    where it also draws a dropout mask of the same tile.
     """
-    if config.num_warps not in (1, 2, 4, 8, 16, 32):
-        return False
     m, n, k, r_tile = config.block_m, config.block_n, config.block_k, config.rank_tile(r)
-    if any(b < 16 or b & (b - 1) for b in (m, n, k, r_tile)):
+    warps, major, several, mixed = config.num_warps, chip.capability[0], count > 1, kind == "mixed"
+    if warps not in (1, 2, 4, 8, 16, 32) or any(b < 16 or b & (b - 1) for b in (m, n, k, r_tile)):
         return False
-    dropout, threads = dropout and kernel not in ("outputs", "ds_db"), 32 * config.num_warps
+    # The s of "outputs" is not that of x as it is, and "ds_db" has no x.
+    dropout, threads = dropout and kernel not in ("outputs", "ds_db"), 32 * warps
     if config.tma:
-        return _is_valid_tma(config, kernel, kind, r, dropout, chip, count)
-    if config.low_rank != "first":
-        return False
-    major, several = chip.capability[0], count > 1
-    if several and _spills(config, kernel, kind, r_tile, dropout, chip):
-        return False
+        return _is_valid_tma(config, kernel, kind, r, dropout, chip, several)
+    shrinks, masks_da = kernel == "shrink", kernel == "da" and dropout
+    masks_dx = kernel == "input_grad" and dropout
+    sums = {"shrink": m * r_tile, "ds_db": max(m, n) * r_tile, "da": max(m, n) * r_tile}
+    masked_rows = {"shrink": m, "da": max(m, n)}.get(kernel, 0) if dropout else 0
     on_the_way = kernel == "ds_db" and kind in ("16", "fp16") and r <= ON_THE_WAY_RANK
-    if on_the_way and major == 9 and m < 64 <= n:
+    refused = (
+        config.low_rank != "first",
         # Both wgmma and mma would read t, and Triton (3.7) makes the ring of its tiles one buffer
         # too short: a copy would overtake the wgmma that still reads the one before.
-        return False
-    if kernel == "shrink" and kind == "mixed" and config.block_r == 64:
-        # What else is compiled spills: 4 warps under masks on sm_100, 8 on sm_120.
-        warps = 8 if major == 10 else 4
-        if config.num_warps != warps or (major == 8 and r_tile == 16):
-            return False
-    if (
-        kernel == "da"
-        and dropout
-        and major == 10
-        and (n > 128 or (kind == "mixed" and r_tile > 16))
-    ):
-        return False  # spills
-    rows = {"shrink": m, "da": max(m, n)}.get(kernel, 0)
-    if kind == "32" and dropout and major == 10 and rows >= 64:
+        on_the_way and major == 9 and m < 64 <= n,
         # Triton 3.7 multiplies a masked float32 tile of 64 rows in TF32 there, asked or not.
-        return False
-    if kind == "mixed" and kernel == "ds_db" and r > ON_THE_WAY_RANK and n > 64:
-        return False  # the split terms of a wider tile of dy, times b, overflow the registers
-    narrow = {"shrink": m * r_tile, "ds_db": max(m, n) * r_tile, "da": max(m, n) * r_tile}
+        kind == "32" and major == 10 and masked_rows >= 64,
+        # All else spills. 4 warps under masks on sm_100, 8 on sm_120:
+        shrinks and mixed and config.block_r == 64 and warps != (8 if major == 10 else 4),
+        shrinks and mixed and config.block_r == 64 and major == 8 and r_tile == 16,
+        masks_da and major == 10 and (n > 128 or (mixed and r_tile > 16)),
+        # the split terms of a wider tile of dy, times b;
+        kernel == "ds_db" and mixed and r > ON_THE_WAY_RANK and n > 64,
+        # a scaled copy of the s of several;
+        several and shrinks and major == 10 and m * r_tile > 32 * threads,
+        # a tile masked for each projection, beside their sums;
+        several and masks_da and m * n + sums["da"] > 80 * threads,
+        several and masks_da and kind == "32" and chip.capability in ((8, 6), (8, 9)) and n > 32,
+        # the sums of two projections and the split terms of one.
+        several and masks_dx and mixed and major == 12 and m * n > 32 * threads,
+    )
     most = 128
     if dropout:
-        most = 32 if kernel == "shrink" else 64
-    elif kernel in ("ds_db", "da") or (kind == "mixed" and major != 9):
+        most = 32 if shrinks else 64
+    elif kernel in ("ds_db", "da") or (mixed and major != 9):
         # Without wgmma operands pass through registers too; sm_100's tensor memory holds 512
         # columns, and Triton 3.7 compiles a kernel that needs more to a trap.
         most = 64
-    fits = narrow.get(kernel, m * n) <= most * threads
     copies = config.num_stages - (0 if major in (9, 10) or dropout else 1)
-    return fits and step_bytes(config, kernel, kind, r, dropout) * copies <= chip.shared_memory
+    shared = step_bytes(config, kernel, kind, r, dropout) * copies
+    fits = sums.get(kernel, m * n) <= most * threads and shared <= chip.shared_memory
+    return fits and not any(refused)
 
 
-def _spills(config: Config, kernel: str, kind: str, r_tile: int, dropout: bool, chip: Chip) -> bool:
-    """Return whether a kernel of several projections needs more registers than a thread has."""
-    m, n, threads, major = config.block_m, config.block_n, 32 * config.num_warps, chip.capability[0]
-    if kernel == "shrink":  # with a scaled copy of s
-        return major == 10 and m * r_tile > 32 * threads
-    if kernel == "da" and dropout:
-        # Beside its sums a thread holds a tile, masked for each projection.
-        wide = m * n + max(m, n) * r_tile > 80 * threads
-        return wide or (kind == "32" and chip.capability in ((8, 6), (8, 9)) and n > 32)
-    # The sums of two projections and the split terms of one: elsewhere they fit.
-    masked_sum = kernel == "input_grad" and dropout and kind == "mixed"
-    return masked_sum and major == 12 and m * n > 32 * threads
+def _is_valid_tma(
+    config: Config, kernel: str, kind: str, r: int, dropout: bool, chip: Chip, several: bool
+) -> bool:
+    m, n, k, major = config.block_m, config.block_n, config.block_k, chip.capability[0]
+    first, of_y = config.low_rank == "first", kernel == "outputs"
+    mixed, fp16 = kind == "mixed", kind == "fp16"
+    rocm = chip.capability == (0, 0) and chip.shared_memory < 1 << 30
+    refused = (
+        rocm or 0 < major < 9 or kind == "32" or kernel not in ("outputs", "input_grad"),
+        max(m, n, k) > 256 or config.num_warps % 4 or config.low_rank not in ("first", "fold"),
+        # What cannot be folded in, an earlier launch makes, rounded: float16 might overflow.
+        several and not of_y and (first or (dropout and fp16)),
+        # Float32 factors, a mask, odd rows, or an s that scaled might overflow.
+        not first and (of_y or not several) and (mixed or dropout or r % 8 or (of_y and fp16)),
+        # What else is compiled spills: on sm_100 with four projections.
+        several and of_y and major == 10 and (n > 128 or (first and not mixed)),
+        several and of_y and first and not mixed and r > 16 and n > 128,
+        # A second accumulator overfills the tensor memory (Triton 3.7 compiles a trap), a mask
+        # the registers.
+        major == 10 and n > 128 and ((first and (mixed or dropout)) or not WIDE_TMA_ON_SM_100),
+    )
+    # The pipeline, the tile on its way out (a bias takes another way on sm_100), and the factors of
+    # a low-rank product that comes first.
+    out = m * (n // 2 if n > 128 else n) + (1 << 13 if major == 10 else 0)
+    factors = (m + n) * min(32, config.rank_tile(r)) if first else 0
+    shared = ((m + n) * k * config.num_stages + out + factors) * 2 + 1024
+    fits = m * n <= 160 * 32 * config.num_warps and shared <= chip.shared_memory
+    return fits and not any(refused)
 
 
 def widths(kind: str) -> tuple[int, int]:
@@ -177,108 +189,47 @@ def step_bytes(config: Config, kernel: str, kind: str, r: int, dropout: bool = F
     return (m + n) * k * base
 
 
-def _is_valid_tma(
-    config: Config, kernel: str, kind: str, r: int, dropout: bool, chip: Chip, count: int
-) -> bool:
-    """Return whether a wide product can run on ``chip`` with a config of persistent programs.
-
-    Shared memory: the pipeline, the tile on its way out, and the factors of a low-rank product that
-    comes first.
-    """
-    major, several = chip.capability[0], count > 1
-    rocm = chip.capability == (0, 0) and chip.shared_memory < 1 << 30
-    if rocm or 0 < major < 9 or kind == "32" or kernel not in ("outputs", "input_grad"):
-        return False
-    m, n, k, stages = config.block_m, config.block_n, config.block_k, config.num_stages
-    first, of_y = config.low_rank == "first", kernel == "outputs"
-    if max(m, n, k) > 256 or config.num_warps % 4 or config.low_rank not in ("first", "fold"):
-        return False
-    if several and not of_y:
-        # What cannot be folded in, an earlier launch makes, rounded: float16 might overflow.
-        if first or (dropout and kind == "fp16"):
-            return False
-    elif not first and (kind == "mixed" or dropout or r % 8 or (of_y and kind == "fp16")):
-        return False  # float32 factors, a mask, odd rows, or an s that scaled might overflow
-    if several and of_y:
-        # What else is compiled spills: on sm_100 with four projections.
-        if major == 10 and (n > 128 or (first and kind != "mixed")):
-            return False
-        if first and kind != "mixed" and r > 16 and n > 128:
-            return False
-    out = m * (n // 2 if n > 128 else n)
-    if major == 10:
-        # A second accumulator overfills the tensor memory (Triton 3.7 compiles a trap), a mask
-        # the registers; a bias takes a way through shared memory.
-        if n > 128 and (
-            (first and kind == "mixed") or (first and dropout) or not WIDE_TMA_ON_SM_100
-        ):
-            return False
-        out += 1 << 13
-    factors = (m + n) * min(32, config.rank_tile(r)) if first else 0
-    shared = ((m + n) * k * stages + out + factors) * 2 + 1024
-    return m * n <= 160 * 32 * config.num_warps and shared <= chip.shared_memory
-
-
-def _tma(low_rank: str, *tiles: tuple[int, int, int, int, int], **rest) -> tuple[Config, ...]:
-    """Return configs of persistent programs from (block_m, block_n, block_k, warps, stages)."""
-    return tuple(
-        Config(m, n, k, num_warps=warps, num_stages=stages, tma=True, low_rank=low_rank, **rest)
-        for m, n, k, warps, stages in tiles
-    )
-
-
-def _portable(block_r: int, *tiles: tuple[int, int, int, int, int]) -> tuple[Config, ...]:
-    """Return configs of the kernels that run anywhere, in the same order."""
-    return tuple(
-        Config(m, n, k, block_r, num_warps=warps, num_stages=stages)
-        for m, n, k, warps, stages in tiles
-    )
-
-
-# By kernel and kind, best first; `default_config` picks. None is measured yet. What is not listed
-# for several projections, or for a kernel at all, is as for one, or as for the kernel like it.
-LIKE = {"input_grad": "outputs", "da": "ds_db"}
-DEFAULTS: dict[tuple[str, str], tuple[Config, ...]] = {
-    ("outputs", "16"): (
-        *_tma("fold", (128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
-        *_tma("fold", (64, 128, 64, 4, 6), (64, 64, 128, 4, 5)),
-        *_tma("first", (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
-        *_portable(32, (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3)),
-    ),
-    ("outputs", "mixed"): (
-        *_tma("first", (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), block_r=16),
-        *_portable(16, (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3)),
-    ),
-    ("input_grad of several", "mixed"): (
-        *_tma("fold", (128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
-        *_portable(16, (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3)),
-        *_portable(16, (128, 64, 64, 8, 3)),
-    ),
-    ("outputs", "32"): _portable(16, (64, 64, 32, 4, 2)),
-    ("input_grad of several", "32"): _portable(16, (64, 64, 32, 8, 2)),
-    ("outputs", "unaligned"): _portable(16, (64, 64, 32, 4, 2)),
-    ("shrink", "16"): (
-        *_portable(128, (64, 16, 64, 4, 4), (64, 16, 64, 8, 4)),
-        *_portable(128, (32, 16, 128, 4, 5), (16, 16, 128, 2, 6)),
-    ),
-    ("shrink", "mixed"): (
-        *_portable(16, (64, 16, 64, 4, 3)),
-        *_portable(64, (64, 16, 32, 4, 3), (64, 16, 32, 8, 3)),
-    ),
-    ("shrink", "32"): _portable(32, (32, 16, 64, 4, 3)),
-    ("ds_db", "16"): (
-        *_portable(128, (64, 128, 16, 4, 3), (64, 128, 16, 8, 3), (32, 128, 16, 8, 3)),
-        *_portable(128, (32, 256, 16, 8, 3), (128, 64, 16, 4, 3), (128, 128, 16, 8, 3)),
-    ),
-    ("ds_db", "mixed"): _portable(16, (32, 128, 16, 8, 3), (32, 64, 16, 4, 3)),
+WIDE = (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3)
+FOLDED = (128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)
+# Kernel, kind, by TMA when the low-rank product joins, the widest rank tile, and then configs, best
+# first: block_m, block_n, block_k, warps, stages. None is measured yet.
+TABLE = (
+    ("outputs", "16", "fold", 128, *FOLDED, (64, 128, 64, 4, 6), (64, 64, 128, 4, 5)),
+    ("outputs", "16", "first", 128, (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
+    ("outputs", "16", "", 32, *WIDE),
+    ("outputs", "mixed", "first", 16, (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)),
+    ("outputs", "mixed", "", 16, *WIDE),
+    ("outputs", "32", "", 16, (64, 64, 32, 4, 2)),
+    ("outputs", "unaligned", "", 16, (64, 64, 32, 4, 2)),
+    ("input_grad of several", "mixed", "fold", 128, *FOLDED),
+    ("input_grad of several", "mixed", "", 16, *WIDE, (128, 64, 64, 8, 3)),
+    ("input_grad of several", "32", "", 16, (64, 64, 32, 8, 2)),
+    ("shrink", "16", "", 128, (64, 16, 64, 4, 4), (64, 16, 64, 8, 4)),
+    ("shrink", "16", "", 128, (32, 16, 128, 4, 5), (16, 16, 128, 2, 6)),
+    ("shrink", "mixed", "", 16, (64, 16, 64, 4, 3)),
+    ("shrink", "mixed", "", 64, (64, 16, 32, 4, 3), (64, 16, 32, 8, 3)),
+    ("shrink", "32", "", 32, (32, 16, 64, 4, 3)),
+    ("ds_db", "16", "", 128, (64, 128, 16, 4, 3), (64, 128, 16, 8, 3), (32, 128, 16, 8, 3)),
+    ("ds_db", "16", "", 128, (32, 256, 16, 8, 3), (128, 64, 16, 4, 3), (128, 128, 16, 8, 3)),
+    ("ds_db", "mixed", "", 16, (32, 128, 16, 8, 3), (32, 64, 16, 4, 3)),
+    ("ds_db", "32", "", 16, (32, 64, 16, 4, 2), (32, 32, 16, 4, 2)),
+    ("ds_db", "unaligned", "", 16, (16, 32, 16, 2, 2)),
     # No product with b: the terms of a wider tile of ds leave room, so all ranks fit into one.
-    ("da", "mixed"): (*_portable(16, (32, 128, 16, 8, 3)), *_portable(64, (32, 64, 16, 4, 3))),
-    ("ds_db", "unaligned"): _portable(16, (16, 32, 16, 2, 2)),
-    ("ds_db", "32"): _portable(16, (32, 64, 16, 4, 2), (32, 32, 16, 4, 2)),
-}
+    ("da", "mixed", "", 16, (32, 128, 16, 8, 3)),
+    ("da", "mixed", "", 64, (32, 64, 16, 4, 3)),
+)
+# What is not listed for several projections, or for a kernel at all, is as for one, or its like.
+LIKE = {"input_grad": "outputs", "da": "ds_db"}
+DEFAULTS: dict[tuple[str, str], list[Config]] = {}
+for _kernel, _kind, _low_rank, _block_r, *_tiles in TABLE:
+    for _m, _n, _k, _warps, _stages in _tiles:
+        _by = {"num_warps": _warps, "num_stages": _stages}
+        _by |= {"tma": True, "low_rank": _low_rank} if _low_rank else {}
+        DEFAULTS.setdefault((_kernel, _kind), []).append(Config(_m, _n, _k, _block_r, **_by))
 # The launchers of each direction, and those to which dropout matters.
 LAUNCHERS = {"forward": ("shrink", "outputs"), "backward": ("ds_db", "da", "input_grad")}
 DROPPING = ("shrink", "outputs", "da", "input_grad")
+FILLED = 0.9  # of the processors have a tile: smaller tiles, for more of them, would not pay
 # Elements of a tile that is stored one by one: more need more addresses than there are registers.
 MOST_UNEVEN = 128 * 128
 # Runs anywhere: where nothing above fits, and where elements must be loaded one by one.
@@ -286,30 +237,32 @@ SMALL = Config(16, 32, 32, block_r=16, num_warps=4, num_stages=2)
 
 
 def default_config(
-    kernel: str,
-    kind: str,
-    r: int,
-    dropout: bool,
-    chip: Chip,
-    count: int = 1,
-    aligned: bool = True,
-    even: bool = True,
-    fold: bool = True,
-) -> Config:
+    kernel: str, kind: str, r: int, dropout: bool, chip: Chip, count: int = 1,
+    aligned: bool = True, even: bool = True, fold: bool = True,
+    result: tuple[int, Sequence[int]] | None = None,
+) -> Config:  # fmt: skip
     """Return the valid config of ``kernel`` with the widest rank tile, of those the first listed.
 
-    A tile narrower than the rank has the tall input read again for the rest of it.
-    ``aligned`` is false when rows do not start at multiples of 16 bytes: every element is then
-    loaded by itself and needs a register for its address. ``even`` is false when the rows of the
-    result do not, or an operand does not suit the tensor memory accelerator; ``fold`` when the
-    factors of the low-rank product cannot be folded in.
+    A tile narrower than the rank has the tall input read again for the rest of it. False is
+    ``aligned`` when rows do not start at multiples of 16 bytes: every element is then loaded by
+    itself and needs a register for its address; ``even`` when the rows of the result do not, or the
+    tensor memory accelerator cannot take an operand; ``fold`` when it cannot take the factors.
+    With the rows and columns of the ``result`` it is the first whose tiles nearly fill the chip, or
+    the one with most. Rows count as the next power of two, or many lengths had many programs.
     """
     valid = candidates(kernel, kind, r, dropout, chip, count, aligned)
     if not fold:
         valid = [c for c in valid if c.low_rank != "fold"]
     if not even:
         valid = [c for c in valid if not c.tma and c.block_m * c.block_n <= MOST_UNEVEN]
-    return max(valid, key=lambda c: c.rank_tile(r), default=SMALL)
+    first = max(valid, key=lambda c: c.rank_tile(r), default=SMALL)
+    if result is None or first == SMALL:
+        return first
+    valid = [c for c in valid if (c.rank_tile(r), c.tma) == (first.rank_tile(r), first.tma)]
+    rows, columns = 1 << (result[0] - 1).bit_length(), result[1]
+    tiles = [cdiv(rows, c.block_m) * sum(cdiv(n, c.block_n) for n in columns) for c in valid]
+    enough = min(max(tiles), FILLED * chip.processors)
+    return next(c for c, count in zip(valid, tiles, strict=True) if count >= enough)
 
 
 def candidates(
@@ -320,10 +273,8 @@ def candidates(
     The interpreter, which measures nothing, gets those that run on every chip.
     """
     kind_name = {"fp16": "16"}.get(kind, kind) if aligned else "unaligned"
-    names = [kernel, LIKE.get(kernel, kernel)]
-    if count > 1:
-        names.insert(0, f"{kernel} of several")
-    listed = next((DEFAULTS[n, kind_name] for n in names if (n, kind_name) in DEFAULTS), ())
-    if chip.capability == (0, 0):
-        listed = [c for c in listed if not c.tma]
-    return [c for c in listed if is_valid(c, kernel, kind, r, dropout, chip, count)]
+    names = [f"{kernel} of several"] * (count > 1) + [kernel, LIKE.get(kernel, kernel)]
+    listed = next((DEFAULTS[n, kind_name] for n in names if (n, kind_name) in DEFAULTS), [])
+    everywhere = chip.capability == (0, 0)
+    valid = [c for c in listed if is_valid(c, kernel, kind, r, dropout, chip, count)]
+    return [c for c in valid if not (everywhere and c.tma)]

@@ -7,17 +7,17 @@ a second kernel adds them in a fixed order.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fastlora_kernels.configs import Config, cdiv
+from fastlora_kernels.configs import Chip, Config, cdiv
 from fastlora_kernels.dropout import keep_scales, keep_tile
 from fastlora_kernels.ds_db import split
-from fastlora_kernels.launch import Launch, chip_of, config_for, planned
-from fastlora_kernels.locate import check, filled, locate, number_of, pointer_of, stacked
+from fastlora_kernels.launch import Launch, default_of, planned
+from fastlora_kernels.locate import filled, lengths, locate, number_of, pointer_of, stacked
 from fastlora_kernels.sums import adding
-from fastlora_kernels.tiles import dot, sum_dtype, triton_dtype
+from fastlora_kernels.tiles import dot, triton_dtype
 
 
 @triton.jit(do_not_specialize=["tiles_r", "steps", "keep_froms"])
@@ -79,36 +79,21 @@ def da_kernel(
 
 
 @planned
-def da(
-    x: Tensor,
-    ds: tuple[Tensor, ...],
-    seeds: tuple[Tensor | None, ...],
-    p: tuple[float, ...],
-    config: Config | None = None,
-):
-    """Return ``ds_iᵀ dropout_i(x)`` [R_i, K] in the dtype of ds; one pass over ``x`` [M, K].
-
-    x of any strides, one to four ``ds`` [M, R_i] contiguous, of one dtype: that of x, or float32.
-    Dropout acts where there is a seed ([1], int64), by the mask of that seed. Two runs give the
-    same bits. Raises ValueError, which names the list, for lists of other lengths.
-    """
-    check(ds=ds, seeds=seeds, p=p)
-    (M, K), ranks, count = x.shape, tuple(t.shape[1] for t in ds), len(ds)
+def da(x, ds, seeds, p, config: Config | None = None):
+    """Return da of one to four adapters in one pass over x: `steps.da` says what that is."""
+    (M, K), ranks, count = x.shape, lengths(ds, 1), len(ds)
     dropout, room = any(seed is not None for seed in seeds), stacked(ranks)
-    config = config or config_for("da", (x,), (x,), room, ds[0].dtype, dropout, count)
+    config = config or default_of("da", (x,), (x,), room, ds[0].dtype, dropout, count)()
     together = count > 1 and room <= config.block_r
     block_r = room // count if together else config.rank_tile(max(ranks))
     tiles_r = 1 if together else sum(cdiv(r, block_r) for r in ranks)
-    splits, steps = split(M, K, config, chip_of(x.device).processors, tiles_r)
-    acc = sum_dtype(x.dtype)
+    splits, steps = split(M, K, config, Chip.of(x.device).processors, tiles_r)
+    acc = torch.promote_types(x.dtype, torch.float32)
     scales, keep_froms = keep_scales(seeds, p)
     launch = Launch(
         *(da_kernel, (cdiv(K, config.block_n) * tiles_r, splits), config),
-        *(M, K, ranks, tiles_r, steps),
-        *x.stride(),
-        keep_froms,
-        *(together, dropout, triton_dtype(x.dtype)),
-        *(config.block_m, config.block_n, block_r),
+        *(M, K, ranks, tiles_r, steps, *x.stride(), keep_froms),
+        *(together, dropout, triton_dtype(x.dtype), config.block_m, config.block_n, block_r),
     )
     add = adding(tuple((r * K, splits) for r in ranks), scales, acc)
 

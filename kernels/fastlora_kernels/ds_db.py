@@ -7,15 +7,15 @@ results do not vary from run to run.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.configs import ON_THE_WAY_RANK, Config, cdiv
-from fastlora_kernels.launch import Launch, chip_of, config_for, planned
-from fastlora_kernels.locate import check
+from fastlora_kernels.configs import ON_THE_WAY_RANK, Chip, Config, cdiv
+from fastlora_kernels.launch import Launch, default_of, planned
 from fastlora_kernels.sums import adding
-from fastlora_kernels.tiles import dot, sum_dtype, triton_dtype
+from fastlora_kernels.tiles import dot, triton_dtype
 
 # Programs wanted for each processor, by splitting the rows.
 PROGRAMS = 2
@@ -92,9 +92,7 @@ def ds_db_kernel(
         tl.store(ds_ptr + row[:, None] * R + ranks[None, :], ds, mask=mask_mr)
 
 
-def split(
-    M: int, columns: int, config: Config, processors: int, tiles_r: int = 1
-) -> tuple[int, int]:
+def split(M: int, columns: int, config: Config, processors: int, tiles_r: int = 1) -> tuple:
     """Return into how many splits the rows go, and the row tiles of each.
 
     Each column tile has ``tiles_r`` programs in every split.
@@ -107,77 +105,55 @@ def split(
 
 
 @planned
-def ds_db(
-    dy: tuple[Tensor, ...],
-    s: tuple[Tensor, ...],
-    b: tuple[Tensor, ...],
-    scalings: tuple[float, ...],
-    need_ds: tuple[bool, ...],
-    need_db: tuple[bool, ...],
-    config: Config | None = None,
-):
-    """Return ``ds_i = scaling_i · dy_i b_i`` and ``db_i = scaling_i · dy_iᵀ s_i``, shaped as s, b.
+def ds_db(dy, s, b, scalings, need_ds, need_db, config: Config | None = None):
+    """Return ds and db of one to four projections: `steps.ds_db` says what they are.
 
-    In b's dtype, each None where it is not needed. One to four ``dy`` [M, N_i] and ``b`` [N_i, R_i]
-    of any strides, ``s`` [M, R_i] contiguous; s and b of one dtype: that of dy, or float32. A
-    launch reads a dy for both, one more adds the float32 partial sums of all up.
+    A launch reads a dy for both, one more adds the float32 partial sums of all up.
     """
-    check(dy=dy, s=s, b=b, scalings=scalings, need_ds=need_ds, need_db=need_db)
-    acc, each, outs, scales = sum_dtype(dy[0].dtype), [], [], []
-    for i, of_one in enumerate(zip(dy, b, need_ds, need_db, strict=True)):
-        if need_ds[i] or need_db[i]:
-            launch, *shapes = _reading(*of_one, config)
-            each.append((i, launch, *shapes))
-            there = [shape for shape in shapes if shape is not None]
-            outs += [(shape[1] * shape[2], shape[0]) for shape in there]
+    acc, each, outs, scales = torch.promote_types(dy[0].dtype, torch.float32), [], [], []
+    for i, needs in enumerate(zip(need_ds, need_db, strict=True)):
+        if any(needs):
+            launch, *shapes = _reading(dy[i], b[i], *needs, config)
+            there = [(which, shapes[which]) for which in (0, 1) if needs[which]]
+            each.append((i, launch, there))
+            outs += [(rows * r, parts) for _, (parts, rows, r) in there]
             scales += [float(scalings[i])] * len(there)
     if not each:
         return lambda *_: ((None,) * len(dy),) * 2
     add = adding(tuple(outs), tuple(scales), acc)
 
     def run(dy, s, b, *_):
-        dss, dbs = [None] * len(dy), [None] * len(dy)
-        parts, out = [], []
-        for i, launch, ds, db in each:
-            t, other = dy[i], b[i]
-            ds_parts = None if ds is None else t.new_empty(*ds, dtype=acc)
-            db_parts = None if db is None else t.new_empty(*db, dtype=acc)
-            launch(t, s[i], other, ds_parts, db_parts)
-            if ds is not None:
-                _, rows, r = ds
-                dss[i] = other.new_empty(rows, r)
-                parts.append(ds_parts)
-                out.append(dss[i])
-            if db is not None:
-                _, rows, r = db
-                dbs[i] = other.new_empty(rows, r)
-                parts.append(db_parts)
-                out.append(dbs[i])
+        found, parts, out = ([None] * len(dy), [None] * len(dy)), [], []
+        for i, launch, there in each:
+            t, other, into = dy[i], b[i], [None, None]
+            for which, (count, rows, r) in there:
+                into[which] = t.new_empty(count, rows, r, dtype=acc)
+                found[which][i] = other.new_empty(rows, r)
+                parts.append(into[which])
+                out.append(found[which][i])
+            launch(t, s[i], other, *into)
         add(tuple(parts), tuple(out))
-        return dss, dbs
+        return found
 
     return run
 
 
 def _reading(dy: Tensor, b: Tensor, need_ds: bool, need_db: bool, config: Config | None) -> tuple:
-    """Return the launch that reads ``dy``, and the shapes of partial sums [parts, ...], or None."""
+    """Return the launch that reads ``dy``, and the shapes of the partial sums of ds and db."""
     (M, N), R = dy.shape, b.shape[1]
-    config = config or config_for("ds_db", (dy,), (dy,), R, b.dtype, False)
+    config = config or default_of("ds_db", (dy,), (dy,), R, b.dtype, False)()
     block_r = config.rank_tile(R)
     tiles_r, tiles_n = cdiv(R, block_r), cdiv(N, config.block_n)
     on_the_way = need_ds and need_db and R <= ON_THE_WAY_RANK
     # Programs of their own for ds are as many again, each of as many tiles.
     kinds = 2 if need_ds and need_db and not on_the_way else 1
-    splits, steps = split(M, N, config, chip_of(dy.device).processors, kinds * tiles_r)
+    splits, steps = split(M, N, config, Chip.of(dy.device).processors, kinds * tiles_r)
     chunks = tiles_n if on_the_way else cdiv(tiles_n, steps)
     tiles = (tiles_n if need_db else 0) + (steps * chunks if need_ds and not on_the_way else 0)
     launch = Launch(
         *(ds_db_kernel, (tiles * tiles_r, splits), config),
-        *(M, N, R, steps),
-        *dy.stride(),
-        *b.stride()[::-1],
-        R,
+        *(M, N, R, steps, *dy.stride(), *b.stride()[::-1], R),
         *(need_ds, need_db, on_the_way, triton_dtype(dy.dtype)),
         *(config.block_m, config.block_n, block_r),
     )
-    return launch, (chunks, M, R) if need_ds else None, (splits, N, R) if need_db else None
+    return launch, (chunks, M, R), (splits, N, R)

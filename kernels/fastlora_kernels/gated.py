@@ -11,13 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.configs import Config, cdiv
+from fastlora_kernels.configs import cdiv
 from fastlora_kernels.launch import Launch, planned
-from fastlora_kernels.tiles import triton_dtype
+from fastlora_kernels.sums import BLOCK, CONFIG
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-BLOCK = 1024
-GATED_CONFIG = Config(block_m=16, block_n=16, num_warps=4, num_stages=2)
 # They stand behind the tensors that they multiply: the interpreter wants it so.
 SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
@@ -29,10 +27,7 @@ CUBIC: tl.constexpr = tl.constexpr(0.044715)
 def _logistic(x):
     """Return 1 / (1 + exp(-x)), and what it lacks to 1, which a difference would have rounded."""
     power = tl.exp(-x)
-    if x.dtype == tl.float32:
-        part = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + power)
-    else:
-        part = 1.0 / (1.0 + power)
+    part = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + power)
     return part, part * tl.minimum(power, 3e38)
 
 
@@ -58,60 +53,36 @@ def _activated(x, ACTIVATION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["blocks"])
 def gated_kernel(
-    gate_ptr, up_ptr, h_ptr,
+    gate_ptr, up_ptr, dh_ptr, dgate_ptr, dup_ptr, h_ptr,
     F, blocks,
     stride_gm, stride_gf,
     stride_um, stride_uf,
-    ACTIVATION: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    offs_f = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs_f < F
-    gate = tl.load(gate_ptr + row * stride_gm + offs_f * stride_gf, mask=mask, other=0.0).to(ACC)
-    up = tl.load(up_ptr + row * stride_um + offs_f * stride_uf, mask=mask, other=0.0).to(ACC)
-    value, _ = _activated(gate, ACTIVATION)
-    tl.store(h_ptr + row * F + offs_f, (value * up).to(h_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["blocks"])
-def gated_backward_kernel(
-    dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, h_ptr,
-    F, blocks,
     stride_hm, stride_hf,
-    stride_gm, stride_gf,
-    stride_um, stride_uf,
-    ACTIVATION: tl.constexpr, HAS_H: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_DH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // blocks).to(tl.int64)
     offs_f = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs_f < F
-    dh = tl.load(dh_ptr + row * stride_hm + offs_f * stride_hf, mask=mask, other=0.0).to(ACC)
-    gate = tl.load(gate_ptr + row * stride_gm + offs_f * stride_gf, mask=mask, other=0.0).to(ACC)
-    up = tl.load(up_ptr + row * stride_um + offs_f * stride_uf, mask=mask, other=0.0).to(ACC)
-    value, slope = _activated(gate, ACTIVATION)
     offs = row * F + offs_f
-    dtype: tl.constexpr = dgate_ptr.dtype.element_ty
-    tl.store(dgate_ptr + offs, (dh * up * slope).to(dtype), mask=mask)
-    tl.store(dup_ptr + offs, (dh * value).to(dtype), mask=mask)
-    if HAS_H:
+    dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    gate = tl.load(gate_ptr + row * stride_gm + offs_f * stride_gf, mask=mask).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_um + offs_f * stride_uf, mask=mask).to(tl.float32)
+    value, slope = _activated(gate, ACTIVATION)
+    if HAS_DH:
+        dh = tl.load(dh_ptr + row * stride_hm + offs_f * stride_hf, mask=mask).to(tl.float32)
+        tl.store(dgate_ptr + offs, (dh * up * slope).to(dtype), mask=mask)
+        tl.store(dup_ptr + offs, (dh * value).to(dtype), mask=mask)
+    if h_ptr is not None:
         tl.store(h_ptr + offs, (value * up).to(dtype), mask=mask)
 
 
-@planned
-def gated(gate: Tensor, up: Tensor, activation: str):
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Return ``act(gate) · up`` [M, F] in their dtype, contiguous, rounded once.
 
     ``gate`` and ``up`` [M, F] of one dtype and any strides. ``activation`` is "silu", "gelu"
     (with erf) or "gelu_tanh"; ValueError for another.
     """
-    launch = _over(gated_kernel, activation, (), gate, up)
-
-    def run(gate, up, _):
-        h = gate.new_empty(gate.shape)
-        launch(gate, up, h)
-        return h
-
-    return run
+    return _gated(None, gate, up, activation, True)[2]
 
 
 def gated_backward(
@@ -122,31 +93,27 @@ def gated_backward(
     ``dh``, ``gate`` and ``up`` [M, F] of one dtype and any strides; ``activation`` as in `gated`.
     Without ``need_h`` the third is None.
     """
-    return _gated_backward(dh, gate, up, activation, need_h)
+    return _gated(dh, gate, up, activation, need_h)
 
 
 @planned
-def _gated_backward(dh, gate, up, activation: str, need_h: bool):
-    launch = _over(gated_backward_kernel, activation, (need_h,), dh, gate, up)
-
-    def run(dh, gate, up, *_):
-        dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-        h = gate.new_empty(gate.shape) if need_h else None
-        launch(dh, gate, up, dgate, dup, h)
-        return dgate, dup, h
-
-    return run
-
-
-def _over(kernel, activation: str, flags: tuple[bool, ...], *tensors: Tensor) -> Launch:
-    """Return the launch of ``kernel`` over rows of the tensors: one if all are contiguous."""
+def _gated(dh, gate, up, activation: str, need_h: bool):
+    """Return what is asked for, over one row if all tensors are contiguous."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)}")
-    first = tensors[0]
-    M, F = (1, first.numel()) if all(t.is_contiguous() for t in tensors) else first.shape
-    return Launch(
-        *(kernel, (M * cdiv(F, BLOCK),), GATED_CONFIG),
-        *(F, cdiv(F, BLOCK)),
+    backward, shape = dh is not None, gate.shape
+    tensors = gate, up, dh if backward else gate
+    M, F = (1, gate.numel()) if all(t.is_contiguous() for t in tensors) else shape
+    launch = Launch(
+        *(gated_kernel, (M * cdiv(F, BLOCK),), CONFIG, F, cdiv(F, BLOCK)),
         *[stride for t in tensors for stride in t.stride()],
-        *(activation, *flags, triton_dtype(first.dtype), BLOCK),
+        *(activation, backward, BLOCK),
     )
+    asked = backward, backward, need_h
+
+    def run(dh, gate, up, *_):
+        made = tuple([gate.new_empty(*shape) if wanted else None for wanted in asked])
+        launch(gate, up, dh, *made)
+        return made
+
+    return run

@@ -2,11 +2,10 @@
 """dx = Σ_i (dy_i w_i + dropout_i'(ds_i a_i)): what the projections of one x pass down to it.
 
 One accumulator and one write. In the portable kernel the low-rank terms come first, each masked by
-the seed of its projection, and then a main loop for each projection adds to the sum of all before
-it. On sm_90 and later one pipelined loop of a persistent program goes from the columns of one dy on
-to those of the next. The low-rank terms are a "fold" there, one more dy and w to be summed. Where
-dropout or float32 factors forbid that, the term of a single projection comes "first", and those of
-several from an earlier launch.
+the seed of its projection, and then a main loop for each. On sm_90 and later one pipelined loop
+goes from the columns of one dy on to those of the next; the low-rank terms are a "fold", one more
+dy and w. Where dropout or float32 factors forbid that, the term of a single projection comes
+"first", and those of several are a "rest", made by an earlier launch.
 """
 
 from __future__ import annotations
@@ -14,14 +13,21 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fastlora_kernels.configs import MOST_UNEVEN, Config, cdiv
+from fastlora_kernels.configs import Chip, Config, cdiv
 from fastlora_kernels.dropout import keep_scales, keep_tile
-from fastlora_kernels.launch import Launch, chip_of, config_for, planned
-from fastlora_kernels.locate import alike, check, filled, number_of, pointer_of, strides
-from fastlora_kernels.outputs import lies_by_rows, suits
-from fastlora_kernels.tiles import add_low_rank, add_product, halves, tile_of, triton_dtype, wrapped
+from fastlora_kernels.launch import Launch, default_of, planned
+from fastlora_kernels.locate import alike, filled, lengths, number_of, pointer_of, strides
+from fastlora_kernels.outputs import readable, runnable
+from fastlora_kernels.tiles import (
+    add_low_rank,
+    add_product,
+    descriptor,
+    store_tile,
+    tile_of,
+    triton_dtype,
+    wrapped,
+)
 
 
 @triton.jit(do_not_specialize=["keep_froms"])
@@ -48,16 +54,9 @@ def input_grad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     if HAS_LOW_RANK:
         for i in tl.range(0, COUNT, num_stages=1):
-            # A projection without an adapter has rank 0 here.
-            ds_ptr = pointer_of(i, ds_ptrs)
-            a_ptr = pointer_of(i, a_ptrs)
-            R = number_of(i, ranks, tl.int32)
-            stride_ar = number_of(i, strides_ar, tl.int64)
-            stride_ak = number_of(i, strides_ak, tl.int64)
+            of_a = ranks, strides_ak, strides_ar
             part = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC) if HAS_DROPOUT else acc
-            part = add_low_rank(
-                part, ds_ptr, a_ptr, rows, columns, R, stride_ak, stride_ar, dtype, BLOCK_R
-            )
+            part = add_low_rank(part, i, ds_ptrs, a_ptrs, rows, columns, *of_a, dtype, BLOCK_R)
             if HAS_DROPOUT:
                 part *= tl.cast(number_of(i, scales, ACC), ACC)
                 keep_from = number_of(i, keep_froms, tl.int32)
@@ -96,26 +95,15 @@ def persistent_input_grad_kernel(
     end = 0
     for i in tl.static_range(len(sizes)):
         N = sizes[i]
-        dy_desc = tl.make_tensor_descriptor(
-            dy_ptrs[i], [M, N], [strides_dy[i], 1], [BLOCK_M, BLOCK_K]
-        )
-        if W_BY_ROWS:
-            w_desc = tl.make_tensor_descriptor(
-                w_ptrs[i], [N, K], [strides_w[i], 1], [BLOCK_K, BLOCK_N]
-            )
-        else:
-            w_desc = tl.make_tensor_descriptor(
-                w_ptrs[i], [K, N], [strides_w[i], 1], [BLOCK_N, BLOCK_K]
-            )
+        dys = dys + (descriptor(dy_ptrs[i], M, N, strides_dy[i], True, BLOCK_M, BLOCK_K),)
+        ws = ws + (descriptor(w_ptrs[i], N, K, strides_w[i], W_BY_ROWS, BLOCK_K, BLOCK_N),)
         end += tl.cdiv(N, BLOCK_K)
-        dys = dys + (dy_desc,)
-        ws = ws + (w_desc,)
         ends = ends + (end,)
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
-    WIDTH: tl.constexpr = BLOCK_N // HALVES
-    dx_desc = tl.make_tensor_descriptor(dx_ptr, [M, K], [K, 1], [BLOCK_M, WIDTH])
+    dx_desc = descriptor(dx_ptr, M, K, K, True, BLOCK_M, BLOCK_N // HALVES)
+    rest_desc = None
     if LOW_RANK == "rest":
-        rest_desc = tl.make_tensor_descriptor(rest_ptr, [M, K], [K, 1], [BLOCK_M, WIDTH])
+        rest_desc = descriptor(rest_ptr, M, K, K, True, BLOCK_M, BLOCK_N // HALVES)
 
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_k = tl.cdiv(K, BLOCK_N)
@@ -131,9 +119,8 @@ def persistent_input_grad_kernel(
             offs_m = first_m + tl.arange(0, BLOCK_M)
             rows = wrapped(offs_m, M)
             columns = wrapped(first_k + tl.arange(0, BLOCK_N), K)
-            acc = add_low_rank(
-                acc, ds_ptr, a_ptr, rows, columns, R, stride_ak, stride_ar, dtype, BLOCK_R
-            )
+            factors, of_a = ((ds_ptr,), (a_ptr,)), ((R,), (stride_ak,), (stride_ar,))
+            acc = add_low_rank(acc, 0, *factors, rows, columns, *of_a, dtype, BLOCK_R)
             if HAS_DROPOUT:
                 acc *= tl.cast(scale, tl.float32)
                 keep = keep_tile(seed_ptr, offs_m, first_k, K, keep_from, BLOCK_N)
@@ -150,91 +137,44 @@ def persistent_input_grad_kernel(
             else:
                 w = w_from.load([first_k, n]).T
             acc = tl.dot(dy, w, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
-        if HALVES == 1:
-            if LOW_RANK == "rest":
-                acc += rest_desc.load([first_m, first_k]).to(tl.float32)
-            dx_desc.store([first_m, first_k], acc.to(dtype))
-        else:
-            left, right = halves(acc)
-            if LOW_RANK == "rest":
-                left += rest_desc.load([first_m, first_k]).to(tl.float32)
-            dx_desc.store([first_m, first_k], left.to(dtype))
-            if LOW_RANK == "rest":
-                right += rest_desc.load([first_m, first_k + WIDTH]).to(tl.float32)
-            dx_desc.store([first_m, first_k + WIDTH], right.to(dtype))
-
-
-def _suits(dy: tuple[Tensor, ...], w: tuple[Tensor, ...]) -> bool:
-    """Return whether the tensor memory accelerator can move every ``dy``, ``w`` and the sum."""
-    turned = len({t.stride(1) == 1 for t in w}) == 1
-    return turned and all(suits(t, (m.t(),)) for t, m in zip(dy, w, strict=True))
-
-
-def _folds(dy: tuple[Tensor, ...], w: tuple[Tensor, ...], a: tuple[Tensor | None, ...]) -> bool:
-    """Return whether the ds and a can be one more dy and w."""
-    there = [t for t in a if t is not None]
-    if any(t.dtype != dy[0].dtype for t in there) or sum(map(len, there)) % 8:
-        return False
-    if w[0].stride(1) != 1:
-        return not there  # the columns of a would have to lie together too
-    if len(w) > 1:  # copied into one
-        return True
-    return all(lies_by_rows(t.stride(), t.shape[1]) and t.data_ptr() % 16 == 0 for t in there)
+        store_tile(dx_desc, rest_desc, first_m, first_k, acc, dtype, HALVES)
 
 
 @planned
-def input_grad(
-    dy: tuple[Tensor, ...],
-    w: tuple[Tensor, ...],
-    ds: tuple[Tensor | None, ...],
-    a: tuple[Tensor | None, ...],
-    seeds: tuple[Tensor | None, ...],
-    p: tuple[float, ...],
-    config: Config | None = None,
-):
-    """Return ``Σ_i (dy_i w_i + dropout_i'(ds_i a_i))`` [M, K] in the dtype of dy, contiguous.
+def input_grad(dy, w, ds, a, seeds, p, config: Config | None = None):
+    """Return dx of one to four projections, in one launch: `steps.input_grad` says what that is.
 
-    One to four ``dy`` [M, N_i], ``w`` [N_i, K] and ``a`` [R_i, K] of any strides; ``ds`` [M, R_i]
-    contiguous. ds and a share a dtype, that of dy or float32, and are both None for a projection
-    without an adapter. With a seed ([1], int64) a low-rank term is masked at (m, k) and scaled by
-    1 / (1 - p). Raises ValueError, which names the list, for lists of other lengths.
+    ds and a are of one dtype and both None for a projection without an adapter.
     """
-    check(dy=dy, w=w, ds=ds, a=a, seeds=seeds, p=p)
-    K, several = w[0].shape[1], len(w) > 1
-    ranks = tuple(0 if t is None else t.shape[0] for t in a)
+    K, several, ranks = w[0].shape[1], len(w) > 1, lengths(a, 0)
+    there, bf16 = [t for t in a if t is not None], dy[0].dtype == torch.bfloat16
     dropout = any(seed is not None for seed in seeds)
-    adapter = next((t.dtype for t in a if t is not None), dy[0].dtype)
-    of = dy, w, max(1, *ranks), adapter, dropout, len(w)
-    even = K * dy[0].element_size() % 16 == 0
-    config = config or config_for("input_grad", *of, even=even)
-    folds = not dropout and _folds(dy, w, a)
-    suited = config.tma and _suits(dy, w)
-    if suited and config.low_rank == "fold" and not folds and not several:
-        config = config_for("input_grad", *of, even=even, fold=False)
-    if suited and config.tma and several and not folds and dy[0].dtype == torch.bfloat16:
-        # Masks and float32 terms would need a second tile beside the accumulator. Float16 might
-        # overflow where the sum of both does not.
-        return _with_rest(dy, w, config, config_for("input_grad", *of, even=False))
-    if suited and config.tma and (folds or not several):
-        fold = folds and config.low_rank == "fold"
-        return _persistent(dy, w, ds, a, seeds, p, config, fold)
-    if config.tma or (not even and config.block_m * config.block_n > MOST_UNEVEN):
-        config = config_for("input_grad", *of, even=False)
-    return _portable(dy, w, a, seeds, p, config)
+    adapter = there[0].dtype if there else dy[0].dtype
+    asked = dy, w, max(1, *ranks), adapter, dropout, len(w), (len(dy[0]), (K,))
+    default = default_of("input_grad", *asked)
+    even, by_rows = K * dy[0].element_size() % 16 == 0, w[0].stride(1) == 1
+    # The ds and a are one more dy and w; of several they are copied into one.
+    folds = not dropout and adapter == dy[0].dtype and sum(ranks) % 8 == 0
+    folds = folds and (not there or (by_rows and (several or readable(there[0]))))
+    suited = even and all(map(readable, dy)) and all(readable(t, by_rows) for t in w)
+    # Masks and float32 terms of several would need a second tile beside the accumulator, and come
+    # from a launch before. Float16 might overflow where the sum of both does not.
+    suited = suited and (folds or bf16 or not several)
+    config = runnable(config, default, even, suited, folds or several)
+    if not config.tma:
+        return _portable(dy, w, a, seeds, p, config)
+    low_rank = "rest" if several and not folds else "fold"
+    if there and not several:
+        low_rank = config.low_rank if folds else "first"
+    return _persistent(dy, w, ds, a, seeds, p, config, low_rank, default(even=False))
 
 
 def _portable(dy, w, a, seeds, p, config: Config):
-    (M, _), K = dy[0].shape, w[0].shape[1]
-    sizes, ranks = (tuple(0 if t is None else t.shape[0] for t in ts) for ts in (w, a))
-    sizes = tuple(t.shape[1] for t in dy)
-    scales, keep_froms = keep_scales(seeds, p)
+    (M, _), K, sizes, ranks = dy[0].shape, w[0].shape[1], lengths(dy, 1), lengths(a, 0)
+    scales, keep_froms = map(alike, keep_scales(seeds, p))
     launch = Launch(
         *(input_grad_kernel, (cdiv(M, config.block_m) * cdiv(K, config.block_n),), config),
-        *(M, K, sizes, ranks),
-        *(strides(dy, 0), strides(dy, 1)),
-        *(strides(w, 0), strides(w, 1)),
-        *(strides(a, 0), strides(a, 1)),
-        *(alike(scales), alike(keep_froms)),
+        *(M, K, sizes, ranks, *strides(dy), *strides(w), *strides(a), scales, keep_froms),
         *(any(ranks), any(seed is not None for seed in seeds)),
         *(all(n % config.block_k == 0 for n in sizes), triton_dtype(dy[0].dtype), len(dy)),
         *(config.block_m, config.block_n, config.block_k),
@@ -249,54 +189,40 @@ def _portable(dy, w, a, seeds, p, config: Config):
     return run
 
 
-def _persistent(dy, w, ds, a, seeds, p, config: Config, fold: bool, rest: bool = False):
-    (M, _), K, several = dy[0].shape, w[0].shape[1], len(w) > 1
-    fold = fold and any(t is not None for t in a)
-    first = not (fold or rest or several or a[0] is None)
+def _persistent(dy, w, ds, a, seeds, p, config: Config, low_rank: str, portable: Config):
+    (M, _), K, by_rows = dy[0].shape, w[0].shape[1], w[0].stride(1) == 1
+    adapted, first = [i for i, t in enumerate(a) if t is not None], low_rank == "first"
 
     def operands(dy, w, ds, a):
         """Return every dy and w, and one more of each: all ds side by side, all a below another."""
-        if not fold:
+        if low_rank != "fold" or not adapted:
             return dy, w
-        if not several:
+        if len(w) == 1:
             return (*dy, *ds), (*w, *a)
-        there = [t for t in ds if t is not None], [t for t in a if t is not None]
-        return (*dy, torch.cat(there[0], 1)), (*w, torch.cat(there[1]))
+        beside, below = [ds[i] for i in adapted], [a[i] for i in adapted]
+        return (*dy, torch.cat(beside, 1)), (*w, torch.cat(below))
 
     dys, ws = operands(dy, w, ds, a)
-    by_rows = w[0].stride(1) == 1
     scales, keep_froms = keep_scales(seeds, p)
     R, strides_a = (len(a[0]), a[0].stride()) if first else (0, (0, 0))
-    dropout = first and seeds[0] is not None
     tiles = cdiv(M, config.block_m) * cdiv(K, config.block_n)
     launch = Launch(
-        *(persistent_input_grad_kernel, (min(tiles, chip_of(w[0].device).processors),), config),
-        *(M, K, tuple(t.shape[1] for t in dys), R),
+        *(persistent_input_grad_kernel, (min(tiles, Chip.of(w[0].device).processors),), config),
+        *(M, K, lengths(dys, 1), R),
         *(tuple(t.stride(0) for t in dys), tuple(t.stride(0 if by_rows else 1) for t in ws)),
-        *strides_a,
-        *(scales[0], keep_froms[0]),
-        *("rest" if rest else "first" if first else "fold", by_rows, dropout),
+        *(*strides_a, scales[0], keep_froms[0]),
+        *(low_rank, by_rows, first and seeds[0] is not None),
         *(config.block_m, config.block_n, config.block_k, min(config.rank_tile(max(1, R)), 32)),
         *(config.group_m, 2 if config.block_n > 128 else 1),
     )
 
-    def run(dy, w, ds, a, seeds, *_, rest=None):
+    def run(dy, w, ds, a, seeds, p, *_):
+        rest, factors = None, (ds[0], a[0], seeds[0]) if first else (None, None, None)
+        if low_rank == "rest":
+            nothing = tuple([t[:, :0] for t in dy]), tuple([t[:0] for t in w])
+            rest = input_grad(*nothing, ds, a, seeds, p, portable)
         dx = dy[0].new_empty(M, K)
-        factors = (ds[0], a[0], seeds[0]) if first else (None, None, None)
         launch(dx, rest, *operands(dy, w, ds, a), *factors)
         return dx
-
-    return run
-
-
-def _with_rest(dy, w, config: Config, portable: Config):
-    """Return what runs the low-rank terms by a ``portable`` launch, and adds the products to it."""
-    none = (None,) * len(w)
-    products = _persistent(dy, w, none, none, none, (0.0,) * len(w), config, False, rest=True)
-
-    def run(dy, w, ds, a, seeds, p, *_):
-        nothing = tuple([t[:, :0] for t in dy]), tuple([t[:0] for t in w])
-        rest = input_grad(*nothing, ds, a, seeds, p, portable)
-        return products(dy, w, none, none, none, rest=rest)
 
     return run

@@ -2,9 +2,8 @@
 """Makes Triton's interpreter compute bfloat16 as a GPU does.
 
 The interpreter keeps bfloat16 as its 16-bit pattern. Up to Triton 3.9 its ``tl.dot`` multiplies
-those patterns as integers and its cast from float32 truncates, both without a word. This patch
-gives dots of bfloat16 tiles exact products with float32 sums, and casts round to nearest even.
-Element-wise arithmetic on bfloat16 stays wrong there: kernels cast to float32 first.
+those patterns as integers and its cast from float32 truncates, both without a word: here products
+are exact, sums float32, and casts round to nearest even. Element-wise arithmetic stays wrong.
 """
 
 from __future__ import annotations

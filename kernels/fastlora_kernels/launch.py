@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a kernel is launched: on the tensors' own device, in the interpreter, or only recorded.
+"""How a kernel is launched: on the tensors' own device, or in the interpreter.
 
-A launcher works everything out but pointers once for operands of the same sizes that lie in the
-same way (`planned`), and then runs the program that Triton has compiled for them by that program's
-own launcher (`Launch`), without asking Triton again which one it is.
+Everything but pointers is worked out once for operands of the same sizes that lie in the same way
+(`planned`); the compiled program is then run by its own launcher (`Launch`), Triton not asked.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ import contextvars
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,21 +20,15 @@ import triton
 from torch import Tensor
 
 from fastlora_kernels.configs import Chip, Config, default_config, kind_of
-
-
-@triton.jit
-def _probe():
-    pass
-
+from fastlora_kernels.locate import locate
 
 # Read once by Triton when a kernel is decorated; later changes of the variable have no effect.
-INTERPRETED = type(_probe).__name__ == "InterpretedFunction"
+INTERPRETED = type(locate).__name__ == "InterpretedFunction"
 if INTERPRETED:
     from fastlora_kernels import interpreter
 
     interpreter.install()
 
-NO_CONFIGS: Mapping[str, Config] = {}
 # The versions of Triton whose launchers may be called by `Launch`, and what those take.
 KNOWN_TRITON = (3, 4) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 HEAD = ("self", "gridX", "gridY", "gridZ", "stream", "function")
@@ -44,68 +36,22 @@ TAIL = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_
 MOST_PLANS = 4096  # of a launcher: lengths may be endless
 
 
-@dataclass(eq=False)
-class Call:
-    """One launch as it was asked for: what ahead-of-time compilation needs to know of it."""
+def default_of(
+    kernel: str, xs: Sequence[Tensor], others: Sequence[Tensor], r: int, adapter: torch.dtype,
+    dropout: bool, count: int = 1, result: tuple[int, Sequence[int]] | None = None,
+) -> Callable[..., Config]:  # fmt: skip
+    """Return what makes the default config of a ``kernel`` whose main loop reads these.
 
-    kernel: Any
-    grid: tuple[int, ...]
-    values: tuple[Any, ...]
-    config: Config
-
-    @property
-    def args(self) -> dict[str, Any]:
-        """The arguments by name."""
-        return dict(zip(self.kernel.arg_names, self.values, strict=True))
-
-
-_recorded: list[Call] | None = None
-_recorded_chip: Chip | None = None
-
-
-@contextlib.contextmanager
-def recording(chip: Chip) -> Iterator[list[Call]]:
-    """Collect the launches made inside, as for ``chip``, and run none of them."""
-    global _recorded, _recorded_chip
-    _recorded, _recorded_chip = calls, _ = [], chip
-    try:
-        yield calls
-    finally:
-        _recorded = _recorded_chip = None
-
-
-def chip_of(device: torch.device) -> Chip:
-    """Return what configs need to know of ``device``."""
-    return Chip.of(device) if _recorded_chip is None else _recorded_chip
-
-
-def config_for(
-    kernel: str,
-    xs: Sequence[Tensor],
-    others: Sequence[Tensor],
-    r: int,
-    adapter: torch.dtype,
-    dropout: bool,
-    count: int = 1,
-    even: bool = True,
-    fold: bool = True,
-) -> Config:
-    """Return the default config of ``kernel`` for ``count`` projections of rank r.
-
-    The main loop reads ``xs`` and ``others``: whether it can do so 16 bytes at a time matters, for
-    which those of one list have to lie the same way round as well. The rest is as
-    `default_config` has it.
+    Whether it can do so 16 bytes at a time matters: strides are 1 and a multiple of 16, and those
+    of ``xs``, and of ``others``, lie the same way round.
     """
-    aligned = all(map(_aligned, (*xs, *others)))
+    aligned = all(
+        1 in t.stride() and sum(t.stride()) % 16 == 1 and t.data_ptr() % 16 == 0
+        for t in (*xs, *others)
+    )
     aligned = aligned and all(len({t.stride(1) == 1 for t in ts}) == 1 for ts in (xs, others))
-    kind, chip = kind_of(xs[0].dtype, adapter), chip_of(xs[0].device)
-    return default_config(kernel, kind, r, dropout, chip, count, aligned, even, fold)
-
-
-def _aligned(t: Tensor) -> bool:
-    """Return whether Triton can load ``t`` 16 bytes at a time: strides 1 and a multiple of 16."""
-    strides = t.stride()
-    return 1 in strides and sum(strides) % 16 == 1 and t.data_ptr() % 16 == 0
+    case = kernel, kind_of(xs[0].dtype, adapter), r, dropout, Chip.of(xs[0].device), count, aligned
+    return functools.partial(default_config, *case, result=result)
 
 
 # What the key of a plan holds as it is; all else is a tensor.
@@ -122,7 +68,7 @@ def planned(prepare: Callable[..., Callable]) -> Callable:
 
     @functools.wraps(prepare)
     def launcher(*args: Any) -> Any:
-        if INTERPRETED or _recorded is not None:
+        if INTERPRETED:
             return prepare(*args)(*args)
         key: list = []
         for arg in args:
@@ -152,51 +98,34 @@ class Launch:
     """``kernel`` over ``grid`` with ``config``'s warps and stages; called with its tensors.
 
     The kernel's arguments are the tensors (or None, or tuples of them) and then ``rest``, all in
-    its own order: names would take 5 µs more. A call does nothing where the grid is empty.
-
-    The first call goes through Triton, which compiles or finds a program. Others may only be made
-    with tensors of which it would find the same one, and go to that program's own launcher. What
-    Triton reads at every launch and a program is compiled for (``TRITON_DEBUG``, its
-    instrumentation) counts as it was at the first call; its hooks are called like everywhere.
+    its own order: names would take 5 µs more. The first call goes through Triton, which compiles or
+    finds a program; others, of tensors for which it would find the same one, to that program's own
+    launcher. What else a program is compiled for (``TRITON_DEBUG``) counts as at the first call.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], config: Config, *rest: Any) -> None:
         self.kernel, self.grid, self.config, self.rest = kernel, grid, config, rest
-        self.options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        self.empty = 0 in grid
-        self.ready: tuple | None = None
+        self.empty, self.ready = 0 in grid, None
 
     def __call__(self, *tensors: Any) -> None:
         if self.empty:
             return
-        ready = self.ready
-        if ready is not None:
-            run, head, index, device_of, stream_of, function, metadata = ready
+        if self.ready is not None:
+            run, head, index, device_of, stream_of, function, metadata = self.ready
             if _no_hooks() and not self.kernel.pre_run_hooks and device_of() == index:
                 about = stream_of(index), function, metadata, None, None, None
-                # As Triton's launcher would ask each tensor; it takes addresses in their place.
-                at = [
-                    t
-                    if t is None
-                    else t.data_ptr()
-                    if type(t) is not tuple
-                    else tuple([part if part is None else part.data_ptr() for part in t])
-                    for t in tensors
-                ]
-                run(*head, *about, *at, *self.rest)
+                run(*head, *about, *_addresses(tensors), *self.rest)
                 return
         self._by_triton(*tensors)
 
     def _by_triton(self, *tensors: Any) -> None:
-        if _recorded is not None:
-            _recorded.append(Call(self.kernel, self.grid, (*tensors, *self.rest), self.config))
-            return
-        run, first = self.kernel[self.grid], tensors[0]
+        run, first, config = self.kernel[self.grid], tensors[0], self.config
         first = first[0] if isinstance(first, tuple) else first
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         if INTERPRETED:
-            run(*tensors, *self.rest, **self.options)
+            run(*tensors, *self.rest, **options)
             return
-        if self.config.tma:
+        if config.tma:
             run = functools.partial(_in_a_copy, run)
         with contextlib.ExitStack() as stack:
             if first.is_cuda and first.device.index != torch.cuda.current_device():
@@ -204,7 +133,7 @@ class Launch:
                 stack.enter_context(torch.cuda.device(first.device))
             if first.is_cuda and torch.cuda.is_current_stream_capturing():
                 stack.enter_context(_compiled_before())
-            compiled = run(*tensors, *self.rest, **self.options)
+            compiled = run(*tensors, *self.rest, **options)
             if _is_known(compiled):
                 self._prepare(compiled)
 
@@ -216,6 +145,15 @@ class Launch:
         index, head = driver.get_current_device(), (*self.grid, 1, 1)[:3]
         device = index, driver.get_current_device, driver.get_current_stream
         self.ready = run, head, *device, compiled.function, compiled.packed_metadata
+
+
+def _addresses(tensors: Sequence) -> list:
+    """Return what Triton's launcher would ask the tensors for; it takes addresses instead."""
+    found: list = []
+    for t in tensors:
+        inside = type(t) is tuple
+        found.append(tuple(_addresses(t)) if inside else None if t is None else t.data_ptr())
+    return found
 
 
 def _is_known(compiled: Any) -> bool:
@@ -230,10 +168,10 @@ def _is_known(compiled: Any) -> bool:
 def _no_hooks() -> bool:
     """Return whether nobody asked Triton to be told of launches; its hooks are chains by now."""
     runtime = triton.knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return (enter is None or not getattr(enter, "calls", True)) and (
-        leave is None or not getattr(leave, "calls", True)
-    )
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return False
+    return True
 
 
 def _in_a_copy(run: Callable, *args: Any, **options: Any) -> Any:
@@ -242,12 +180,12 @@ def _in_a_copy(run: Callable, *args: Any, **options: Any) -> Any:
     In a copy of the context the caller's allocator stays what it is (not on Triton 3.4, which has
     one for the process).
     """
-    return contextvars.copy_context().run(_with_workspace, run, *args, **options)
 
+    def with_workspace() -> Any:
+        triton.set_allocator(_workspace)
+        return run(*args, **options)
 
-def _with_workspace(run: Callable, *args: Any, **options: Any) -> Any:
-    triton.set_allocator(_workspace)
-    return run(*args, **options)
+    return contextvars.copy_context().run(with_workspace)
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -260,7 +198,6 @@ _hook_lock = threading.Lock()
 @contextlib.contextmanager
 def _compiled_before() -> Iterator[None]:
     """Refuse to compile a kernel inside: loading code would break the graph being captured."""
-
     runtime, capturing = triton.knobs.runtime, threading.get_ident()
     with _hook_lock:
         before = runtime.jit_cache_hook

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which projection a program is of, where several of one input (q, k, v; gate, up) share a launch.
 
-What differs between the projections goes to a kernel as tuples. An index that the compiler knows
-takes an item of one; a program that has to find its projection at run time chooses among them by
-`pointer_of` and `number_of`, on scalars, so that loads stay pipelined.
+What differs between the projections goes to a kernel as tuples. A program that has to find its
+projection at run time chooses among their items by `pointer_of` and `number_of`, on scalars, so
+that loads stay pipelined.
 """
 
 from __future__ import annotations
@@ -52,19 +52,6 @@ def number_of(i, numbers, dtype: tl.constexpr):
     return chosen
 
 
-def check(**lists: Sequence) -> None:
-    """Raise ValueError unless all ``lists``, by the name of the argument, are as long as the first.
-
-    A list has 1 to `MOST` items, one for each projection.
-    """
-    (name, first), *rest = lists.items()
-    if not 1 <= len(first) <= MOST:
-        raise ValueError(f"{name} has {len(first)} items; one for each of 1 to {MOST} projections")
-    for other, values in rest:
-        if len(values) != len(first):
-            raise ValueError(f"{other} has {len(values)} items; as many as {name}: {len(first)}")
-
-
 def alike(values: Sequence) -> tuple:
     """Return the values as `number_of` takes them: one where all are equal.
 
@@ -73,16 +60,24 @@ def alike(values: Sequence) -> tuple:
     return (values[0],) if all(v == values[0] for v in values) else tuple(values)
 
 
-def strides(tensors: Sequence[Tensor | None], dim: int) -> tuple[int, ...]:
-    """Return the strides along ``dim`` as `number_of` takes them; None goes with any other."""
-    there = [t.stride(dim) for t in tensors if t is not None] or [0]
-    return alike([there[0] if t is None else t.stride(dim) for t in tensors])
+def lengths(tensors: Sequence[Tensor | None], dim: int) -> tuple[int, ...]:
+    """Return the sizes along ``dim``, 0 for None: a projection without an adapter has rank 0."""
+    return tuple(0 if t is None else t.shape[dim] for t in tensors)
+
+
+def strides(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, ...], ...]:
+    """Return the strides of each dimension as `number_of` takes them; None goes with any other."""
+    there = next((t.stride() for t in tensors if t is not None), (0, 0))
+    each = [there if t is None else t.stride() for t in tensors]
+    return tuple(map(alike, zip(*each, strict=True)))
 
 
 def filled(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Return the tensors with another one in the place of each None, for `pointer_of`."""
-    there = next((t for t in tensors if t is not None), None)
-    return tuple(there if t is None else t for t in tensors)
+    there = [t for t in tensors if t is not None]
+    if len(there) in (0, len(tensors)):
+        return tensors
+    return tuple([there[0] if t is None else t for t in tensors])
 
 
 def stacked(ranks: Sequence[int]) -> int:

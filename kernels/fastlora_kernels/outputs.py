@@ -2,10 +2,9 @@
 """y_i = x w_iᵀ + scale_i · s_i b_iᵀ + bias_i for the projections of one x: one wide product.
 
 One accumulator, and y is written once. The column tiles of all projections are numbered one after
-the other, so that programs which run at the same time share rows of x whatever projection they are
-of. A portable kernel begins with the low-rank product, scales it and adds the frozen one. On sm_90
-and later persistent programs get their tiles by the tensor memory accelerator, and the low-rank
-product comes "first" as well, or is a "fold": the last steps of the main loop, in its pipeline.
+the other: programs that run at the same time share rows of x. The low-rank product comes "first"
+and is scaled; in the persistent programs of sm_90 and later it may be a "fold" instead: the last
+steps of the main loop, in its pipeline.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.configs import MOST_UNEVEN, Config, cdiv
-from fastlora_kernels.launch import Launch, chip_of, config_for, planned
-from fastlora_kernels.locate import alike, check, filled, locate, number_of, pointer_of, strides
+from fastlora_kernels.configs import MOST_UNEVEN, Chip, Config, cdiv
+from fastlora_kernels.launch import Launch, default_of, planned
+from fastlora_kernels.locate import alike, filled, lengths, locate, number_of, pointer_of, strides
 from fastlora_kernels.tiles import (
     add_low_rank,
     add_product,
+    descriptor,
     store_tile,
     tile_of,
     triton_dtype,
@@ -51,23 +51,13 @@ def outputs_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     if HAS_LOW_RANK:
-        # A projection without an adapter has rank 0 here.
-        s_ptr = pointer_of(i, s_ptrs)
-        b_ptr = pointer_of(i, b_ptrs)
-        R = number_of(i, ranks, tl.int32)
-        stride_bn = number_of(i, strides_bn, tl.int64)
-        stride_br = number_of(i, strides_br, tl.int64)
-        acc = add_low_rank(
-            acc, s_ptr, b_ptr, rows, columns, R, stride_bn, stride_br, dtype, BLOCK_R
-        )
+        of_b = ranks, strides_bn, strides_br
+        acc = add_low_rank(acc, i, s_ptrs, b_ptrs, rows, columns, *of_b, dtype, BLOCK_R)
         acc *= tl.cast(number_of(i, scales, ACC), ACC)
     w_ptr = pointer_of(i, w_ptrs)
-    stride_wn = number_of(i, strides_wn, tl.int64)
-    stride_wk = number_of(i, strides_wk, tl.int64)
+    of_w = number_of(i, strides_wn, tl.int64), number_of(i, strides_wk, tl.int64)
     of_x = stride_xm, stride_xk
-    acc = add_product(
-        acc, x_ptr, w_ptr, rows, columns, K, *of_x, stride_wn, stride_wk, EVEN_K, BLOCK_K
-    )
+    acc = add_product(acc, x_ptr, w_ptr, rows, columns, K, *of_x, *of_w, EVEN_K, BLOCK_K)
 
     mask_n = offs_n < N
     if HAS_BIAS:
@@ -92,25 +82,22 @@ def persistent_outputs_kernel(
     GROUP_M: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = y_ptrs[0].dtype.element_ty
-    x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_x, 1], [BLOCK_M, BLOCK_K])
+    x_desc = descriptor(x_ptr, M, K, stride_x, True, BLOCK_M, BLOCK_K)
     w_descs = ()
     s_descs = ()
     b_descs = ()
     y_descs = ()
     for i in tl.static_range(len(sizes)):
         N = sizes[i]
-        w_descs = w_descs + (
-            _by_rows_or_columns(w_ptrs[i], N, K, strides_w[i], W_BY_ROWS, BLOCK_N, BLOCK_K),
-        )
-        y_desc = tl.make_tensor_descriptor(y_ptrs[i], [M, N], [N, 1], [BLOCK_M, BLOCK_N // HALVES])
-        y_descs = y_descs + (y_desc,)
+        w_desc = descriptor(w_ptrs[i], N, K, strides_w[i], W_BY_ROWS, BLOCK_N, BLOCK_K)
+        w_descs = w_descs + (w_desc,)
+        y_descs = y_descs + (descriptor(y_ptrs[i], M, N, N, True, BLOCK_M, BLOCK_N // HALVES),)
         if LOW_RANK == "fold":
             # A projection without an adapter has rank 0 here, and another one's s and b.
             R = max(ranks[i], 8)
-            s_desc = tl.make_tensor_descriptor(s_ptrs[i], [M, R], [R, 1], [BLOCK_M, BLOCK_K])
+            s_descs = s_descs + (descriptor(s_ptrs[i], M, R, R, True, BLOCK_M, BLOCK_K),)
             stride_b = number_of(i, strides_bn if W_BY_ROWS else strides_br, tl.int64)
-            b_desc = _by_rows_or_columns(b_ptrs[i], N, R, stride_b, W_BY_ROWS, BLOCK_N, BLOCK_K)
-            s_descs = s_descs + (s_desc,)
+            b_desc = descriptor(b_ptrs[i], N, R, stride_b, W_BY_ROWS, BLOCK_N, BLOCK_K)
             b_descs = b_descs + (b_desc,)
 
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -136,13 +123,8 @@ def persistent_outputs_kernel(
         if LOW_RANK == "first":
             rows = wrapped(first_m + tl.arange(0, BLOCK_M), M)
             columns = wrapped(offs_n, N_tile)
-            s_ptr = pointer_of(i_tile, s_ptrs)
-            b_ptr = pointer_of(i_tile, b_ptrs)
-            stride_bn = number_of(i_tile, strides_bn, tl.int64)
-            stride_br = number_of(i_tile, strides_br, tl.int64)
-            acc = add_low_rank(
-                acc, s_ptr, b_ptr, rows, columns, R_tile, stride_bn, stride_br, dtype, BLOCK_R
-            )
+            of_b = (R_tile,), strides_bn, strides_br
+            acc = add_low_rank(acc, i_tile, s_ptrs, b_ptrs, rows, columns, *of_b, dtype, BLOCK_R)
             acc *= tl.cast(number_of(i_tile, scales, tl.float32), tl.float32)
 
         for step in range(all_steps):
@@ -164,97 +146,51 @@ def persistent_outputs_kernel(
             mask = offs_n < number_of(i_tile, bias_sizes, tl.int32)
             bias = tl.load(pointer_of(i_tile, bias_ptrs) + bias_tile, mask=mask, other=0.0)
             acc += bias.to(tl.float32)[None, :]
-        store_tile(pointer_of(i_tile, y_descs), first_m, first_n, acc, dtype, HALVES)
+        store_tile(pointer_of(i_tile, y_descs), None, first_m, first_n, acc, dtype, HALVES)
 
 
-@triton.jit
-def _by_rows_or_columns(
-    ptr, N, K, stride, BY_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Return the descriptor of a matrix [N, K], or of its transpose where columns lie together."""
-    if BY_ROWS:
-        desc = tl.make_tensor_descriptor(ptr, [N, K], [stride, 1], [BLOCK_N, BLOCK_K])
-    else:
-        desc = tl.make_tensor_descriptor(ptr, [K, N], [stride, 1], [BLOCK_K, BLOCK_N])
-    return desc
+def readable(t: Tensor, by_rows: bool = True) -> bool:
+    """Return whether the tensor memory accelerator can read 16-bit ``t``, or its transpose.
 
-
-def lies_by_rows(stride: tuple[int, ...], columns: int) -> bool:
-    """Return whether rows of 16-bit elements lie apart, 16 bytes or a multiple from each other."""
-    rows, step = stride
-    return step == 1 and rows % 8 == 0 and rows >= columns
-
-
-def suits(x: Tensor, w: tuple[Tensor, ...]) -> bool:
-    """Return whether the tensor memory accelerator can move ``x`` [M, K], every ``w`` and y.
-
-    All of 16 bits an element, and every w [N, K] the same way round. Rows that overlap, as those of
-    an expanded tensor do, are outside of what it is documented for.
+    Rows that overlap, as those of an expanded tensor do, are outside of what it is documented for.
     """
-    M, K = x.shape
-    by_rows = w[0].stride(1) == 1
-    return (
-        M > 0 < K
-        and lies_by_rows(x.stride(), K)
-        and all(t.shape[0] > 0 and t.shape[0] % 8 == 0 for t in w)
-        and all(lies_by_rows(*_turned(t, by_rows)) for t in w)
-        and all(t.data_ptr() % 16 == 0 for t in (x, *w))
-    )
+    rows, columns = t.stride() if by_rows else t.stride()[::-1]
+    lie = columns == 1 and rows % 8 == 0 and rows >= t.shape[1 if by_rows else 0]
+    return lie and t.data_ptr() % 16 == 0 and t.numel() > 0
 
 
-def _turned(t: Tensor, by_rows: bool) -> tuple[tuple[int, ...], int]:
-    """Return the strides of ``t`` and its columns, or those of its transpose."""
-    return (t.stride(), t.shape[1]) if by_rows else (t.stride()[::-1], t.shape[0])
+def runnable(config: Config | None, default, even: bool, suited: bool, folds: bool) -> Config:
+    """Return the config of a wide product, or its default, or what runs where that one cannot.
 
-
-def _folds(x: Tensor, w: tuple[Tensor, ...], b: tuple[Tensor | None, ...]) -> bool:
-    """Return whether every b [N, R] and its s, which needs no scaling, can be read as w and x are.
-
-    s comes from a launcher of ours: contiguous, at a multiple of 16 bytes.
+    Rows of the result are ``even``: start at multiples of 16 bytes. ``suited`` are operands that
+    the tensor memory accelerator reads, which then ``folds`` factors in.
     """
-    by_rows = w[0].stride(1) == 1
-    return all(
-        t.dtype == x.dtype
-        and t.shape[1] % 8 == 0
-        and lies_by_rows(*_turned(t, by_rows))
-        and t.data_ptr() % 16 == 0
-        for t in b
-        if t is not None
-    )
-
-
-def _config(
-    x: Tensor,
-    w: tuple[Tensor, ...],
-    b: tuple[Tensor | None, ...],
-    config: Config | None,
-    scaled: bool,
-) -> Config:
-    """Return the config asked for, or the default, or what runs where that one cannot.
-
-    ``scaled``: s does not need the scaling, so that a fold may read it.
-    """
-    adapters = [t for t in b if t is not None]
-    rank = max((t.shape[1] for t in adapters), default=1)
-    dtype = adapters[0].dtype if adapters else x.dtype
-    of = (x,), w, rank, dtype, False, len(w)
-    even = all(t.shape[0] * x.element_size() % 16 == 0 for t in w)
-    config = config or config_for("outputs", *of, even=even)
-    if config.tma and config.low_rank == "fold" and not (scaled and _folds(x, w, b)):
-        config = config_for("outputs", *of, even=even, fold=False)
+    config = config or default(even=even)
+    if config.tma and config.low_rank == "fold" and not folds:
+        config = default(even=even, fold=False)
     large = not even and config.block_m * config.block_n > MOST_UNEVEN
-    if large or (config.tma and not suits(x, w)):
-        config = config_for("outputs", *of, even=False)
+    if large or (config.tma and not suited):
+        config = default(even=False)
     return config
 
 
-def scaled_before(
-    x: Tensor,
-    w: tuple[Tensor, ...],
-    b: tuple[Tensor | None, ...],
-    scalings: tuple[float, ...],
-    config: Config | None = None,
-) -> float | None:
+def _config(x, w, b, config: Config | None, scaled: bool) -> Config:
+    """Return what `outputs` runs with; ``scaled``: s needs no scaling, so that a fold may read it.
+
+    s comes from a launcher of ours: contiguous, at a multiple of 16 bytes.
+    """
+    adapters, by_rows = [t for t in b if t is not None], w[0].stride(1) == 1
+    dtype = adapters[0].dtype if adapters else x.dtype
+    rank, result = max(1, *lengths(b, 1)), (len(x), lengths(w, 0))
+    default = default_of("outputs", (x,), w, rank, dtype, False, len(w), result)
+    even = all(n * x.element_size() % 16 == 0 for n in lengths(w, 0))
+    suited = even and readable(x) and all(readable(t, by_rows) for t in w)
+    folds = scaled and dtype == x.dtype
+    folds = folds and all(t.shape[1] % 8 == 0 and readable(t, by_rows) for t in adapters)
+    return runnable(config, default, even, suited, folds)
+
+
+def scaled_before(x, w, b, scalings: tuple[float, ...], config: Config | None) -> float | None:
     """Return what s has to come scaled by, because `outputs` folds it in; None if by nothing."""
     scaling, *others = scalings
     if scaling == 1.0 or set(others) - {scaling}:
@@ -264,25 +200,12 @@ def scaled_before(
 
 
 @planned
-def outputs(
-    x: Tensor,
-    w: tuple[Tensor, ...],
-    s: tuple[Tensor | None, ...],
-    b: tuple[Tensor | None, ...],
-    biases: tuple[Tensor | None, ...],
-    scalings: tuple[float, ...],
-    config: Config | None = None,
-):
-    """Return ``x w_iᵀ + scaling_i · s_i b_iᵀ + bias_i`` [M, N_i] in x's dtype, in one launch.
+def outputs(x, w, s, b, biases, scalings, config: Config | None = None):
+    """Return y of one to four projections, in one launch: `steps.outputs` says what that is.
 
-    ``x`` [M, K], one to four ``w`` [N_i, K], ``b`` [N_i, R_i] and ``biases`` [N_i] of any strides,
-    ``s`` [M, R_i] contiguous. s and b share a dtype, that of x or float32, and so do the biases.
-    s and b may be None, and so may a bias. The results are contiguous. Raises ValueError, which
-    names the list, for lists of other lengths.
+    s and b are of one dtype and each None without an adapter, and so are the biases.
     """
-    check(w=w, s=s, b=b, biases=biases, scalings=scalings)
-    (M, K), sizes = x.shape, tuple(t.shape[0] for t in w)
-    ranks = tuple(0 if t is None else t.shape[1] for t in b)
+    (M, K), sizes, ranks = x.shape, lengths(w, 0), lengths(b, 1)
     scales = alike([float(c) for c, r in zip(scalings, ranks, strict=True) if r] or [1.0])
     if len(scales) > 1:
         scales = tuple(map(float, scalings))
@@ -290,29 +213,22 @@ def outputs(
     config = _config(x, w, b, config, scales == (1.0,))
     tiles_n = sum(cdiv(n, config.block_n) for n in sizes)
     tiles = cdiv(M, config.block_m) * tiles_n
-    shared = (
-        *(M, sizes, K, ranks),
-        *(tuple(0 if t is None else t.shape[0] for t in biases), tiles_n),
-    )
-    rest = strides(b, 0), strides(b, 1), strides(biases, 0), scales
+    shared = M, sizes, K, ranks, lengths(biases, 0), tiles_n
+    rest = *strides(b), strides(biases)[0], scales
     blocks = config.block_m, config.block_n, config.block_k
     block_r = config.rank_tile(max(1, *ranks))
     if config.tma:
         by_rows = w[0].stride(1) == 1
         launch = Launch(
-            *(persistent_outputs_kernel, (min(tiles, chip_of(x.device).processors),), config),
-            *shared,
-            *(x.stride(0), tuple(t.stride(0 if by_rows else 1) for t in w)),
-            *rest,
+            *(persistent_outputs_kernel, (min(tiles, Chip.of(x.device).processors),), config),
+            *(*shared, x.stride(0), tuple(t.stride(0 if by_rows else 1) for t in w), *rest),
             *(config.low_rank if any(ranks) else None, by_rows, has_bias),
             *(*blocks, min(block_r, 32), config.group_m, 2 if config.block_n > 128 else 1),
         )
     else:
         launch = Launch(
             *(outputs_kernel, (tiles,), config),
-            *shared,
-            *(*x.stride(), strides(w, 0), strides(w, 1)),
-            *rest,
+            *(*shared, *x.stride(), *strides(w), *rest),
             *(any(ranks), has_bias, K % config.block_k == 0, triton_dtype(x.dtype)),
             *(*blocks, block_r, config.group_m),
         )

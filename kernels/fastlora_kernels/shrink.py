@@ -7,12 +7,11 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastlora_kernels.configs import Config, cdiv
 from fastlora_kernels.dropout import keep_scales, keep_tile
-from fastlora_kernels.launch import Launch, config_for, planned
-from fastlora_kernels.locate import check, filled, locate, number_of, pointer_of, stacked, strides
+from fastlora_kernels.launch import Launch, default_of, planned
+from fastlora_kernels.locate import filled, lengths, locate, number_of, pointer_of, stacked, strides
 from fastlora_kernels.outputs import scaled_before
 from fastlora_kernels.tiles import dot, triton_dtype, wrapped
 
@@ -94,38 +93,25 @@ def shrink_kernel(
 
 
 @planned
-def shrink(
-    x: Tensor,
-    a: tuple[Tensor, ...],
-    seeds: tuple[Tensor | None, ...],
-    p: tuple[float, ...],
-    config: Config | None = None,
-    *into: Any,
-):
-    """Return ``dropout_i(x) a_iᵀ`` [M, R_i] in the dtype of a, and the scaling times the same.
+def shrink(x, a, seeds, p, config: Config | None = None, *into: Any):
+    """Return s of one to four adapters in one launch, and what of it `outputs` may read scaled.
 
-    All contiguous, in one launch; the second, in the dtype of x and rounded once, is None unless
-    the product ``into`` which it goes, as `scaled_before` takes it, needs it so. ``x`` [M, K] and
-    one to four ``a`` [R_i, K] of one dtype: that of x, or float32; any strides. Dropout acts where
-    there is a seed ([1], int64), by the mask of that seed. Up to a rank that a config has a tile
-    for, a program multiplies each tile of x by all; above it neighbouring programs read the same
-    rows. Raises ValueError, which names the list, for lists of other lengths.
+    The second, in the dtype of x and rounded once, is None unless the product ``into`` which it
+    goes, as `scaled_before` takes it, needs it so. Up to a rank that a config has a tile for, a
+    program multiplies each tile of x by all; above it neighbouring programs read the same rows.
     """
-    check(a=a, seeds=seeds, p=p)
     factor = scaled_before(x, *into) if into else None
-    (M, K), ranks, count = x.shape, tuple(t.shape[0] for t in a), len(a)
+    (M, K), ranks, count = x.shape, lengths(a, 0), len(a)
     dropout, room = any(seed is not None for seed in seeds), stacked(ranks)
-    config = config or config_for("shrink", (x,), a, room, a[0].dtype, dropout, count)
+    config = config or default_of("shrink", (x,), a, room, a[0].dtype, dropout, count)()
     together = room <= config.block_r
     block_r = room // count if together else config.rank_tile(max(ranks))
     tiles_r = 1 if together else sum(cdiv(r, block_r) for r in ranks)
     scales, keep_froms = keep_scales(seeds, p)
     launch = Launch(
         *(shrink_kernel, (cdiv(M, config.block_m) * tiles_r,), config),
-        *(M, K, ranks, tiles_r),
-        *x.stride(),
-        *(strides(a, 0), strides(a, 1)),
-        # Where it is not used: one more argument, and on sm_120 a program spills.
+        *(M, K, ranks, tiles_r, *x.stride(), *strides(a)),
+        # A factor that is not used would be one more argument: on sm_120 a program then spills.
         *(scales, factor, keep_froms),
         *(together, dropout, factor is not None, K % config.block_k == 0, triton_dtype(x.dtype)),
         *(config.block_m, config.block_k, block_r),

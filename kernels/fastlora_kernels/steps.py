@@ -20,169 +20,135 @@ from fastlora_kernels import input_grad as input_grad_of
 from fastlora_kernels import outputs as outputs_of
 from fastlora_kernels import shrink as shrink_of
 from fastlora_kernels.configs import Config
-from fastlora_kernels.launch import NO_CONFIGS
 from fastlora_kernels.locate import MOST
 
-Projection = tuple
-Maybe = list[Tensor | None]
+Projections = Sequence[tuple]
+Configs = Mapping[str, Config]
+Maybe = Sequence[Tensor | None]
+NO_CONFIGS: Configs = {}
 _THE_ONE = [(0,)]
 
 
 def shrink(
-    x: Tensor,
-    projections: Sequence[Projection],
-    configs: Mapping[str, Config] = NO_CONFIGS,
-    *,
-    for_outputs: bool = True,
+    x: Tensor, projections: Projections, configs: Configs = NO_CONFIGS, *, for_outputs: bool = True
 ) -> tuple[Maybe, Maybe | None]:
     """Return s_i = dropout_i(x) a_iᵀ [M, R_i] in a's dtype, contiguous, None without an adapter.
 
     Second, the same times the scaling for `outputs`, or None where that scales s itself, or s is
     not ``for_outputs`` of this file.
     """
-    ss: Maybe = [None] * len(projections)
-    scaled: Maybe = [None] * len(projections)
-    any_scaled = False
-    for few in adapted(projections):
+    ss, scaled = [None] * len(projections), [None] * len(projections)
+    for few in _groups(projections, adapted=True):
         w, a, b, _, seeds, scalings, p = _columns(projections, few)
         # What `outputs` folds in has to be scaled before. Float16 might overflow then.
         into = w, b, scalings, configs.get("outputs")
         into = into if for_outputs and a[0].dtype == x.dtype == torch.bfloat16 else ()
         found, made = shrink_of.shrink(x, a, seeds, p, configs.get("shrink"), *into)
-        for j, i in enumerate(few):
-            ss[i] = found[j]
-            if made is not None:
-                scaled[i], any_scaled = made[j], True
-    return ss, scaled if any_scaled else None
+        _put(found, ss, few)
+        if made is not None:
+            _put(made, scaled, few)
+    return ss, scaled if any(s is not None for s in scaled) else None
 
 
 def outputs(
-    x: Tensor,
-    projections: Sequence[Projection],
-    ss: Sequence[Tensor | None],
-    scaled: Sequence[Tensor | None] | None = None,
-    configs: Mapping[str, Config] = NO_CONFIGS,
-) -> list[Tensor]:
-    """Return y_i = x w_iᵀ + scaling_i · s_i b_iᵀ + bias_i [M, N_i] in the dtype of x."""
-    ys: Maybe = [None] * len(projections)
-    config = configs.get("outputs")
-    for few in together(projections):
+    x: Tensor, projections: Projections, ss: Maybe, scaled: Maybe | None = None,
+    configs: Configs = NO_CONFIGS,
+) -> list[Tensor]:  # fmt: skip
+    """Return y_i = x w_iᵀ + scaling_i · s_i b_iᵀ + bias_i [M, N_i] in the dtype of x.
+
+    ``ss`` and ``scaled`` as `shrink` returns them. The results are contiguous.
+    """
+    ys = [None] * len(projections)
+    for few in _groups(projections):
         w, _, b, biases, _, scalings, _ = _columns(projections, few)
-        s = tuple([ss[i] for i in few])
+        s = _taken(ss, few)
         if scaled is not None and all(scaled[i] is not None or ss[i] is None for i in few):
-            s, scalings = tuple([scaled[i] for i in few]), (1.0,) * len(few)
-        for i, y in zip(few, outputs_of.outputs(x, w, s, b, biases, scalings, config), strict=True):
-            ys[i] = y
+            s, scalings = _taken(scaled, few), (1.0,) * len(few)
+        _put(outputs_of.outputs(x, w, s, b, biases, scalings, configs.get("outputs")), ys, few)
     return ys
 
 
 def ds_db(
-    dys: Sequence[Tensor | None],
-    projections: Sequence[Projection],
-    ss: Sequence[Tensor | None],
-    need_ds: Sequence[bool],
-    need_db: Sequence[bool],
-    configs: Mapping[str, Config] = NO_CONFIGS,
-) -> tuple[Maybe, Maybe]:
+    dys: Maybe, projections: Projections, ss: Maybe,
+    need_ds: Sequence[bool], need_db: Sequence[bool],
+    configs: Configs = NO_CONFIGS,
+) -> tuple[Maybe, Maybe]:  # fmt: skip
     """Return ds_i = scaling_i · dy_i b_i [M, R_i] and db_i = scaling_i · dy_iᵀ s_i [N_i, R_i].
 
     In b's dtype, each None where it is not needed, or there is no dy or no adapter.
     """
-    dss: Maybe = [None] * len(projections)
-    dbs: Maybe = [None] * len(projections)
-    config = configs.get("ds_db")
-    for few in adapted(projections, dys):
+    dss, dbs = [None] * len(projections), [None] * len(projections)
+    for few in _groups(projections, dys, adapted=True):
         _, _, b, _, _, scalings, _ = _columns(projections, few)
-        dy, s = tuple([dys[i] for i in few]), tuple([ss[i] for i in few])
-        needs = tuple([need_ds[i] for i in few]), tuple([need_db[i] for i in few])
-        found = ds_db_of.ds_db(dy, s, b, scalings, *needs, config)
-        for i, ds, db in zip(few, *found, strict=True):
-            dss[i], dbs[i] = ds, db
+        needs = _taken(need_ds, few), _taken(need_db, few)
+        of = _taken(dys, few), _taken(ss, few), b, scalings, *needs
+        ds, db = ds_db_of.ds_db(*of, configs.get("ds_db"))
+        _put(ds, dss, few)
+        _put(db, dbs, few)
     return dss, dbs
 
 
 def input_grad(
-    dys: Sequence[Tensor | None],
-    projections: Sequence[Projection],
-    dss: Sequence[Tensor | None],
-    configs: Mapping[str, Config] = NO_CONFIGS,
+    dys: Maybe, projections: Projections, dss: Maybe, configs: Configs = NO_CONFIGS
 ) -> Tensor | None:
     """Return dx = Σ (dy_i w_i + dropout_i'(ds_i a_i)) [M, K]; None where no dy is there."""
-    dx, config = None, configs.get("input_grad")
-    for few in together(projections, dys):
+    dx = None
+    for few in _groups(projections, dys):
         w, a, _, _, seeds, _, p = _columns(projections, few)
-        dy, ds = tuple([dys[i] for i in few]), tuple([dss[i] for i in few])
-        part = input_grad_of.input_grad(dy, w, ds, a, seeds, p, config)
+        of = _taken(dys, few), w, _taken(dss, few), a, seeds, p
+        part = input_grad_of.input_grad(*of, configs.get("input_grad"))
         dx = part if dx is None else dx.add_(part)
     return dx
 
 
 def da(
-    x: Tensor,
-    projections: Sequence[Projection],
-    dss: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    configs: Mapping[str, Config] = NO_CONFIGS,
-) -> Maybe:
-    """Return da_i = ds_iᵀ dropout_i(x) [R_i, K] in the dtype of ds, None where not needed."""
-    das: Maybe = [None] * len(projections)
-    config = configs.get("da")
+    x: Tensor, projections: Projections, dss: Maybe, needs: Sequence[bool],
+    configs: Configs = NO_CONFIGS,
+) -> Maybe:  # fmt: skip
+    """Return da_i = ds_iᵀ dropout_i(x) [R_i, K] in the dtype of ds, None where not needed.
+
+    Two runs give the same bits, as those of `ds_db` do.
+    """
+    das = [None] * len(projections)
     asked = [ds if need else None for ds, need in zip(dss, needs, strict=True)]
-    for few in adapted(projections, asked):
+    for few in _groups(projections, asked, adapted=True):
         _, _, _, _, seeds, _, p = _columns(projections, few)
-        found = da_of.da(x, tuple([dss[i] for i in few]), seeds, p, config)
-        for i, part in zip(few, found, strict=True):
-            das[i] = part
+        _put(da_of.da(x, _taken(dss, few), seeds, p, configs.get("da")), das, few)
     return das
 
 
-def together(
-    projections: Sequence[Projection], there: Sequence[Tensor | None] | None = None
+def _groups(
+    projections: Projections, there: Maybe | None = None, adapted: bool = False
 ) -> list[Sequence[int]]:
     """Return which projections a launch can take: up to four, their adapters of one dtype.
 
-    Those for which there is something in ``there``.
+    Those for which there is something in ``there``; only ``adapted`` ones, or the frozen as well.
     """
-    if len(projections) == 1 and (there is None or there[0] is not None):
-        return _THE_ONE
-    groups = _by_dtype(projections, there)
-    frozen = groups.pop(None, [])
-    first, *others = groups.values() or [[]]
-    return [few for same in ([*first, *frozen], *others) for few in _parts(same)]
-
-
-def adapted(
-    projections: Sequence[Projection], there: Sequence[Tensor | None] | None = None
-) -> list[Sequence[int]]:
-    """Return the same of the projections that have an adapter."""
-    if (
-        len(projections) == 1
-        and projections[0][1] is not None
-        and (there is None or there[0] is not None)
-    ):
-        return _THE_ONE
-    groups = _by_dtype(projections, there)
-    groups.pop(None, None)
-    return [few for same in groups.values() for few in _parts(same)]
-
-
-def _by_dtype(
-    projections: Sequence[Projection], there: Sequence[Tensor | None] | None
-) -> dict[torch.dtype | None, list[int]]:
+    if len(projections) == 1:  # a plain layer, on its way through every step
+        nothing = there is not None and there[0] is None
+        return [] if nothing or (adapted and projections[0][1] is None) else _THE_ONE
     found: dict[torch.dtype | None, list[int]] = {}
     for i, projection in enumerate(projections):
         if there is None or there[i] is not None:
             a = projection[1]
             found.setdefault(None if a is None else a.dtype, []).append(i)
-    return found
+    frozen = found.pop(None, [])
+    first, *others = found.values() or [[]]
+    first = first if adapted else first + frozen
+    return [same[i : i + MOST] for same in (first, *others) for i in range(0, len(same), MOST)]
 
 
-def _parts(items: Sequence[int]) -> list[Sequence[int]]:
-    return [items[i : i + MOST] for i in range(0, len(items), MOST)]
-
-
-def _columns(projections: Sequence[Projection], few: Sequence[int]) -> tuple[tuple, ...]:
+def _columns(projections: Projections, few: Sequence[int]) -> tuple[tuple, ...]:
     """Return what some of the projections are made of, a tuple for each field."""
     if len(few) == 1:
         return tuple([(value,) for value in projections[few[0]]])
     return tuple(zip(*[projections[i] for i in few], strict=True))
+
+
+def _taken(values: Sequence, few: Sequence[int]) -> tuple:
+    return tuple([values[i] for i in few])
+
+
+def _put(parts: Sequence, into: list, few: Sequence[int]) -> None:
+    for i, part in zip(few, parts, strict=True):
+        into[i] = part

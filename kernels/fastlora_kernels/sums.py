@@ -14,6 +14,7 @@ from fastlora_kernels.launch import Launch
 from fastlora_kernels.locate import alike, locate, number_of, pointer_of
 from fastlora_kernels.tiles import triton_dtype
 
+# Of kernels that go over elements one by one: those of a program, and how it runs.
 BLOCK = 1024
 CONFIG = Config(block_m=16, block_n=16, num_warps=4, num_stages=2)
 
@@ -43,8 +44,7 @@ def adding(
 ) -> Callable:
     """Return what writes ``scales[i]`` times the sum of parts i [parts, ...] to output i.
 
-    ``outs``: the elements of each output and the number of its parts, which are of ``dtype``. One
-    scale may be for all.
+    ``outs``: the elements of each output and the number of its parts, which are of ``dtype``.
     """
     sizes, parts = zip(*outs, strict=True)
     blocks = sum(cdiv(size, BLOCK) for size in sizes)

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora_kernels.locate import number_of, pointer_of
+
 SHARE = tl.constexpr(2.0**-32)  # of a float32 number, in the place of what it has no bits for
 
 
@@ -26,17 +28,6 @@ def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     group_m = min(tiles_m - group * GROUP_M, GROUP_M)
     within = tile % (GROUP_M * tiles_n)
     return group * GROUP_M + within % group_m, within // group_m
-
-
-@triton.jit
-def halves(tile):
-    """Return the left and the right half of a tile.
-
-    Each takes half the shared memory on its way out: room for one more stage of a pipeline.
-    """
-    BLOCK_M: tl.constexpr = tile.shape[0]
-    HALF: tl.constexpr = tile.shape[1] // 2
-    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, HALF)), (0, 2, 1)))
 
 
 @triton.jit
@@ -84,12 +75,8 @@ def dot_16(left, right, acc):
 
 @triton.jit
 def add_product(
-    acc,
-    x_ptr, w_ptr,
-    rows, columns,
-    K,
-    stride_xm, stride_xk,
-    stride_wn, stride_wk,
+    acc, x_ptr, w_ptr, rows, columns, K,
+    stride_xm, stride_xk, stride_wn, stride_wk,
     EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Return acc + x wᵀ for a tile of ``rows`` of x and ``columns``, which are rows of w."""
@@ -114,23 +101,25 @@ def add_product(
 
 @triton.jit
 def add_low_rank(
-    acc,
-    s_ptr, b_ptr,
-    rows, columns,
-    R,
-    stride_bn, stride_br,
+    acc, i, s_ptrs, b_ptrs, rows, columns, ranks,
+    strides_bn, strides_br,
     dtype: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Return acc + s bᵀ for ``rows`` of s and ``columns``, which are rows of b.
+    """Return acc + s bᵀ of projection ``i``, for ``rows`` of s and ``columns``, which are b's rows.
 
-    For a result of ``dtype``.
+    For a result of ``dtype``. A projection without an adapter has rank 0.
     """
+    s_ptr = pointer_of(i, s_ptrs)
+    b_ptr = pointer_of(i, b_ptrs)
+    R = number_of(i, ranks, tl.int32)
+    stride_bn = number_of(i, strides_bn, tl.int64)
+    stride_br = number_of(i, strides_br, tl.int64)
     for r in tl.range(0, R, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
         mask_r = offs_r < R
         s = tl.load(s_ptr + rows[:, None] * R + offs_r[None, :], mask=mask_r[None, :], other=0.0)
-        b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r.to(tl.int64)[:, None] * stride_br
-        b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0)
+        b_tile = b_ptr + columns[None, :] * stride_bn + offs_r.to(tl.int64)[:, None] * stride_br
+        b = tl.load(b_tile, mask=mask_r[:, None], other=0.0)
         if s.dtype == dtype:
             acc = dot(s, b, acc)  # [BLOCK_M, BLOCK_R] @ [BLOCK_R, BLOCK_N]
         else:
@@ -139,14 +128,38 @@ def add_low_rank(
 
 
 @triton.jit
-def store_tile(y_desc, first_m, first_n, acc, dtype: tl.constexpr, HALVES: tl.constexpr):
-    """Write a tile by a descriptor as wide as it is, or half as wide."""
-    if HALVES == 1:
-        y_desc.store([first_m, first_n], acc.to(dtype))
+def descriptor(
+    ptr, N, K, stride, BY_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Return the descriptor of a matrix [N, K], or of its transpose where columns lie together."""
+    if BY_ROWS:
+        desc = tl.make_tensor_descriptor(ptr, [N, K], [stride, 1], [BLOCK_N, BLOCK_K])
     else:
-        left, right = halves(acc)
-        y_desc.store([first_m, first_n], left.to(dtype))
-        y_desc.store([first_m, first_n + acc.shape[1] // 2], right.to(dtype))
+        desc = tl.make_tensor_descriptor(ptr, [K, N], [stride, 1], [BLOCK_K, BLOCK_N])
+    return desc
+
+
+@triton.jit
+def store_tile(y_desc, rest_desc, first_m, first_n, acc, dtype: tl.constexpr, HALVES: tl.constexpr):
+    """Write a tile, and what ``rest_desc`` has there added, by descriptors as wide or half as wide.
+
+    A half takes half the shared memory on its way out: room for one more stage of a pipeline.
+    """
+    if HALVES == 1:
+        _store(y_desc, rest_desc, first_m, first_n, acc, dtype)
+    else:
+        BLOCK_M: tl.constexpr = acc.shape[0]
+        HALF: tl.constexpr = acc.shape[1] // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        _store(y_desc, rest_desc, first_m, first_n, left, dtype)
+        _store(y_desc, rest_desc, first_m, first_n + HALF, right, dtype)
+
+
+@triton.jit
+def _store(y_desc, rest_desc, first_m, first_n, tile, dtype: tl.constexpr):
+    if rest_desc is not None:
+        tile += rest_desc.load([first_m, first_n]).to(tl.float32)
+    y_desc.store([first_m, first_n], tile.to(dtype))
 
 
 @triton.jit
@@ -172,11 +185,6 @@ def _upper(bits):
     return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return what products of ``dtype`` are summed in: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Return the accumulator's dtype as kernels name it."""
+    """Return what kernels sum products of ``dtype`` in."""
     return tl.float64 if dtype == torch.float64 else tl.float32

@@ -23,8 +23,8 @@ import report
 import run
 import torch
 from baselines import WAYS, Problem, cannot
-from fastlora_kernels import launch
 from fastlora_kernels.configs import Chip
+from recorder import recording
 
 from fastlora.files import replace_file
 from fastlora.operator.tuning import interleaved
@@ -82,7 +82,7 @@ def test_lorafusion_scales_the_narrow_factor(monkeypatch):
     """So that its product needs no step of its own for the low-rank part, whatever the scaling."""
     monkeypatch.setattr(baselines, "on_gpu", lambda t: True)
     problem = Problem("scaled", 256, 128, 128, scaling=2.0)
-    with launch.recording(Chip((9, 0), 232448, 132)) as calls:
+    with recording(Chip((9, 0), 232448, 132)) as calls:
         WAYS["LoRAFusion schedule"](problem)(problem.inputs()[0])
     assert [call.config.low_rank for call in calls] == ["fold"]
 

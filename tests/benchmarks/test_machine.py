@@ -13,9 +13,9 @@ import pytest
 import torch
 from fastlora_kernels import steps
 from fastlora_kernels.configs import Config
-from fastlora_kernels.launch import recording
 from machine import H100, Machine
 from prediction import OPS, best_configs, library, narrow, predict
+from recorder import recording
 
 from fastlora.operator.plans import Problem
 

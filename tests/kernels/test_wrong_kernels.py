@@ -154,8 +154,16 @@ COPIES = {
         "by TMA: 16-bit sum": f"acc = tl.dot(x, w, acc) => acc = tl.dot(x, w, acc){ROUNDED}",
     },
     ((FOLD_HALVES,), "tiles.py"): {
-        "halves swapped": "[first_m, first_n], left.to => [first_m, first_n], right.to",
-        "right half of a tile lost": " first_n + acc.shape[1] // 2], right =>  first_n], right",
+        "halves swapped": "first_m, first_n, left, dtype) => first_m, first_n, right, dtype)",
+        "right half of a tile lost": "first_n + HALF, right => first_n, right",
+    },
+    ((FOLD_REST,), "tiles.py"): {
+        "rest of the left half for both": (
+            "rest_desc.load([first_m, first_n]) => rest_desc.load([first_m, 0])"
+        ),
+        "no rest in the left half": (
+            "y_desc, rest_desc, first_m, first_n, left => y_desc, None, first_m, first_n, left"
+        ),
     },
     ((FOLD,), "shrink.py"): {
         "s not scaled": "s *= tl.cast(factor, ACC) => pass",
@@ -180,10 +188,6 @@ COPIES = {
         "dy of the second again": "w_from, n = dys[i], ws[i] => w_from, n = dys[1], ws[i]",
         "step not from the start": "(step - ends[i - 1]) * BLOCK_K => step * BLOCK_K",
         "one step late": "if step >= ends[i - 1]: => if step > ends[i - 1]:",
-        "rest of the left half for both": (
-            "rest_desc.load([first_m, first_k + WIDTH]) => rest_desc.load([first_m, first_k])"
-        ),
-        "no rest in the left half": "left += rest_desc => rest_desc",
         "low-rank terms not masked": "folds = not dropout and  => folds = ",
         "tile of another row": "dy_from.load([first_m, n]) => dy_from.load([0, n])",
     },

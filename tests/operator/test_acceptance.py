@@ -113,7 +113,7 @@ PERSISTENT_COPIES = {
         ),
     },
     ("fold", "tiles.py"): {
-        "right half of a tile lost": (" first_n + acc.shape[1] // 2], right", " first_n], right"),
+        "right half of a tile lost": ("first_n + HALF, right", "first_n, right"),
     },
     ("fold", "input_grad.py"): {
         "dx of the first row tile": ("dy_from.load([first_m, n])", "dy_from.load([0, n])"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import aot
 import pytest
 import torch
-from fastlora_kernels import launch
+from recorder import recording
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.operator import library, steps
@@ -31,7 +31,7 @@ class Launches(TorchDispatchMode):
 
 
 def launched(call):
-    with launch.recording(aot.CHIPS[90]) as recorded, Launches() as others:
+    with recording(aot.CHIPS[90]) as recorded, Launches() as others:
         result = call()
     return [c.kernel.__name__ for c in recorded], others.names, result
 

@@ -90,8 +90,20 @@ COPIES = {
     ("configs", "kernels/test_compiled.py::test_no_copy_overtakes_a_wgmma"): [
         (
             "a copy may overtake a wgmma",
-            "    if on_the_way and major == 9 and m < 64 <= n:",
-            "    if on_the_way and major == 9 and m < 32 <= n:",
+            "        on_the_way and major == 9 and m < 64 <= n,",
+            "        on_the_way and major == 9 and m < 32 <= n,",
+        ),
+    ],
+    ("configs", "kernels/test_defaults.py"): [
+        (
+            "every number of rows has tiles of its own",
+            "rows, columns = 1 << (result[0] - 1).bit_length(), result[1]",
+            "rows, columns = result",
+        ),
+        (
+            "few rows take the tiles of many",
+            "enough = min(max(tiles), FILLED * chip.processors)",
+            "enough = 0",
         ),
     ],
     ("ds_db", "kernels/test_compiled.py::test_few_lengths_compile_what_all_need"): [
