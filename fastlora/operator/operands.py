@@ -52,6 +52,11 @@ class Operands(NamedTuple):
     p: float
 
 
+Projections = Sequence[Operands]
+# An element for each projection, None where there is none.
+Each = Sequence[Tensor | None]
+
+
 class Problem(NamedTuple):
     """What a plan is chosen for: M tokens, N outputs, K inputs, rank R, dtypes, dropout.
 

@@ -280,19 +280,20 @@ def test_opcheck(impl):
     x, projections = given()
     nothing = torch.empty(0)
     seeds = [torch.tensor([7]) if p.dropout_p else nothing for p in projections]
-    lists = [[nothing if p[i] is None else p[i] for p in projections] for i in range(4)]
+    lists = [[nothing if t is None else t for t in (*p[:4], s)] for p, s in zip(projections, seeds)]
+    lists = [sum(lists, [])]
     ps = [p.dropout_p for p in projections]
-    args = (x, *lists, seeds, 0.5, ps, impl)
+    args = (x, *lists, 0.5, ps, impl)
     opcheck(torch.ops.fastlora.lora_linears.default, args)
     ys, ss = torch.ops.fastlora.lora_linears(*args)
-    weight, a, b, _ = ([t.detach() for t in tensors] for tensors in lists)
+    given_ = [t.detach() for t in lists[0]]
     dys = [torch.randn_like(y).detach() for y in ys]
     dys[2] = nothing
     for need_x, need in itertools.product((True, False), repeat=2):
         needs = [need] * 5, [True, False, True, not need, need]
         opcheck(
             torch.ops.fastlora.lora_linears_backward.default,
-            (dys, x.detach(), weight, a, b, ss, seeds, 0.5, ps, impl, need_x, *needs),
+            (dys, x.detach(), given_, ss, 0.5, ps, impl, need_x, *needs),
             test_utils=["test_schema", "test_faketensor"],
         )
 

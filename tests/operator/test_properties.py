@@ -131,10 +131,7 @@ def drawn(asked: Asked) -> tuple[Tensor, list[Tensor], list[fastlora.Projection]
 def masks_of(asked: Asked, made, rows: int) -> list[Tensor | None]:
     """Return what each projection keeps, None where it drops nothing."""
     torch.manual_seed(asked.seed)
-    return [
-        None if a is None or not p else keep_mask(new_seed(a.device), range(rows), asked.k, p)
-        for _, a, _, _, _, p in made
-    ]
+    return [None if a is None or not p else new_seed(a.device) for _, a, _, _, _, p in made]
 
 
 def answer(x: Tensor, dys, made, masks, dtype) -> tuple[list[Tensor], dict]:
@@ -151,8 +148,7 @@ def answer(x: Tensor, dys, made, masks, dtype) -> tuple[list[Tensor], dict]:
         if a is None:
             ys.append(torch.nn.functional.linear(x, w, bias))
         else:
-            options = {"scaling": scaling, "dropout_p": p, "mask": masks[i]}
-            ys.append(reference.lora_linear(x, w, a, b, bias, **options))
+            ys.append(reference.output(x, w, a, b, bias, masks[i], scaling, p))
     grads = torch.autograd.grad(ys, leaves.values(), [dy.to(ys[0].dtype) for dy in dys])
     return [y.detach() for y in ys], dict(zip(leaves, grads, strict=True))
 
