@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastlora
 from fastlora.operator import reference
-from fastlora.operator.dropout import keep_mask, new_seed
+from fastlora.operator.dropout import new_seed
 
 quiet = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 in_the_suite = settings(derandomize=True, **quiet)
