@@ -34,7 +34,7 @@ BLOCKS = {
     "1 / (1 - p) forgotten in da": "da.mul_(kept_scale(p)) => pass",
     "dx not masked": f"{MASKED} => add_((left[rows] @ right).to(dx.dtype), alpha=kept_scale(p))",
     "float32 factors rounded to 16 bits": ".bfloat16), rest => .bfloat16), rest.zero_()",
-    "scaling forgotten": "beta=0 if plus is None else 1, alpha=alpha => beta=0 if plus is None else 1",
+    "scaling forgotten": "None else 1, alpha=alpha) => None else 1)",
     "scaling forgotten where there is a bias": "right, alpha=alpha, out=out) => right, out=out)",
     "ds and db not scaled": "left, right, beta=0, alpha=alpha) => left, right, beta=0)",
     "base product forgotten": "ys.append(y.addmm_(x, w.t())) => ys.append(y)",

@@ -67,17 +67,6 @@ def test_of_several_projections(way):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
-def test_jacobians():
-    t = given()
-    x, *rest = t
-    for vectorize in (True, False):
-        found = torch.autograd.functional.jacobian(
-            lambda x: lora_linear(x, *rest, scaling=0.5), x, vectorize=vectorize
-        )
-        right = torch.autograd.functional.jacobian(lambda x: formula(x, *rest), x)
-        torch.testing.assert_close(found, right)
-
-
 def model(names, p, patched):
     """A layer of PEFT's with adapters that do something, patched or not."""
     torch.manual_seed(0)
@@ -122,25 +111,6 @@ def test_per_sample_gradients(names, p, randomness):
         assert alike == (randomness == "same")
 
 
-def one_by_one(way, y, trained, vs):
-    """Several gradients at once are what each is alone."""
-    found = WAYS[way](y, trained, vs)
-    for i, v in enumerate(vs):
-        right = torch.autograd.grad(y, trained, v, retain_graph=True)
-        for one, other in zip(found, right, strict=True):
-            torch.testing.assert_close(one[i], other, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_several_adapters(way, p):
-    x, vs = torch.randn(9, 8, requires_grad=True), torch.randn(3, 9, 4)
-    made = model(["one", "two"], p, True)
-    trained = [x, *(t for t in made.parameters() if t.requires_grad)]
-    y = made(x)
-    one_by_one(way, y, trained, vs)
-
-
 class MLP(nn.Module):
     def __init__(self):
         super().__init__()
@@ -150,15 +120,30 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_gated_mlp(way):
-    names = ["gate", "up", "down"]
-    config = LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+def gated_mlp():
+    config = LoraConfig(r=2, target_modules=["gate", "up", "down"], init_lora_weights=False)
     made = get_peft_model(nn.Sequential(MLP()), config)
     report = fastlora.patch_peft(made, fuse_siblings=[("gate", "up")])
     assert "gated MLP: gate, up, down" in str(report)
-    x, vs = torch.randn(9, 8, requires_grad=True), torch.randn(3, 9, 8)
-    trained = [x, *(t for t in made.parameters() if t.requires_grad)]
-    y = made(x)
-    assert y.grad_fn.name() == "_GatedMLPBackward"
-    one_by_one(way, y, trained, vs)
+    return made
+
+
+MADE = {
+    "several adapters": lambda: model(["one", "two"], 0.0, True),
+    "several adapters that drop": lambda: model(["one", "two"], 0.5, True),
+    "a gated MLP": gated_mlp,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", MADE)
+def test_several_gradients_at_once_are_what_each_is_alone(way, name):
+    made, x = MADE[name](), torch.randn(9, 8, requires_grad=True)
+    trained, y = [x, *(t for t in made.parameters() if t.requires_grad)], made(x)
+    assert (y.grad_fn.name() == "_GatedMLPBackward") == (name == "a gated MLP")
+    vs = torch.randn(3, *y.shape)
+    found = WAYS[way](y, trained, vs)
+    for i, v in enumerate(vs):
+        right = torch.autograd.grad(y, trained, v, retain_graph=True)
+        for one, other in zip(found, right, strict=True):
+            torch.testing.assert_close(one[i], other, rtol=1e-4, atol=1e-5)

@@ -67,14 +67,6 @@ def test_transforms_draw_the_same_mask(adapter):
         torch.testing.assert_close(result, results[-1], rtol=3e-2, atol=atol)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("m", [0, 1])
-def test_no_row_and_one(m, p):
-    y = output(m=m, impl="eager", dropout_p=p, training=True)
-    assert y.shape == (m, 10)
-    y.sum().backward()
-
-
 @pytest.mark.usefixtures("few")
 def test_where_the_operator_runs_all_the_same(monkeypatch):
     assert node() == node(impl="eager") == PYTORCH

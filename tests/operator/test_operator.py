@@ -17,9 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora.flops import FORMULAS
-from fastlora.operator import op, reference
+from fastlora.operator import reference
 from fastlora.operator.dropout import keep_mask, new_seed
-from fastlora.operator.operands import Operands
 
 OP = torch.ops.fastlora.lora_linears.default
 BACKWARD = torch.ops.fastlora.lora_linears_backward.default
@@ -65,39 +64,15 @@ def test_a_tensor_that_outlived_its_transform():
     assert torch.equal(*(torch.autograd.grad(y.sum(), a)[0] for y in ys))
 
 
-@each_way
-@each_kind
-@pytest.mark.parametrize("p", [0.0, 0.25])
-def test_matches_the_oracle_through_autograd(impl, kind, p):
-    case = Case(48, 40, 56, 6, kind=kind, dropout_p=p)
-    t = case.tensors()
-    x, a, b = (t[n].requires_grad_() for n in "xab")
-    torch.manual_seed(5)
-    t["seed"] = new_seed(x.device) if p else None
-    torch.manual_seed(5)
-    options = {"scaling": case.scaling, "dropout_p": p, "training": True, "impl": impl}
-    y = fastlora.lora_linear(x, t["w"], a, b, t["bias"], **options)
-    results = [y.detach(), *torch.autograd.grad(y, (x, a, b), t["dy"])]
-    expected, exact = plain(case, t), oracle(case, t)
-    for name, result in zip(("y", "x", "lora_A", "lora_B"), results, strict=True):
-        accept(name, result, expected[name], exact[name])
-
-
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_reference_is_the_formula(p):
-    """In float64, by name too, with the gradients of every tensor in closed form."""
-    t = {n: v.detach().double().requires_grad_() for n, v in arguments().items()}
-    x, w, a, b, bias = t.values()
+    """In float64, by name too; its gradients are PyTorch's."""
+    x, w, a, b, bias = t = [v.detach().double() for v in arguments().values()]
     torch.manual_seed(1)
-    y = fastlora.lora_linear(**t, scaling=0.7, dropout_p=p, training=True, impl="reference")
+    y = fastlora.lora_linear(*t, scaling=0.7, dropout_p=p, training=True, impl="reference")
     torch.manual_seed(1)
-    keep = keep_mask(new_seed(x.device), range(6), 8, p) / (1 - p)
-    x_hat = x * keep
+    x_hat = x * keep_mask(new_seed(x.device), range(6), 8, p) / (1 - p)
     torch.testing.assert_close(y, x @ w.T + bias + 0.7 * x_hat @ a.T @ b.T)
-    dy = torch.randn_like(y)
-    ds = 0.7 * dy @ b
-    closed = dy @ w + ds @ a * keep, dy.T @ x, ds.T @ x_hat, 0.7 * dy.T @ (x_hat @ a.T), dy.sum(0)
-    alike(torch.autograd.grad(y, list(t.values()), dy), closed)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
@@ -113,26 +88,6 @@ def test_gradcheck_and_double_backward(p):
     assert torch.autograd.gradgradcheck(layer, inputs)
     first = torch.autograd.grad(layer(*inputs).square().sum(), inputs, create_graph=True)
     assert all(g.requires_grad for g in first)  # gradgradcheck leaves out what does not
-
-
-@each_way
-def test_every_combination_of_gradients(impl):
-    names = ("x", "weight", "lora_A", "lora_B", "bias")
-    t = arguments(grad=False)
-    full = {n: v.clone().requires_grad_() for n, v in t.items()}
-    expected = dict(
-        zip(names, grads(fastlora.lora_linear(**full, impl=impl), full, names), strict=True)
-    )
-    for wanted in itertools.product((False, True), repeat=5):
-        leaves = {n: t[n].clone().requires_grad_(w) for n, w in zip(names, wanted, strict=True)}
-        y = fastlora.lora_linear(**leaves, impl=impl)
-        assert y.requires_grad == any(wanted)
-        if any(wanted):
-            y.square().sum().backward()
-        for name, leaf in leaves.items():
-            assert (leaf.grad is not None) == leaf.requires_grad
-            if leaf.requires_grad:
-                torch.testing.assert_close(leaf.grad, expected[name], msg=f"{name} of {wanted}")
 
 
 @each_way
@@ -298,20 +253,6 @@ def test_compiled_dropout_uses_one_mask_in_both_directions():
     assert 0.4 < (y == 0).float().mean() < 0.6
 
 
-@each_way
-@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
-def test_autocast(impl, adapter):
-    t = arguments()
-    for name in ("lora_A", "lora_B"):
-        t[name] = t[name].detach().to(adapter).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = fastlora.lora_linear(**t, impl=impl)
-    assert y.dtype == torch.bfloat16
-    exact = formula(**{n: v.double() for n, v in t.items()})
-    assert (y.double() - exact).norm() < 0.01 * exact.norm()
-    assert [v.dtype for v in grads(y, t)] == [torch.float32, adapter, adapter]
-
-
 @each_impl
 @pytest.mark.parametrize("mode", ["base", "low_rank", "both"])
 def test_float32_adapters_keep_their_precision_under_autocast(impl, mode):
@@ -351,82 +292,74 @@ def test_float64_runs_on_torch_and_not_on_triton():
         fastlora.lora_linear(**t, impl="triton")
 
 
-# Errors: the argument, what it is given, and what is said in square brackets and all
+# Errors
 
 
 def ones(*shape, dtype=torch.float32, **options):
     return torch.ones(shape, dtype=dtype, **options)
 
 
-WRONG = [
-    ("x", ones(), ValueError, "x must have at least one dimension"),
-    ("x", ones(2, 9), ValueError, "weight must be [N, 9] to match x (2, 9), got (10, 8)"),
-    ("x", ones(2, 8, dtype=torch.long), TypeError, "x must be float32, bfloat16, float16 or float"),
-    ("x", [1.0], TypeError, "x must be a Tensor, got list"),
-    ("weight", ones(8), ValueError, "weight must be 2-D, got shape (8,)"),
-    (
-        "weight",
-        ones(10, 8).bfloat16(),
-        TypeError,
-        "weight must have the dtype of x (torch.float32)",
-    ),
-    ("weight", ones(10, 8, device="meta"), ValueError, "weight is on meta, but x is on cpu"),
-    (
-        "lora_A",
-        ones(3, 7),
-        ValueError,
-        "lora_A must be [R, 8] to match x (6, 8) and weight (10, 8)",
-    ),
-    ("lora_A", ones(0, 8), ValueError, "lora_A must have rank at least 1"),
-    (
-        "lora_A",
-        ones(3, 8).half(),
-        TypeError,
-        "lora_A must have the dtype of x (torch.float32), got",
-    ),
-    ("lora_B", ones(10, 4), ValueError, "lora_B must be [10, 3]"),
-    ("lora_B", ones(9, 3), ValueError, "lora_B must be [10, 3]"),
-    (
-        "lora_B",
-        ones(10, 3).half(),
-        TypeError,
-        "lora_B must have the dtype of lora_A (torch.float32)",
-    ),
-    ("bias", ones(9), ValueError, "bias must be [10]"),
-    ("bias", ones(10).bfloat16(), TypeError, "bias must have the dtype of x"),
-    ("bias", ones(10, device="meta"), ValueError, "bias is on meta"),
-    ("bias", [1.0], TypeError, "bias must be a Tensor or None, got list"),
-    ("scaling", "1", TypeError, "scaling must be a number or a 0-d tensor, got str"),
-    ("scaling", True, TypeError, "scaling must be a number or a 0-d tensor, got bool"),
-    ("scaling", 1j, TypeError, "scaling must be a number or a 0-d tensor, got complex"),
-    (
-        "scaling",
-        ones(2),
-        ValueError,
-        "scaling must be a number or a 0-d tensor on cpu, got shape (2,)",
-    ),
-    (
-        "scaling",
-        torch.tensor(1j),
-        TypeError,
-        "scaling must be a real number, got a tensor of torch",
-    ),
-    ("scaling", 1e39, ValueError, "scaling must be finite in float32, got 1e+39"),
-    ("scaling", -(10**400), ValueError, "scaling must be finite in float32, got -1"),
-    ("scaling", math.nan, ValueError, "scaling must be finite in float32, got nan"),
-    ("dropout_p", "a", TypeError, "dropout_p must be a number, got str"),
-    ("dropout_p", 1.5, ValueError, "dropout_p must be between 0 and 1, got 1.5"),
-    ("dropout_p", math.nan, ValueError, "dropout_p must be between 0 and 1, got nan"),
-    ("impl", "cuda", ValueError, "impl must be one of auto, triton"),
-]
+# By kind and by what is given: the values, and how the error begins after the argument's name.
+WRONG = {
+    (ValueError, "x"): [(ones(), "must have at least one dimension")],
+    (TypeError, "x"): [
+        (
+            ones(2, 8, dtype=torch.long),
+            "must be float32, bfloat16, float16 or float64, got torch.i",
+        ),
+        ([1.0], "must be a Tensor, got list"),
+    ],
+    (ValueError, "weight"): [
+        (ones(10, 9), "must be [N, 8] to match x (6, 8), got (10, 9)"),
+        (ones(8), "must be 2-D, got shape (8,)"),
+        (ones(10, 8, device="meta"), "is on meta, but x is on cpu"),
+    ],
+    (TypeError, "weight"): [
+        (ones(10, 8).half(), "must have the dtype of x (torch.float32), got to")
+    ],
+    (ValueError, "lora_A"): [
+        (ones(3, 7), "must be [R, 8] to match x (6, 8) and weight (10, 8), got (3, 7)"),
+        (ones(0, 8), "must have rank at least 1"),
+    ],
+    (TypeError, "lora_A"): [
+        (ones(3, 8).half(), "must have the dtype of x (torch.float32), got to")
+    ],
+    (ValueError, "lora_B"): [(ones(10, 4), "must be [10, 3]"), (ones(9, 3), "must be [10, 3]")],
+    (TypeError, "lora_B"): [(ones(10, 3).half(), "must have the dtype of lora_A (torch.float32)")],
+    (ValueError, "bias"): [(ones(9), "must be [10]"), (ones(10, device="meta"), "is on meta")],
+    (TypeError, "bias"): [
+        (ones(10).bfloat16(), "must have the dtype of x"),
+        ([1.0], "must be a Tensor or None, got list"),
+    ],
+    (ValueError, "scaling"): [
+        (ones(2), "must be a number or a 0-d tensor on cpu, got shape (2,)"),
+        (1e39, "must be finite in float32, got 1e+39"),
+        (-(10**400), "must be finite in float32, got -1"),
+        (math.nan, "must be finite in float32, got nan"),
+    ],
+    (TypeError, "scaling"): [
+        ("1", "must be a number or a 0-d tensor, got str"),
+        (True, "must be a number or a 0-d tensor, got bool"),
+        (1j, "must be a number or a 0-d tensor, got complex"),
+        (torch.tensor(1j), "must be a real number, got a tensor of torch.complex64"),
+    ],
+    (ValueError, "dropout_p"): [
+        (1.5, "must be between 0 and 1, got 1.5"),
+        (math.nan, "must be between 0 and 1, got nan"),
+    ],
+    (TypeError, "dropout_p"): [("a", "must be a number, got str")],
+    (ValueError, "impl"): [("cuda", "must be one of auto, triton")],
+}
 
 
-@pytest.mark.parametrize(("name", "value", "error", "said"), WRONG, ids=range(len(WRONG)))
-def test_wrong_arguments(name, value, error, said):
-    for _ in range(2):  # what is wrong stays wrong
+@pytest.mark.parametrize(("error", "name"), WRONG)
+def test_wrong_arguments(error, name):
+    t = arguments()
+    fastlora.lora_linear(**t)
+    for value, said in WRONG[error, name]:
         with pytest.raises(error) as found:
-            fastlora.lora_linear(**{**arguments(), name: value})
-        assert str(found.value).startswith(said)
+            fastlora.lora_linear(**{**t, name: value})
+        assert str(found.value).startswith(f"{name} {said}")
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B"])
@@ -437,12 +370,6 @@ def test_sparse_tensors_are_refused_by_name(name, layout):
     fastlora.lora_linear(**t)
     t[name] = t[name].to_sparse(layout=layout)
     with pytest.raises(TypeError, match=rf"^{name} must be dense, got a tensor of layout torch.sp"):
-        fastlora.lora_linear(**t)
-
-
-def test_factors_of_two_dtypes():
-    t = arguments(torch.bfloat16) | {"lora_B": ones(10, 3)}
-    with pytest.raises(TypeError, match="lora_B must have the dtype of lora_A"):
         fastlora.lora_linear(**t)
 
 
@@ -490,24 +417,6 @@ def test_flops_are_counted():
     y, flops = counted(lambda: fastlora.lora_linear(**t, impl="blocks"))
     assert flops == 2 * 10 * (6 * 8 + 2 * (6 + 8))
     assert counted(lambda: grads(y, t))[1] == 2 * 10 * (6 * 8 + 2 * (2 * 6 + 2 * 8))
-
-
-@each_impl
-@pytest.mark.parametrize("p", [0.0, 0.4])
-def test_the_short_way_gives_what_the_operator_gives(impl, p):
-    """Without the dispatcher, in eager mode: the same bits, and the same gradients."""
-    t = arguments(torch.bfloat16, torch.float32)
-    seed = torch.tensor([7]) if p else None
-    x, *tensors = (t[name] for name in ("x", "weight", "lora_A", "lora_B"))
-    (through,), _ = OP(x, listed(*tensors, None, seed), 0.5, [p], impl)
-    projections = [Operands(*tensors, None, seed, 0.5, p)]
-    (direct,) = op.run(x, projections, impl)
-    assert torch.equal(direct, through)
-    leaves = [x, *tensors[1:]]
-    mine = torch.autograd.grad(direct.sum(), leaves)
-    assert all(map(torch.equal, mine, torch.autograd.grad(through.sum(), leaves)))
-    with torch.no_grad():
-        assert torch.equal(op.run(x, projections, impl)[0], direct)
 
 
 # Transforms

@@ -243,16 +243,6 @@ def test_trained_weights_and_biases():
     close(found, gradients(apart(x, projections), trained))
 
 
-@pytest.mark.parametrize("shape", [(10,), (2, 3, 10), (0, 10), (2, 0, 10)])
-def test_any_leading_dimensions(shape):
-    _, projections = given()
-    x = torch.randn(shape, requires_grad=True)
-    found = fastlora.lora_linears(x, projections)
-    assert [y.shape for y in found] == [(*shape[:-1], n) for n, *_ in GROUPS["some dropped"]]
-    close(found, apart(x, [p._replace(dropout_p=0.0) for p in projections]))
-    gradients(found, leaves(x, projections))
-
-
 def test_second_derivatives():
     x, projections = given([(3, 2, 0.5), (2, 0, 0.0), (4, 1, 0.0)], torch.float64, K=4, M=3)
     seed, wanted = torch.tensor([3]), leaves(x, projections)
@@ -305,19 +295,6 @@ def test_compiled(p, inductor):
             close(found, expected)
             close(own, gradients(expected, wanted), atol=1e-3)
     assert inductor.compiles <= 2
-
-
-def test_transforms():
-    x, projections = given(GROUPS["q and v"], torch.float64, grad=False)
-
-    def function(x, lists=True):
-        return torch.cat((fastlora.lora_linears if lists else apart)(x, projections), -1)
-
-    found, expected = (torch.func.jacrev(lambda x, f=f: function(x, f))(x) for f in (True, False))
-    torch.testing.assert_close(found, expected)
-    assert expected.abs().max() > 0.1
-    found = torch.func.vmap(function)(x.expand(3, *x.shape))
-    torch.testing.assert_close(found[1], function(x))
 
 
 def test_modes_and_subclasses_see_the_operator():
