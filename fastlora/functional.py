@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastlora.operator import plans
 from fastlora.operator.dropout import new_seed
+from fastlora.operator.eager import reference
 from fastlora.operator.op import run
 from fastlora.operator.operands import Operands, Projection, with_scaling
 from fastlora.operator.steps import exact
@@ -100,13 +101,11 @@ def run_checked(
     if impl != "auto" or plans.FORCED != "auto":
         impl = plans.named(impl, x)
     flat, operands = drawn(x, projections, training)
-    if impl != "reference":
-        ys = run(flat, operands, impl)
-    else:
-        from fastlora.operator import reference
-
+    if impl == "reference":
         with exact(x.device):
-            ys = [reference.output(flat, *one) for one in operands]
+            ys = [reference(flat, *one) for one in operands]
+    else:
+        ys = run(flat, operands, impl)
     return ys if flat is x else [shaped(y, x.shape) for y in ys]
 
 
@@ -202,7 +201,6 @@ def _check_types(given: dict) -> None:
         if not isinstance(t, Tensor):
             or_none = " or None" if name == "bias" else ""
             raise TypeError(f"{name} must be a Tensor{or_none}, got {type(t).__name__}")
-    for name, t in given.items():
         if t.layout is not torch.strided:
             raise TypeError(f"{name} must be dense, got a tensor of layout {t.layout}")
 

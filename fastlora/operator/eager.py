@@ -5,6 +5,8 @@ Nothing of it runs in Python in backward, so that on a CPU it is the fastest for
 `torch.func` and forward-mode AD go through it, and so do the gradients of the others where they
 are to be differentiated or are several at once. It keeps for backward what PyTorch does: with
 dropout the mask and what it leaves of x, and x in float32 where the adapters are.
+
+``reference`` is the oracle that every implementation is compared with: nothing in it is fast.
 """
 
 from __future__ import annotations
@@ -19,15 +21,11 @@ from fastlora.operator.dropout import keep_mask, kept_ones, kept_scale
 from fastlora.operator.operands import Each, Operands, Projections
 
 
-def outputs(x: Tensor, projections: Projections, observed: bool) -> list[Tensor]:
-    """Return y [M, N] of each projection of x [M, K].
+def output(x: Tensor, projection: Operands, observed: bool) -> Tensor:
+    """Return y [M, N] of a projection of x [M, K].
 
     ``observed``: a compiler or a transform looks on, which memory that is written twice confuses.
     """
-    return [_output(x, projection, observed) for projection in projections]
-
-
-def _output(x: Tensor, projection: Operands, observed: bool) -> Tensor:
     w, a, b, bias, seed, scaling, p = projection
     if a is None:
         return F.linear(x, w, bias)
@@ -82,3 +80,29 @@ def gradients(
         for i, grad in zip(wanted, grads, strict=True):
             found[i] = grad
     return found
+
+
+def reference(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    bias: Tensor | None = None,
+    seed: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    p: float = 0.0,
+) -> Tensor:
+    """Return ``x wᵀ + bias + scaling · dropout(x) aᵀ bᵀ`` [..., N] for x [..., K], as PEFT does."""
+    y = F.linear(x, w, bias)
+    return y if a is None else (y + low_rank(x, a, b, seed, scaling, p)).to(x.dtype)
+
+
+def low_rank(
+    x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, scaling: float | Tensor, p: float
+) -> Tensor:
+    """Return ``scaling · dropout(x) aᵀ bᵀ`` [..., N] in the adapters' dtype."""
+    x_hat = x.to(a.dtype)
+    if seed is not None:
+        keep = keep_mask(seed, range(x.shape[:-1].numel()), x.shape[-1], p)
+        x_hat = x_hat * keep.view(x.shape).to(a.dtype) * kept_scale(p)
+    return F.linear(F.linear(x_hat, a), b) * scaling

@@ -15,7 +15,6 @@ through it and back costs as much Python time as ten small products.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -30,17 +29,15 @@ if plans.TUNE:
     from fastlora.operator import tuning  # noqa: F401 - measures what plans meet first
 
 
-def forward(x: Tensor, projections: Projections, impl: str) -> tuple[list[Tensor], Each]:
+def forward(
+    x: Tensor, projections: Projections, impl: str, plan: plans.Pair | None = None
+) -> tuple[list[Tensor], Each]:
     """Return y and s of each projection of x [M, K], s None without an adapter."""
-    return _forward(x, projections, plans.find(impl, x, projections))
-
-
-def _forward(x, projections, plan: plans.Pair):
-    impl, configs = plan.forward
+    module, configs = (plan or plans.find(impl, x, projections)).forward
     if configs is not None and not plans.aligned(x, *_read(projections)):
         configs = None
     with exact(x.device):
-        return steps.forward(impl, x, projections, configs)
+        return steps.forward(module, x, projections, configs)
 
 
 def _backward(dys, x, projections, ss, plan: plans.Pair, need_x, needs):
@@ -202,7 +199,7 @@ def gradients(
     if looked_into(*dys) or (observed and not _alike(projections)):
         flags = [need_x, *(flag for a, b in factors for flag in (False, a, b, False))]
         with exact(x.device):
-            dx, *flat = eager.gradients(_watched, dys, x, projections, flags)
+            dx, *flat = eager.gradients(_observed, dys, x, projections, flags)
         da, db = flat[1::4], flat[2::4]
     elif observed:
         operands, *numbers = _listed(x, projections)
@@ -216,6 +213,10 @@ def gradients(
     return dx, dw, da, db, dbias
 
 
+def _observed(x: Tensor, projections: Projections) -> list[Tensor]:
+    return [eager.output(x, one, observed=True) for one in projections]
+
+
 def _alike(projections: Projections) -> bool:
     """Return whether they have one scaling."""
     first, *others = projections  # a symbolic one would lose that by being compared with itself
@@ -226,7 +227,7 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, projections, impl, *_):
         plan = plans.find(impl, x, projections)
-        ys, ss = _forward(x, projections, plan)
+        ys, ss = forward(x, projections, impl, plan)
         _save(ctx, x, projections, ss, impl, plan)
         need_x, _, _, *flat = ctx.needs_input_grad
         if not need_x and len(ys) > 1:  # of frozen layers nothing that follows is to be kept
@@ -238,10 +239,7 @@ class _Direct(torch.autograd.Function):
     def backward(ctx, *dys):
         need_x, _, _, *flat = ctx.needs_input_grad
         dx, *grads = _grads(ctx, dys, need_x, _split(flat, 4))
-        found = [dx, None, None]
-        for row in zip(*grads, strict=True):
-            found += row
-        return tuple(found)
+        return dx, None, None, *[grad for row in zip(*grads, strict=True) for grad in row]
 
 
 # Without Function.apply's preparations for functorch, which take 7 µs: `unobserved` excludes its
@@ -263,7 +261,7 @@ def run(x: Tensor, projections: Projections, impl: str) -> Sequence[Tensor]:
         impl = "eager"
     if by_functions or impl == "eager":
         with exact(x.device):
-            return eager.outputs(x, projections, observed)
+            return [eager.output(x, one, observed) for one in projections]
     if observed:
         if not _alike(projections):
             projections = [_scaled(one) for one in projections]
@@ -327,4 +325,3 @@ def looked_into(*dys: Tensor | None) -> bool:
 wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _legacy = torch._C._functorch.is_legacy_batchedtensor
 PLAIN = (Tensor, torch.nn.Parameter)
-_watched = functools.partial(eager.outputs, observed=True)

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora.flops import FORMULAS
-from fastlora.operator import reference
 from fastlora.operator.dropout import keep_mask, new_seed
+from fastlora.operator.eager import reference
 
 OP = torch.ops.fastlora.lora_linears.default
 BACKWARD = torch.ops.fastlora.lora_linears_backward.default
@@ -43,7 +43,7 @@ def listed(*tensors):
 
 
 def formula(x, weight, lora_A, lora_B, bias, scaling=1.0):
-    return reference.output(x, weight, lora_A, lora_B, bias, None, scaling)
+    return reference(x, weight, lora_A, lora_B, bias, None, scaling)
 
 
 def grads(y, t, names=("x", "lora_A", "lora_B")):
