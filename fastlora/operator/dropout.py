@@ -60,11 +60,10 @@ _ONE_BITS = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
 def kept_ones(
     seed: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype, rows: int
 ) -> Iterator[Tensor]:
-    """Yield the mask of an [M, K] input as ones (kept) and zeros, so many rows after the other.
+    """Yield the mask of an [M, K] input as ones (kept) and zeros, ``rows`` of them at a time.
 
-    Every block is drawn in the same memory, which the next one overwrites. On a CPU 16-bit integers
-    are several times as fast as comparisons and Booleans, which PyTorch does not vectorise, and as
-    conversions.
+    All are drawn in the same memory. On a CPU 16-bit integers are several times as fast as
+    comparisons and Booleans, which PyTorch does not vectorise, and as conversions.
     """
     (M, K), lowest = shape, lowest_kept(p)
     groups = -(-K // GROUP)
@@ -85,17 +84,12 @@ def kept_ones(
         yield ones.view(here, GROUP * groups)[:, :K]
 
 
-def _mixed(start: Tensor, z: Tensor | None, other: Tensor | None) -> Tensor:
-    """Return in ``z`` the hash of every element of ``start``; ``other`` is overwritten too.
-
-    Where these are None, in new memory.
-    """
-    hashed = _xor_shifted(start, 30, other, z).mul_(MIX_1)
-    hashed = _xor_shifted(hashed, 27, other, z).mul_(MIX_2)
-    return _xor_shifted(hashed, 31, other, z)
-
-
-def _xor_shifted(z: Tensor, shift: int, other: Tensor | None, out: Tensor | None) -> Tensor:
-    # torch shifts int64 arithmetically; the mask clears the copies of the sign bit.
-    shifted = torch.bitwise_right_shift(z, shift, out=other)
-    return torch.bitwise_xor(z, shifted.bitwise_and_((1 << (64 - shift)) - 1), out=out)
+def _mixed(z: Tensor, out: Tensor | None, other: Tensor | None) -> Tensor:
+    """Return the hash of every element of ``z``, in ``out`` and ``other`` where these are given."""
+    for shift, factor in ((30, MIX_1), (27, MIX_2), (31, 1)):
+        # torch shifts int64 arithmetically; the mask clears the copies of the sign bit.
+        shifted = torch.bitwise_right_shift(z, shift, out=other)
+        z = torch.bitwise_xor(z, shifted.bitwise_and_((1 << (64 - shift)) - 1), out=out)
+        if factor != 1:
+            z.mul_(factor)
+    return z

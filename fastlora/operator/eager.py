@@ -94,11 +94,11 @@ def reference(
 ) -> Tensor:
     """Return ``x wᵀ + bias + scaling · dropout(x) aᵀ bᵀ`` [..., N] for x [..., K], as PEFT does."""
     y = F.linear(x, w, bias)
-    return y if a is None else (y + low_rank(x, a, b, seed, scaling, p)).to(x.dtype)
+    return y if a is None else (y + low_rank(x, a, b, scaling, seed, p)).to(x.dtype)
 
 
 def low_rank(
-    x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, scaling: float | Tensor, p: float
+    x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, seed: Tensor | None, p: float
 ) -> Tensor:
     """Return ``scaling · dropout(x) aᵀ bᵀ`` [..., N] in the adapters' dtype."""
     x_hat = x.to(a.dtype)

@@ -195,7 +195,8 @@ def gradients(
             dbias[i] = dy.sum(0)
     if not some:
         return dx, dw, da, db, dbias
-    observed = not unobserved(x, *dys)  # what was saved beside x is as it was in forward
+    # With a plan, what was saved beside x is as it was in forward.
+    observed = not unobserved(x, *dys, *([] if plan else _read(projections)))
     if looked_into(*dys) or (observed and not _alike(projections)):
         flags = [need_x, *(flag for a, b in factors for flag in (False, a, b, False))]
         with exact(x.device):

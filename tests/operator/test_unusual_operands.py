@@ -17,12 +17,11 @@ from fastlora import Projection, lora_linear, lora_linears
 from fastlora.layers.active import lora_sum
 from fastlora.operator import blocks
 
-IMPLS = ("eager", "blocks", "library", "triton")
-each_impl = pytest.mark.parametrize("impl", IMPLS)
+each_impl = pytest.mark.parametrize("impl", ("eager", "blocks", "library", "triton"))
 
 
-def factors(n=12, k=16, r=4, dtype=torch.float32):
-    return (torch.randn(n, k).to(dtype), torch.randn(r, k), torch.randn(n, r))
+def factors(n=12, k=16, r=4):
+    return torch.randn(n, k), torch.randn(r, k), torch.randn(n, r)
 
 
 def formula(x, w, a, b, scaling=1.0):
@@ -31,7 +30,11 @@ def formula(x, w, a, b, scaling=1.0):
     return (F.linear(x, w) + low_rank).to(x.dtype)
 
 
-# The negative bit
+def results(function, x, w, a, b, dy, **options):
+    """Return y and the gradients of x, a and b."""
+    x, a, b = (t.detach().requires_grad_() for t in (x, a, b))
+    y = function(x, w, a, b, **options)
+    return y.detach(), *torch.autograd.grad(y, (x, a, b), dy)
 
 
 def negated(t):
@@ -42,27 +45,13 @@ def negated(t):
 
 
 @each_impl
-def test_gradients_with_a_put_off_negation(impl):
-    w, a, b = factors()
-    for t in (a, b):
-        t.requires_grad_()
-
-    def grads(function):
-        x = torch.ones(8, 16, requires_grad=True)
-        y = function(x)
-        loss = (torch.complex(torch.zeros_like(y), y).conj() * (1 + 2j)).imag.sum()
-        return torch.autograd.grad(loss, (x, a, b))
-
-    found = grads(lambda x: lora_linear(x, w, a, b, impl=impl))
-    for one, other in zip(found, grads(lambda x: formula(x, w, a, b)), strict=True):
-        torch.testing.assert_close(one, other)
-
-
-# Infinities
-
-
-def counted(t):
-    return t.isposinf().sum().item(), t.isneginf().sum().item(), t.isnan().sum().item()
+@pytest.mark.parametrize("which", ["x", "w", "a", "b", "dy"])
+def test_a_put_off_negation_is_carried_out(impl, which):
+    t = dict(zip("xwab", (torch.randn(8, 16), *factors()), strict=True), dy=torch.randn(8, 12))
+    right = results(formula, **t)
+    t[which] = negated(t[which])
+    for found, expected in zip(results(lora_linear, **t, impl=impl), right, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @each_impl
@@ -76,67 +65,51 @@ def test_infinities_stay_under_float32_adapters(impl, base, exact, rows):
     w, a, b = torch.rand(128, 16).to(base), torch.rand(3, 16) + 0.1, torch.rand(128, 3) + 0.1
     if exact:
         a, b = torch.full_like(a, 0.25), torch.full_like(b, -0.5)
-    a, b = a.requires_grad_(), b.requires_grad_()
     x, dy = torch.randn(rows, 16).to(base), torch.rand(rows, 128).to(base)
     x[3, 2], x[5, 7], dy[2, 4] = math.inf, -math.inf, math.inf
-    x.requires_grad_()
-    right = formula(x, w, a, b)
-    found = lora_linear(x, w, a, b, impl=impl)
-    assert counted(found) == counted(right)
-    expected = torch.autograd.grad(right, (x, a, b), dy)
-    for one, other in zip(torch.autograd.grad(found, (x, a, b), dy), expected, strict=True):
-        assert counted(one) == counted(other)
+    right = results(formula, x, w, a, b, dy)
+    for found, expected in zip(results(lora_linear, x, w, a, b, dy, impl=impl), right, strict=True):
+        for is_so in (torch.isposinf, torch.isneginf, torch.isnan):
+            assert is_so(found).sum() == is_so(expected).sum()
 
 
 # Float16: the scaling comes before the rounding
 
 
-@pytest.mark.parametrize("impl", ["eager", "blocks", "library", "triton"])
+@each_impl
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_float16_is_scaled_before_it_overflows(impl, p):
     """Products that are too large until they are scaled: finite where the formula's are."""
-    M, c = 64, 1 / 64
-    x = torch.randn(M, 256).half().requires_grad_()
-    w = (torch.randn(64, 256) / 16).half()
-    a = (torch.randn(4, 256) / 16).half().requires_grad_()
-    b = torch.rand(64, 4).half().requires_grad_()
-    dy = torch.full((M, 64), 6000.0).half()
-    y = lora_linear(x, w, a, b, scaling=c, dropout_p=p, training=True, impl=impl)
-    dx, db = torch.autograd.grad(y, (x, b), dy)
+    x, w, a = (torch.randn(n, 256).half() / d for n, d in ((64, 1), (64, 16), (4, 16)))
+    given = x, w, a, torch.rand(64, 4).half(), torch.full((64, 64), 6000.0).half()
+    options = {"dropout_p": p, "training": True, "impl": impl}
+    _, dx, _, db = results(lora_linear, *given, scaling=1 / 64, **options)
     assert dx.isfinite().all() and db.isfinite().all()
     if not p:
-        right = torch.autograd.grad(formula(x, w, a, b, c), (x, b), dy)
-        torch.testing.assert_close((dx, db), right, rtol=0.02, atol=50.0)
+        right = results(formula, *given, scaling=1 / 64)
+        torch.testing.assert_close((dx, db), right[1::2], rtol=0.02, atol=50.0)
 
 
 @pytest.mark.parametrize("impl", ["eager", "blocks"])
 def test_what_is_kept_by_dropout_is_not_scaled_early(impl):
     """ds may be large where the product of ds and a is not: 1 / (1 - p) belongs to the product."""
-    x = torch.full((64, 32), 0.01).half().requires_grad_()
-    w, a = torch.zeros(8, 32).half(), torch.full((1, 32), 1e-4).half().requires_grad_()
-    b, dy = torch.ones(8, 1).half().requires_grad_(), torch.full((64, 8), 5000.0).half()
-    y = lora_linear(x, w, a, b, dropout_p=0.5, training=True, impl=impl)
-    dx, _ = torch.autograd.grad(y, (x, a), dy)
+    x, w, a = torch.full((64, 32), 0.01), torch.zeros(8, 32), torch.full((1, 32), 1e-4)
+    given = (t.half() for t in (x, w, a, torch.ones(8, 1), torch.full((64, 8), 5000.0)))
+    dx = results(lora_linear, *given, dropout_p=0.5, training=True, impl=impl)[1]
     assert dx.isfinite().all()
     assert dx[dx != 0].float().mean().item() == pytest.approx(8.0, rel=0.02)
 
 
-def small(scaling):
-    """float16 factors whose product with ``scaling`` has almost no bits left in float16."""
-    a, b = (torch.randn(4, 64) * 30).half(), (torch.randn(32, 4) * 2e-3).half()
-    x, w = (torch.randn(40, 64) * 30).half(), torch.zeros(32, 64).half()
-    return x, w, a, b, scaling
-
-
-def error(found, x, w, a, b, scaling):
-    right = (x.double() @ a.double().t()) @ b.double().t() * scaling
-    return ((found.double() - right).norm() / right.norm()).item()
+def small():
+    """float16 factors whose product with 1 / 512 has almost no bits left in float16."""
+    shapes = (40, 64, 30), (4, 64, 30), (32, 4, 2e-3)
+    return [(torch.randn(n, k) * scale).half() for n, k, scale in shapes]
 
 
 @pytest.mark.parametrize("way", ["tensor", "several scalings, observed", "two adapters"])
 def test_small_scalings_of_float16_adapters_keep_their_bits(way):
     """Where the scaling becomes part of lora_B, that is float32 then."""
-    x, w, a, b, c = small(1 / 512)
+    (x, a, b), w, c = small(), torch.zeros(32, 64).half(), 1 / 512
     if way == "tensor":
         found = lora_linear(x, w, a, b, scaling=torch.tensor(c))
     elif way == "two adapters":
@@ -145,18 +118,18 @@ def test_small_scalings_of_float16_adapters_keep_their_bits(way):
     else:
         ones = [Projection(w, a, b, None, c), Projection(w, a, b, None, 2.0)]
         found = torch.compile(lambda: lora_linears(x, ones)[0], backend="eager", fullgraph=True)()
-    assert error(found, x, w, a, b, c) < 1e-3
+    right = (x.double() @ a.double().t()) @ b.double().t() * c
+    assert (found.double() - right).norm() < 1e-3 * right.norm()
 
 
 def test_gradients_of_float16_adapters_of_several_scalings():
     """An observed backward of a direct forward: in the dtypes of the adapters."""
-    x, w, a, b, c = small(1 / 512)
-    a, b = a.requires_grad_(), b.requires_grad_()
-    ys = lora_linears(x, [Projection(w, a, b, None, c), Projection(w, a, b, None, 2.0)])
-    dy = torch.randn(40, 32).half()
-    right = torch.autograd.grad(ys, (a, b), (dy, dy), retain_graph=True)
-    found = torch.autograd.grad(ys, (a, b), (negated(dy), negated(dy)))
-    for one, other in zip(found, right, strict=True):
+    (x, a, b), w = small(), torch.zeros(32, 64).half()
+    ab = [t.requires_grad_() for t in (a, b)]
+    ys = lora_linears(x, [Projection(w, a, b, None, c) for c in (1 / 512, 2.0)])
+    dys = [torch.randn(40, 32).half() for _ in ys]
+    right = torch.autograd.grad(ys, ab, dys, retain_graph=True)
+    for one, other in zip(torch.autograd.grad(ys, ab, map(negated, dys)), right, strict=True):
         assert one.dtype == torch.float16
         torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-2)
 

@@ -112,8 +112,13 @@ COPIES = {
     ("tuning", "tuning::a_problem_that_does_not_fit_is_left_out"): [
         ("a config that does not fit ends the tuning", "Exception as error:", "KeyError as error:"),
     ],
-    ("op", "unusual_operands::gradients_with_a_put_off_negation"): [
+    ("op", "unusual_operands::a_put_off_negation_is_carried_out"): [
         ("a negation that was put off is not carried out", " or t.is_neg()):", "):"),
+        (
+            "one of a weight is not carried out in backward",
+            "*([] if plan else _read(",
+            "*([] and (",
+        ),
     ],
     ("eager", "unusual_operands::float16_is_scaled_before_it_overflows"): [
         (
