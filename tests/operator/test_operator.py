@@ -17,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora.flops import FORMULAS
+from fastlora.operator import op
 from fastlora.operator.dropout import keep_mask, new_seed
 from fastlora.operator.eager import reference
+from fastlora.operator.operands import Operands
 
 OP = torch.ops.fastlora.lora_linears.default
 BACKWARD = torch.ops.fastlora.lora_linears_backward.default
@@ -76,13 +78,16 @@ def test_reference_is_the_formula(p):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_gradcheck_and_double_backward(p):
+@pytest.mark.parametrize("way", ["operator", "direct"])
+def test_gradcheck_and_double_backward(way, p):
     t = arguments(torch.float64, m=3, n=4, k=5, r=2)
     seed = torch.tensor([7]) if p else None
     inputs = [t[n].requires_grad_() for n in ("x", "weight", "lora_A", "lora_B", "bias")]
 
     def layer(x, *tensors):
-        return OP(x, listed(*tensors, seed), 0.5, [p], "blocks")[0][0]
+        if way == "operator":
+            return OP(x, listed(*tensors, seed), 0.5, [p], "blocks")[0][0]
+        return op.run(x, [Operands(*tensors, seed, 0.5, p)], "blocks")[0]
 
     assert torch.autograd.gradcheck(layer, inputs)
     assert torch.autograd.gradgradcheck(layer, inputs)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora.flops import FORMULAS
-from fastlora.operator import blocks, library, op, steps
+from fastlora.operator import blocks, library, steps
 from fastlora.operator.operands import Operands, Projection
 
 BODIES = bodies()
@@ -241,21 +241,6 @@ def test_trained_weights_and_biases():
     trained += [p.bias.requires_grad_() for p in projections if p.bias is not None]
     found = gradients(fastlora.lora_linears(x, projections), trained)
     close(found, gradients(apart(x, projections), trained))
-
-
-def test_second_derivatives():
-    x, projections = given([(3, 2, 0.5), (2, 0, 0.0), (4, 1, 0.0)], torch.float64, K=4, M=3)
-    seed, wanted = torch.tensor([3]), leaves(x, projections)
-
-    def function(x, *factors):
-        factors, made = iter(factors), []
-        for w, a, _, bias, c, p in projections:
-            a, b = (None, None) if a is None else (next(factors), next(factors))
-            made.append(Operands(w, a, b, bias, seed if p else None, c, p))
-        return tuple(op.run(x, made, "blocks"))
-
-    assert torch.autograd.gradcheck(function, wanted)
-    assert torch.autograd.gradgradcheck(function, wanted)
 
 
 @each_impl
