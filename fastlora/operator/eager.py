@@ -49,13 +49,9 @@ def output(x: Tensor, projection: Operands, observed: bool) -> Tensor:
 
 
 def gradients(
-    function: Callable[[Tensor, list[Operands]], Sequence[Tensor]],
-    dys: Each,
-    x: Tensor,
-    projections: Projections,
-    needs: Sequence[bool],
+    function: Callable, dys: Each, x: Tensor, projections: Projections, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Return gradients of what ``function`` makes of x and projections, by PyTorch's operations.
+    """Return gradients of the ys that ``function`` makes of x and projections, by PyTorch.
 
     They are differentiable again where grad mode is on. ``needs``: a flag for x, then for w, a, b
     and bias of each projection; the result has a gradient or None for each.
@@ -82,24 +78,13 @@ def gradients(
     return found
 
 
-def reference(
-    x: Tensor,
-    w: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    bias: Tensor | None = None,
-    seed: Tensor | None = None,
-    scaling: float | Tensor = 1.0,
-    p: float = 0.0,
-) -> Tensor:
+def reference(x, w, a, b, bias=None, seed=None, scaling=1.0, p: float = 0.0) -> Tensor:
     """Return ``x wᵀ + bias + scaling · dropout(x) aᵀ bᵀ`` [..., N] for x [..., K], as PEFT does."""
     y = F.linear(x, w, bias)
     return y if a is None else (y + low_rank(x, a, b, scaling, seed, p)).to(x.dtype)
 
 
-def low_rank(
-    x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, seed: Tensor | None, p: float
-) -> Tensor:
+def low_rank(x: Tensor, a: Tensor, b: Tensor, scaling, seed: Tensor | None, p: float) -> Tensor:
     """Return ``scaling · dropout(x) aᵀ bᵀ`` [..., N] in the adapters' dtype."""
     x_hat = x.to(a.dtype)
     if seed is not None:

@@ -166,14 +166,7 @@ def _grads(ctx, dys, need_x, needs):
 
 
 def gradients(
-    dys: Each,
-    x: Tensor,
-    projections: Projections,
-    ss: Each,
-    impl: str,
-    need_x: bool,
-    needs: Sequence[Sequence[bool]],
-    plan: plans.Pair | None = None,
+    dys: Each, x: Tensor, projections: Projections, ss: Each, impl, need_x, needs, plan=None
 ) -> tuple[Tensor | None, Each, Each, Each, Each]:
     """Return dx, and the gradients of each weight, lora_A, lora_B and bias.
 

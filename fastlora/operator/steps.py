@@ -17,9 +17,7 @@ function, `input_grad_and_da`, which draws a mask that both need once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +26,7 @@ from fastlora.operator.operands import Each, Projections
 
 
 def forward(
-    impl: ModuleType, x: Tensor, projections: Projections, configs: Mapping[str, Any] | None = None
+    impl: ModuleType, x: Tensor, projections: Projections, configs=None
 ) -> tuple[list[Tensor], Each]:
     """Return y [M, N] and s = dropout(x) aᵀ [M, R] of each projection of x [M, K]."""
     options = {} if configs is None else {"configs": configs}
@@ -37,14 +35,7 @@ def forward(
 
 
 def backward(
-    impl: ModuleType,
-    dys: Each,
-    x: Tensor,
-    projections: Projections,
-    ss: Each,
-    need_x: bool,
-    needs: Sequence[tuple[bool, bool]],
-    configs: Mapping[str, Any] | None = None,
+    impl, dys: Each, x: Tensor, projections: Projections, ss: Each, need_x, needs, configs=None
 ) -> tuple[Tensor | None, Each, Each]:
     """Return dx [M, K] of all projections together, and da [R, K] and db [N, R] of each.
 
