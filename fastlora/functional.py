@@ -61,11 +61,7 @@ def lora_linear(
 
 
 def lora_linears(
-    x: Tensor,
-    projections: Sequence[Projection],
-    *,
-    training: bool = False,
-    impl: str = "auto",
+    x: Tensor, projections: Sequence[Projection], *, training: bool = False, impl: str = "auto"
 ) -> list[Tensor]:
     """Return what `lora_linear` does for each of several projections of one x, such as q, k and v.
 
@@ -153,19 +149,16 @@ def _checked(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:
     if key is not None:
         _right.add(key)
         return x, projection
-    x, weight, a, b, bias = map(given.get, ("x", "weight", "lora_A", "lora_B", "bias"))
+    weight, a, b, bias = map(given.get, ("weight", "lora_A", "lora_B", "bias"))
     if isinstance(scaling, Tensor):
         if a is not None:
             a, b = with_scaling(a, b, scaling)
         scaling = 1.0
-    return x, Projection(weight, a, b, bias, scaling, dropout_p)
+    return given["x"], Projection(weight, a, b, bias, scaling, dropout_p)
 
 
 def _key(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> tuple | None:
-    """Return what makes arguments right or wrong, None where there may be more to it.
-
-    It takes a third of the time of the checks, which can say what is wrong.
-    """
+    """Return what makes arguments right or wrong, None where there may be more to it."""
     if (
         torch.compiler.is_compiling()
         or torch._C._is_any_autocast_enabled()

@@ -47,21 +47,19 @@ def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
     return s if seed is None else s.mul_(kept_scale(p))
 
 
-def outputs(
-    x: Tensor, projections: Projections, ss: Each, scaled: Each | None = None
-) -> list[Tensor]:
+def outputs(x: Tensor, projections: Projections, ss: Each, scaled=None) -> list[Tensor]:
     """Return y [M, N] of each projection from its s: the frozen product added to the low-rank.
 
     ``scaled`` may hold low-rank products, bias included, that are there already and become y.
     """
     ys = []
     for i, (w, _, b, bias, _, scaling, _) in enumerate(projections):
-        s, y = ss[i], scaled[i] if scaled else None
-        if s is None:
+        y = scaled[i] if scaled else None
+        if ss[i] is None:
             ys.append(F.linear(x, w, bias))
             continue
         if y is None:
-            y = product(x.new_empty(x.shape[0], w.shape[0]), s, b.t(), bias, scaling)
+            y = product(x.new_empty(x.shape[0], w.shape[0]), ss[i], b.t(), bias, scaling)
         ys.append(y.addmm_(x, w.t()))
     return ys
 

@@ -43,7 +43,7 @@ BLOCKS = {
     "da of the last block alone": "da = _added(da, _part( => da = (_part(",
     "few elements not scaled": "@ right).mul_(alpha) => @ right)",
     "s from 16 bits": "x_hat @ a.t() for => (x_hat.bfloat16() @ a.t().bfloat16()).to(a.dtype) for",
-    "bias dropped": "s, b.t(), bias, scaling) => s, b.t(), None, scaling)",
+    "bias dropped": "b.t(), bias, scaling) => b.t(), None, scaling)",
     "bias of few elements dropped": "+= plus[rows] if plus is out else plus => += 0",
 }
 EAGER = {
