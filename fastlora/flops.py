@@ -8,25 +8,23 @@ import torch
 from fastlora.operator import op  # noqa: F401  defines the operators
 
 
-def _forward(x, weight, lora_A, *rest, **options) -> int:
+def _forward(x, operands, *rest, **options) -> int:
     M, K = x
-    return sum(
-        2 * M * (N * K + _rank(a) * (K + N)) for (N, _), a in zip(weight, lora_A, strict=True)
-    )
+    return sum(2 * M * (N * K + R * (K + N)) for N, R in _sizes(operands))
 
 
-def _backward(dy, x, weight, lora_A, *rest, **options) -> int:
+def _backward(dy, x, operands, *rest, **options) -> int:
     (M, K), (need_x, need_A, need_B) = x, rest[-3:]
     total = 0
-    for (N, _), a, need_a, need_b in zip(weight, lora_A, need_A, need_B, strict=True):
-        R = _rank(a)
+    for (N, R), need_a, need_b in zip(_sizes(operands), need_A, need_B, strict=True):
         dx, ds, da, db = N * K + R * K, R * N, R * K, R * N
         total += need_x * dx + (need_x or need_a) * ds + need_a * da + need_b * db
     return 2 * M * total
 
 
-def _rank(lora_A) -> int:
-    return lora_A[0] if len(lora_A) == 2 else 0  # an empty tensor stands for no adapter
+def _sizes(operands) -> list[tuple[int, int]]:
+    """Return N and R of each projection; R is 0 where an empty tensor stands for no adapter."""
+    return [(w[0], a[0]) for w, a in zip(operands[::5], operands[1::5], strict=True)]
 
 
 # Not registered on import: that would cost every user the import of the counter, 0.2 s.

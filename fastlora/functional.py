@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastlora.operator import plans
 from fastlora.operator.dropout import new_seed
-from fastlora.operator.op import PLAIN, run, wrapped
+from fastlora.operator.eager import reference
+from fastlora.operator.op import run
 from fastlora.operator.operands import Operands, Projection, with_scaling
 from fastlora.operator.steps import exact
 
@@ -55,21 +56,12 @@ def lora_linear(
     """
     if lora_A is None:  # a projection may have no adapter, this function is about one
         raise TypeError("lora_A must be a Tensor, got NoneType")
-    plain = _plain(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
-    if not plain:
-        x, given = _checked(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
-        weight, lora_A, lora_B, bias, scaling, dropout_p = given
-    seed = new_seed(x.device) if training and dropout_p else None
-    one = [Operands(weight, lora_A, lora_B, bias, seed, scaling, dropout_p)]
-    return _outputs(x, one, impl, plain)[0]
+    x, one = _checked(x, Projection(weight, lora_A, lora_B, bias, scaling, dropout_p))
+    return run_checked(x, [one], training, impl)[0]
 
 
 def lora_linears(
-    x: Tensor,
-    projections: Sequence[Projection],
-    *,
-    training: bool = False,
-    impl: str = "auto",
+    x: Tensor, projections: Sequence[Projection], *, training: bool = False, impl: str = "auto"
 ) -> list[Tensor]:
     """Return what `lora_linear` does for each of several projections of one x, such as q, k and v.
 
@@ -83,47 +75,46 @@ def lora_linears(
     """
     if not len(projections):
         raise ValueError("projections must hold at least one, got none")
-    if all([_plain(x, *projection) for projection in projections]):  # noqa: C419, faster
-        return list(_outputs(x, _seeded(x, projections, training), impl, plain=True))
-    x, projections = checked(x, projections)
-    return list(run_checked(x, projections, training, impl))
+    return list(run_checked(*checked(x, projections), training, impl))
 
 
 def checked(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, list[Projection]]:
     """Return x and projections as `run_checked` takes them, or raise as `lora_linears` does."""
     found = []
     for i, projection in enumerate(projections):
-        if not _plain(x, *projection):
-            try:
-                x, projection = _checked(x, *projection)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"projections[{i}]: {error}") from None
-        found.append(projection)
+        try:
+            x, one = _checked(x, projection)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"projections[{i}]: {error}") from None
+        found.append(one)
     return x, found
 
 
 def run_checked(
     x: Tensor, projections: Sequence[Projection], training: bool, impl: str = "auto"
 ) -> Sequence[Tensor]:
-    """Do what `lora_linears` does once everything is checked."""
-    return _outputs(x, _seeded(x, projections, training), impl)
-
-
-def _outputs(
-    x: Tensor, operands: list[Operands], impl: str, plain: bool = False
-) -> Sequence[Tensor]:
-    """Return y [..., N] of each projection of x [..., K]; ``plain`` as `run` has it."""
+    """Return y [..., N] of each projection of x [..., K] once everything is checked."""
     if impl != "auto" or plans.FORCED != "auto":
         impl = plans.named(impl, x)
-    shape = x.shape
-    if len(shape) != 2:
-        return [shaped(y, shape) for y in _outputs(_flat(x), operands, impl, plain)]
-    if impl != "reference":
-        return run(x, operands, impl, plain)
-    from fastlora.operator import reference
+    flat, operands = drawn(x, projections, training)
+    if impl == "reference":
+        with exact(x.device):
+            ys = [reference(flat, *one) for one in operands]
+    else:
+        ys = run(flat, operands, impl)
+    return ys if flat is x else [shaped(y, x.shape) for y in ys]
 
-    with exact(x.device):
-        return [reference.output(x, *one) for one in operands]
+
+def drawn(
+    x: Tensor, projections: Sequence[Projection], training: bool
+) -> tuple[Tensor, list[Operands]]:
+    """Return x as [M, K] and each projection with a seed where it drops."""
+    operands = []
+    for w, a, b, bias, scaling, p in projections:
+        seed = new_seed(x.device) if training and p and a is not None else None
+        operands.append(Operands(w, a, b, bias, seed, scaling, p))
+    shape = x.shape
+    return x if len(shape) == 2 else x.reshape(math.prod(shape[:-1]), shape[-1]), operands
 
 
 def shaped(y: Tensor, shape: torch.Size) -> Tensor:
@@ -134,140 +125,116 @@ def shaped(y: Tensor, shape: torch.Size) -> Tensor:
     return _unsafe_view(y, (*shape[:-1], y.shape[1]))
 
 
-def drawn(
-    x: Tensor, projections: Sequence[Projection], training: bool
-) -> tuple[Tensor, list[Operands]]:
-    """Return x as [M, K] and each projection with a seed where it drops."""
-    return _flat(x), _seeded(x, projections, training)
+_SIZES = {"weight": "NK", "lora_A": "RK", "lora_B": "NR", "bias": "N"}
+# Dtypes and sizes of arguments that were found right.
+_right: set[tuple] = set()
 
 
-def _seeded(x: Tensor, projections: Sequence[Projection], training: bool) -> list[Operands]:
-    return [
-        Operands(
-            w, a, b, bias, new_seed(x.device) if training and p and a is not None else None, c, p
-        )
-        for w, a, b, bias, c, p in projections
-    ]
-
-
-def _flat(x: Tensor) -> Tensor:
-    shape = x.shape
-    return x if len(shape) == 2 else x.reshape(math.prod(shape[:-1]), shape[-1])
-
-
-def _plain(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> bool:
-    """Return whether the arguments are as in most calls: nothing to cast and nothing wrong.
-
-    Nor is there a subclass, or what `op.unobserved` would see otherwise. It takes a third of the
-    time of `_check`, which can say what is wrong.
-    """
-    if not (
-        not torch.compiler.is_compiling()
-        and type(x) in PLAIN
-        and type(scaling) is type(dropout_p) is float
-        and -LARGEST <= scaling <= LARGEST
-        and 0.0 <= dropout_p <= 1.0
-    ):
-        return False
-    shape, dtype, device = x.shape, x.dtype, x.device
-    if not (
-        shape
-        and dtype in DTYPES
-        and not (x.is_meta or torch._C._is_any_autocast_enabled())
-        and _bare(x, dtype, device)
-        and _bare(weight, dtype, device)
-    ):
-        return False
-    w = weight.shape
-    if len(w) != 2 or shape[-1] != w[1]:
-        return False
-    if lora_A is not lora_B:  # both None, or one tensor twice, which is rare
-        adapter = lora_A.dtype if type(lora_A) in PLAIN else dtype
-        if not (
-            (adapter == dtype or (adapter == torch.float32 and dtype.itemsize == 2))
-            and _bare(lora_A, adapter, device)
-            and _bare(lora_B, adapter, device)
-            and len(a := lora_A.shape) == 2
-            and a[1] == w[1]
-            and a[0] >= 1
-            and lora_B.shape == (w[0], a[0])
-        ):
-            return False
-    elif lora_A is not None:
-        return False
-    return bias is None or (_bare(bias, dtype, device) and bias.shape == w[:1])
-
-
-def _bare(t, dtype: torch.dtype, device: torch.device) -> bool:
-    return (
-        type(t) in PLAIN
-        and t.dtype == dtype
-        and t.device == device
-        and t.layout is torch.strided
-        and not (t.is_neg() or wrapped(t))
-    )
-
-
-def _checked(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> tuple[Tensor, Projection]:
+def _checked(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:
     """Return x and a projection of it as the operator takes them, or raise."""
-    _check_types(x, weight, lora_A, lora_B, bias)
+    try:
+        key = _key(x, *projection)
+        if key in _right:
+            return x, projection
+    except (AttributeError, TypeError):  # not tensors, or their sizes are symbols
+        key = None
+    weight, a, b, bias, scaling, dropout_p = projection
+    factors = {} if a is b is None else {"lora_A": a, "lora_B": b}
+    given = {"x": x, "weight": weight, **factors, **({} if bias is None else {"bias": bias})}
+    _check_types(given)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
-    _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+        given = _autocast(given, torch.get_autocast_dtype(x.device.type))
+    _check(given)
+    _check_numbers(scaling, dropout_p, x.device)
+    if key is not None:
+        _right.add(key)
+        return x, projection
+    weight, a, b, bias = map(given.get, ("weight", "lora_A", "lora_B", "bias"))
     if isinstance(scaling, Tensor):
-        if lora_B is not None:
-            lora_A, lora_B = with_scaling(lora_A, lora_B, scaling)
+        if a is not None:
+            a, b = with_scaling(a, b, scaling)
         scaling = 1.0
-    return x, Projection(weight, lora_A, lora_B, bias, scaling, dropout_p)
+    return given["x"], Projection(weight, a, b, bias, scaling, dropout_p)
 
 
-def _autocast(x, weight, lora_A, lora_B, bias):
-    dtype = torch.get_autocast_dtype(x.device.type)
+def _key(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> tuple | None:
+    """Return what makes arguments right or wrong, None where there may be more to it."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or not type(scaling) is type(dropout_p) is float
+        or not (-LARGEST <= scaling <= LARGEST and 0.0 <= dropout_p <= 1.0)
+        or x.layout is not torch.strided
+    ):
+        return None
+    device, key = x.device, [x.dtype, x.shape[-1:]]
+    for t in (weight, lora_A, lora_B, bias):
+        if t is None:
+            key.append(None)
+        elif t.device == device and t.layout is torch.strided:
+            key += t.dtype, t.shape
+        else:
+            return None
+    return tuple(key)
 
-    def cast(t: Tensor | None) -> Tensor | None:
-        return t.to(dtype) if t is not None and t.dtype in _CAST else t
 
-    if x.dtype not in _CAST:
-        return x, weight, lora_A, lora_B, bias
+def _autocast(given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    if given["x"].dtype not in _CAST:
+        return given
     # Float32 adapters are kept: the operator takes them.
-    if lora_A is not None and lora_A.dtype != torch.float32:
-        lora_A, lora_B = cast(lora_A), cast(lora_B)
-    return cast(x), cast(weight), lora_A, lora_B, cast(bias)
+    wide = "lora_A" in given and given["lora_A"].dtype == torch.float32
+    return {
+        name: t if t.dtype not in _CAST or (wide and name.startswith("lora")) else t.to(dtype)
+        for name, t in given.items()
+    }
 
 
-def _check_types(x, weight, lora_A, lora_B, bias):
-    given = {"x": x, "weight": weight, **_factors(lora_A, lora_B), "bias": bias}
+def _check_types(given: dict) -> None:
     for name, t in given.items():
-        if not isinstance(t, Tensor) and not (t is None and name == "bias"):
+        if not isinstance(t, Tensor):
             or_none = " or None" if name == "bias" else ""
             raise TypeError(f"{name} must be a Tensor{or_none}, got {type(t).__name__}")
-    for name, t in given.items():
-        if t is not None and t.layout is not torch.strided:
+        if t.layout is not torch.strided:
             raise TypeError(f"{name} must be dense, got a tensor of layout {t.layout}")
 
 
-def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
+def _check(given: dict[str, Tensor]) -> None:
+    """Raise unless dimensions, dtypes and devices fit those of the tensors before."""
+    x = given["x"]
     if x.dim() < 1:
         raise ValueError("x must have at least one dimension ([..., K]), got a scalar")
-    n, k = weight.shape[0] if weight.dim() else 0, x.shape[-1]
-    _check_shape("weight", weight, ("N", k), f"x {tuple(x.shape)}")
-    if lora_A is not None:
-        _check_shape("lora_A", lora_A, ("R", k), f"x {tuple(x.shape)}")
-        r = lora_A.shape[0]
-        if r < 1:
-            raise ValueError(f"lora_A must have rank at least 1, got shape {tuple(lora_A.shape)}")
-        beside = f"weight {tuple(weight.shape)} and lora_A {tuple(lora_A.shape)}"
-        _check_shape("lora_B", lora_B, (n, r), beside)
-    if bias is not None:
-        _check_shape("bias", bias, (n,), "weight")
-    _check_dtypes(x, weight, lora_A, lora_B, bias)
-    for name, t in {"weight": weight, **_factors(lora_A, lora_B), "bias": bias}.items():
-        if t is not None and t.device != x.device:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    sizes = {"K": x.shape[-1]}
+    for name in list(given)[1:]:
+        t, shape = given[name], tuple(given[name].shape)
+        wanted = [sizes.get(letter, letter) for letter in _SIZES[name]]
+        if len(shape) != len(wanted):
+            raise ValueError(f"{name} must be {len(wanted)}-D, got shape {shape}")
+        pairs = zip(wanted, shape, strict=True)
+        if any(type(size) is not str and size != there for size, there in pairs):
+            before = list(given)[: list(given).index(name)]
+            beside = " and ".join(f"{of} {tuple(given[of].shape)}" for of in before)
+            listed = ", ".join(map(str, wanted))
+            raise ValueError(f"{name} must be [{listed}] to match {beside}, got {shape}")
+        if name == "lora_A" and shape[0] < 1:
+            raise ValueError(f"lora_A must have rank at least 1, got shape {shape}")
+        of = "lora_A" if name == "lora_B" else "x"
+        dtype, wide = given[of].dtype, name == "lora_A" and x.dtype.itemsize == 2
+        if t.dtype != dtype and not (wide and t.dtype == torch.float32):
+            or_wide = " or be torch.float32" if wide else ""
+            raise TypeError(f"{name} must have the dtype of {of} ({dtype}){or_wide}, got {t.dtype}")
+        if t.device != x.device:
             raise ValueError(f"{name} is on {t.device}, but x is on {x.device}")
+        for letter, size in zip(_SIZES[name], shape, strict=True):
+            sizes[letter] = size
+
+
+def _check_numbers(scaling, dropout_p, device: torch.device) -> None:
     if isinstance(scaling, Tensor):
-        if scaling.dim() or scaling.device not in (x.device, torch.device("cpu")):
+        if scaling.dim() or scaling.device not in (device, torch.device("cpu")):
             raise ValueError(
-                f"scaling must be a number or a 0-d tensor on {x.device}, got shape "
+                f"scaling must be a number or a 0-d tensor on {device}, got shape "
                 f"{tuple(scaling.shape)} on {scaling.device}"
             )
         if scaling.is_complex():
@@ -280,37 +247,3 @@ def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
         raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
-
-
-def _check_shape(name: str, t: Tensor, sizes: tuple, beside: str) -> None:
-    """Raise unless ``t`` has ``sizes``, of which a letter may be any."""
-    shape = tuple(t.shape)
-    if len(shape) != len(sizes):
-        raise ValueError(f"{name} must be {len(sizes)}-D, got shape {shape}")
-    if any(
-        type(size) is not str and size != there for size, there in zip(sizes, shape, strict=True)
-    ):
-        listed = ", ".join(map(str, sizes))
-        raise ValueError(f"{name} must be [{listed}] to match {beside}, got {shape}")
-
-
-def _check_dtypes(x, weight, lora_A, lora_B, bias):
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.dtype != x.dtype:
-            raise TypeError(f"{name} must have the dtype of x ({x.dtype}), got {t.dtype}")
-    allowed = (x.dtype, torch.float32) if x.dtype.itemsize == 2 else (x.dtype,)
-    for name, t in _factors(lora_A, lora_B).items():
-        if t.dtype not in allowed:
-            names = " or ".join(map(str, allowed))
-            raise TypeError(f"{name} must be {names} for x of {x.dtype}, got {t.dtype}")
-    if lora_A is not None and lora_A.dtype != lora_B.dtype:
-        raise TypeError(
-            f"lora_B must have the dtype of lora_A ({lora_A.dtype}), got {lora_B.dtype}"
-        )
-
-
-def _factors(lora_A, lora_B) -> dict:
-    """Return the factors of an adapter by name, none where there is none."""
-    return {} if lora_A is lora_B is None else {"lora_A": lora_A, "lora_B": lora_B}

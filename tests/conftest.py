@@ -88,6 +88,19 @@ def few(monkeypatch, few_are_none):
 
 
 @pytest.fixture
+def inductor():
+    """Inductor as a backend of `torch.compile` that counts what it compiles."""
+    from torch._inductor.compile_fx import compile_fx
+
+    def backend(graph, inputs):
+        backend.compiles += 1
+        return compile_fx(graph, inputs)
+
+    backend.compiles = 0
+    return backend
+
+
+@pytest.fixture
 def fused(monkeypatch):
     """Calls that the fused forward of PEFT's layers has made: a list of their inputs."""
     from fastlora.peft import linear as peft_layer

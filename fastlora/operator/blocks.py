@@ -10,14 +10,14 @@ temporary goes through it a block of rows at a time, in the same memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.operator.dropout import KeptOnes, kept_scale
-from fastlora.operator.operands import Operands
+from fastlora.operator.dropout import kept_ones, kept_scale
+from fastlora.operator.operands import Each, Projections
 
 # Rows of x or dy per temporary: on a CPU small enough for the cache, elsewhere large enough for
 # the launches; and of narrow ones so many that Python does not count.
@@ -27,246 +27,173 @@ LEAST_ELEMENTS = 1 << 18
 # Elements of a 16-bit result up to which float32 factors are multiplied as they are: one wide
 # conversion then takes less time than the dozen small operations that split the factors.
 FEW = 200_000
-# Bytes of a column, and columns of the other operand, up to which transposed ones are multiplied as
-# they lie.
-SHORT, FEW_COLUMNS = 1024, 128
+# Bytes of a column of dy up to which dyᵀ is multiplied as it lies, and not turned afterwards.
+SHORT = 1024
 
 
-def shrink(
-    x: Tensor, projections: Sequence[Operands]
-) -> tuple[list[Tensor | None], list[Tensor | None] | None]:
+def shrink(x: Tensor, projections: Projections) -> tuple[Each, None]:
     """Return s = dropout(x) aᵀ [M, R] of each projection, in the adapters' dtype."""
     if len(projections) == 1:
-        (_, a, _, _, seed, _, p) = projections[0]
+        _, a, _, _, seed, _, p = projections[0]
         return [None if a is None else _shrink(x, a, seed, p)], None
-    ss: list[Tensor | None] = [None] * len(projections)
-    for same in _stacks(projections):
-        few = [projections[i] for i in same]
-        s = _shrink(x, _stack([p.a for p in few]), few[0].seed, few[0].p)
-        for i, part in zip(same, _parts(s, few, 1), strict=True):
-            ss[i] = part
+    ss = [None] * len(projections)
+    for same, *of in _stacks(projections):
+        _put(ss, same, _shrink(x, *of), projections, 1)
     return ss, None
 
 
-def outputs(
-    x: Tensor,
-    projections: Sequence[Operands],
-    ss: Sequence[Tensor | None],
-    scaled: Sequence[Tensor | None] | None = None,
-) -> list[Tensor]:
+def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    s = _joined([x_hat @ a.t() for _, x_hat, _ in _blocks(x, a.dtype, seed, p)])
+    return s if seed is None else s.mul_(kept_scale(p))
+
+
+def outputs(x: Tensor, projections: Projections, ss: Each, scaled=None) -> list[Tensor]:
     """Return y [M, N] of each projection from its s: the frozen product added to the low-rank.
 
     ``scaled`` may hold low-rank products, bias included, that are there already and become y.
     """
     ys = []
     for i, (w, _, b, bias, _, scaling, _) in enumerate(projections):
-        s, y = ss[i], scaled[i] if scaled else None
-        if s is None:
+        y = scaled[i] if scaled else None
+        if ss[i] is None:
             ys.append(F.linear(x, w, bias))
             continue
         if y is None:
-            y = expand(s, b.t(), scaling, x.new_empty(x.shape[0], w.shape[0]), bias)
+            y = product(x.new_empty(x.shape[0], w.shape[0]), ss[i], b.t(), bias, scaling)
         ys.append(y.addmm_(x, w.t()))
     return ys
 
 
 def ds_db(
-    dys: Sequence[Tensor | None],
-    projections: Sequence[Operands],
-    ss: Sequence[Tensor | None],
-    need_ds: Sequence[bool],
-    need_db: Sequence[bool],
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    dys: Each, projections: Projections, ss: Each, need_ds: Sequence[bool], need_db: Sequence[bool]
+) -> tuple[Each, Each]:
     """Return ds = scaling · dy b [M, R] and db = scaling · dyᵀ s [N, R] of each projection."""
-    dss, dbs = [], []
-    for dy, (_, _, b, _, _, scaling, _), s, *needed in zip(
-        dys, projections, ss, need_ds, need_db, strict=True
-    ):
-        ds, db = (None, None) if dy is None or b is None else _ds_db(dy, b, s, scaling, *needed)
-        dss.append(ds)
-        dbs.append(db)
+    dss, dbs = [None] * len(dys), [None] * len(dys)
+    for i, (dy, (_, _, b, _, _, scaling, _)) in enumerate(zip(dys, projections, strict=True)):
+        if dy is None or b is None:
+            continue
+        parts, db, short = [], None, dy.shape[0] * b.itemsize <= SHORT
+        for rows, dy_rows, _ in _blocks(dy, b.dtype):
+            if need_ds[i]:
+                parts.append(_scaled(dy_rows, b, scaling))
+            if need_db[i]:
+                s = _part(ss[i], rows)
+                left, right = (dy_rows, s) if short else (s, dy_rows)
+                db = _added(db, _scaled(left.t(), right, scaling))
+        dss[i] = _joined(parts) if parts else None
+        dbs[i] = db if db is None or short else db.t().contiguous()
     return dss, dbs
 
 
-def input_grad(
-    dys: Sequence[Tensor | None],
-    projections: Sequence[Operands],
-    dss: Sequence[Tensor | None],
-) -> Tensor | None:
-    """Return dx = Σ (dy w + dropout'(ds a)) [M, K], None without a dy."""
-    return input_grad_and_da(dys, None, projections, dss, [False] * len(projections))[0]
-
-
-def da(
-    x: Tensor,
-    projections: Sequence[Operands],
-    dss: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Return da = dsᵀ dropout(x) [R, K] of each projection."""
-    return input_grad_and_da([None] * len(projections), x, projections, dss, needs)[1]
-
-
 def input_grad_and_da(
-    dys: Sequence[Tensor | None],
-    x: Tensor | None,
-    projections: Sequence[Operands],
-    dss: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return what the two steps do: a mask that both need is drawn once, block after block."""
-    dx, das = None, [None] * len(projections)
+    dys: Each, x: Tensor, projections: Projections, dss: Each, needs: Sequence[bool]
+) -> tuple[Tensor | None, Each]:
+    """Return dx = Σ (dy w + dropout'(ds a)) [M, K] and da = dsᵀ dropout(x) [R, K] of each.
+
+    Without a dy there is no dx. A mask that both need is drawn once, block after block.
+    """
+    dx = add_products(None, dys, projections)
+    if len(projections) == 1:
+        (_, a, _, _, seed, _, p), ds = projections[0], dss[0]
+        return dx, [None if ds is None else _add_low_rank(dx, x, ds, a, seed, p, needs[0])]
+    das = [None] * len(projections)
+    for same, *of in _stacks(projections, dss):
+        ds, need_a = _joined([dss[i] for i in same], 1), any(needs[i] for i in same)
+        da = _add_low_rank(dx, x, ds, *of, need_a)
+        if need_a:
+            _put(das, same, da, projections, 0)
+    return dx, [da if need else None for da, need in zip(das, needs, strict=True)]
+
+
+def add_products(dx: Tensor | None, dys: Each, projections: Projections) -> Tensor | None:
+    """Return dx with the product dy w of each projection added to it."""
     for dy, (w, *_) in zip(dys, projections, strict=True):
         if dy is not None:
             dx = dy @ w if dx is None else dx.addmm_(dy, w)
-    if len(projections) == 1:
-        _, a, _, _, seed, _, p = projections[0]
-        return dx, [None if dss[0] is None else _add_low_rank(dx, x, dss[0], a, seed, p, needs[0])]
-    for same in _stacks(projections):
-        same = [i for i in same if dss[i] is not None]
-        need_a = any(needs[i] for i in same)
-        if not same or (dx is None and not need_a):
-            continue
-        few = [projections[i] for i in same]
-        ds, a = _stack([dss[i] for i in same], 1), _stack([p.a for p in few])
-        found = _add_low_rank(dx, x, ds, a, few[0].seed, few[0].p, need_a)
-        if need_a:
-            for i, part in zip(same, _parts(found, few, 0), strict=True):
-                das[i] = part if needs[i] else None
-    return dx, das
+    return dx
 
 
-def _stacks(projections: Sequence[Operands]) -> list[list[int]]:
-    """Return which adapters read x together, stacked along the rank: those that drop nothing."""
-    apart, together = [], {}
+def _stacks(projections: Projections, dss: Each | None = None) -> list[tuple]:
+    """Return which adapters (that have a ds) go stacked along the rank, their a, seed and p.
+
+    Those that drop nothing do, if they are of one dtype.
+    """
+    found: dict = {}
     for i, (_, a, _, _, seed, _, _) in enumerate(projections):
-        if seed is not None:
-            apart.append([i])
-        elif a is not None:
-            together.setdefault(a.dtype, []).append(i)
-    return [*together.values(), *apart]
+        if a is not None and (dss is None or dss[i] is not None):
+            found.setdefault(a.dtype if seed is None else i, []).append(i)
+    return [
+        (same, _joined([projections[i].a for i in same]), *projections[same[0]][4::2])
+        for same in found.values()
+    ]
 
 
-def _stack(parts: list[Tensor], dim: int = 0) -> Tensor:
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _parts(whole: Tensor, few: list[Operands], dim: int) -> Sequence[Tensor]:
-    """Return the part of each adapter in a stack of theirs, in memory of its own."""
-    if len(few) == 1:
-        return (whole,)
-    return torch.split_with_sizes_copy(whole, [p.a.shape[0] for p in few], dim)
+def _put(found: list, same: list[int], whole: Tensor, projections: Projections, dim: int) -> None:
+    """Put what is of each adapter in a stack into its place, in memory of its own."""
+    if len(same) == 1:
+        found[same[0]] = whole
+        return
+    sizes = [projections[i].a.shape[0] for i in same]
+    for i, part in zip(same, torch.split_with_sizes_copy(whole, sizes, dim), strict=True):
+        found[i] = part
 
 
-def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    """Return dropout(x) aᵀ [M, R] in the dtype of a."""
-    if seed is None and x.dtype == a.dtype:
-        return x @ a.t()
-    if seed is None and _at_once(x, a.dtype):
-        return x.to(a.dtype) @ a.t()
-    s = x.new_empty(x.shape[0], a.shape[0], dtype=a.dtype)
-    for rows, x_hat, _ in _blocks(x, a.dtype, seed, p):
-        torch.mm(x_hat, a.t(), out=_part(s, rows))
-    return s if seed is None else s.mul_(kept_scale(p))
-
-
-def _add_low_rank(
-    dx: Tensor | None,
-    x: Tensor | None,
-    ds: Tensor,
-    a: Tensor,
-    seed: Tensor | None,
-    p: float,
-    need_a: bool,
-) -> Tensor | None:
+def _add_low_rank(dx, x, ds, a, seed, p: float, need_a: bool) -> Tensor | None:
     """Add dropout'(ds a) to ``dx`` where there is one; return da [R, K] if it is asked for."""
-    if seed is None:
-        if dx is not None:
-            _add_product(dx, ds, a)
-        if not need_a:
-            return None
-        if x.dtype == a.dtype:
-            return _turned(ds, x) @ x
-        if _at_once(x, a.dtype):
-            return _turned(ds, x) @ x.to(a.dtype)
-    left, right = (ds, a) if dx is None else _in_dtype(ds, a, dx)
-    total, wide = None, torch.promote_types(a.dtype, torch.float32)
-    for rows, x_hat, ones in _blocks(x if need_a else dx, a.dtype, seed, p, need_a):
-        if need_a:
-            part = _turned(_part(ds, rows), x_hat) @ x_hat
-            total = part.to(wide) if total is None else total.add_(part)
-        if dx is not None and ones is not None:
-            part = (_part(left, rows) @ right).to(dx.dtype)
-            _part(dx, rows).addcmul_(part, ones, value=kept_scale(p))
-    if not need_a:
+    if seed is None and dx is not None:
+        product(dx, ds, a, dx)
+        dx = None
+    if dx is None and not need_a:
         return None
-    if total is None:  # no rows
-        return torch.zeros_like(a)
-    return (total if seed is None else total.mul_(kept_scale(p))).to(a.dtype)
+    da, left, right = None, ds, a
+    if dx is not None:
+        left, right = _in_dtype(ds, a, dx)
+    for rows, x_hat, ones in _blocks(x, a.dtype, seed, p, need_a):
+        if need_a:
+            da = _added(da, _part(ds, rows).t() @ x_hat)
+        if dx is not None:
+            dx[rows].addcmul_((left[rows] @ right).to(dx.dtype), ones, value=kept_scale(p))
+    if da is not None and seed is not None:
+        da.mul_(kept_scale(p))
+    return da if da is None or da.dtype == a.dtype else da.to(a.dtype)
 
 
-def _ds_db(
-    dy: Tensor, b: Tensor, s: Tensor, scaling: float, need_ds: bool, need_db: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    if dy.dtype == b.dtype or _at_once(dy, b.dtype):
-        dy = dy if dy.dtype == b.dtype else dy.to(b.dtype)
-        ds = _scaled_product(dy, b, scaling) if need_ds else None
-        if not need_db:
-            return ds, None
-        if dy.shape[0] * dy.itemsize <= SHORT:
-            return ds, _scaled_product(dy.t(), s, scaling)
-        return ds, _scaled_product(_turned(s, dy), dy, scaling).t().contiguous()
-    ds = dy.new_empty(s.shape, dtype=b.dtype) if need_ds else None
-    db = torch.zeros(b.shape[::-1], dtype=b.dtype, device=b.device) if need_db else None
-    for rows, dy_rows, _ in _blocks(dy, b.dtype):
-        if need_ds:
-            torch.mm(dy_rows, b, out=ds[rows])
-        if need_db:
-            db.addmm_(s[rows].t(), dy_rows)
-    if need_db:
-        db = db.t().mul(scaling).contiguous()
-    return ds.mul_(scaling) if need_ds else None, db
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    """Return the sum of both, in float32 where it has more than one term of 16 bits."""
+    if total is None:
+        return part
+    return total.to(torch.promote_types(total.dtype, torch.float32)).add_(part)
 
 
-def _scaled_product(left: Tensor, right: Tensor, alpha: float) -> Tensor:
+def _scaled(left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """Return ``alpha · left @ right``, scaled before it is rounded: float16 might overflow."""
     out = left.new_empty(left.shape[0], right.shape[1])
     return out.addmm_(left, right, beta=0, alpha=alpha)
 
 
-def _turned(narrow: Tensor, wide: Tensor) -> Tensor:
-    """Return the transpose of [M, R], laid out where that speeds its product with ``wide``."""
-    if narrow.shape[0] * narrow.itemsize <= SHORT or wide.shape[1] <= FEW_COLUMNS:
-        return narrow.t()
-    return narrow.t().contiguous()
-
-
-def expand(
-    left: Tensor, right: Tensor, alpha: float, out: Tensor, bias: Tensor | None = None
+def product(
+    out: Tensor, left: Tensor, right: Tensor, plus: Tensor | None = None, alpha: float = 1.0
 ) -> Tensor:
-    """Write ``alpha · left @ right + bias`` to ``out``, whose elements need not be set."""
+    """Write ``plus + alpha · left @ right`` to ``out``, rounded once; plus: a bias, ``out``, none.
+
+    Factors in float32 may have a 16-bit ``out``.
+    """
     if left.dtype != out.dtype:
         left, right = _in_dtype(left, right, out)
     if left.dtype == out.dtype:
-        if bias is not None:
-            return torch.addmm(bias, left, right, alpha=alpha, out=out)
-        return out.addmm_(left, right, beta=0, alpha=alpha)
+        if plus is None or plus is out:
+            return out.addmm_(left, right, beta=0 if plus is None else 1, alpha=alpha)
+        return torch.addmm(plus, left, right, alpha=alpha, out=out)
     for rows in _rows(out):  # float32 factors under float16, or few elements
-        part = (_part(left, rows) @ right).mul_(alpha)
-        _part(out, rows).copy_(part if bias is None else part.add_(bias))
+        part = (left[rows] @ right).mul_(alpha)
+        if plus is not None:
+            part += plus[rows] if plus is out else plus
+        out[rows].copy_(part)
     return out
-
-
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left @ right`` to ``out`` in place, rounding the sum once."""
-    if left.dtype != out.dtype:
-        left, right = _in_dtype(left, right, out)
-    if left.dtype == out.dtype:
-        out.addmm_(left, right)
-        return
-    for rows in _rows(out):
-        part = _part(out, rows)
-        part.copy_(torch.addmm(part.to(left.dtype), _part(left, rows), right))
 
 
 def _in_dtype(left: Tensor, right: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,47 +223,39 @@ def _terms(t: Tensor) -> tuple[Tensor, Tensor]:
 
 def _blocks(
     x: Tensor, dtype: torch.dtype, seed: Tensor | None = None, p: float = 0.0, read: bool = True
-) -> Iterator[tuple[slice, Tensor | None, Tensor | None]]:
-    """Yield the rows of each block, x there in ``dtype`` with dropout, and the mask in x's dtype.
+) -> Iterable[tuple[slice | None, Tensor | None, Tensor | None]]:
+    """Return the rows of each block, x there in ``dtype`` with dropout, and the mask in x's dtype.
 
-    Both tensors are overwritten by the next block. The mask is ones and zeros (`KeptOnes`): what
+    Both tensors are overwritten by the next block. The mask is ones and zeros (`kept_ones`): what
     is not a number stays so when it is dropped, and kept elements are not scaled. Without
-    ``read`` the mask alone, for what has the shape of ``x``.
+    ``read`` the mask alone. No rows stand for all: views would take longer than small products.
     """
-    size = min(_block_rows(x), x.shape[0])
-    mask = dropped = wide = ones = block = None
-    if seed is not None:
-        mask = KeptOnes(seed, size, x.shape[1], p, x.dtype)
-        dropped = x.new_empty(size, x.shape[1]) if read else None
-    if dtype != x.dtype and read:
-        wide = x.new_empty(size, x.shape[1], dtype=dtype)
-    for rows in _rows(x):
-        here = slice(0, rows.stop - rows.start)
-        if mask is not None:
-            ones = mask.draw(here.stop)
-        if read:
-            block = _part(x, rows)
-            if mask is not None:
-                block = torch.mul(block, ones, out=_part(dropped, here))
-            if wide is not None:
-                block = _part(wide, here).copy_(block)
-        yield rows, block, ones
+    if seed is None and (dtype == x.dtype or len(_rows(x)) == 1):
+        return ((None, x if dtype == x.dtype else x.to(dtype), None),)
+    return _several(x, dtype, seed, p, read)
 
 
-def _block_rows(t: Tensor) -> int:
-    return max(ROWS.get(t.device.type, MORE_ROWS), LEAST_ELEMENTS // max(1, t.shape[1]))
+def _several(x, dtype, seed, p, read):
+    rows, K = _rows(x), x.shape[1]
+    size = rows[0].stop
+    masks = [None] * len(rows) if seed is None else kept_ones(seed, x.shape, p, x.dtype, size)
+    dropped = x.new_empty(size, K) if read and seed is not None else None
+    wide = x.new_empty(size, K, dtype=dtype) if read and dtype != x.dtype else None
+    for here, ones in zip(rows, masks, strict=True):
+        block = x[here] if read else None
+        if dropped is not None:
+            block = torch.mul(block, ones, out=dropped[: len(block)])
+        if wide is not None:
+            block = wide[: len(block)].copy_(block)
+        yield here, block, ones
 
 
-def _at_once(t: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether ``t`` is read in ``dtype`` without blocks: as it is, or as a single one."""
-    return t.dtype == dtype or t.shape[0] <= _block_rows(t)
+def _part(t: Tensor, rows: slice | None) -> Tensor:
+    return t if rows is None else t[rows]
 
 
-def _part(t: Tensor, rows: slice) -> Tensor:
-    """Return ``t[rows]``, without the time of a view where that is all of it."""
-    return t if rows.stop - rows.start == t.shape[0] else t[rows]
-
-
-def _rows(t: Tensor) -> Iterator[slice]:
-    for start in range(0, t.shape[0], _block_rows(t)):
-        yield slice(start, min(start + _block_rows(t), t.shape[0]))
+def _rows(t: Tensor) -> list[slice]:
+    """Return the blocks of rows that ``t`` is read in: one of no rows where it has none."""
+    size = max(ROWS.get(t.device.type, MORE_ROWS), LEAST_ELEMENTS // max(1, t.shape[1]))
+    starts = range(0, max(1, t.shape[0]), size)
+    return [slice(start, min(start + size, t.shape[0])) for start in starts]

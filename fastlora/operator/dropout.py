@@ -11,6 +11,8 @@ this file in Triton.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,49 +57,39 @@ def keep_mask(seed: Tensor, rows: range, columns: int, p: float) -> Tensor:
 _ONE_BITS = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
 
 
-class KeptOnes:
-    """The mask as ones (kept) and zeros of ``dtype``, drawn block after block of ``rows`` rows.
+def kept_ones(
+    seed: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype, rows: int
+) -> Iterator[Tensor]:
+    """Yield the mask of an [M, K] input as ones (kept) and zeros, ``rows`` of them at a time.
 
-    Every block is drawn in the same memory. On a CPU 16-bit integers are several times as fast as
+    All are drawn in the same memory. On a CPU 16-bit integers are several times as fast as
     comparisons and Booleans, which PyTorch does not vectorise, and as conversions.
     """
-
-    def __init__(self, seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype) -> None:
-        self.columns, self.p, self.dtype = columns, p, dtype
-        self.groups = -(-columns // GROUP)
-        self.step = _signed(rows * self.groups * GAMMA % (1 << 64))
-        self.next = torch.arange(rows * self.groups, device=seed.device).mul_(GAMMA).add_(seed)
-        self.z, self.other = torch.empty_like(self.next), torch.empty_like(self.next)
-
-    def draw(self, rows: int) -> Tensor:
-        """Return the next [rows, columns] of the mask; the next call overwrites it."""
-        size = rows * self.groups
-        mixed = _mixed(self.next[:size], self.z[:size], self.other[:size])
-        self.next.add_(self.step)
-        bits = mixed.view(torch.int16)
-        lowest = lowest_kept(self.p)
+    (M, K), lowest = shape, lowest_kept(p)
+    groups = -(-K // GROUP)
+    start = torch.arange(rows * groups, device=seed.device).mul_(GAMMA).add_(seed)
+    z, other = torch.empty_like(start), torch.empty_like(start)
+    for first in range(0, max(1, M), max(1, rows)):
+        if first:
+            start.add_(_signed(rows * groups * GAMMA % (1 << 64)))
+        here = min(rows, M - first)
+        size = here * groups
+        bits = _mixed(start[:size], z[:size], other[:size]).view(torch.int16)
         if lowest == -32768:
             bits.fill_(1)
         else:
             bits.clamp_(lowest - 1, lowest).sub_(lowest - 1)
-        if self.dtype in _ONE_BITS:
-            ones = bits.mul_(_ONE_BITS[self.dtype]).view(self.dtype)
-        else:
-            ones = bits.to(self.dtype)
-        return ones.view(rows, GROUP * self.groups)[:, : self.columns]
+        one = _ONE_BITS.get(dtype)
+        ones = bits.to(dtype) if one is None else bits.mul_(one).view(dtype)
+        yield ones.view(here, GROUP * groups)[:, :K]
 
 
-def _mixed(start: Tensor, z: Tensor | None, other: Tensor | None) -> Tensor:
-    """Return in ``z`` the hash of every element of ``start``; ``other`` is overwritten too.
-
-    Where these are None, in new memory.
-    """
-    hashed = _xor_shifted(start, 30, other, z).mul_(MIX_1)
-    hashed = _xor_shifted(hashed, 27, other, z).mul_(MIX_2)
-    return _xor_shifted(hashed, 31, other, z)
-
-
-def _xor_shifted(z: Tensor, shift: int, other: Tensor | None, out: Tensor | None) -> Tensor:
-    # torch shifts int64 arithmetically; the mask clears the copies of the sign bit.
-    shifted = torch.bitwise_right_shift(z, shift, out=other)
-    return torch.bitwise_xor(z, shifted.bitwise_and_((1 << (64 - shift)) - 1), out=out)
+def _mixed(z: Tensor, out: Tensor | None, other: Tensor | None) -> Tensor:
+    """Return the hash of every element of ``z``, in ``out`` and ``other`` where these are given."""
+    for shift, factor in ((30, MIX_1), (27, MIX_2), (31, 1)):
+        # torch shifts int64 arithmetically; the mask clears the copies of the sign bit.
+        shifted = torch.bitwise_right_shift(z, shift, out=other)
+        z = torch.bitwise_xor(z, shifted.bitwise_and_((1 << (64 - shift)) - 1), out=out)
+        if factor != 1:
+            z.mul_(factor)
+    return z

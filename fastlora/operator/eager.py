@@ -5,6 +5,8 @@ Nothing of it runs in Python in backward, so that on a CPU it is the fastest for
 `torch.func` and forward-mode AD go through it, and so do the gradients of the others where they
 are to be differentiated or are several at once. It keeps for backward what PyTorch does: with
 dropout the mask and what it leaves of x, and x in float32 where the adapters are.
+
+``reference`` is the oracle that every implementation is compared with: nothing in it is fast.
 """
 
 from __future__ import annotations
@@ -15,25 +17,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.operator.dropout import KeptOnes, keep_mask, kept_scale
-from fastlora.operator.operands import Operands
+from fastlora.operator.dropout import keep_mask, kept_ones, kept_scale
+from fastlora.operator.operands import Each, Operands, Projections
 
 
-def outputs(x: Tensor, projections: Sequence[Operands], observed: bool) -> list[Tensor]:
-    """Return y [M, N] of each projection of x [M, K].
+def output(x: Tensor, projection: Operands, observed: bool) -> Tensor:
+    """Return y [M, N] of a projection of x [M, K].
 
     ``observed``: a compiler or a transform looks on, which memory that is written twice confuses.
     """
-    return [_output(x, projection, observed) for projection in projections]
-
-
-def _output(x: Tensor, projection: Operands, observed: bool) -> Tensor:
     w, a, b, bias, seed, scaling, p = projection
     if a is None:
         return F.linear(x, w, bias)
     x_hat, narrow = x, a.dtype == torch.float16
     if seed is not None:
-        x_hat, kept = x * _ones(x, seed, p, observed), kept_scale(p)
+        (M, K), kept = x.shape, kept_scale(p)
+        if observed:
+            x_hat = x * keep_mask(seed, range(M), K, p).to(x.dtype)
+        else:
+            x_hat = x * next(kept_ones(seed, x.shape, p, x.dtype, M))
         x_hat, scaling = (x_hat * kept, scaling) if narrow else (x_hat, scaling * kept)
     s = F.linear(x_hat.to(a.dtype), a)
     if narrow:  # as written down: another order might overflow where this does not
@@ -46,43 +48,46 @@ def _output(x: Tensor, projection: Operands, observed: bool) -> Tensor:
     return torch.addmm(low_rank.to(x.dtype), x, w.t())
 
 
-def _ones(x: Tensor, seed: Tensor, p: float, observed: bool) -> Tensor:
-    """Return dropout's mask as ones and zeros [M, K] in the dtype of x."""
-    if observed:
-        return keep_mask(seed, range(x.shape[0]), x.shape[1], p).to(x.dtype)
-    return KeptOnes(seed, *x.shape, p, x.dtype).draw(x.shape[0])
-
-
 def gradients(
-    function: Callable[[Tensor, list[Operands]], Sequence[Tensor]],
-    dys: Sequence[Tensor | None],
-    x: Tensor,
-    projections: Sequence[Operands],
-    needs: Sequence[bool],
+    function: Callable, dys: Each, x: Tensor, projections: Projections, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Return gradients of what ``function`` makes of x and projections, by PyTorch's operations.
+    """Return gradients of the ys that ``function`` makes of x and projections, by PyTorch.
 
     They are differentiable again where grad mode is on. ``needs``: a flag for x, then for w, a, b
     and bias of each projection; the result has a gradient or None for each.
     """
-    inputs = [x, *(t for w, a, b, bias, *_ in projections for t in (w, a, b, bias))]
+    inputs = [x, *(t for one in projections for t in one[:4])]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # An alias for each: x may depend on the others, and two of them may be one tensor.
         x, *flat = aliases = [t if t is None else t.view_as(t) for t in inputs]
-        for t, need in zip(aliases, needs, strict=True):
-            if need and not t.requires_grad:  # what a hook has unpacked
-                t.requires_grad_()
+        wanted = [i for i, t in enumerate(aliases) if needs[i] and t is not None]
+        for i in wanted:
+            if not aliases[i].requires_grad:  # what a hook has unpacked
+                aliases[i].requires_grad_()
         made = [Operands(*flat[4 * i : 4 * i + 4], *p[4:]) for i, p in enumerate(projections)]
         ys = function(x, made)
     pairs = [(y, dy) for y, dy in zip(ys, dys, strict=True) if dy is not None]
-    wanted = [t for t, need in zip(aliases, needs, strict=True) if need and t is not None]
-    if not (wanted and pairs):
-        return [None] * len(needs)
-    ys, dys = zip(*pairs, strict=True)
-    options = {"create_graph": create_graph, "allow_unused": True}
-    found = iter(torch.autograd.grad(ys, wanted, dys, **options))
-    return [
-        next(found) if need and t is not None else None
-        for t, need in zip(aliases, needs, strict=True)
-    ]
+    found: list[Tensor | None] = [None] * len(inputs)
+    if wanted and pairs:
+        ys, dys = zip(*pairs, strict=True)
+        options = {"create_graph": create_graph, "allow_unused": True}
+        grads = torch.autograd.grad(ys, [aliases[i] for i in wanted], dys, **options)
+        for i, grad in zip(wanted, grads, strict=True):
+            found[i] = grad
+    return found
+
+
+def reference(x, w, a, b, bias=None, seed=None, scaling=1.0, p: float = 0.0) -> Tensor:
+    """Return ``x wᵀ + bias + scaling · dropout(x) aᵀ bᵀ`` [..., N] for x [..., K], as PEFT does."""
+    y = F.linear(x, w, bias)
+    return y if a is None else (y + low_rank(x, a, b, scaling, seed, p)).to(x.dtype)
+
+
+def low_rank(x: Tensor, a: Tensor, b: Tensor, scaling, seed: Tensor | None, p: float) -> Tensor:
+    """Return ``scaling · dropout(x) aᵀ bᵀ`` [..., N] in the adapters' dtype."""
+    x_hat = x.to(a.dtype)
+    if seed is not None:
+        keep = keep_mask(seed, range(x.shape[:-1].numel()), x.shape[-1], p)
+        x_hat = x_hat * keep.view(x.shape).to(a.dtype) * kept_scale(p)
+    return F.linear(F.linear(x_hat, a), b) * scaling

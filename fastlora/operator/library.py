@@ -9,32 +9,25 @@ drawn inside them; so does the low-rank product of float32 factors under a 16-bi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Mapping
 
 from fastlora_kernels import steps as kernels
 from torch import Tensor
 
 from fastlora.operator import blocks
-from fastlora.operator.operands import Operands
+from fastlora.operator.operands import Each, Projections
 
+shrink = functools.partial(kernels.shrink, for_outputs=False)  # `outputs` scales s itself
 ds_db, da = kernels.ds_db, kernels.da
-_DEFAULTS: Mapping[str, Any] = {}
-
-
-def shrink(
-    x: Tensor, projections: Sequence[Operands], configs: Mapping[str, Any] = _DEFAULTS
-) -> tuple[list[Tensor | None], None]:
-    """Return s = dropout(x) aᵀ [M, R] of each projection, which `outputs` scales itself."""
-    return kernels.shrink(x, projections, configs, for_outputs=False)
 
 
 def outputs(
     x: Tensor,
-    projections: Sequence[Operands],
-    ss: Sequence[Tensor | None],
+    projections: Projections,
+    ss: Each,
     scaled: None = None,
-    configs: Mapping[str, Any] = _DEFAULTS,
+    configs: Mapping | None = None,
 ) -> list[Tensor]:
     """Return y [M, N] of each projection: the frozen product added to the low-rank one."""
     there: list[Tensor | None] = [None] * len(projections)
@@ -48,21 +41,14 @@ def outputs(
 
 
 def input_grad(
-    dys: Sequence[Tensor | None],
-    projections: Sequence[Operands],
-    dss: Sequence[Tensor | None],
-    configs: Mapping[str, Any] = _DEFAULTS,
+    dys: Each, projections: Projections, dss: Each, configs: Mapping | None = None
 ) -> Tensor | None:
     """Return dx [M, K]: every product dy w added to the sum of dropout'(ds a)."""
     dx, there = None, [i for i, ds in enumerate(dss) if ds is not None]
     few, ds = [projections[i] for i in there], [dss[i] for i in there]
     if len(there) == 1 and few[0].seed is None and ds[0].dtype == dys[there[0]].dtype:
-        a = few[0].a
-        dx = blocks.expand(ds[0], a, 1.0, ds[0].new_empty(ds[0].shape[0], a.shape[1]))
+        dx = ds[0] @ few[0].a
     elif there:  # main loops without steps here too
         none = [dys[i][:, :0] for i in there]
         dx = kernels.input_grad(none, [(p[0][:0], *p[1:]) for p in few], ds)
-    for dy, (w, *_) in zip(dys, projections, strict=True):
-        if dy is not None:
-            dx = dy @ w if dx is None else dx.addmm_(dy, w)
-    return dx
+    return blocks.add_products(dx, dys, projections)

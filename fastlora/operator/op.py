@@ -4,10 +4,10 @@
 ``fastlora::lora_linears`` returns y and what backward needs of the low-rank path (s) for each of
 several projections of one x; ``fastlora::lora_linears_backward`` returns the gradients of x and of
 the adapters. Both take 2-D tensors and the name of an implementation; "auto" is resolved inside,
-for the sizes that come, so that one compiled graph serves them all. Lists hold an element for each
-projection; where it has no adapter, bias, seed or gradient, an empty tensor stands for it. There is
-one scaling: in a list its value would be part of a compiled graph. The gradients of trained base
-weights and biases are plain products and are written in the autograd formula.
+for the sizes that come, so that one compiled graph serves them all. ``operands`` holds w, a, b,
+bias and seed of each projection; an empty tensor stands for what there is none of, as it does for
+gradients. There is one scaling: in a list its value would be part of a compiled graph. The
+gradients of trained base weights and biases are plain products, written in the autograd formula.
 
 `run` calls the bodies without the dispatcher where nothing could tell: in eager mode the way
 through it and back costs as much Python time as ten small products.
@@ -15,7 +15,6 @@ through it and back costs as much Python time as ten small products.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -23,161 +22,125 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastlora.operator import eager, plans, steps
-from fastlora.operator.operands import Operands, with_scaling
+from fastlora.operator.operands import Each, Operands, Projections, with_scaling
 from fastlora.operator.steps import exact
 
 if plans.TUNE:
     from fastlora.operator import tuning  # noqa: F401 - measures what plans meet first
 
-SCHEMAS = (
-    "lora_linears(Tensor x, Tensor[] weight, Tensor[] lora_A, Tensor[] lora_B, Tensor[] bias, "
-    "Tensor[] seed, Scalar scaling, float[] dropout_p, str impl) -> (Tensor[], Tensor[])",
-    "lora_linears_backward(Tensor[] dy, Tensor x, Tensor[] weight, Tensor[] lora_A, "
-    "Tensor[] lora_B, Tensor[] s, Tensor[] seed, Scalar scaling, float[] dropout_p, str impl, "
-    "bool need_x, bool[] need_A, bool[] need_B) -> (Tensor, Tensor[], Tensor[])",
-)
-
 
 def forward(
-    x: Tensor, projections: Sequence[Operands], impl: str
-) -> tuple[list[Tensor], list[Tensor | None]]:
+    x: Tensor, projections: Projections, impl: str, plan: plans.Pair | None = None
+) -> tuple[list[Tensor], Each]:
     """Return y and s of each projection of x [M, K], s None without an adapter."""
-    return _forward(x, projections, plans.find(impl, x, projections))
-
-
-def _forward(x: Tensor, projections: Sequence[Operands], plan: plans.Pair):
-    impl, configs = plan.forward
+    module, configs = (plan or plans.find(impl, x, projections)).forward
     if configs is not None and not plans.aligned(x, *_read(projections)):
         configs = None
-    if not _autocast():
-        return steps.forward(impl, x, projections, configs)
     with exact(x.device):
-        return steps.forward(impl, x, projections, configs)
+        return steps.forward(module, x, projections, configs)
 
 
 def _backward(dys, x, projections, ss, plan: plans.Pair, need_x, needs):
     impl, configs = plan.backward
     if configs is not None and not plans.aligned(x, *dys, *_read(projections)):
         configs = None
-    if not _autocast():
-        return steps.backward(impl, dys, x, projections, ss, need_x, needs, configs)
     with exact(x.device):
         return steps.backward(impl, dys, x, projections, ss, need_x, needs, configs)
 
 
-_autocast = torch._C._is_any_autocast_enabled
-
-
-def _read(projections: Sequence[Operands]) -> list[Tensor | None]:
+def _read(projections: Projections) -> list[Tensor | None]:
     """Return what is read beside x and dy."""
     return [t for p in projections for t in p[:3]]
 
 
 # The operators, which hold lists of tensors.
 
+SCHEMAS = (
+    "lora_linears(Tensor x, Tensor[] operands, Scalar scaling, float[] dropout_p, str impl) "
+    "-> (Tensor[], Tensor[])",
+    "lora_linears_backward(Tensor[] dy, Tensor x, Tensor[] operands, Tensor[] s, Scalar scaling, "
+    "float[] dropout_p, str impl, bool need_x, bool[] need_A, bool[] need_B) "
+    "-> (Tensor, Tensor[], Tensor[])",
+)
 
-def _or_empty(x: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+
+def _or_empty(x: Tensor, tensors: Each) -> list[Tensor]:
     return [x.new_empty(0) if t is None else t for t in tensors]
 
 
-def _or_none(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+def _or_none(tensors: Sequence[Tensor]) -> Each:
     return [None if t.dim() == 1 and not t.shape[0] else t for t in tensors]
 
 
-def _projections(weight, *lists, scaling, dropout_p) -> list[Operands]:
-    """Return the lists of an operator's arguments by projection."""
-    rows = zip(weight, *map(_or_none, lists), [scaling] * len(weight), dropout_p, strict=True)
-    return [Operands(*row) for row in rows]
+def _listed(x: Tensor, projections: Projections) -> tuple[list[Tensor], float, list[float]]:
+    """Return operands, scaling and dropout_p."""
+    operands = _or_empty(x, [t for one in projections for t in one[:5]])
+    return operands, projections[0].scaling, [one.p for one in projections]
 
 
-def _lists(x: Tensor, projections: Sequence[Operands]) -> list[list]:
-    """Return projections as the operator takes them."""
-    w, a, b, bias, seed, scaling, p = (list(field) for field in zip(*projections, strict=True))
-    return [w, *(_or_empty(x, tensors) for tensors in (a, b, bias, seed)), scaling[0], p]
+def _projections(operands, scaling, dropout_p) -> list[Operands]:
+    each = _split(_or_none(operands), 5)
+    return [Operands(*of, scaling, p) for of, p in zip(each, dropout_p, strict=True)]
 
 
-def _alike(projections: Sequence[Operands]) -> Sequence[Operands]:
-    """Return projections of one scaling: where they differ, it becomes part of each b."""
-    first, *others = projections  # a symbolic scaling would lose that by being compared with itself
-    if all(p.scaling == first.scaling for p in others):
-        return projections
-    return [  # torch 2.8 does not compile _replace()
-        Operands(
-            *(p.w, *((None, None) if p.a is None else with_scaling(p.a, p.b, p.scaling))),
-            *(p.bias, p.seed, 1.0, p.p),
-        )
-        for p in projections
-    ]
+def _split(flat: Sequence, size: int) -> list[Sequence]:
+    return [flat[i : i + size] for i in range(0, len(flat), size)]
 
 
-def _forward_op(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl):
-    rest = {"scaling": float(scaling), "dropout_p": dropout_p}
-    ys, ss = forward(x, _projections(weight, lora_A, lora_B, bias, seed, **rest), impl)
+def _forward_op(x, operands, scaling, dropout_p, impl):
+    ys, ss = forward(x, _projections(operands, float(scaling), dropout_p), impl)
     return ys, _or_empty(x, ss)
 
 
-def _backward_op(
-    dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, impl, need_x, need_A, need_B
-):
-    rest = {"scaling": float(scaling), "dropout_p": dropout_p}
-    nothing = [x.new_empty(0)] * len(weight)
-    projections = _projections(weight, lora_A, lora_B, nothing, seed, **rest)
+def _backward_op(dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A, need_B):
+    projections = _projections(operands, float(scaling), dropout_p)
     needs, plan = list(zip(need_A, need_B, strict=True)), plans.find(impl, x, projections)
-    of = _or_none(dy), x, projections, _or_none(s), plan
-    dx, da, db = _backward(*of, need_x, needs)
-    return x.new_empty(0) if dx is None else dx, _or_empty(x, da), _or_empty(x, db)
+    dx, *grads = _backward(_or_none(dy), x, projections, _or_none(s), plan, need_x, needs)
+    return (*_or_empty(x, [dx]), *(_or_empty(x, each) for each in grads))
 
 
-def _forward_fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl):
-    ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weight]
-    ss = [None if a is None else a.new_empty(x.shape[0], a.shape[0]) for a in _or_none(lora_A)]
-    return ys, _or_empty(x, ss)
+def _forward_fake(x, operands, scaling, dropout_p, impl):
+    M, each = x.shape[0], _projections(operands, scaling, dropout_p)
+    ss = [one.a if one.a is None else one.a.new_empty(M, one.a.shape[0]) for one in each]
+    return [x.new_empty(M, one.w.shape[0]) for one in each], _or_empty(x, ss)
 
 
-def _backward_fake(
-    dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, impl, need_x, need_A, need_B
-):
-    def grads(factors, needs):
+def _backward_fake(dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A, need_B):
+    def grads(tensors, needs):
         return [
-            a.new_empty(a.shape) if need and a.dim() == d.dim() == 2 else x.new_empty(0)
-            for a, d, need in zip(factors, dy, needs, strict=True)
+            t.new_empty(t.shape) if need and t.dim() == d.dim() == 2 else x.new_empty(0)
+            for t, d, need in zip(tensors, dy, needs, strict=True)
         ]
 
-    dx = x.new_empty(x.shape) if need_x else x.new_empty(0)
-    return dx, grads(lora_A, need_A), grads(lora_B, need_B)
+    dx = x.new_empty(x.shape if need_x else 0)
+    return dx, grads(operands[1::5], need_A), grads(operands[2::5], need_B)
 
 
 def _setup_context(ctx, inputs, output):
-    x, *lists, scaling, dropout_p, impl = inputs
+    x, *rest, impl = inputs
     ctx.mark_non_differentiable(*output[1])
-    projections = _projections(*lists, scaling=scaling, dropout_p=dropout_p)
-    _save(ctx, x, projections, _or_none(output[1]), impl)
+    _save(ctx, x, _projections(*rest), _or_none(output[1]), impl)
 
 
 def _autograd(ctx, dys, _):
-    need_x, *needs = ctx.needs_input_grad[:5]
-    dx, *grads = _grads(ctx, dys, need_x, list(zip(*needs, strict=True)))
-    return (dx, *grads, [None] * len(dys), None, None, None)
-
-
-def _registered() -> torch.library.Library:
-    """Make the operators known to PyTorch."""
-    lib = torch.library.Library("fastlora", "FRAGMENT")
-    of = {"lora_linears": (_forward_op, _forward_fake)}
-    of["lora_linears_backward"] = (_backward_op, _backward_fake)
-    for schema, (name, (body, fake)) in zip(SCHEMAS, of.items(), strict=True):
-        lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        lib.impl(name, body, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastlora::{name}", fake, lib=lib)
-    torch.library.register_autograd(
-        "fastlora::lora_linears", _autograd, setup_context=_setup_context, lib=lib
-    )
-    return lib
+    need_x, needs = ctx.needs_input_grad[:2]
+    dx, *grads = _grads(ctx, dys, need_x, [of[:4] for of in _split(needs, 5)])
+    flat = [grad for row in zip(*grads, strict=True) for grad in (*row, None)]
+    return dx, flat, None, None, None
 
 
 # A second import of this file, or a reload, leaves them to the first, which may be in use.
 if not hasattr(torch.ops.fastlora, "lora_linears"):
-    _lib = _registered()
+    _lib = torch.library.Library("fastlora", "FRAGMENT")
+    _bodies = (_forward_op, _forward_fake), (_backward_op, _backward_fake)
+    for _schema, (_body, _fake) in zip(SCHEMAS, _bodies, strict=True):
+        _name = _schema.partition("(")[0]
+        _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _lib.impl(_name, _body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastlora::{_name}", _fake, lib=_lib)
+    torch.library.register_autograd(
+        "fastlora::lora_linears", _autograd, setup_context=_setup_context, lib=_lib
+    )
 
 
 # Gradients
@@ -203,16 +166,9 @@ def _grads(ctx, dys, need_x, needs):
 
 
 def gradients(
-    dys: Sequence[Tensor | None],
-    x: Tensor,
-    projections: Sequence[Operands],
-    ss: Sequence[Tensor | None],
-    impl: str,
-    need_x: bool,
-    needs: Sequence[Sequence[bool]],
-    plan: plans.Pair | None = None,
-) -> tuple[Tensor | None, ...]:
-    """Return dx, and lists of the gradients of each weight, lora_A, lora_B and bias.
+    dys: Each, x: Tensor, projections: Projections, ss: Each, impl, need_x, needs, plan=None
+) -> tuple[Tensor | None, Each, Each, Each, Each]:
+    """Return dx, and the gradients of each weight, lora_A, lora_B and bias.
 
     ``needs`` holds a flag for each of those four, for each projection; what is not asked for, or
     has no dy, is None. ``plan``: what forward ran by, where it is known.
@@ -231,61 +187,53 @@ def gradients(
         if need_bias:
             dbias[i] = dy.sum(0)
     if not some:
-        pass
-    elif looked_into(*dys):
+        return dx, dw, da, db, dbias
+    # With a plan, what was saved beside x is as it was in forward.
+    observed = not unobserved(x, *dys, *([] if plan else _read(projections)))
+    if looked_into(*dys) or (observed and not _alike(projections)):
         flags = [need_x, *(flag for a, b in factors for flag in (False, a, b, False))]
         with exact(x.device):
-            dx, *flat = eager.gradients(_watched, dys, x, projections, flags)
+            dx, *flat = eager.gradients(_observed, dys, x, projections, flags)
         da, db = flat[1::4], flat[2::4]
-    elif unobserved(x, *dys):  # what was saved beside x is as it was in forward
+    elif observed:
+        operands, *numbers = _listed(x, projections)
+        given = _or_empty(x, dys), x, operands, _or_empty(x, ss), *numbers, impl, need_x
+        needed = (list(flags) for flags in zip(*factors, strict=True))
+        dx, *grads = torch.ops.fastlora.lora_linears_backward(*given, *needed)
+        dx, (da, db) = dx if need_x else None, map(_or_none, grads)
+    else:
         plan = plan or plans.find(impl, x, projections)
         dx, da, db = _backward(dys, x, projections, ss, plan, need_x, factors)
-    else:
-        dx, da, db = _observed_backward(dys, x, projections, ss, impl, need_x, factors)
     return dx, dw, da, db, dbias
 
 
-def _observed_backward(dys, x, projections, ss, impl, need_x, needs):
-    """Do what `_backward` does through the operator, for whom it may concern."""
-    alike = _alike(projections)
-    if alike is not projections:  # float16 factors have become float32 there
-        ss = [None if s is None else s.to(p.a.dtype) for s, p in zip(ss, alike, strict=True)]
-    w, a, b, _, *rest = _lists(x, alike)
-    lists = [_or_empty(x, dys), x, w, a, b, _or_empty(x, ss), *rest]
-    need_a, need_b = (list(flags) for flags in zip(*needs, strict=True))
-    dx, da, db = torch.ops.fastlora.lora_linears_backward(*lists, impl, need_x, need_a, need_b)
-    da, db = _or_none(da), _or_none(db)
-    if alike is not projections:
-        of = list(zip(da, db, projections, strict=True))
-        da = [None if g is None else g.to(p.a.dtype) for g, _, p in of]
-        db = [None if g is None else (g * p.scaling).to(p.b.dtype) for _, g, p in of]
-    return dx if need_x else None, da, db
+def _observed(x: Tensor, projections: Projections) -> list[Tensor]:
+    return [eager.output(x, one, observed=True) for one in projections]
 
 
-def _by_four(flat: Sequence) -> list[Sequence]:
-    return [flat[i : i + 4] for i in range(0, len(flat), 4)]
+def _alike(projections: Projections) -> bool:
+    """Return whether they have one scaling."""
+    first, *others = projections  # a symbolic one would lose that by being compared with itself
+    return all(one.scaling == first.scaling for one in others)
 
 
 class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, projections, impl, *_):
         plan = plans.find(impl, x, projections)
-        ys, ss = _forward(x, projections, plan)
+        ys, ss = forward(x, projections, impl, plan)
         _save(ctx, x, projections, ss, impl, plan)
         need_x, _, _, *flat = ctx.needs_input_grad
         if not need_x and len(ys) > 1:  # of frozen layers nothing that follows is to be kept
-            pairs = zip(ys, _by_four(flat), strict=True)
+            pairs = zip(ys, _split(flat, 4), strict=True)
             ctx.mark_non_differentiable(*(y for y, needs in pairs if not any(needs)))
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *dys):
         need_x, _, _, *flat = ctx.needs_input_grad
-        dx, *grads = _grads(ctx, dys, need_x, _by_four(flat))
-        found = [dx, None, None]
-        for row in zip(*grads, strict=True):
-            found += row
-        return tuple(found)
+        dx, *grads = _grads(ctx, dys, need_x, _split(flat, 4))
+        return dx, None, None, *[grad for row in zip(*grads, strict=True) for grad in row]
 
 
 # Without Function.apply's preparations for functorch, which take 7 µs: `unobserved` excludes its
@@ -293,30 +241,25 @@ class _Direct(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Direct).apply
 
 
-def transformed() -> bool:
-    """Return whether `torch.func` or forward-mode AD looks on, which know PyTorch's operations."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+# Which way a call goes
 
 
-def run(
-    x: Tensor, projections: Sequence[Operands], impl: str, plain: bool = False
-) -> Sequence[Tensor]:
-    """Return y of each projection, by the shortest way that gives what the operator does.
-
-    ``plain``: it is known that `unobserved` finds nothing in the tensors themselves.
-    """
+def run(x: Tensor, projections: Projections, impl: str) -> Sequence[Tensor]:
+    """Return y of each projection, by the shortest way that gives what the operator does."""
     flat: list[Tensor | None] = []
     for w, a, b, bias, _, _, _ in projections:
         flat += w, a, b, bias
     by_functions = transformed()
-    observed = by_functions or not (unobserved() if plain else unobserved(x, *flat))
+    observed = by_functions or not unobserved(x, *flat)
     if impl == "auto" and not observed and x.is_cpu and _is_few(x, projections):
         impl = "eager"
     if by_functions or impl == "eager":
         with exact(x.device):
-            return eager.outputs(x, projections, observed)
+            return [eager.output(x, one, observed) for one in projections]
     if observed:
-        return torch.ops.fastlora.lora_linears(x, *_lists(x, _alike(projections)), impl)[0]
+        if not _alike(projections):
+            projections = [_scaled(one) for one in projections]
+        return torch.ops.fastlora.lora_linears(x, *_listed(x, projections), impl)[0]
     if torch.is_grad_enabled():
         for t in (x, *flat):
             if t is not None and t.requires_grad:
@@ -324,14 +267,25 @@ def run(
     return forward(x, projections, impl)[0]
 
 
-def _is_few(x: Tensor, projections: Sequence[Operands]) -> bool:
+def _scaled(one: Operands) -> Operands:
+    """Return a projection whose scaling is part of its b."""
+    a, b = (None, None) if one.a is None else with_scaling(one.a, one.b, one.scaling)
+    return Operands(one.w, a, b, one.bias, one.seed, 1.0, one.p)
+
+
+def _is_few(x: Tensor, projections: Projections) -> bool:
     """Return what `plans.is_few` does of a tensor on a CPU, in a fifth of the time."""
-    if x.numel() > plans.FEW or _autocast():
+    if x.numel() > plans.FEW or torch._C._is_any_autocast_enabled():
         return False
     for _, a, b, _, _, _, _ in projections:
         if a is not None and not (a.is_contiguous() and b.is_contiguous()):
             return False  # PyTorch's gradients of others round worse than the rule allows
     return True
+
+
+def transformed() -> bool:
+    """Return whether `torch.func` or forward-mode AD looks on, which know PyTorch's operations."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def unobserved(*tensors: Tensor | None) -> bool:
@@ -365,4 +319,3 @@ def looked_into(*dys: Tensor | None) -> bool:
 wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _legacy = torch._C._functorch.is_legacy_batchedtensor
 PLAIN = (Tensor, torch.nn.Parameter)
-_watched = functools.partial(eager.outputs, observed=True)

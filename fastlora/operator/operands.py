@@ -52,6 +52,11 @@ class Operands(NamedTuple):
     p: float
 
 
+Projections = Sequence[Operands]
+# An element for each projection, None where there is none.
+Each = Sequence[Tensor | None]
+
+
 class Problem(NamedTuple):
     """What a plan is chosen for: M tokens, N outputs, K inputs, rank R, dtypes, dropout.
 
@@ -69,7 +74,7 @@ class Problem(NamedTuple):
     others: tuple[tuple[int, int], ...] = ()
 
     @staticmethod
-    def of(x: Tensor, projections: Sequence[Operands]) -> Problem | None:
+    def of(x: Tensor, projections: Projections) -> Problem | None:
         """Return the problem that projections of x [M, K] pose; None if none has an adapter."""
         adapted = [p for p in projections if p.a is not None]
         if not adapted:
@@ -80,12 +85,7 @@ class Problem(NamedTuple):
 
     @staticmethod
     def together(
-        M: int,
-        K: int,
-        sizes: Sequence[tuple[int, int]],
-        dtype: torch.dtype,
-        adapter: torch.dtype,
-        dropout: bool,
+        M: int, K: int, sizes: Sequence, dtype: torch.dtype, adapter: torch.dtype, dropout: bool
     ) -> Problem:
         """Return the problem of projections of N and R each, in whatever order they come."""
         (n, r), *others = sorted(sizes, key=lambda size: (size[1] == 0, -size[0], -size[1]))
@@ -93,8 +93,8 @@ class Problem(NamedTuple):
 
     def bucketed(self) -> Problem:
         """Return the problem with M and R rounded up to powers of two, R to 16 at least."""
-        others = tuple((n, _bucket(r)) for n, r in self.others)
-        return self._replace(M=_power(self.M), R=_bucket(self.R), others=others)
+        others = tuple((n, _bucket(r, 16)) for n, r in self.others)
+        return self._replace(M=_bucket(self.M or 1, 1), R=_bucket(self.R, 16), others=others)
 
     def __str__(self) -> str:
         if self.others:
@@ -106,9 +106,5 @@ class Problem(NamedTuple):
         return f"{self.M} x {self.N} x {self.K}, r = {self.R}, {names[0]}{adapters}{dropout}"
 
 
-def _power(size: int) -> int:
-    return 1 << max(0, size - 1).bit_length()
-
-
-def _bucket(r: int) -> int:
-    return max(16, _power(r)) if r else 0
+def _bucket(size: int, least: int) -> int:
+    return max(least, 1 << (size - 1).bit_length()) if size else 0

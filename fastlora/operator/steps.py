@@ -10,28 +10,24 @@ An implementation is a module of five functions over lists:
     da(x, projections, dss, needs) -> das
 
 A list holds an element for each projection, None where it has no adapter or nothing is asked for.
-Those with kernels take ``configs`` as well, one for each step by its name.
+Those with kernels take ``configs`` as well, one for each step by its name. The last two may be one
+function, `input_grad_and_da`, which draws a mask that both need once.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlora.operator.operands import Operands
+from fastlora.operator.operands import Each, Projections
 
 
 def forward(
-    impl: ModuleType,
-    x: Tensor,
-    projections: Sequence[Operands],
-    configs: Mapping[str, Any] | None = None,
-) -> tuple[list[Tensor], list[Tensor | None]]:
+    impl: ModuleType, x: Tensor, projections: Projections, configs=None
+) -> tuple[list[Tensor], Each]:
     """Return y [M, N] and s = dropout(x) aᵀ [M, R] of each projection of x [M, K]."""
     options = {} if configs is None else {"configs": configs}
     ss, scaled = impl.shrink(x, projections, **options)
@@ -39,31 +35,21 @@ def forward(
 
 
 def backward(
-    impl: ModuleType,
-    dys: Sequence[Tensor | None],
-    x: Tensor,
-    projections: Sequence[Operands],
-    ss: Sequence[Tensor | None],
-    need_x: bool,
-    needs: Sequence[tuple[bool, bool]],
-    configs: Mapping[str, Any] | None = None,
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    impl, dys: Each, x: Tensor, projections: Projections, ss: Each, need_x, needs, configs=None
+) -> tuple[Tensor | None, Each, Each]:
     """Return dx [M, K] of all projections together, and da [R, K] and db [N, R] of each.
 
     ``needs`` says of each projection whether da and db are asked for; what is not, or has no dy,
     is None. Some dy has to be there if ``need_x``.
     """
     options = {} if configs is None else {"configs": configs}
-    need_a, need_ds, need_db = [], [], []
-    for for_a, for_b in needs:
-        need_a.append(for_a)
-        need_ds.append(need_x or for_a)
-        need_db.append(for_b)
+    need_a, need_db = [a for a, _ in needs], [b for _, b in needs]
+    need_ds = [need_x or a for a in need_a]
     dss, dbs = impl.ds_db(dys, projections, ss, need_ds, need_db, **options)
-    if need_x and True in need_a and hasattr(impl, "input_grad_and_da"):
-        # Both at once, where they share the drawing of a mask.
-        return *impl.input_grad_and_da(dys, x, projections, dss, need_a), dbs
-    das = impl.da(x, projections, dss, need_a, **options) if True in need_a else [None] * len(dbs)
+    if hasattr(impl, "input_grad_and_da"):
+        given = dys if need_x else [None] * len(dys)
+        return *impl.input_grad_and_da(given, x, projections, dss, need_a), dbs
+    das = impl.da(x, projections, dss, need_a, **options) if True in need_a else [None] * len(dys)
     dx = impl.input_grad(dys, projections, dss, **options) if need_x else None
     return dx, das, dbs
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastlora
-from fastlora.operator import reference
-from fastlora.operator.dropout import keep_mask, new_seed
+from fastlora.operator.dropout import new_seed
+from fastlora.operator.eager import reference
 
 quiet = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 in_the_suite = settings(derandomize=True, **quiet)
@@ -128,33 +128,63 @@ def drawn(asked: Asked) -> tuple[Tensor, list[Tensor], list[fastlora.Projection]
     return x, dys, made
 
 
-def masks_of(asked: Asked, made, rows: int) -> list[Tensor | None]:
-    """Return what each projection keeps, None where it drops nothing."""
-    torch.manual_seed(asked.seed)
-    return [
-        None if a is None or not p else keep_mask(new_seed(a.device), range(rows), asked.k, p)
-        for _, a, _, _, _, p in made
-    ]
-
-
-def answer(x: Tensor, dys, made, masks, dtype) -> tuple[list[Tensor], dict]:
+def answer(asked: Asked, x: Tensor, dys, made, dtype) -> dict:
     """Return y and gradients of everything by the plain formula, in ``dtype`` or as it is."""
+    torch.manual_seed(asked.seed)
+    seeds = [new_seed(x.device) if one.p and one.r else None for one in asked.ones]
 
     def leaf(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().to(dtype or t.dtype).clone().requires_grad_()
 
-    x, ys, leaves = leaf(x), [], {}
-    leaves["x"] = x
-    for i, (w, a, b, bias, scaling, p) in enumerate(made):
-        w, a, b, bias = given = [leaf(t) for t in (w, a, b, bias)]
+    x, ys = leaf(x), []
+    leaves = {"x": x}
+    for i, (*tensors, scaling, p) in enumerate(made):
+        w, a, b, bias = given = [leaf(t) for t in tensors]
         leaves |= {(i, n): t for n, t in zip(NAMES, given, strict=True) if t is not None}
-        if a is None:
-            ys.append(torch.nn.functional.linear(x, w, bias))
-        else:
-            options = {"scaling": scaling, "dropout_p": p, "mask": masks[i]}
-            ys.append(reference.lora_linear(x, w, a, b, bias, **options))
+        ys.append(reference(x, w, a, b, bias, seeds[i], scaling, p))
     grads = torch.autograd.grad(ys, leaves.values(), [dy.to(ys[0].dtype) for dy in dys])
-    return [y.detach() for y in ys], dict(zip(leaves, grads, strict=True))
+    return {i: y.detach() for i, y in enumerate(ys)} | dict(zip(leaves, grads, strict=True))
+
+
+def result(asked: Asked, x: Tensor, dys, made) -> dict:
+    """Return y of each and the gradients that are asked for, after a check of what was given."""
+    cast = asked.autocast and x.dtype != torch.float32
+
+    def leaf(t: Tensor, group: str, trains: bool) -> Tensor:
+        widened = cast and group in asked.wide
+        return (t.float() if widened else t).detach().requires_grad_(trains)
+
+    leaves: dict = {"x": leaf(x, "x", asked.x_trains)}
+    given = []
+    for i, (one, (*tensors, scaling, p)) in enumerate(zip(asked.ones, made, strict=True)):
+        for j, (name, t) in enumerate(zip(NAMES, tensors, strict=True)):
+            if t is not None:
+                group = "adapters" if name.startswith("lora") else "base"
+                leaves[i, name] = tensors[j] = leaf(t, group, name in one.trains)
+        given.append(fastlora.Projection(*tensors, scaling, p))
+    before = {key: (t._version, t.clone()) for key, t in leaves.items()}
+    x = leaves["x"].view(*asked.leading, -1) if asked.x_layout != "expanded" else leaves["x"]
+    torch.manual_seed(asked.seed)
+    options = {"training": True, "impl": asked.impl}
+    with torch.autocast("cpu", dys[0].dtype if cast else torch.bfloat16, enabled=cast):
+        if len(given) == 1 and given[0].lora_A is not None:
+            *tensors, scaling, p = given[0]
+            ys = [fastlora.lora_linear(x, *tensors, scaling=scaling, dropout_p=p, **options)]
+        else:
+            ys = fastlora.lora_linears(x, given, **options)
+    assert [y.shape for y in ys] == [(*x.shape[:-1], one.n) for one in asked.ones]
+    found: dict = {i: y.detach().reshape(dys[i].shape) for i, y in enumerate(ys)}
+    pairs = [(y, dy) for y, dy in zip(ys, dys, strict=True) if y.requires_grad]
+    if pairs:
+        dys = [dy.view_as(y) if dy.is_contiguous() else dy.reshape(y.shape) for y, dy in pairs]
+        wanted = {key: t for key, t in leaves.items() if t.requires_grad}
+        options = {"grad_outputs": dys, "allow_unused": True}
+        grads = torch.autograd.grad([y for y, _ in pairs], wanted.values(), **options)
+        found |= dict(zip(wanted, grads, strict=True))
+    for key, (version, values) in before.items():
+        assert leaves[key]._version == version, f"{key} was written to"
+        assert torch.equal(leaves[key], values), f"{key} was changed"
+    return found
 
 
 def examples(request, check, strategy, count: int = 40) -> None:
@@ -174,61 +204,14 @@ def test_acceptance_rule(request):
 
 
 def right(asked: Asked) -> None:
-    x, dys, made = drawn(asked)
-    cast = asked.autocast and x.dtype != torch.float32
-
-    def leaf(t: Tensor, group: str, trains: bool) -> Tensor:
-        widened = cast and group in asked.wide
-        return (t.float() if widened else t).detach().requires_grad_(trains)
-
-    leaves: dict = {"x": leaf(x, "x", asked.x_trains)}
-    given_projections = []
-    for i, (one, (w, a, b, bias, *rest)) in enumerate(zip(asked.ones, made, strict=True)):
-        tensors = []
-        for name, t in zip(NAMES, (w, a, b, bias), strict=True):
-            if t is not None:
-                group = "adapters" if name.startswith("lora") else "base"
-                leaves[i, name] = t = leaf(t, group, name in one.trains)
-            tensors.append(t)
-        given_projections.append(fastlora.Projection(*tensors, *rest))
-    before = {key: (t._version, t.clone()) for key, t in leaves.items()}
-    given_x = leaves["x"].view(*asked.leading, -1) if asked.x_layout != "expanded" else leaves["x"]
-    torch.manual_seed(asked.seed)
-    with torch.autocast("cpu", x.dtype if cast else torch.bfloat16, enabled=cast):
-        if len(made) == 1 and made[0].lora_A is not None:
-            (w, a, b, bias, scaling, p) = given_projections[0]
-            options = {"scaling": scaling, "dropout_p": p, "training": True, "impl": asked.impl}
-            ys = [fastlora.lora_linear(given_x, w, a, b, bias, **options)]
-        else:
-            ys = fastlora.lora_linears(given_x, given_projections, training=True, impl=asked.impl)
-    rows = x.shape[0]
-    masks = masks_of(asked, made, rows)
-    (plains, plain_grads), (exact, exact_grads) = (
-        answer(x, dys, made, masks, dtype) for dtype in (None, torch.float64)
-    )
-    for i, y in enumerate(ys):
-        assert y.shape == (*given_x.shape[:-1], asked.ones[i].n)
-        accept(f"y of {i}", y.detach().reshape(rows, -1), plains[i], exact[i])
-    asked_for = {key: t for key, t in leaves.items() if t.requires_grad}
-    if asked_for:
-        pairs = zip(ys, dys, strict=True)
-        pairs = [
-            (y, dy.view_as(y) if dy.is_contiguous() else dy.reshape(y.shape)) for y, dy in pairs
-        ]
-        pairs = [(y, dy) for y, dy in pairs if y.requires_grad]
-        ys_asked, dys_asked = zip(*pairs, strict=True)
-        grads = torch.autograd.grad(ys_asked, asked_for.values(), dys_asked, allow_unused=True)
-        for key, grad in zip(asked_for, grads, strict=True):
-            note(f"gradient of {key}")
-            expected = plain_grads[key]
-            accept(f"gradient of {key}", grad.to(expected.dtype), expected, exact_grads[key])
-    for key, (version, values) in before.items():
-        assert leaves[key]._version == version, f"{key} was written to"
-        assert torch.equal(leaves[key], values), f"{key} was changed"
+    given = drawn(asked)
+    expected, exact = (answer(asked, *given, dtype) for dtype in (None, torch.float64))
+    for key, t in result(asked, *given).items():
+        note(f"y or gradient of {key}")
+        accept(f"y or gradient of {key}", t.to(expected[key].dtype), expected[key], exact[key])
 
 
-infinite = st.builds(
-    lambda asked, kind, places: (dataclasses.replace(asked, kind=kind, autocast=False), places),
+infinite = st.tuples(
     questions.filter(lambda asked: any(one.r for one in asked.ones)),
     st.sampled_from([kind for kind, (base, adapter) in KINDS.items() if base != adapter]),
     st.lists(st.tuples(*[st.integers(0, 60)] * 2, st.booleans(), st.booleans()), min_size=1),
@@ -239,27 +222,16 @@ def test_infinities_are_where_the_formula_has_them(request):
     examples(request, infinite_alike, infinite, count=15)
 
 
-def infinite_alike(asked: tuple[Asked, list]) -> None:
+def infinite_alike(drawn_case: tuple) -> None:
     """Under float32 adapters, whose factors go to 16-bit products as several terms."""
-    asked, places = asked
+    asked, kind, places = drawn_case
+    asked = dataclasses.replace(asked, kind=kind, autocast=False, x_trains=True)
     x, dys, made = drawn(asked)
     x, dys = x.clone(), [dy.clone() for dy in dys]
     for row, column, of_x, negative in places:
         (x if of_x else dys[0])[row, column] = -torch.inf if negative else torch.inf
-    leaves = {"x": x.requires_grad_()}
-    given_projections = []
-    for i, (w, a, b, *rest) in enumerate(made):
-        a, b = (None if t is None else t.detach().requires_grad_() for t in (a, b))
-        leaves |= {(i, n): t for n, t in (("lora_A", a), ("lora_B", b)) if t is not None}
-        given_projections.append(fastlora.Projection(w, a, b, *rest))
-    torch.manual_seed(asked.seed)
-    ys = fastlora.lora_linears(x, given_projections, training=True, impl=asked.impl)
-    masks = masks_of(asked, made, len(x))
-    plain_ys, plain_grads = answer(x, dys, made, masks, None)
-    grads = dict(zip(leaves, torch.autograd.grad(ys, leaves.values(), dys), strict=True))
-    found = {**dict(enumerate(ys)), **grads}
-    expected = {**dict(enumerate(plain_ys)), **{key: plain_grads[key] for key in grads}}
-    for key, t in found.items():
+    expected = answer(asked, x, dys, made, None)
+    for key, t in result(asked, x, dys, made).items():
         for is_so in (torch.isposinf, torch.isneginf, torch.isnan):
             assert torch.equal(is_so(t), is_so(expected[key])), f"{is_so.__name__}, {key}"
 

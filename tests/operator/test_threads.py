@@ -40,17 +40,22 @@ def at_once(call) -> list:
         return list(pool.map(run, range(THREADS)))
 
 
-def test_inference_on_one_model(model):
+def test_inference_on_one_model_and_on_replicas_of_data_parallel(model):
+    """`nn.DataParallel` makes shallow copies whose parameters are tensors of another's graph."""
     model = model.eval()
     with torch.no_grad():
         expected = [model(ids).logits for ids in INPUTS]
+    replicas = [_shallow(model) for _ in range(THREADS)]
 
-    def answer(i):
+    def answers(i):
         with torch.no_grad():
-            return model(INPUTS[i]).logits
+            return model(INPUTS[i]).logits, replicas[i](INPUTS[i]).logits
 
-    for found, right in zip(at_once(answer), expected, strict=True):
-        assert all(torch.equal(logits, right) for logits in found)
+    for found, right in zip(at_once(answers), expected, strict=True):
+        for logits, of_replica in found:
+            assert torch.equal(logits, right)
+            # Its layers compute alone: other sums.
+            torch.testing.assert_close(of_replica, right, rtol=1e-4, atol=1e-5)
 
 
 def test_training_on_replicas(model):
@@ -64,20 +69,7 @@ def test_training_on_replicas(model):
     expected = [gradients(i, model) for i in range(THREADS)]
     results = at_once(lambda i: gradients(i, replicas[i]))
     for found, right in zip(results, expected, strict=True):
-        for grads in found:
-            assert all(map(torch.equal, grads, right))
-
-
-def test_replicas_of_data_parallel(model):
-    """`nn.DataParallel` makes shallow copies whose parameters are tensors of another's graph."""
-    model, ids = model.eval(), tiny.tokens()
-    expected = model(ids).logits
-    replicas = [_shallow(model) for _ in range(THREADS)]
-    with torch.no_grad():
-        results = at_once(lambda i: replicas[i](ids).logits)
-    for found in results:
-        for logits in found:  # its layers compute alone: other sums
-            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(*pair) for grads in found for pair in zip(grads, right, strict=True))
 
 
 def _shallow(module):
@@ -90,6 +82,4 @@ def _shallow(module):
             replica._parameters[name] = None
         else:
             setattr(replica, name, parameter.view_as(parameter))
-    for name, buffer in module._buffers.items():
-        replica._buffers[name] = buffer
     return replica

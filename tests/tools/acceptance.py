@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastlora.operator import reference
 from fastlora.operator.dropout import keep_mask
+from fastlora.operator.eager import reference
 
 # The plain result that others are held against has to be as good as its dtype lets it be.
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -99,8 +99,7 @@ def oracle(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
 def plain(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """Return what the plain torch formula and autograd give in the inputs' dtypes."""
     x, a, b = (t[n].detach().clone().requires_grad_() for n in "xab")
-    options = {"scaling": case.scaling, "dropout_p": case.dropout_p, "mask": mask_of(case, t)}
-    y = reference.lora_linear(x, t["w"], a, b, t["bias"], **options)
+    y = reference(x, t["w"], a, b, t["bias"], t["seed"], case.scaling, case.dropout_p)
     return dict(zip(NAMES, (y.detach(), *torch.autograd.grad(y, (x, a, b), t["dy"])), strict=True))
 
 

@@ -49,7 +49,7 @@ class Eager:
         return tuple(next(found) if need else None for need in needs)
 
     def _output(self, x, *rest):
-        return self.module.outputs(x, [Operands(*rest)], observed=False)[0]
+        return self.module.output(x, Operands(*rest), observed=False)
 
 
 def bodies():

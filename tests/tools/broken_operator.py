@@ -11,17 +11,17 @@ COPIES = {
         ("a trained bias gets no gradient", "if need_bias:", "if False:"),
     ],
     ("op", "operator::gradcheck_and_double_backward"): [
-        ("second derivatives are those of a constant", "elif looked_into(*dys):", "elif False:"),
+        ("second derivatives are those of a constant", "if looked_into(*dys) or (", "if ("),
     ],
-    ("op", "projections::modes_and_subclasses_see_the_operator"): [
+    ("op", "projections::compiled"): [
         (
             "projections of other scalings take the first one's",
-            "if all(p.scaling == first.scaling for p in others):",
-            "if True:",
+            "return all(one.scaling == first.scaling for one in others)",
+            "return True",
         ),
     ],
-    ("dropout", "blocks::more_rows_than_one_block"): [
-        ("every block drops the same elements", "self.next.add_(self.step)", "pass"),
+    ("dropout", "blocks::acceptance_rule"): [
+        ("every block drops the same elements", "        if first:\n", "        if False:\n"),
     ],
     (
         "dropout",
@@ -50,7 +50,11 @@ COPIES = {
         ),
     ],
     ("op", "eager::where_the_operator_runs_all_the_same"): [
-        ("few tokens lose precision under autocast", "plans.FEW or _autocast():", "plans.FEW:"),
+        (
+            "few tokens lose precision under autocast",
+            "plans.FEW or torch._C._is_any_autocast_enabled():",
+            "plans.FEW:",
+        ),
     ],
     ("plans", "operator::where_triton_cannot_run_that_is_said"): [
         (
@@ -59,8 +63,13 @@ COPIES = {
             "return 'blocks'\n            raise RuntimeError",
         ),
     ],
-    ("op", "unusual_operands::gradients_with_a_put_off_negation"): [
+    ("op", "unusual_operands::a_put_off_negation_is_carried_out"): [
         ("a negation that was put off is not carried out", " or t.is_neg()):", "):"),
+        (
+            "one of a weight is not carried out in backward",
+            "*([] if plan else _read(",
+            "*([] and (",
+        ),
     ],
     ("eager", "unusual_operands::float16_is_scaled_before_it_overflows"): [
         (
@@ -89,40 +98,19 @@ COPIES = {
     ("dropout", "batched_gradients::per_sample_gradients"): [
         ("a seed for each sample meets a mask for all", " + seed, None, ", ".add_(seed), None, "),
     ],
-    ("blocks", "operator::matches_the_oracle_through_autograd"): [
-        (
-            "the low-rank product is not scaled",
-            "t(), scaling, x.new_empty",
-            "t(), 1.0, x.new_empty",
-        ),
-        ("the bias is dropped where there is an adapter", ", w.shape[0]), bias)", ", w.shape[0]))"),
-        ("ds is not scaled", "_scaled_product(dy, b, scaling) if need_ds ", "(dy @ b) if need_ds "),
-        ("db is not scaled", "ds, _scaled_product(dy.t(), s, scaling)", "ds, dy.t() @ s"),
-        ("dx has no low-rank part", "_add_product(dx, ds, a)", "pass"),
-        ("kept elements are not scaled", "s if seed is None else s.mul_(kept_scale(p))", "s"),
-    ],
-    ("blocks", "blocks::acceptance_rule"): [
-        ("float32 factors are cut to one bfloat16 term", "rest.to(", "torch.zeros_like(first).to("),
-    ],
-    ("blocks", "blocks::more_rows_than_one_block"): [
-        (
-            "a block takes the rows of the first",
-            "return t if rows.stop - rows.start == t.shape[0] else t[rows]",
-            "return t[: rows.stop - rows.start]",
-        ),
-    ],
     ("blocks", "projections::acceptance_rule"): [
         ("dx is that of the last projection", "@ w if dx is None else dx.addmm_(dy, w)", "@ w"),
+        ("a block takes the rows of the first", "else t[rows]", "else t[: rows.stop - rows.start]"),
     ],
     ("blocks", "projections::only_what_is_asked_for"): [
-        (
-            "a gradient that is not asked for is made",
-            "i] = part if needs[i] else None",
-            "i] = part",
-        ),
+        ("a gradient that is not asked for is made", "[da if need else None for", "[da for"),
     ],
     ("blocks", "operator::inputs_are_never_modified"): [
-        ("dy is written to", "_scaled_product(dy, b, scaling) if ", "dy.mul_(scaling) @ b if "),
+        (
+            "dy is written to",
+            "parts.append(_scaled(dy_rows,",
+            "parts.append(_scaled(dy_rows.mul_(1),",
+        ),
     ],
     ("blocks", "unusual_operands::infinities_stay_under_float32_adapters"): [
         (
@@ -134,21 +122,21 @@ COPIES = {
     ("blocks", "unusual_operands::float16_is_scaled_before_it_overflows"): [
         (
             "float16 products are scaled when they are rounded",
-            "out = left.new_empty(left.shape[0], right.shape[1])\n    return out.addmm_(",
-            "return (left @ right).mul_(alpha)\n    return out.addmm_(",
+            "return out.addmm_(left, right, beta=0, alpha=alpha)\n\n",
+            "return (left @ right).mul_(alpha)\n\n",
         ),
     ],
     ("blocks", "unusual_operands::what_is_kept_by_dropout_is_not_scaled_early"): [
         (
             "what dropout keeps is scaled in ds",
-            "_part(dx, rows).addcmul_(part, ones, value=kept_scale(p))",
-            "_part(dx, rows).addcmul_((_part(left, rows) * kept_scale(p)) @ right, ones)",
+            "((left[rows] @ right).to(dx.dtype), ones, value=kept_scale(p))",
+            "((left[rows] * kept_scale(p)) @ right, ones)",
         ),
     ],
     ("blocks", "unusual_operands::many_rows_of_a_tiny_layer_take_few_calls"): [
         ("narrow inputs go by as few rows as wide ones", "= 1 << 18", "= 1"),
     ],
-    ("library", "library"): [
+    ("library", "projections::float32_adapters_take_one_launch_for_each_low_rank_product"): [
         ("low-rank products of float32 factors take a dozen launches", ", ss, there)", ", ss)"),
     ],
     ("eager", "operator::gradcheck_and_double_backward"): [
