@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastlora.functional import lora_linear
-from fastlora.operator.dropout import keep_mask, kept_scale, new_seed
+from fastlora.operator.dropout import new_seed
+from fastlora.operator.eager import low_rank
 from fastlora.operator.op import transformed
 from fastlora.operator.operands import with_scaling
 
@@ -29,11 +30,9 @@ def lora_sum(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[
     y = lora_linear(x, weight, a, b, bias, scaling=scaling, dropout_p=p, training=p > 0.0)
     for a, b, scaling, p in others:
         operands = x, a, b, scaling, new_seed(x.device) if p else None, p
-        if transformed():  # `torch.func` has no way to make anything again
-            low_rank = _low_rank(*operands)
-        else:  # backward makes the dropped input again instead of keeping it
-            low_rank = checkpoint(_low_rank, *operands, **_AGAIN)
-        y = y + low_rank.to(y.dtype)
+        # Backward makes the dropped input again instead of keeping it: `torch.func` has no way to.
+        again = functools.partial(checkpoint, low_rank, **_AGAIN)
+        y = y + (low_rank if transformed() else again)(*operands).to(y.dtype)
     return y
 
 
@@ -45,11 +44,3 @@ def stacked(base: torch.dtype, adapters: Sequence[Adapter]) -> Sequence[Adapter]
     scaled = [with_scaling(a.to(dtype), b.to(dtype), scaling) for a, b, scaling, _ in adapters]
     a, b = zip(*scaled, strict=True)
     return [(torch.cat(a), torch.cat(b, dim=1), 1.0, 0.0)]
-
-
-def _low_rank(x, a, b, scaling, seed, p) -> Tensor:
-    x_hat = x.to(a.dtype)
-    if seed is not None:
-        keep = keep_mask(seed, range(x.shape[:-1].numel()), x.shape[-1], p).view(x.shape)
-        x_hat = x_hat * keep.to(a.dtype) * kept_scale(p)
-    return F.linear(F.linear(x_hat, a), b) * scaling

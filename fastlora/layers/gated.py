@@ -75,7 +75,7 @@ def run(x: Tensor, projections: Sequence[Operands], activation: str, impl: str =
 
     Backward makes act(gate(x)) · up(x) again. Only for what `op.unobserved` allows.
     """
-    g, u = op.run(x, projections[:2], impl, plain=True)
+    g, u = op.run(x, projections[:2], impl)
     apply = super(torch.autograd.Function, _GatedMLP).apply  # without preparing for transforms
     return apply(g, u, activation, impl, projections[2], *projections[2][:4])
 

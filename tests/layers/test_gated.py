@@ -12,7 +12,7 @@ from acceptance import KINDS, accept
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastlora.layers import gated
-from fastlora.operator import reference
+from fastlora.operator.eager import reference
 from fastlora.operator.operands import Operands
 
 PLAIN = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -38,8 +38,8 @@ def operands(ranks=(3, 2, 4), dtype=torch.float32, adapter=None, p=0.0, M=120, K
 def formula(x, projections, act):
     """The plain torch formula, in the dtypes that are given."""
     gate, up, down = projections
-    h = PLAIN[act](reference.output(x, *gate)) * reference.output(x, *up)
-    return reference.output(h, *down)
+    h = PLAIN[act](reference(x, *gate)) * reference(x, *up)
+    return reference(h, *down)
 
 
 def trained(x, projections):

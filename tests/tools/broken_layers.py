@@ -100,10 +100,18 @@ COPIES = {
         ),
     ],
     ("active", DRAWN_AGAIN): [
-        ("several adapters keep what they have dropped", "if transformed():", "if True:"),
+        (
+            "several adapters keep what they have dropped",
+            "low_rank if transformed() else",
+            "low_rank if True else",
+        ),
     ],
     ("active", "operator/test_batched_gradients.py::test_per_sample_gradients"): [
-        ("several adapters that drop know no transforms", "if transformed():", "if False:"),
+        (
+            "several adapters that drop know no transforms",
+            "low_rank if transformed() else",
+            "low_rank if False else",
+        ),
     ],
     ("siblings", f"{SIBLINGS}any_order"): [
         ("siblings of another tensor are handed out", "_held.x is x and ", ""),
