@@ -20,6 +20,7 @@ from acceptance import KINDS, Case, accept, integers, mask_of, oracle, plain
 from fastlora_kernels.dropout import kept_scale
 from recorder import Call, recording
 
+from fastlora.operator import steps
 from fastlora.operator.operands import Operands
 
 PACKAGE = Path(fastlora_kernels.__file__).parent
@@ -85,14 +86,10 @@ class Joint:
 
 def run(kernels: ModuleType, joint: Joint, ts: list[dict], configs: dict | None = None) -> Found:
     """Return by projection what the five steps make: y, s and gradients; and dx."""
-    x, dys, steps = ts[0]["x"], [t["dy"] for t in ts], kernels.steps
-    projections, all_of = joint.projections(ts), [True] * len(ts)
-    options = {"configs": configs} if configs else {}
-    ss, scaled = steps.shrink(x, projections, **options)
-    ys = steps.outputs(x, projections, ss, scaled, **options)
-    dss, dbs = steps.ds_db(dys, projections, ss, all_of, all_of, **options)
-    dx = steps.input_grad(dys, projections, dss, **options)
-    das = steps.da(x, projections, dss, all_of, **options)
+    x, dys, needs = ts[0]["x"], [t["dy"] for t in ts], [(True, True)] * len(ts)
+    projections = joint.projections(ts)
+    ys, ss = steps.forward(kernels.steps, x, projections, configs)
+    dx, das, dbs = steps.backward(kernels.steps, dys, x, projections, ss, True, needs, configs)
     results = [{"y": y} for y in ys]
     for result, s, da, db in zip(results, ss, das, dbs, strict=True):
         if s is not None:
