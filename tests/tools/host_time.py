@@ -10,6 +10,7 @@ launcher that only notes its arguments or drops them. The interpreter must be of
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import statistics
@@ -24,6 +25,9 @@ import triton
 from fastlora_kernels import launch, outputs, steps
 from fastlora_kernels.configs import Chip
 from triton.backends.compiler import GPUTarget
+
+from fastlora import Projection, lora_linears
+from fastlora.operator import plans
 
 launched: list[dict] | None = None  # what the launcher is given, where somebody asks
 
@@ -157,17 +161,36 @@ def ways() -> Iterator[dict]:
     launch.Launch._by_triton = own
 
 
+def whole(count: int, p: float):
+    """Return a forward of `lora_linears` by the kernels, and a backward of what it made."""
+    plans.triton_unusable, plans.FEW = lambda device: None, 0
+    plans.default = lambda *_: ("triton", "as a GPU's")
+    zeros = functools.partial(torch.zeros, dtype=torch.bfloat16)
+    x, sizes, made = zeros(64, 256).requires_grad_(), (256, 128, 128)[:count], []
+    factors = [(zeros(16, 256).requires_grad_(), zeros(n, 16).requires_grad_()) for n in sizes]
+    of = [Projection(zeros(len(b), 256), a, b, zeros(len(b)), 2.0, p) for a, b in factors]
+    trained, dys = [x, *itertools.chain(*factors)], [zeros(64, n) for n in sizes]
+
+    def forward() -> None:
+        made[:] = lora_linears(x, of, training=True)
+
+    return forward, lambda: torch.autograd.grad(made, trained, dys, retain_graph=True)
+
+
 def main() -> None:
     stub()
     if sys.argv[1:] == ["check"]:
         for found in (*ways(), *pairs()):
             print(json.dumps(found), flush=True)
         return
-    for name, count, p in (("a layer", 1, 0.0), ("dropout", 1, 0.1), ("q/k/v", 3, 0.0)):
-        for direction, call in zip(("forward", "backward"), layer(count, p), strict=True):
+    cases = ("a layer", 1, 0.0), ("dropout", 1, 0.1), ("q/k/v", 3, 0.0)
+    for (name, *case), (of, make) in itertools.product(
+        cases, {"steps": layer, "all": whole}.items()
+    ):
+        for direction, call in zip(("forward", "backward"), make(*case), strict=True):
             found = [seconds * 1e6 for seconds in timeit.repeat(call, call, repeat=150, number=1)]
             best, median = min(found), statistics.median(found)
-            print(f"{name:8} {direction:8} best {best:6.1f} µs, median {median:6.1f} µs")
+            print(f"{name:8} {of:6} {direction:8} best {best:6.1f} µs, median {median:6.1f} µs")
 
 
 if __name__ == "__main__":
