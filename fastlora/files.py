@@ -46,32 +46,22 @@ def replace_files(writes: dict[Path, Callable[[BinaryIO], object]]) -> None:
             for path in temporary.values():
                 path.unlink(missing_ok=True)
         raise
-    sync_folder(first.parent)
-    for path in writes:
-        remove_abandoned(path)
+    with contextlib.suppress(OSError):  # names last through a power cut where the system can
+        handle = _opened(first.parent)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    with contextlib.suppress(OSError):  # what processes that were killed have left
+        for path in writes:
+            for left in path.parent.glob(f".{path.name}.*.tmp"):
+                if time.time() - left.stat().st_mtime > ABANDONED:
+                    left.unlink()
 
 
 def temporary_of(path: Path) -> Path:
     """Return a name beside ``path`` that nobody else takes."""
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-
-
-def remove_abandoned(path: Path) -> None:
-    """Delete what processes that were killed left of ``path`` an hour ago or more."""
-    with contextlib.suppress(OSError):
-        for left in path.parent.glob(f".{path.name}.*.tmp"):
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                left.unlink()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make new names in ``folder`` last through a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = _opened(folder)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 @contextlib.contextmanager

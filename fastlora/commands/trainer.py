@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Trainer(SFTTrainer):
 
     def __init__(self, *arguments, ask: str | None, start: dict, **options) -> None:
         super().__init__(*arguments, **options)
-        self.progress, self.ask, self.start = Progress(), ask, start
+        self.progress, self.ask, self.start, self.paused = Progress(), ask, start, 0.0
         self.remove_callback(ProgressCallback)
         self.add_callback(self.progress)
 
@@ -58,8 +59,18 @@ class Trainer(SFTTrainer):
     def evaluate(self, *_, **__) -> dict:
         """Note what the model is before the first step, when Trainer asks on its start."""
         if self.state.global_step == 0:
+            began, bar = time.time(), self.progress.training_bar
+            if bar is not None:
+                bar.clear()
             self.state.log_history.append(self.start | self.measure("before"))
+            if bar is not None:
+                bar.unpause()
+            self.paused = time.time() - began
         return {}
+
+    def log(self, logs, start_time=None) -> None:
+        """Log, the speed without the time that `evaluate` took."""
+        super().log(logs, start_time and start_time + self.paused)
 
     @torch.no_grad()
     def measure(self, when: str) -> dict:

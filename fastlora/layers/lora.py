@@ -111,7 +111,7 @@ class LoRALinear(nn.Linear):
                 raise ValueError(f"{name} must be {wanted}, got {value!r:.40}")
         self.r, self.lora_alpha, self.init_lora_weights = r, alpha, init
         self.scaling = alpha / (math.sqrt(r) if use_rslora else r)
-        self.lora_dropout = nn.Dropout(p).train(self.training)
+        self.lora_dropout = nn.Dropout(float(p)).train(self.training)
         like = {"device": self.weight.device, "dtype": dtype}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **like))

@@ -74,12 +74,13 @@ def replace_linears(
     for parameter in trained:
         parameter.requires_grad_(id(parameter) in adapters)
     for parent in list(model.modules()):
-        encoder = isinstance(parent, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
-        if encoder and not new.keys().isdisjoint(map(id, parent.modules())):
-            # Its inference kernel would read weights past the adapters; these are its switches.
-            parent.activation_relu_or_gelu, parent.use_nested_tensor = 0, False
         for name, child in parent._modules.items():
             parent._modules[name] = new.get(id(child), child)
+    for parent in model.modules():
+        encoder = isinstance(parent, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
+        if encoder and any(isinstance(module, LoRALinear) for module in parent.modules()):
+            # Its inference kernel would read weights past the adapters; these are its switches.
+            parent.activation_relu_or_gelu, parent.use_nested_tensor = 0, False
     siblings.make(groups, report)
     return report
 

@@ -63,10 +63,10 @@ def find(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
             key += w.shape[0], 0
         else:
             key += w.shape[0], a.shape[0], a.dtype, seed is not None
-    key = tuple(key)
-    pair = _found.get(key)
+    found, key = _found, tuple(key)
+    pair = found.get(key)
     if pair is None:
-        pair = _found[key] = _pair(impl, x, projections)
+        pair = found[key] = _pair(impl, x, projections)
     return pair
 
 
@@ -133,8 +133,9 @@ def default(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
 
 
 def forget() -> None:
-    """Have every plan chosen again, after measurements changed."""
-    _found.clear()
+    """Have every plan chosen again, after measurements changed; also what is being chosen now."""
+    global _found
+    _found = {}
 
 
 def is_few(elements: int, device: torch.device) -> bool:

@@ -8,6 +8,7 @@ for ever. No torch here.
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import subprocess
@@ -89,7 +90,8 @@ def parsed(data: bytes) -> dict[str, Any]:
     """
     if len(data) > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
-    values = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    numbers = {"parse_constant": _finite, "parse_float": _finite}
+    values = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, **numbers)
     if not isinstance(values, dict):
         raise ValueError(f"it must hold an object, not a {type(values).__name__}")
     method = values.get("peft_type")
@@ -129,6 +131,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"it has {key!r:.100} more than once")
         values[key] = value
     return values
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"it holds {text:.40}, and numbers must be finite")
+    return value
 
 
 # What PEFT 0.19 to 0.21 matches with modules' whole names, with a file's pattern inside.

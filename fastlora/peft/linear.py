@@ -17,8 +17,8 @@ from fastlora.functional import DTYPES
 from fastlora.layers.active import Adapter, lora_sum
 from fastlora.layers.lora import is_conv1d
 from fastlora.layers.siblings import FrozenLinear, Group, Layer, handed, separate
+from fastlora.operator.op import PLAIN
 
-_PLAIN = (Tensor, nn.Parameter)
 _DROPOUTS = (nn.Identity, nn.Dropout)
 _LIKE_WEIGHT = object()
 
@@ -174,7 +174,7 @@ def _adapter(
     if _is_observed(down) or _is_observed(up) or _is_observed(dropout):
         return "has hooks on its own parts, which would not be called"
     a, b = down._parameters.get("weight"), up._parameters.get("weight")
-    if type(a) not in _PLAIN or type(b) not in _PLAIN:
+    if type(a) not in PLAIN or type(b) not in PLAIN:
         return f"has weights of {type(a).__name__} and {type(b).__name__}"
     dtype, device, own = weight.dtype, weight.device, a.dtype
     if not a.device == b.device == device:
@@ -197,7 +197,7 @@ def _adapter(
     if type(scaling) is float:  # PEFT also takes arrays, and numbers of NumPy
         scales = -math.inf < scaling < math.inf
     else:
-        scales = type(scaling) in _PLAIN and scaling.dim() == 0
+        scales = type(scaling) in PLAIN and scaling.dim() == 0
         scales = scales and scaling.device.type in (device.type, "cpu")
     if not scales:
         return f"is scaled by {scaling!r:.60}, no finite number"
@@ -210,13 +210,13 @@ def _is_plain(base: nn.Module) -> bool:
 
 
 def _is_dense(weight: Any) -> bool:
-    return type(weight) in _PLAIN and weight.dtype in DTYPES
+    return type(weight) in PLAIN and weight.dtype in DTYPES
 
 
 def _suits(x: Any, dtype: torch.dtype, device: torch.device, autocast: bool) -> bool:
     """Return whether the operator takes this input, where PEFT would too."""
     return (
-        type(x) in _PLAIN
+        type(x) in PLAIN
         and x.device == device
         and (x.dtype == dtype or (autocast and x.is_floating_point() and x.dtype != torch.float64))
         and x.layout is torch.strided

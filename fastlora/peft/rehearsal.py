@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PLAIN = (Tensor, nn.Parameter)
+from fastlora.operator.op import PLAIN
+
 _CONTAINERS = (dict, list, set, OrderedDict)
 
 
@@ -72,7 +73,7 @@ def _without_memory(model: nn.Module) -> nn.Module:
     """Return a copy that shares everything but structure, with dense weights on the meta device."""
     copies: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        if type(tensor) in _PLAIN:  # a quantised weight has more to it than its elements
+        if type(tensor) in PLAIN:  # a quantised weight has more to it than its elements
             copied = copies[id(tensor)] = torch.empty_like(tensor, device="meta")
             if type(tensor) is nn.Parameter:
                 copies[id(tensor)] = nn.Parameter(copied, tensor.requires_grad)

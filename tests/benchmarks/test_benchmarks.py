@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks measure what they say: every way on a small problem, and the files of a run."""
+"""What a run of the benchmarks measures, and the files that it writes."""
 
-import copy
 import dataclasses
 import gc
 import json
@@ -11,7 +10,6 @@ import sys
 import weakref
 from pathlib import Path
 
-import baselines
 import decoder_layer
 import end_to_end
 import machine
@@ -22,9 +20,8 @@ import pytest
 import report
 import run
 import torch
-from baselines import WAYS, Problem, cannot
-from fastlora_kernels.configs import Chip
-from recorder import recording
+from baselines import WAYS, Problem
+from test_baselines import DECODERS, EAGER, PROBLEM, assert_shared
 
 from fastlora.files import replace_file
 from fastlora.operator.tuning import interleaved
@@ -32,59 +29,11 @@ from fastlora.operator.tuning import interleaved
 Figure = pytest.importorskip("matplotlib.figure").Figure
 RESULTS = Path(run.__file__).parent / "results"
 PAINT = Figure.savefig
-EAGER = [way for way in WAYS if way != "PEFT compiled"]
-DECODERS = [way for way in decoder_layer.WAYS if way != "PEFT compiled"]
 ERROR = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
-PROBLEM = Problem("small", 300, 40, 64, R=4, dtype=torch.float32, adapter=torch.float32)
 
 
 def out_of_memory(*_, **__):
     raise torch.OutOfMemoryError(f"{ERROR.partition(': ')[2]}\nMore lines follow.")
-
-
-def outputs(problem, ways=EAGER):
-    x, dy = problem.inputs()
-    found = {}
-    for way in ways:
-        if cannot(way, problem) is None:
-            layer = WAYS[way](problem)
-            trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
-            y = layer(x)
-            found[way] = (y, *torch.autograd.grad(y, trained, dy))
-    return found
-
-
-@pytest.mark.usefixtures("few")
-def test_all_ways_compute_the_same_layer():
-    found = outputs(PROBLEM)
-    assert found.keys() == set(EAGER) - {"fastlora library", "fastlora triton"}
-    frozen = found.pop("frozen")
-    assert len(frozen) == 2
-    for way, mine in found.items():
-        for one, other in zip(mine, found["PEFT"], strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=way)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_lorafusion_as_on_a_gpu(p, monkeypatch):
-    """Its kernels, in the interpreter, make what library products make in their place."""
-    problem = dataclasses.replace(PROBLEM, p=p)
-    torch.manual_seed(0)
-    expected = outputs(problem, ["LoRAFusion schedule"])
-    monkeypatch.setattr(baselines, "on_gpu", lambda t: True)
-    torch.manual_seed(0)
-    found = outputs(problem, ["LoRAFusion schedule"])
-    for one, other in zip(*expected.values(), *found.values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-
-
-def test_lorafusion_scales_the_narrow_factor(monkeypatch):
-    """So that its product needs no step of its own for the low-rank part, whatever the scaling."""
-    monkeypatch.setattr(baselines, "on_gpu", lambda t: True)
-    problem = Problem("scaled", 256, 128, 128, scaling=2.0)
-    with recording(Chip((9, 0), 232448, 132)) as calls:
-        WAYS["LoRAFusion schedule"](problem)(problem.inputs()[0])
-    assert [call.config.low_rank for call in calls] == ["fold"]
 
 
 def test_rows_say_what_was_measured():
@@ -122,30 +71,6 @@ def test_the_predicted_table_has_a_row_for_every_problem(capsys):
     assert head.count("|") == 8
     assert len(rows) == len(list(problems.problems("cuda")))
     assert all(float(row.split("|")[-4]) > 1 for row in rows)  # "triton", by the frozen layer
-
-
-@pytest.fixture
-def small_decoders(monkeypatch):
-    sizes = {"plain": (32, 16, 48, False), "biased": (32, 16, 48, True)}
-    monkeypatch.setattr(decoder_layer, "SIZES", sizes)
-    monkeypatch.setattr(decoder_layer, "ON_CPU", tuple(sizes))
-
-
-@pytest.mark.parametrize("name", ["plain", "biased"])
-def test_all_ways_compute_the_same_decoder_layer(name, small_decoders):
-    problem = decoder_layer.Problem(name, dtype=torch.float32, tokens=10)
-    frozen, found = decoder_layer.Layer(problem), {}
-    x = torch.randn(10, 32, requires_grad=True)
-    dys = [torch.randn(10, n) for n in (32, 16, 16)]
-    for way in DECODERS[1:]:
-        layer = decoder_layer.WAYS[way](problem, copy.deepcopy(frozen))
-        assert sum(p.requires_grad for p in layer.parameters()) == 14
-        ys = layer(x)
-        found[way] = [*ys, *torch.autograd.grad(ys, [x], dys)]
-    assert len(found) == 4
-    for way, mine in found.items():
-        for one, other in zip(mine, found["PEFT"], strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=way)
 
 
 def test_rows_of_decoder_layers(small_decoders):
@@ -453,39 +378,6 @@ def test_few_tokens_on_a_gpu_are_timed_with_the_host_too(tiny, tmp_path, monkeyp
     assert "*with host*" in table and "Steps begin on an idle GPU" not in table
     result["machine"]["cuda"] = "13.0"
     assert "Steps begin on an idle GPU" in report.markdown(result)
-
-
-def assert_shared(frozen, ways):
-    """All read the same frozen weights; what each one trains is its own."""
-    lies = [{True: set(), False: set()} for _ in (frozen, *ways)]
-    for found, module in zip(lies, (frozen, *ways), strict=True):
-        for t in (*module.parameters(), *module.buffers()):
-            found[t.requires_grad].add(t.data_ptr())
-    assert not lies[0][True] and all(found[False] == lies[0][False] for found in lies)
-    trained = [found[True] for found in lies[1:]]
-    assert len(set().union(*trained)) == sum(map(len, trained)) > 0
-
-
-def test_layers_share_their_frozen_weights(small_decoders, monkeypatch):
-    layers, step = [], measure.Step
-
-    def recorded(layer, *inputs):
-        layers.append(layer)
-        return step(layer, *inputs)
-
-    for module in (measure, decoder_layer):
-        monkeypatch.setattr(module, "Step", recorded)
-    problem = dataclasses.replace(PROBLEM, bias=True)
-    measure.measure(problem, EAGER, 0.0)
-    decoder = decoder_layer.Problem("biased", dtype=torch.float32, tokens=10)
-    decoder_layer.measure(decoder, DECODERS, 0.0)
-    assert len(layers) == 11
-    for ways, again in ((layers[:6], problem.linear()), (layers[6:], decoder_layer.Layer(decoder))):
-        linears = [{m for m in way.modules() if type(m) is torch.nn.Linear} for way in ways]
-        assert len(set().union(*linears)) == sum(map(len, linears))  # PEFT puts its own around it
-        assert_shared(ways[0], ways[1:])
-        for used, fresh in zip(ways[0].parameters(), again.parameters(), strict=True):
-            assert torch.equal(used, fresh)
 
 
 def test_models_share_their_frozen_weights(tiny, monkeypatch):

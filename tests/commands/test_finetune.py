@@ -62,6 +62,14 @@ def test_a_run_learns_and_leaves_its_files(finished):
     assert (finished / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_speed_is_that_of_training_alone(run, tmp_path, monkeypatch):
+    measure = trainer.Trainer.measure
+    slow = lambda self, when: time.sleep(3 * (when == "before")) or measure(self, when)  # noqa: E731
+    monkeypatch.setattr(trainer.Trainer, "measure", slow)
+    assert run(tmp_path, steps=1) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["seconds"] < 3
+
+
 def test_peft_loads_the_adapter_with_the_loss_that_was_measured(tiny, finished):
     model, tokenizer = models.load_model(str(tiny.model), torch.float32)
     model = peft.PeftModel.from_pretrained(model, finished / "adapter").eval()

@@ -53,6 +53,9 @@ def cases() -> list[tuple[Joint, int]]:
         kind, p = ("bf16-fp32", (0.2, 0.0, 0.3)) if sum(ranks) % 2 else ("bf16", ())
         sizes = (24, 40, 8, 17)[: len(ranks)]
         found.append((Joint(36, 48, sizes, ranks, kind, dropout_p=p), i % 5))
+    # One projection in every dtype and mode.
+    for kind, mode, p in itertools.product(KINDS, MODES, (0.0, 0.3)):
+        found.append((Joint(33, 70, (50,), (5,), kind, mode, (p,), biases=(p > 0,)), 0))
     return found
 
 

@@ -245,6 +245,7 @@ def test_defaults_of_each_chip(chip, change, of_one, of_several):
 
 def test_defaults_where_projections_differ():
     """k frozen, whose scaling is nobody's; then scalings that differ."""
+    assert recorded(CHIPS[90], replace(LAYER, scaling=1.0))[0].args["scaled_ptrs"] is None
     frozen = replace(LAYER, ranks=(16, 0, 16))
     for joint, scaling, low_rank in ((frozen, 1.0, "fold"), (LAYER, 3.0, "first")):
         ts = joint.blank()

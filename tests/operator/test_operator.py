@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lora_linear` and its operators: errors, dropout, autograd, compile, autocast, checkpointing."""
+"""`lora_linear`'s operators: under autograd, compilers, autocast, checkpoints and transforms."""
 
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
 from acceptance import KINDS, Case, accept, oracle, plain
-from measuring import run_python
 from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
@@ -288,119 +286,6 @@ def test_fake_and_real_lie_alike(impl, kind, p):
     for need_x, need_a, need_b in itertools.product((True, False), repeat=3):
         given = [dy], x, operands, [s], 0.5, [p], impl, need_x, [need_a], [need_b]
         opcheck(BACKWARD, given, test_utils=["test_schema", "test_faketensor"])
-
-
-def test_float64_runs_on_torch_and_not_on_triton():
-    t = arguments(torch.float64)
-    torch.testing.assert_close(fastlora.lora_linear(**t, impl="blocks"), formula(**t))
-    with pytest.raises(TypeError, match="x is float64, which impl='triton' does not take"):
-        fastlora.lora_linear(**t, impl="triton")
-
-
-# Errors
-
-
-def ones(*shape, dtype=torch.float32, **options):
-    return torch.ones(shape, dtype=dtype, **options)
-
-
-SPARSE = "must be dense, got a tensor of layout torch.sparse_coo"
-# By kind and by what is given: the values, and how the error begins after the argument's name.
-WRONG = {
-    (ValueError, "x"): [(ones(), "must have at least one dimension")],
-    (TypeError, "x"): [
-        (
-            ones(2, 8, dtype=torch.long),
-            "must be float32, bfloat16, float16 or float64, got torch.i",
-        ),
-        ([1.0], "must be a Tensor, got list"),
-        (ones(6, 8).to_sparse(), SPARSE),
-    ],
-    (ValueError, "weight"): [
-        (ones(10, 9), "must be [N, 8] to match x (6, 8), got (10, 9)"),
-        (ones(8), "must be 2-D, got shape (8,)"),
-        (ones(10, 8, device="meta"), "is on meta, but x is on cpu"),
-    ],
-    (TypeError, "weight"): [
-        (ones(10, 8).half(), "must have the dtype of x (torch.float32), got to")
-    ],
-    (ValueError, "lora_A"): [
-        (ones(3, 7), "must be [R, 8] to match x (6, 8) and weight (10, 8), got (3, 7)"),
-        (ones(0, 8), "must have rank at least 1"),
-    ],
-    (TypeError, "lora_A"): [
-        (ones(3, 8).half(), "must have the dtype of x (torch.float32), got to")
-    ],
-    (ValueError, "lora_B"): [(ones(10, 4), "must be [10, 3]"), (ones(9, 3), "must be [10, 3]")],
-    (TypeError, "lora_B"): [(ones(10, 3).half(), "must have the dtype of lora_A (torch.float32)")],
-    (ValueError, "bias"): [(ones(9), "must be [10]"), (ones(10, device="meta"), "is on meta")],
-    (TypeError, "bias"): [
-        (ones(10).bfloat16(), "must have the dtype of x"),
-        ([1.0], "must be a Tensor or None, got list"),
-    ],
-    (ValueError, "scaling"): [
-        (ones(2), "must be a number or a 0-d tensor on cpu, got shape (2,)"),
-        (1e39, "must be finite in float32, got 1e+39"),
-        (-(10**400), "must be finite in float32, got -1"),
-        (math.nan, "must be finite in float32, got nan"),
-    ],
-    (TypeError, "scaling"): [
-        ("1", "must be a number or a 0-d tensor, got str"),
-        (True, "must be a number or a 0-d tensor, got bool"),
-        (1j, "must be a number or a 0-d tensor, got complex"),
-        (torch.tensor(1j), "must be a real number, got a tensor of torch.complex64"),
-    ],
-    (ValueError, "dropout_p"): [
-        (1.5, "must be between 0 and 1, got 1.5"),
-        (math.nan, "must be between 0 and 1, got nan"),
-    ],
-    (TypeError, "dropout_p"): [("a", "must be a number, got str")],
-    (ValueError, "impl"): [("cuda", "must be one of auto, triton")],
-}
-
-
-@pytest.mark.parametrize(("error", "name"), WRONG)
-def test_wrong_arguments(error, name):
-    t = arguments()
-    fastlora.lora_linear(**t)
-    for value, said in WRONG[error, name]:
-        with pytest.raises(error) as found:
-            fastlora.lora_linear(**{**t, name: value})
-        assert str(found.value).startswith(f"{name} {said}")
-
-
-@pytest.mark.parametrize(
-    ("before", "said"),
-    [("", "TRITON_INTERPRET=1"), ("sys.modules['triton'] = None", "Triton is not installed; pip")],
-    ids=["not interpreted", "not installed"],
-)
-def test_where_triton_cannot_run_that_is_said(before, said):
-    if torch.cuda.is_available() and not before:
-        pytest.skip("a GPU is here: the kernels run without the interpreter")
-    code = f"""
-import sys
-{before}
-import torch, fastlora
-o = torch.ones(2, 2)
-try:
-    fastlora.lora_linear(o, o, o, o, impl="triton")
-except RuntimeError as error:
-    print(error)
-"""
-    out = run_python(code, TRITON_INTERPRET="0")
-    assert "impl='triton' cannot run on x.device 'cpu'" in out and said in out
-
-
-def test_import_needs_neither_triton_nor_the_extras():
-    code = """
-import sys
-for name in ("triton", "peft", "transformers", "matplotlib", "tqdm"):
-    sys.modules[name] = None  # importing it raises ImportError
-import torch, fastlora
-layer = fastlora.LoRALinear(4, 3)
-print(layer(torch.ones(2, 4)).shape)
-"""
-    assert "torch.Size([2, 3])" in run_python(code, TRITON_INTERPRET="0")
 
 
 def test_flops_are_counted():

@@ -26,6 +26,19 @@ def one(x, w, a=None, b=None):
     return x, [Operands(w, a, b, None, None, 1.0, 0.0)]
 
 
+def test_what_cannot_run_here_is_not_taken():
+    measured.add({PROBLEM: timings({"numpy": 1e-4, "blocks": 3e-3})}, CPU)
+    assert chosen() == "blocks"
+
+
+def test_a_plan_made_before_measurements_is_forgotten_with_them(monkeypatch):
+    own = plans._pair
+    # As another thread does that has measured meanwhile.
+    monkeypatch.setattr(plans, "_pair", lambda *of: (own(*of), plans.forget())[0])
+    fastlora.lora_linear(*operands())
+    assert not plans._found
+
+
 # Defaults and what the user asks for
 
 

@@ -90,6 +90,12 @@ def test_acceptance_rule_of_the_kernels(name, number):
     verify_together(BODIES[name], group, kind=list(KINDS)[turn % len(KINDS)], mode=MODES[turn % 3])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_acceptance_rule_of_library_products(kind):
+    for mode, p in itertools.product(MODES, (0.0, 0.3)):
+        verify_together(BODIES["library"], [(50, 5, p)], kind=kind, mode=mode)
+
+
 @each_body
 @pytest.mark.parametrize("which", ["some dropped", "q, k, v", "one"])
 def test_only_what_is_asked_for(body, which):

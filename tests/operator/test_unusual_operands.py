@@ -45,10 +45,11 @@ def negated(t):
 
 
 @each_impl
-@pytest.mark.parametrize("which", ["x", "w", "a", "b", "dy"])
+@pytest.mark.parametrize("which", ["x", "w", "a", "b", "bias", "dy"])
 def test_a_put_off_negation_is_carried_out(impl, which):
     t = dict(zip("xwab", (torch.randn(8, 16), *factors()), strict=True), dy=torch.randn(8, 12))
-    right = results(formula, **t)
+    t["bias"] = torch.randn(12)
+    right = results(lora_linear, **t, impl="reference")
     t[which] = negated(t[which])
     for found, expected in zip(results(lora_linear, **t, impl=impl), right, strict=True):
         torch.testing.assert_close(found, expected)

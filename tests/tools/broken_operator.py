@@ -56,13 +56,6 @@ COPIES = {
             "plans.FEW:",
         ),
     ],
-    ("plans", "operator::where_triton_cannot_run_that_is_said"): [
-        (
-            "an implementation that is named falls back",
-            "raise RuntimeError",
-            "return 'blocks'\n            raise RuntimeError",
-        ),
-    ],
     ("op", "unusual_operands::a_put_off_negation_is_carried_out"): [
         ("a negation that was put off is not carried out", " or t.is_neg()):", "):"),
         (

@@ -6,6 +6,7 @@ from __future__ import annotations
 from broken_copies import Mutant
 
 OPERATOR, UNUSUAL = "operator/test_operator.py::test_", "operator/test_unusual_operands.py::test_"
+FUNCTIONAL = "test_functional.py::test_"
 FAULTS, TUNING = "test_faults.py::test_", "operator/test_tuning.py::test_"
 TUNE_AT_ONCE = f"{TUNING}processes_that_measure_at_once_keep_each_others_results"
 AUTOCAST = f"{UNUSUAL}autocast_casts_what_pytorch_s_casts {UNUSUAL}autocast_leaves_float64_alone"
@@ -24,7 +25,7 @@ COPIES = {
     ("functional", f"{OPERATOR}float32_adapters_keep_their_precision_under_autocast"): [
         ("autocast rounds float32 adapters", '(wide and name.startswith("lora"))', "False"),
     ],
-    ("functional", f"{OPERATOR}wrong_arguments"): [
+    ("functional", f"{FUNCTIONAL}wrong_arguments"): [
         (
             "whatever was right once is right in any size",
             "key += t.dtype, t.shape",
@@ -32,6 +33,9 @@ COPIES = {
         ),
         ("a scaling that is not finite is taken", "-LARGEST <= scaling <= LARGEST", "True"),
         ("scalings beyond float32 are taken", "= torch.finfo(torch.float32).max", "= math.inf"),
+    ],
+    ("operator/plans", f"{FUNCTIONAL}where_triton_cannot_run_that_is_said"): [
+        ("a named implementation falls back", "raise RuntimeError", "return str"),
     ],
     ("functional", f"{OPERATOR}a_scaling_tensor_never_recompiles"): [
         (

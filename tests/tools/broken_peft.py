@@ -20,7 +20,7 @@ COPIES = {
         "new layers are not fused": "return fuse(super()._create => return (super()._create",
     },
     ("linear", f"{REASONS}what_is_not_fused"): {
-        "any weight is taken for a dense one": "return type(weight) in _PLAIN and => return 1 or",
+        "any weight is taken for a dense one": "return type(weight) in PLAIN and => return 1 or",
         "hooks on what is not called are not seen": "m._forward_hooks or => False or",
     },
     ("linear", f"{FUSED}disabled_and_merged"): {

@@ -52,13 +52,15 @@ EVEN, MIXED, FLOAT32 = itertools.product(("even",), ("bf16", "bf16-fp32", "fp32"
 RAGGED, UNEVEN = itertools.product(("ragged", "uneven"), ("bf16",), (16,))
 # Also with every config that the tuner may try.
 TUNED = tuple((*p, "every") for p in itertools.product(("even",), KINDS_COMPILED[:2], (16, 128)))
+ON_THE_WAY = ("even", "bf16", 32), ("even", "fp16", 16)
 AMD = {"gfx942": (EVEN, ("even", "bf16-fp32", 128))}  # is compiled to see that it compiles
 # What is asked for: the problems of each chip.
 ASKED = {
     "every": dict.fromkeys(CAPABILITIES + MORE_CAPABILITIES, PROBLEMS + TUNED),
     "defaults": {**dict.fromkeys(CAPABILITIES, PROBLEMS), **AMD},
     "sample": {80: (EVEN, RAGGED), 90: (EVEN, UNEVEN), 100: (MIXED, UNEVEN), **AMD},
-    "order": {90: (FLOAT32, *TUNED[:2])},  # of what is tuned ds_db alone
+    # Of what is tuned ds_db alone, at the ranks where it makes ds on the way, or does not.
+    "order": {90: (FLOAT32, *TUNED[:2], *((*p, "every") for p in ON_THE_WAY))},
 }
 # The problems for which several projections are compiled too: for all chips by `make figures`, else
 # for sm_90.

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways that are compared: all compute one layer, of the same frozen weights."""
+
+import copy
+import dataclasses
+
+import baselines
+import decoder_layer
+import measure
+import pytest
+import torch
+from baselines import WAYS, Problem, cannot
+from fastlora_kernels.configs import Chip
+from recorder import recording
+
+EAGER = [way for way in WAYS if way != "PEFT compiled"]
+DECODERS = [way for way in decoder_layer.WAYS if way != "PEFT compiled"]
+PROBLEM = Problem("small", 300, 40, 64, R=4, dtype=torch.float32, adapter=torch.float32)
+
+
+def outputs(problem, ways=EAGER):
+    x, dy = problem.inputs()
+    found = {}
+    for way in ways:
+        if cannot(way, problem) is None:
+            layer = WAYS[way](problem)
+            trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+            y = layer(x)
+            found[way] = (y, *torch.autograd.grad(y, trained, dy))
+    return found
+
+
+@pytest.mark.usefixtures("few")
+def test_all_ways_compute_the_same_layer():
+    found = outputs(PROBLEM)
+    assert found.keys() == set(EAGER) - {"fastlora library", "fastlora triton"}
+    frozen = found.pop("frozen")
+    assert len(frozen) == 2
+    for way, mine in found.items():
+        for one, other in zip(mine, found["PEFT"], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=way)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_lorafusion_as_on_a_gpu(p, monkeypatch):
+    """Its kernels, in the interpreter, make what library products make in their place."""
+    problem = dataclasses.replace(PROBLEM, p=p)
+    torch.manual_seed(0)
+    expected = outputs(problem, ["LoRAFusion schedule"])
+    monkeypatch.setattr(baselines, "on_gpu", lambda t: True)
+    torch.manual_seed(0)
+    found = outputs(problem, ["LoRAFusion schedule"])
+    for one, other in zip(*expected.values(), *found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_lorafusion_scales_the_narrow_factor(monkeypatch):
+    """So that its product needs no step of its own for the low-rank part, whatever the scaling."""
+    monkeypatch.setattr(baselines, "on_gpu", lambda t: True)
+    problem = Problem("scaled", 256, 128, 128, scaling=2.0)
+    with recording(Chip((9, 0), 232448, 132)) as calls:
+        WAYS["LoRAFusion schedule"](problem)(problem.inputs()[0])
+    assert [call.config.low_rank for call in calls] == ["fold"]
+
+
+@pytest.mark.parametrize("name", ["plain", "biased"])
+def test_all_ways_compute_the_same_decoder_layer(name, small_decoders):
+    problem = decoder_layer.Problem(name, dtype=torch.float32, tokens=10)
+    frozen, found = decoder_layer.Layer(problem), {}
+    x = torch.randn(10, 32, requires_grad=True)
+    dys = [torch.randn(10, n) for n in (32, 16, 16)]
+    for way in DECODERS[1:]:
+        layer = decoder_layer.WAYS[way](problem, copy.deepcopy(frozen))
+        assert sum(p.requires_grad for p in layer.parameters()) == 14
+        ys = layer(x)
+        found[way] = [*ys, *torch.autograd.grad(ys, [x], dys)]
+    assert len(found) == 4
+    for way, mine in found.items():
+        for one, other in zip(mine, found["PEFT"], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=way)
+
+
+def assert_shared(frozen, ways):
+    """All read the same frozen weights; what each one trains is its own."""
+    lies = [{True: set(), False: set()} for _ in (frozen, *ways)]
+    for found, module in zip(lies, (frozen, *ways), strict=True):
+        for t in (*module.parameters(), *module.buffers()):
+            found[t.requires_grad].add(t.data_ptr())
+    assert not lies[0][True] and all(found[False] == lies[0][False] for found in lies)
+    trained = [found[True] for found in lies[1:]]
+    assert len(set().union(*trained)) == sum(map(len, trained)) > 0
+
+
+def test_layers_share_their_frozen_weights(small_decoders, monkeypatch):
+    layers, step = [], measure.Step
+
+    def recorded(layer, *inputs):
+        layers.append(layer)
+        return step(layer, *inputs)
+
+    for module in (measure, decoder_layer):
+        monkeypatch.setattr(module, "Step", recorded)
+    problem = dataclasses.replace(PROBLEM, bias=True)
+    measure.measure(problem, EAGER, 0.0)
+    decoder = decoder_layer.Problem("biased", dtype=torch.float32, tokens=10)
+    decoder_layer.measure(decoder, DECODERS, 0.0)
+    assert len(layers) == 11
+    for ways, again in ((layers[:6], problem.linear()), (layers[6:], decoder_layer.Layer(decoder))):
+        linears = [{m for m in way.modules() if type(m) is torch.nn.Linear} for way in ways]
+        assert len(set().union(*linears)) == sum(map(len, linears))  # PEFT puts its own around it
+        assert_shared(ways[0], ways[1:])
+        for used, fresh in zip(ways[0].parameters(), again.parameters(), strict=True):
+            assert torch.equal(used, fresh)
