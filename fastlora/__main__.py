@@ -43,15 +43,18 @@ def main(argv: list[str] | None = None) -> int:
         if s.command == "info":
             return info.run()
         COMMANDS[s.command][0].run(s)
-    except (UserError, OSError, ImportError) as error:
-        which = f"process {rank()}: " if rank() else ""
-        cure = ': pip install "fastlora-kernels[finetune]"' * isinstance(error, ImportError)
-        print(f"{which}error: {first_line(error)}{cure}", file=sys.stderr)
-        return 2
+        return 0
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from what is kept", file=sys.stderr)
         return 130
-    return 0
+    except UserError as error:
+        wrong = first_line(error)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fastlora"):
+            raise
+        wrong = f'{first_line(error)}: pip install "fastlora-kernels[finetune]"'
+    which = f"process {rank()}: " if rank() else ""
+    print(f"{which}error: {wrong}", file=sys.stderr)
+    return 2
 
 
 def leave(code: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data of a fine-tuning run: lines of JSON as TRL's examples, and which are held out."""
+"""The data of a fine-tuning run: lines of JSON as examples, which are held out, and tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fastlora.commands.shared import UserError
+from fastlora.commands.shared import UserError, first_line
 
 HELD_OUT_AT_MOST = 256
+IGNORED = -100  # the label of a token that has no part in the loss, and is cross_entropy's
 _EXPECTED = (
     '{"prompt": "…", "response": "…"}, {"messages": [{"role": "…", "content": "…"}, …]} with an '
     'answer of "assistant" to another role, or {"text": "…"}, each a text that is not empty'
@@ -27,11 +28,15 @@ def read_examples(path: str | Path) -> list[Example]:
     UserError names the line that is wrong.
     """
     examples: list[Example] = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"--data {path}: {error.strerror}") from error
+    for number, line in enumerate(lines, 1):
         try:
             examples += _examples(json.loads(line)) if line.strip() else []
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            got = line[:60].decode(errors="replace")
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            got = f"{line[:60].decode(errors='replace')!r}: {first_line(error)}"
             where = f"{path}, line {number}"
             raise UserError(f"{where}: expected {_EXPECTED}, got {got}") from error
         if len({"text" in example for example in (*examples[:1], *examples[-1:])}) > 1:
@@ -45,23 +50,25 @@ def _examples(row: dict[str, Any]) -> list[Example]:
     """Return what a line holds; some error where it is not as expected."""
     keys = sorted(row.keys() & {"text", "messages", "prompt", "response"})
     if keys == ["text"]:
-        return [{"text": _text(row["text"])}]
+        return [{"text": _text(row, "text")}]
     if keys == ["prompt", "response"]:
-        turns = [("user", row["prompt"]), ("assistant", row["response"])]
+        roles = {"prompt": "user", "response": "assistant"}
+        talk = [{"role": role, "content": _text(row, key)} for key, role in roles.items()]
+    elif keys == ["messages"]:
+        talk = [{key: _text(turn, key) for key in ("role", "content")} for turn in row["messages"]]
     else:
-        (turns,) = (row[key] for key in keys)
-        turns = [(turn["role"], turn["content"]) for turn in turns]
-    talk = [{"role": _text(role), "content": _text(content)} for role, content in turns]
+        raise ValueError(f"the keys {keys}")
     answers = [i for i, turn in enumerate(talk) if turn["role"] == "assistant"]
-    if answers[0] == 0:
-        raise ValueError("an answer to nobody")
+    if not answers or answers[0] == 0:
+        raise ValueError('no answer of "assistant", or one to nobody')
     return [{"prompt": talk[:i], "completion": [talk[i]]} for i in answers]
 
 
-def _text(value: str) -> str:
+def _text(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f'"{key}" is {value!r:.60}')
     value.encode()  # JSON has \ud800, and no text has
-    if not value.strip():
-        raise ValueError("empty")
     return value
 
 
@@ -84,3 +91,28 @@ def split(
     while len(held_out) < wanted and len(shuffled) > 1:
         held_out += shuffled.pop()
     return [example for group in shuffled for example in group], held_out
+
+
+def encode(tokenizer, example: Example) -> dict[str, list[int]]:
+    """Return an example's tokens, and as labels those of the text, or of the answer and its end.
+
+    An answer follows what generation begins with, however the template writes it in a history.
+    """
+    end = tokenizer.eos_token or ""
+    if "text" in example:
+        start = 1  # the first token is predicted from nothing
+        ids = tokenizer(example["text"].removesuffix(end) + end)["input_ids"]
+    else:
+        talk = example["prompt"] + example["completion"]
+        asked = tokenizer.apply_chat_template(talk[:-1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(talk, tokenize=False)
+        # Generation stops at the end-of-turn token: the newline after it is not learnt.
+        answer = whole[len(asked) :].rstrip()
+        if not whole.startswith(asked):
+            answer = talk[-1]["content"] + end
+        texts = [asked, answer, asked + answer]
+        prompt, answer, ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        start = len(prompt)
+        if ids[:start] != prompt:  # tokens over the joint, which generation never has
+            ids = prompt + answer
+    return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}

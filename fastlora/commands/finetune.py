@@ -19,7 +19,7 @@ from fastlora.commands import data, shared
 from fastlora.commands.shared import UserError, is_sharded, number, rank, say
 
 WARMUP = 0.05  # of all steps
-POSITIVE, FRACTION = number(int, 1), number(float, 0, 1)
+POSITIVE, FRACTION = number(int, 1), number(float, 0, 1, above=True)
 _LINES = 'JSONL: "prompt" and "response", "messages", or "text" on each line'
 _TARGETS = "layer names, one regular expression, or all-linear"
 
@@ -38,11 +38,11 @@ def add_common_options(add: Callable) -> None:
     add("--model", required=True, help="Hugging Face folder or id, or a folder with one .gguf")
     add("--data", required=True, help=_LINES)
     add("--alpha", type=float, default=32.0, help="scaling is alpha / r")
-    add("--dropout", type=FRACTION, default=0.05, help="on the adapters' input")
+    add("--dropout", type=number(float, 0, 1), default=0.05, help="on the adapters' input")
     add("--steps", type=POSITIVE, default=200, help="optimizer steps")
     add("--batch-size", type=POSITIVE, default=8, help="examples a step")
     add("--seq-len", type=number(int, 2), default=512, help="tokens kept of each example")
-    add("--lr", type=number(float, 0), default=5e-4, help="peak learning rate")
+    add("--lr", type=shared.ABOVE_0, default=5e-4, help="peak learning rate")
     add("--held-out", type=FRACTION, default=0.1, help="fraction never trained on")
     add("--dtype", default="bf16", choices=("bf16", "fp32"), help="of the frozen model")
     add("--device", **shared.DEVICE)
@@ -61,7 +61,10 @@ def run(s: Namespace) -> dict[str, Any]:
     output, done = Path(s.output), Path(s.output, "metrics.json")
     own = fingerprint(s, config.device)
     with config.main_process_first(local=False):
-        output.mkdir(parents=True, exist_ok=True)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {output} cannot be made: {error.strerror}") from error
         if s.restart and rank() == 0:
             shutil.rmtree(output / "checkpoints", ignore_errors=True)
             done.unlink(missing_ok=True)
@@ -77,7 +80,13 @@ def run(s: Namespace) -> dict[str, Any]:
     from fastlora.commands.pictures import loss_curve
     from fastlora.commands.trainer import train
 
-    metrics = train(s, config, examples, own, *_last_checkpoint(output, own))
+    try:
+        metrics = train(s, config, examples, own, *_last_checkpoint(output, own))
+    except KeyboardInterrupt:
+        kept, _ = _last_checkpoint(output, own)
+        goes_on = f"{kept} is kept, and the same command goes on from there"
+        say("stopped", goes_on if kept else "no checkpoint is written yet")
+        raise
     if rank() == 0:
         how = f"r = {s.r}, dropout {s.dropout:g}, lr {s.lr:g}, {s.batch_size} examples a step"
         title = f"{Path(s.model).name}: LoRA fine-tuning"

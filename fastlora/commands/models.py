@@ -33,8 +33,10 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
         tokenizer, kind = transformers.AutoTokenizer, transformers.AutoModelForCausalLM
         model = kind.from_pretrained(name, dtype=dtype, **source, **dense)
         tokenizer = tokenizer.from_pretrained(name, **source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # of a tokenizer's package, or gguf
         raise UserError(f"--model {name} cannot be loaded: {first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if not tokenizer.chat_template:  # a template writes what begins a text, too
         tokenizer.chat_template = tokenizer.decode(tokenizer("")["input_ids"]) + _PLAIN
     return model, tokenizer

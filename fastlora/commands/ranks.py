@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import re
+import zlib
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -183,7 +184,8 @@ def _train(s: Namespace, r: int, targets: list[str]) -> Trial:
     own = ("max_r", "gain", "seeds")
     same, runs = {name: value for name, value in vars(s).items() if name not in own}, []
     for seed in s.seeds:
-        name = f"r{r}-{re.sub('[^a-zA-Z0-9_.-]+', ',', ','.join(targets))[:60]}-seed{seed}"
+        name = f"r{r}-{re.sub('[^a-zA-Z0-9_.-]+', ',', ','.join(targets))[:60]}"
+        name += f"-{zlib.crc32(repr(targets).encode()):08x}-seed{seed}"  # of all, in their words
         trial = {"r": r, "target_modules": targets, "seed": seed, "ask": None}
         say("trial", name)
         runs.append(finetune.run(Namespace(**same | trial | {"output": f"{s.output}/{name}"})))

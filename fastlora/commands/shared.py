@@ -23,17 +23,24 @@ class UserError(Exception):
     """Something the user can put right; the command line shows it as one line."""
 
 
-def number(kind: type, least: float, below: float = math.inf) -> Callable[[str], float]:
-    """Return argparse's type of a number that is at least ``least`` and below ``below``."""
+def number(
+    kind: type, least: float, below: float = math.inf, above: bool = False
+) -> Callable[[str], float]:
+    """Return argparse's type of a number at or ``above`` the ``least``, and below ``below``."""
 
     def parse(text: str) -> float:
-        if not least <= (value := kind(text)) < below:
-            right = f"at least {least}" + f" and below {below}" * (below < math.inf)
+        value = kind(text)
+        if not least <= value < below or (above and value == least):
+            right = "above" if above else "at least"
+            right += f" {least}" + f" and below {below}" * (below < math.inf)
             raise argparse.ArgumentTypeError(f"must be {right}, got {text}")
         return value
 
     parse.__name__ = kind.__name__  # as argparse says what is no number
     return parse
+
+
+ABOVE_0 = number(float, 0, above=True)
 
 
 def torch_device(name: str | None) -> torch.device:

@@ -20,9 +20,8 @@ from transformers.trainer_callback import ProgressCallback
 from trl import SFTTrainer
 
 from fastlora.commands import data, models, shared
+from fastlora.commands.data import IGNORED
 from fastlora.commands.shared import UserError, first_line, is_sharded, rank, say
-
-IGNORED = -100  # the label of a token that has no part in the loss, and is cross_entropy's
 
 
 class Trainer(SFTTrainer):
@@ -33,7 +32,7 @@ class Trainer(SFTTrainer):
 
     def __init__(self, *arguments, ask: str | None, start: dict, **options) -> None:
         super().__init__(*arguments, **options)
-        self.progress, self.ask, self.start, self.paused = Progress(), ask, start, 0.0
+        self.progress, self.ask, self.start, self.apart = Progress(), ask, start, 0.0
         self.remove_callback(ProgressCallback)
         self.add_callback(self.progress)
 
@@ -65,12 +64,14 @@ class Trainer(SFTTrainer):
             self.state.log_history.append(self.start | self.measure("before"))
             if bar is not None:
                 bar.unpause()
-            self.paused = time.time() - began
+            self.apart = time.time() - began
+        else:
+            self.apart = -self.state.log_history[-1]["train_runtime"]
         return {}
 
     def log(self, logs, start_time=None) -> None:
-        """Log, the speed without the time that `evaluate` took."""
-        super().log(logs, start_time and start_time + self.paused)
+        """Log, the time with that before a run went on, and without that of `evaluate`."""
+        super().log(logs, start_time and start_time + self.apart)
 
     @torch.no_grad()
     def measure(self, when: str) -> dict:
@@ -92,7 +93,12 @@ class Trainer(SFTTrainer):
 
 
 class Progress(ProgressCallback):
-    """Shows loss and speed, and ends a run that diverges."""
+    """Shows loss and speed, ends a run that diverges, and knows whether a step has ``begun``."""
+
+    begun = False
+
+    def on_step_begin(self, args, state, control, **_):
+        self.begun = True
 
     def on_step_end(self, args, state, control, **more):
         super().on_step_end(args, state, control, **more)
@@ -104,12 +110,15 @@ class Progress(ProgressCallback):
             return
         check_finite(logs["loss"], f"step {state.global_step}", args.learning_rate)
         if self.training_bar is not None:
-            rate = state.log_history[-1]["train_tokens_per_second"]
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {rate:.0f} tokens/s")
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed(logs)}")
 
     def close(self):
         if self.training_bar is not None:
             self.training_bar.close()
+
+
+def speed(row: dict[str, Any]) -> str:
+    return f"{row['num_input_tokens_seen'] / row['train_runtime']:.0f} tokens/s"
 
 
 def check_finite(loss: float, where: str, lr: float) -> None:
@@ -139,15 +148,15 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:  # whatever reading a damaged file may raise
-        if checkpoint is None or trainer.state.global_step > step:
+        if checkpoint is None or trainer.progress.begun:
             raise
         text = f"cannot go on from {checkpoint}: {type(error).__name__}: {first_line(error)}"
         raise UserError(f"{text}; --restart begins again") from error
     finally:
         trainer.progress.close()
     before, *steps, _ = trainer.state.log_history  # the last row is of all steps
-    seconds, rate = (steps[-1][f"train_{name}"] for name in ("runtime", "tokens_per_second"))
-    say("speed", f"{rate:.0f} tokens/s, {seconds / 60:.1f} minutes of training")
+    seconds = steps[-1]["train_runtime"]
+    say("speed", f"{speed(steps[-1])}, {seconds / 60:.1f} minutes of training")
     versions = {"fastlora": fastlora.__version__, "torch": torch.__version__}
     metrics = {**before, **trainer.measure("after"), "versions": versions, "seconds": seconds}
     metrics["trainable"], _ = trainer.model.get_nb_trainable_parameters()
@@ -160,19 +169,22 @@ def train(
 
 
 def _trainer(s: Namespace, config: Any, model, tokenizer, examples: list, own: dict) -> Any:
-    """Return the trainer of the examples, which TRL turns into tokens."""
+    """Return the trainer of the examples, which TRL cuts, without those that have nothing left."""
     datasets.disable_progress_bars()
-    training, held_out = map(datasets.Dataset.from_list, data.split(examples, s.held_out, s.seed))
-    # Several processes then learn what one does, as every step has all its examples.
-    config.dataloader_drop_last = len(training) >= s.batch_size
-    rows = {"train_dataset": training, "eval_dataset": held_out, "processing_class": tokenizer}
     try:
-        trainer = Trainer(model, config, **rows, ask=s.ask, start={"settings": own})
+        training, held_out = (
+            datasets.Dataset.from_list([data.encode(tokenizer, example) for example in side])
+            for side in data.split(examples, s.held_out, s.seed)
+        )
     except TemplateError as error:
         raise UserError(f"the model's chat template: {first_line(error)}") from error
+    rows = {"train_dataset": training, "eval_dataset": held_out, "processing_class": tokenizer}
+    trainer = Trainer(model, config, **rows, ask=s.ask, start={"settings": own})
     counts = [len(trainer.train_dataset), len(trainer.eval_dataset)]
     if not all(counts):
         raise UserError(f"--seq-len {s.seq_len} leaves no token of any response; raise it")
+    # Several processes then learn what one does, as every step has all its examples.
+    trainer.args.dataloader_drop_last = counts[0] >= s.batch_size
     left_out = len(examples) - sum(counts)
     note = f"; {left_out} left out (prompt longer than --seq-len)" if left_out else ""
     say("data", f"{counts[0]} examples to train on, {counts[1]} held out{note}")

@@ -27,7 +27,7 @@ def add_options(add: Callable) -> None:
     add("--dropout", default="both", choices=DROPOUT, help="training draws it")
     add("--dtype", default="bf16", choices=DTYPES, help="of the frozen weights")
     add("--adapter-dtype", default="fp32", choices=DTYPES, help="fp32 as in PEFT")
-    add("--seconds", type=number(float, 0), default=1.0, help="for a problem, beside its kernels")
+    add("--seconds", type=shared.ABOVE_0, default=1.0, help="for a problem, beside its kernels")
     add("--device", **shared.DEVICE)
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import types
 import weakref
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def test_rows_say_what_was_measured():
     # x in bfloat16, s, and the seed; PEFT also keeps what it dropped and the mask.
     assert kept["fastlora blocks"] == 300 * 64 * 2 + 300 * 4 * 2 + 8
     assert kept["PEFT"] > 1.9 * kept["fastlora blocks"]
+
+
+def test_few_rows_with_dropout_take_little_memory():
+    """The mask is drawn in memory for the rows there are, not for a whole block of them."""
+    few = Problem("few", 8, 256, 256, R=4, p=0.05)
+    rows = measure.measure(few, ["frozen", "fastlora blocks"], 0.0)
+    frozen, mine = (row["peak_bytes"] for row in rows)
+    assert mine < frozen + 64 * 1024
 
 
 def test_predictions_stand_beside_measurements(monkeypatch):
@@ -355,6 +364,32 @@ def test_a_name_that_nothing_has_is_refused(tiny, tmp_path, capsys):
     assert said in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
+def test_sections_share_the_time_that_is_left(tiny, tmp_path, monkeypatch):
+    """Of 100 s a problem of the first takes 40: it has 50, the other what is left then."""
+    clock, given = types.SimpleNamespace(now=0.0), []
+    monkeypatch.setattr(run, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(run, "TIMED", 0.7)
+    monkeypatch.setattr(run, "machine", lambda device: {"device": "none"})
+
+    def section(name, share, takes, count):
+        def measure(problem, ways, seconds):
+            given.append(seconds)
+            clock.now += takes
+            return []
+
+        posed = [decoder_layer.Problem(f"{name}{i}") for i in range(count)]
+        return run.Section(name, name, share, posed, [], measure, lambda p, found: [p.name])
+
+    monkeypatch.setattr(report, "write", lambda *_: None)
+    chosen = [section("decoder_layers", 0.5, 40.0, 3), section("end_to_end", 0.5, 1.0, 2)]
+    run.run(chosen, torch.device("cpu"), 100.0, tmp_path / "cpu.json")
+    result = json.loads((tmp_path / "cpu.json").read_text())
+    assert result["decoder_layers"] == ["decoder_layers0", "decoder_layers1"]
+    assert result["end_to_end"] == ["end_to_end0", "end_to_end1"]
+    assert result["left_out"] == ["decoder_layers2, 20 tokens, dropout 0"]
+    assert given == pytest.approx([0.7 * s for s in (50 / 3, 10 / 2, 20 / 2, 19)])
+
+
 def test_few_tokens_on_a_gpu_are_timed_with_the_host_too(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "host_counts", lambda tokens, device: tokens == 20)
     asked = []
@@ -366,7 +401,9 @@ def test_few_tokens_on_a_gpu_are_timed_with_the_host_too(tiny, tmp_path, monkeyp
     monkeypatch.setattr(measure, "interleaved", recorded)
     measure.measure(dataclasses.replace(PROBLEM, M=20), ["frozen"], 2.0)
     assert asked == [(False, 1.0), (True, 1.0)]  # both in the time of one
+    asked.clear()
     result, table, _ = made(tmp_path)
+    assert [with_host for with_host, _ in asked] == [False, False, True, False, False, True, True]
     many, few = (p["rows"] for p in result["problems"])
     for phase in measure.PHASES:
         assert all(row[phase]["with_host_s"] > 0 < row[phase]["with_host_ratio"] for row in few)

@@ -186,5 +186,8 @@ def test_machines_from_properties(of, matrix, vector, memory):
 def test_what_is_not_modelled():
     assert Machine.of(torch.device("cpu")) is None
     assert Machine.from_properties(properties("Volta", (7, 0), 80, 1.5, 0.9, 4096)) is None
+    of_older_pytorch = properties("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 2.619, 5120)
+    del of_older_pytorch.memory_clock_rate
+    assert Machine.from_properties(of_older_pytorch) is None
     with pytest.raises(ValueError, match=r"problem\.dtype is float64"):
         predict("forward", "blocks", Problem(8, 8, 8, 8, torch.float64, torch.float64), H100)

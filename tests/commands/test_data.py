@@ -8,6 +8,8 @@ import shutil
 
 import pytest
 import tiny_chat
+import transformers
+from tokenizers import normalizers
 
 from fastlora.__main__ import main
 from fastlora.commands import data, trainer
@@ -18,11 +20,10 @@ MORE = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "t
 OTHER = {"prompt": "six", "response": "ten"}
 TALK = "<user> what is one <eos> <assistant> two <eos>"
 LAST = "<assistant> the sum of two <eos>"
-# As Qwen3, it leaves out later what was said at first.
+# As Qwen3, it leaves out later what was said at first; and its history names nobody.
 THINKS = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}<assistant> {% endif %}"
-    "{{ m.content if loop.last or m.role == 'user' else 'ten' }} <eos> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
+    "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else 'ten' }} <eos> "
+    "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 REFUSES = "{{ raise_exception('roles must alternate') }}"
 
@@ -39,10 +40,7 @@ REFUSES = "{{ raise_exception('roles must alternate') }}"
             *({"messages": ONE + MORE}, THINKS),
             [
                 ("what is one <eos> <assistant> two <eos>", "two <eos>"),
-                (
-                    f"what is one <eos> <assistant> ten <eos> what <eos> {LAST}",
-                    "the sum of two <eos>",
-                ),
+                (f"what is one <eos> ten <eos> what <eos> {LAST}", "the sum of two <eos>"),
             ],
         ),
         (
@@ -52,8 +50,12 @@ REFUSES = "{{ raise_exception('roles must alternate') }}"
                 ("what is one two <eos> what the sum of two <eos>", "the sum of two <eos>"),
             ],
         ),
-        ({"text": "one two three"}, tiny_chat.CHAT, [("one two three <eos>",) * 2]),
-        ({"text": "one two " * 9}, "", [("one two " * 8 + "one",) * 2]),  # cut at the length
+        ({"text": "one two three"}, tiny_chat.CHAT, [("one two three <eos>", "two three <eos>")]),
+        (
+            {"text": "one two " * 9},
+            "",
+            [("one two " * 8 + "one", "two one " * 7 + "two one")],
+        ),  # cut
         ({"messages": ONE}, REFUSES, "the model's chat template: roles must alternate"),
     ],
 )
@@ -81,7 +83,43 @@ def test_answers_and_whole_texts_are_learnt(
         ids, labels = example["input_ids"], example["labels"]
         assert all(label in (i, -100) for i, label in zip(ids, labels, strict=True))
         found.append((decode(ids), decode([label for label in labels if label != -100])))
+    assert "no checkpoint is written yet" in capsys.readouterr().out
     assert sorted(pair for pair in found if "six" not in pair[0].split()[:2]) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "begin", "expected"),
+    [  # A newline ends a turn; where a text begins, a tokenizer may add something; one token joins.
+        (normalizers.Replace("\n", " is "), " ", TALK.replace("<a", "is <a")),
+        (normalizers.Prepend("ten "), " ", f"ten {TALK}".replace("<a", "ten <a")),
+        (None, "", TALK),
+    ],
+)
+def test_an_answer_is_what_generation_would_give(tiny, change, begin, expected):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.model)
+    tokenizer.backend_tokenizer.normalizer = change
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<assistant>BEGIN' }}"
+        "{{ m.content }} <eos>\n{% endfor %}{{ '<assistant>BEGIN' if add_generation_prompt }}"
+    ).replace("BEGIN", begin)
+    found = data.encode(tokenizer, {"prompt": ONE[:1], "completion": ONE[1:]})
+    learnt = tokenizer.decode([label for label in found["labels"] if label != -100])
+    assert (tokenizer.decode(found["input_ids"]), learnt) == (expected, "two <eos>")
+
+
+def test_the_seed_decides_the_order(tiny, tmp_path, monkeypatch):
+    made, halves = [], data.split(data.read_examples(tiny.data), 0.1, seed=0)
+
+    def train(self, **_):
+        made.append(next(iter(self.get_train_dataloader()))["input_ids"].tolist())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Trainer, "train", train)
+    monkeypatch.setattr(data, "split", lambda *_: halves)
+    own = {"model": tiny.model, "data": tiny.data, "output": tmp_path}
+    for seed in (0, 1, 0):
+        assert main(tiny_chat.command("finetune", seed=seed, **own)) == 130
+    assert made[0] == made[2] != made[1]
 
 
 def test_answers_to_one_prompt_stay_on_one_side():
@@ -100,34 +138,37 @@ def test_answers_to_one_prompt_stay_on_one_side():
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("line", "problem"),
     [
-        '{"prompt": "a", "response": ',
-        '["a"]',
-        '{"prompt": "a"}',
-        '{"a": 1}',
-        '{"text": "a", "prompt": "b"}',
-        '{"prompt": "a", "response": 3}',
-        '{"prompt": "a", "response": " "}',
-        r'{"prompt": "\ud800", "response": "a"}',
-        '{"messages": "a"}',
-        '{"messages": [{"role": "user"}]}',
-        '{"messages": [{"role": "user", "content": "a"}]}',
-        '{"messages": [{"role": "assistant", "content": "a"}]}',
-        '{"messages": []}',
-        b'{"text": "\xff"}',
-        "[" * 100_000,
+        ('{"prompt": "a", "response": ', "Expecting value: line 1 column 29"),
+        ('["a"]', "'list' object has no attribute"),
+        ('["a"]\r\x1b[2J', "Extra data: line 1 column 7"),
+        ('{"prompt": "a"}', "the keys ['prompt']"),
+        ('{"a": 1}', "the keys []"),
+        ('{"text": "a", "prompt": "b"}', "the keys ['prompt', 'text']"),
+        (f'{{"prompt": {[ONE[0]]}}}'.replace("'", '"'), "the keys ['prompt']"),
+        ('{"prompt": "a", "response": 3}', '"response" is 3'),
+        ('{"prompt": "a", "response": " "}', "\"response\" is ' '"),
+        (r'{"prompt": "\ud800", "response": "a"}', r"can't encode character '\ud800'"),
+        ('{"messages": "a"}', "'str' object has no attribute"),
+        ('{"messages": [{"role": "user"}]}', '"content" is None'),
+        ('{"messages": [{"role": "user", "content": "a"}]}', 'no answer of "assistant", or one'),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "or one to nobody"),
+        ('{"messages": []}', 'no answer of "assistant"'),
+        (b'{"text": "\xff"}', "can't decode byte 0xff"),
+        ("[" * 100_000, ""),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line):
+def test_a_bad_line_is_named(tmp_path, line, problem):
     path = tmp_path / "bad.jsonl"
     line = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(b'{"prompt": "one", "response": "two"}\n\n' + line)
     with pytest.raises(UserError) as error:
         data.read_examples(path)
     said = str(error.value)
-    assert said.startswith(f'{path}, line 3: expected {{"prompt": "…", ') and len(said) < 400
-    assert said.endswith(f"got {line[:60].decode(errors='replace')}")
+    got = f"got {line[:60].decode(errors='replace')!r}: "
+    assert said.startswith(f'{path}, line 3: expected {{"prompt": "…", ') and len(said) < 450
+    assert problem in said.partition(got)[2] and said.isprintable()
     path.write_text('{"prompt": "one", "response": "two"}\n{"text": "one"}')
     with pytest.raises(UserError, match="line 2: texts and conversations need a file each"):
         data.read_examples(path)

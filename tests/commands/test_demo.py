@@ -32,7 +32,8 @@ def test_the_demo_fine_tunes_the_installed_model(tmp_path, monkeypatch, capsys):
     lines = (demo.OUTPUT / "data.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     assert len(rows) > 600 and all(row["prompt"] and row["response"] for row in rows)
-    assert "60 of 60 LoRA layers fused" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "60 of 60 LoRA layers fused" in said and "its outputs differ by at most 0\n" in said
     assert tiny_chat.numbers(demo.OUTPUT)["answer_before"] == "I'm sorry…"
 
 

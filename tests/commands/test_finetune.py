@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -107,8 +109,51 @@ def stopped(run, tmp_path, capsys) -> Path:
     """The output of a run that Ctrl-C has stopped in its 22nd step."""
     with tiny_chat.interrupted(22):
         assert run(tmp_path) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "checkpoint-16 is kept, and the same command goes on" in capsys.readouterr().out
     return tmp_path
+
+
+def test_a_run_that_goes_on_counts_the_seconds_of_all_its_steps(run, tmp_path, monkeypatch, capsys):
+    step = trainer.Trainer.training_step
+    monkeypatch.setattr(
+        trainer.Trainer, "training_step", lambda *all_of: time.sleep(0.5) or step(*all_of)
+    )
+    small = {"steps": 4, "save-every": 2}
+    with tiny_chat.interrupted(4):
+        assert run(tmp_path, **small) == 130
+    assert run(tmp_path, **small) == 0
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["seconds"] > 4 * 0.5
+    rate = f"{found['tokens'] / found['seconds']:.0f} tokens/s"
+    assert rate in capsys.readouterr().out
+
+
+def test_what_fails_in_a_step_is_no_damaged_checkpoint(run, stopped, monkeypatch):
+    """Nor anything else that is the user's to mend: it is shown as it is."""
+    for error in (RuntimeError("out of memory"), OSError("no source"), ImportError("of ours")):
+        monkeypatch.setattr(trainer.Trainer, "training_step", Mock(side_effect=error))
+        with pytest.raises(type(error), match=str(error)):
+            run(stopped)
+
+
+def test_prompts_that_are_too_long_leave_fewer_examples_than_a_step_has(run, tmp_path, capsys):
+    own = tmp_path / "long.jsonl"
+    prompts = ["what " * (20 if i < 10 else 1) + str(i) for i in range(16)]
+    own.write_text("\n".join(json.dumps({"prompt": p, "response": "two"}) for p in prompts))
+    small = {"data": own, "steps": 2, "seq-len": 16, "batch-size": 8}
+    assert run(tmp_path / "out", **small) == 0
+    assert "10 left out (prompt longer than --seq-len)" in capsys.readouterr().out
+
+
+def test_a_tokenizer_without_a_token_for_padding_or_the_end(tiny, run, tmp_path):
+    shutil.copytree(tiny.model, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"eos_token": None, "pad_token": None}))
+    (tmp_path / "data.jsonl").write_text('{"text": "one two"}\n{"text": "two three"}')
+    for lines in (tiny.data, tmp_path / "data.jsonl"):
+        own = {"model": tmp_path / "model", "data": lines, "steps": 1}
+        assert run(tmp_path / lines.stem, **own) == 0
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(run, finished, stopped, capsys):
@@ -185,16 +230,19 @@ def test_a_run_that_diverges_says_so(run, tmp_path, capsys):
     [
         ({"steps": 0}, "argument --steps: must be at least 1, got 0"),
         ({"batch-size": "two"}, "argument --batch-size: invalid int value: 'two'"),
-        ({"held-out": 1.0}, "argument --held-out: must be at least 0 and below 1, got 1.0"),
-        ({"lr": "nan"}, "argument --lr: must be at least 0, got nan"),
-        ({"data": "nowhere.jsonl"}, "No such file or directory: 'nowhere.jsonl'"),
+        ({"held-out": 1.0}, "argument --held-out: must be above 0 and below 1, got 1.0"),
+        ({"held-out": 0}, "argument --held-out: must be above 0 and below 1, got 0"),
+        ({"dropout": 1}, "argument --dropout: must be at least 0 and below 1, got 1"),
+        ({"lr": "nan"}, "argument --lr: must be above 0, got nan"),
+        ({"lr": 0}, "argument --lr: must be above 0, got 0"),
+        ({"data": "nowhere.jsonl"}, "--data nowhere.jsonl: No such file or directory"),
         ({"data": os.devnull}, "holds no examples"),
         ({"device": "abacus"}, "--device abacus cannot be used"),
         ({"model": "nowhere/at/all"}, "--model nowhere/at/all cannot be loaded"),
         ({"target-modules": "q_proy"}, "--target-modules: Target modules {'q_proy'} not found"),
         ({"target-modules": "(q"}, "--target-modules: "),
         ({"seq-len": 3}, "--seq-len 3 leaves no token of any response"),
-        ({"output": "/dev/null/out"}, "Not a directory: '/dev/null/out'"),
+        ({"output": "/dev/null/out"}, "--output /dev/null/out cannot be made: Not a directory"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(run, tmp_path, capsys, change, problem):
@@ -208,6 +256,28 @@ def test_a_missing_dependency_says_what_to_install(run, tmp_path, capsys, monkey
     assert run(tmp_path) == 2
     error = capsys.readouterr().err
     assert re.match(r'error: .*\btrl\b.*: pip install "fastlora-kernels\[finetune\]"\n$', error)
+    # Of the package itself nothing can be missing but by its own fault.
+    monkeypatch.setitem(sys.modules, "fastlora.commands.trainer", None)
+    monkeypatch.delitem(sys.modules, "trl")
+    with pytest.raises(ModuleNotFoundError, match=r"fastlora\.commands\.trainer"):
+        run(tmp_path)
+
+
+def test_a_hub_id_is_taken_from_the_cache(words, tiny, tmp_path):
+    """As after a download: the hub's folders, and no network."""
+    cached = tmp_path / "hub" / "models--someone--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0123abc")
+    shutil.copytree(tiny.model, cached / "snapshots" / "0123abc")
+    command = [sys.executable, "-m", "fastlora"]
+    command += words(tmp_path / "out", model="someone/tiny", steps=2)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "FutureWarning" not in done.stderr and "tokens/s" in done.stderr
+    assert len(tiny_chat.numbers(tmp_path / "out")["losses"]) == 2
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/tiny"
 
 
 def test_a_model_without_logits_to_keep_has_the_same_losses(run, tmp_path, monkeypatch):

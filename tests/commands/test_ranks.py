@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -190,12 +191,12 @@ def test_a_search_says_what_its_trials_measured_and_says_it_again(tiny, loaded, 
     r, trials = first["take"]["r"], first["trials"]
     names = ["r1-q_proj,v_proj", "r2-q_proj,v_proj", f"r{r}-{','.join(ATTENTION)}"[:63]]
     for name, trial in zip([*names, f"r{r}-all-linear"], trials, strict=True):
-        measured = tiny_chat.numbers(tmp_path / f"{name}-seed0")
+        (folder,) = tmp_path.glob(f"{name}-*-seed0")
+        measured = tiny_chat.numbers(folder)
         assert trial["losses"] == [measured["held_out_after"]]
         assert trial["before"] == measured["held_out_before"]
         assert trial["trainable"] == measured["trainable"]
-        adapter = tmp_path / f"{name}-seed0" / "adapter" / "adapter_config.json"
-        config = json.loads(adapter.read_text())
+        config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
         assert config["r"] == trial["r"] and config["lora_alpha"] == 32
     assert trials[1]["gain"] == 1 - trials[1]["losses"][0] / trials[0]["losses"][0]
     # Again, without training.
@@ -205,6 +206,15 @@ def test_a_search_says_what_its_trials_measured_and_says_it_again(tiny, loaded, 
     assert said[-1] == first["why"] and "one seed" in said[-3]
 
 
+def test_every_trial_has_a_folder_of_its_own(monkeypatch):
+    outputs, names = [], [f"self_attn.{name}_proj_with_a_long_name" for name in "abcd"]
+    measured = {"held_out_before": 1, "held_out_after": 1, "trainable": 1, "seconds": 1}
+    monkeypatch.setattr(ranks.finetune, "run", lambda s: outputs.append(s.output) or measured)
+    for targets in (names[:3], names, ["q|v"], ["q,v"]):
+        ranks._train(Namespace(seeds=[0, 1], output="out"), 4, targets)
+    assert len({*outputs}) == len(outputs) == 8
+
+
 def test_an_interrupted_search_goes_on(tiny, loaded, tmp_path, capsys):
     assert run(tiny, tmp_path, "--target-modules", *ALL, **{"max-r": 1}) == 0
     more = ["--target-modules", *ALL, "--seeds", "0", "1"]
@@ -212,7 +222,8 @@ def test_an_interrupted_search_goes_on(tiny, loaded, tmp_path, capsys):
         assert run(tiny, tmp_path, *more) == 130
     assert run(tiny, tmp_path, *more) == 0
     said = capsys.readouterr().out
-    assert f"{tmp_path / 'r1-all-linear-seed0'} holds this run already" in said
+    (first,) = tmp_path.glob("r1-all-linear-*-seed0")
+    assert f"{first} holds this run already" in said
     assert "resumed   after step 2 of 6" in said and len(loaded) == 1 + 1 + 3
     trials = found(tmp_path)["trials"]
     assert [trial["r"] for trial in trials] == [1, 2] and len(trials[0]["losses"]) == 2
