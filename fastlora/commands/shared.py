@@ -23,9 +23,7 @@ class UserError(Exception):
     """Something the user can put right; the command line shows it as one line."""
 
 
-def number(
-    kind: type, least: float, below: float = math.inf, above: bool = False
-) -> Callable[[str], float]:
+def number(kind: type, least: float, below: float = math.inf, above: bool = False) -> Callable:
     """Return argparse's type of a number at or ``above`` the ``least``, and below ``below``."""
 
     def parse(text: str) -> float:

@@ -18,108 +18,99 @@ from fastlora.commands.shared import UserError
 ONE = [{"role": "user", "content": "what is one"}, {"role": "assistant", "content": "two"}]
 MORE = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "the sum of two"}]
 OTHER = {"prompt": "six", "response": "ten"}
-TALK = "<user> what is one <eos> <assistant> two <eos>"
-LAST = "<assistant> the sum of two <eos>"
+ASKED, TWO = "<user> what is one <eos> <assistant>", "two <eos>"
+SUM = "the sum of two <eos>"
 # As Qwen3, it leaves out later what was said at first; and its history names nobody.
 THINKS = (
     "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else 'ten' }} <eos> "
     "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 )
+LATER = "ten <eos> what <eos> "
 REFUSES = "{{ raise_exception('roles must alternate') }}"
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The trainers of runs that stop where training begins."""
+
+    def train(self, **_):
+        found.append(self)
+        raise KeyboardInterrupt
+
+    found = []
+    monkeypatch.setattr(trainer.Trainer, "train", train)
+    return found
 
 
 @pytest.mark.parametrize(
     ("row", "template", "expected"),
-    [
-        ({"prompt": "what is one", "response": "two"}, tiny_chat.CHAT, [(TALK, "two <eos>")]),
+    [  # for each example what comes first, and what is learnt
+        ({"prompt": "what is one", "response": "two"}, tiny_chat.CHAT, [(ASKED, TWO)]),
         (
             *({"messages": [*ONE, *MORE, MORE[0]]}, tiny_chat.CHAT),
-            [(TALK, "two <eos>"), (f"{TALK} <user> what <eos> {LAST}", "the sum of two <eos>")],
+            [(ASKED, TWO), (f"{ASKED} {TWO} <user> what <eos> <assistant>", SUM)],
         ),
         (
             *({"messages": ONE + MORE}, THINKS),
-            [
-                ("what is one <eos> <assistant> two <eos>", "two <eos>"),
-                (f"what is one <eos> ten <eos> what <eos> {LAST}", "the sum of two <eos>"),
-            ],
+            [(f"what is one <eos> {b}<assistant>", w) for b, w in (("", TWO), (LATER, SUM))],
         ),
-        (
-            *({"messages": ONE + MORE}, ""),
-            [
-                ("what is one two <eos>", "two <eos>"),
-                ("what is one two <eos> what the sum of two <eos>", "the sum of two <eos>"),
-            ],
-        ),
-        ({"text": "one two three"}, tiny_chat.CHAT, [("one two three <eos>", "two three <eos>")]),
-        (
-            {"text": "one two " * 9},
-            "",
-            [("one two " * 8 + "one", "two one " * 7 + "two one")],
-        ),  # cut
+        ({"messages": ONE + MORE}, "", [("what is one", TWO), (f"what is one {TWO} what", SUM)]),
+        ({"text": "one two three"}, tiny_chat.CHAT, [("one", "two three <eos>")]),
+        ({"text": "one two " * 9}, "", [("one", "two one " * 7 + "two one")]),  # cut at the length
         ({"messages": ONE}, REFUSES, "the model's chat template: roles must alternate"),
     ],
 )
-def test_answers_and_whole_texts_are_learnt(
-    tiny, tmp_path, monkeypatch, capsys, row, template, expected
-):
-    made, path, model = [], tmp_path / "data.jsonl", tmp_path / "model"
+def test_answers_and_whole_texts_are_learnt(tiny, tmp_path, made, capsys, row, template, expected):
+    path, model = tmp_path / "data.jsonl", tmp_path / "model"
     shutil.copytree(tiny.model, model)
     (model / "chat_template.jinja").write_text(template)
-
-    def train(self, **_):
-        made.append(self)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.Trainer, "train", train)
     other = {"text": "six"} if "text" in row else OTHER
     path.write_text("\n".join(map(json.dumps, [row, other])))
     own = {"model": model, "data": path, "output": tmp_path, "seq-len": 17, "held-out": 0.5}
-    code = main(tiny_chat.command("finetune", **own))
+    code, said = main(tiny_chat.command("finetune", **own)), capsys.readouterr()
     if isinstance(expected, str):
-        assert code == 2 and f"error: {expected}" in capsys.readouterr().err
+        assert code == 2 and f"error: {expected}" in said.err
         return
-    decode, found = made[0].processing_class.decode, []
-    for example in [*made[0].train_dataset, *made[0].eval_dataset]:
-        ids, labels = example["input_ids"], example["labels"]
-        assert all(label in (i, -100) for i, label in zip(ids, labels, strict=True))
-        found.append((decode(ids), decode([label for label in labels if label != -100])))
-    assert "no checkpoint is written yet" in capsys.readouterr().out
+    assert code == 130 and "no checkpoint is written yet" in said.out
+    examples = [*made[0].train_dataset, *made[0].eval_dataset]
+    found = [parts(made[0].processing_class, example) for example in examples]
     assert sorted(pair for pair in found if "six" not in pair[0].split()[:2]) == sorted(expected)
 
 
+def parts(tokenizer, example):
+    """Return what comes first, and what is learnt."""
+    ids, labels = example["input_ids"], example["labels"]
+    first = labels.count(-100)
+    assert labels == [-100] * first + ids[first:]
+    return tokenizer.decode(ids[:first]), tokenizer.decode(ids[first:])
+
+
 @pytest.mark.parametrize(
-    ("change", "begin", "expected"),
-    [  # A newline ends a turn; where a text begins, a tokenizer may add something; one token joins.
-        (normalizers.Replace("\n", " is "), " ", TALK.replace("<a", "is <a")),
-        (normalizers.Prepend("ten "), " ", f"ten {TALK}".replace("<a", "ten <a")),
-        (None, "", TALK),
+    ("normalizer", "template", "asked"),
+    [  # A newline ends a turn; a tokenizer adds something where a text begins; a token would join.
+        (
+            *(normalizers.Replace("\n", " is "), tiny_chat.CHAT.replace("<eos> ", "<eos>\n")),
+            ASKED.replace("<a", "is <a"),
+        ),
+        (normalizers.Prepend("ten "), tiny_chat.CHAT, f"ten {ASKED}".replace("<a", "ten <a")),
+        (None, tiny_chat.CHAT.replace("> ", ">"), ASKED.replace("<user> what", "<unk>")),
     ],
 )
-def test_an_answer_is_what_generation_would_give(tiny, change, begin, expected):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.model)
-    tokenizer.backend_tokenizer.normalizer = change
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<assistant>BEGIN' }}"
-        "{{ m.content }} <eos>\n{% endfor %}{{ '<assistant>BEGIN' if add_generation_prompt }}"
-    ).replace("BEGIN", begin)
+def test_an_answer_is_what_generation_would_give(tiny, normalizer, template, asked):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.model, chat_template=template)
+    tokenizer.backend_tokenizer.normalizer = normalizer
     found = data.encode(tokenizer, {"prompt": ONE[:1], "completion": ONE[1:]})
-    learnt = tokenizer.decode([label for label in found["labels"] if label != -100])
-    assert (tokenizer.decode(found["input_ids"]), learnt) == (expected, "two <eos>")
+    assert parts(tokenizer, found) == (asked, TWO)
 
 
-def test_the_seed_decides_the_order(tiny, tmp_path, monkeypatch):
-    made, halves = [], data.split(data.read_examples(tiny.data), 0.1, seed=0)
-
-    def train(self, **_):
-        made.append(next(iter(self.get_train_dataloader()))["input_ids"].tolist())
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.Trainer, "train", train)
+def test_the_seed_decides_the_order(tiny, tmp_path, made, monkeypatch):
+    halves = data.split(data.read_examples(tiny.data), 0.1, seed=0)
     monkeypatch.setattr(data, "split", lambda *_: halves)
     own = {"model": tiny.model, "data": tiny.data, "output": tmp_path}
     for seed in (0, 1, 0):
         assert main(tiny_chat.command("finetune", seed=seed, **own)) == 130
-    assert made[0] == made[2] != made[1]
+    zero, one, again = (next(iter(t.get_train_dataloader()))["input_ids"].tolist() for t in made)
+    assert zero == again != one
 
 
 def test_answers_to_one_prompt_stay_on_one_side():
@@ -146,7 +137,7 @@ def test_answers_to_one_prompt_stay_on_one_side():
         ('{"prompt": "a"}', "the keys ['prompt']"),
         ('{"a": 1}', "the keys []"),
         ('{"text": "a", "prompt": "b"}', "the keys ['prompt', 'text']"),
-        (f'{{"prompt": {[ONE[0]]}}}'.replace("'", '"'), "the keys ['prompt']"),
+        (f'{{"prompt": {ONE}}}'.replace("'", '"'), "the keys ['prompt']"),
         ('{"prompt": "a", "response": 3}', '"response" is 3'),
         ('{"prompt": "a", "response": " "}', "\"response\" is ' '"),
         (r'{"prompt": "\ud800", "response": "a"}', r"can't encode character '\ud800'"),

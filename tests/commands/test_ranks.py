@@ -19,6 +19,8 @@ from fastlora.commands.shared import UserError
 
 QV, ALL = ["q_proj", "v_proj"], ["all-linear"]
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
+MLP = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+NEOX = ["attention.query_key_value", "attention.dense"]
 SETS = (QV, ATTENTION, ALL)
 
 
@@ -27,9 +29,8 @@ def searched(losses: dict, max_r=64, sets=(QV,), wanted=0.01):
 
     def train(r, targets):
         loss = losses[r if targets == QV else targets[-1]]
-        return ranks.Trial(
-            r, targets, loss if isinstance(loss, list) else [loss], 4.0, 100 * r, 1.5
-        )
+        by_seed = loss if isinstance(loss, list) else [loss]
+        return ranks.Trial(r, targets, by_seed, 4.0, 100 * r, 1.5)
 
     return ranks.search(train, max_r, sets, wanted)
 
@@ -49,21 +50,9 @@ NOTHING = f"r = 4 on QV gains 0.00% over r = 2 on QV, {UNDER}; but untrained the
         # It stops where the gain levels off, and the gain asked for decides where that is.
         (MORE, {}, [1, 2, 4, 8], 4, f"r = 8 on QV gains 0.36% over r = 4 on QV, {UNDER}"),
         (MORE, {"wanted": 0.002}, [1, 2, 4, 8, 16], 8, "r = 16 on QV gains"),
-        (
-            FEW,
-            {"wanted": 0.034},
-            [1, 2],
-            1,
-            "r = 2 on QV gains 3.33% over r = 1 on QV, under the 3",
-        ),
+        (FEW, {"wanted": 0.034}, [1, 2], 1, "r = 2 on QV gains 3.33% over r = 1 on QV, under the"),
         # It never levels off; a larger rank is worse.
-        (
-            FEW,
-            {"max_r": 7},
-            [1, 2, 4],
-            4,
-            "r = 4 on QV gains 3.45% over r = 2 on QV; --max-r 7 end",
-        ),
+        (FEW, {"max_r": 7}, [1, 2, 4], 4, "r = 4 on QV gains 3.45% over r = 2 on QV; --max-r 7 en"),
         ({1: 3.0, 2: 2.7, 4: 2.835}, {}, [1, 2, 4], 2, "r = 4 on QV gains -5.00% over r = 2 on QV"),
         (FEW, {"max_r": 1}, [1], 1, "--max-r 1 ends there"),
         # More layers, at the smallest good rank, beside what was taken and not what was tried.
@@ -74,13 +63,7 @@ NOTHING = f"r = 4 on QV gains 0.00% over r = 2 on QV, {UNDER}; but untrained the
         ),
         # Seeds are compared one by one.
         (APART, {}, [1, 2, 4], 2, "r = 4 on QV gains 0.00%"),
-        (
-            UNLIKE,
-            {},
-            [1, 2],
-            1,
-            "r = 2 on QV gains 4.00% over r = 1 on QV, no more than seeds diffe",
-        ),
+        (UNLIKE, {}, [1, 2], 1, "r = 2 on QV gains 4.00% over r = 1 on QV, no more than seeds di"),
         # Nothing helped.
         ({1: 4.5, 2: 4.4, 4: 4.4}, {}, [1, 2, 4], 2, NOTHING),
     ],
@@ -127,19 +110,12 @@ def test_the_picture_shows_every_trial_and_the_one_taken(tmp_path, monkeypatch):
     [
         ("Llama", [], [QV, ATTENTION, ALL]),
         ("Llama", ["v_proj"], [["v_proj"], ATTENTION, ALL]),
-        (
-            "Llama",
-            ["up_proj"],
-            [["up_proj"], [f"mlp.{n}_proj" for n in ("gate", "up", "down")], ALL],
-        ),
+        ("Llama", ["up_proj"], [["up_proj"], MLP, ALL]),
         ("Llama", [r".*\.1\..*q_proj"], [[r".*\.1\..*q_proj"], ATTENTION, ALL]),
         ("Llama", ALL, [ALL]),
         ("GPT2", [], [["c_attn"], ["attn.c_attn", "attn.c_proj"], ALL]),
         ("Phi3", [], [["qkv_proj"], ["self_attn.o_proj", "self_attn.qkv_proj"], ALL]),
-        (
-            *("GPTNeoX", []),
-            [["query_key_value"], ["attention.query_key_value", "attention.dense"], ALL],
-        ),
+        ("GPTNeoX", [], [["query_key_value"], NEOX, ALL]),
         ("Mamba", ["in_proj"], [["in_proj"]]),
         ("CTRL", [], r"must say where to start, of 0, 2, Wk, Wq, Wv, dense"),
     ],
