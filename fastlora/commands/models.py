@@ -33,7 +33,7 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
         tokenizer, kind = transformers.AutoTokenizer, transformers.AutoModelForCausalLM
         model = kind.from_pretrained(name, dtype=dtype, **source, **dense)
         tokenizer = tokenizer.from_pretrained(name, **source)
-    except (OSError, ValueError, ImportError) as error:  # of a tokenizer's package, or gguf
+    except (OSError, ValueError, ImportError) as error:  # a .gguf needs a package
         raise UserError(f"--model {name} cannot be loaded: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

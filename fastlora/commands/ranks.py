@@ -185,7 +185,7 @@ def _train(s: Namespace, r: int, targets: list[str]) -> Trial:
     same, runs = {name: value for name, value in vars(s).items() if name not in own}, []
     for seed in s.seeds:
         name = f"r{r}-{re.sub('[^a-zA-Z0-9_.-]+', ',', ','.join(targets))[:60]}"
-        name += f"-{zlib.crc32(repr(targets).encode()):08x}-seed{seed}"  # of all, in their words
+        name += f"-{zlib.crc32(repr(targets).encode()):08x}-seed{seed}"  # of what is cut, too
         trial = {"r": r, "target_modules": targets, "seed": seed, "ask": None}
         say("trial", name)
         runs.append(finetune.run(Namespace(**same | trial | {"output": f"{s.output}/{name}"})))

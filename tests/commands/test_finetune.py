@@ -19,6 +19,7 @@ import pytest
 import tiny_chat
 import torch
 import transformers
+import trl
 
 from fastlora.__main__ import main
 from fastlora.commands import data, models, trainer
@@ -245,6 +246,12 @@ def test_a_missing_dependency_says_what_to_install(run, tmp_path, capsys, monkey
     assert run(tmp_path) == 2
     error = capsys.readouterr().err
     assert re.match(r'error: .*\btrl\b.*: pip install "fastlora-kernels\[finetune\]"\n$', error)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "trl", trl)
+        load = Mock(side_effect=ImportError("needs gguf"))
+        patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+        assert run(tmp_path) == 2
+        assert "/model cannot be loaded: needs gguf" in capsys.readouterr().err
     # Of the package itself nothing can be missing but by its own fault.
     monkeypatch.setitem(sys.modules, "fastlora.commands.trainer", None)
     monkeypatch.delitem(sys.modules, "trl")

@@ -214,6 +214,7 @@ def test_an_interrupted_search_goes_on(tiny, loaded, tmp_path, capsys):
         ("--target-modules q_proy", "--target-modules: Target modules {'q_proy'} not found"),
         ("--model nowhere/at/all", "--model nowhere/at/all cannot be read"),
         ("--lr 1e30", "the loss is nan at step "),
+        ("--gain 0", "argument --gain: must be above 0 and below 1, got 0"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(tiny, tmp_path, capsys, more, problem):

@@ -59,6 +59,7 @@ def test_a_models_weights_are_measured_alone_and_with_those_that_read_the_same(
         (["--model", "a", "--shapes", "8x8"], "give either --model or --shapes"),
         (["--shapes", "48"], "--shapes takes NxK, such as 14336x4096, got '48'"),
         (["--shapes", "8x8", "--r", "0"], "argument --r: must be at least 1, got 0"),
+        (["--shapes", "8x8", "--seconds", "0"], "argument --seconds: must be above 0, got 0"),
         (["--shapes", "8x8", "--adapter-dtype", "fp16"], "--adapter-dtype must be bf16 or fp32"),
         (["--shapes", "8x8", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--model", "no/such/folder"], "--model no/such/folder cannot be read"),
