@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 import weakref
 from numbers import Real
 from typing import Any
@@ -17,8 +18,9 @@ from fastlora.functional import DTYPES, LARGEST
 from fastlora.layers.active import lora_sum
 from fastlora.layers.siblings import FrozenLinear, Group, Layer, handed
 
-# All that live, so that two layers of one weight do not merge into each other.
-_layers: weakref.WeakSet[LoRALinear] = weakref.WeakSet()
+COMPILED = "is compiled by itself: replace first, then compile"
+# What was merged, so that two layers of one weight do not merge into each other.
+_merged: weakref.WeakSet[LoRALinear] = weakref.WeakSet()
 
 
 class LoRALinear(nn.Linear):
@@ -100,15 +102,19 @@ class LoRALinear(nn.Linear):
     def _adapt(self, r, alpha, p, use_rslora, init, adapter_dtype) -> None:
         usual = default_adapter_dtype(self.weight.dtype)
         dtype = adapter_dtype or usual
-        for name, value, right, wanted in (
-            ("r", r, type(r) is int and r >= 1, "an int, 1 or more"),
-            ("lora_alpha", alpha, isinstance(alpha, Real) and abs(alpha) <= LARGEST, "finite"),
-            ("lora_dropout", p, isinstance(p, Real) and 0 <= p <= 1, "between 0 and 1"),
-            ("init_lora_weights", init, init in (True, False, "gaussian"), "a bool or 'gaussian'"),
-            ("adapter_dtype", dtype, dtype in (self.weight.dtype, usual), f"{usual} or the base's"),
+        for name, value, kind, right, wanted in (
+            ("r", r, int, lambda: r >= 1, "an int, 1 or more"),
+            ("lora_alpha", alpha, Real, lambda: abs(alpha) <= LARGEST, "finite"),
+            ("lora_dropout", p, Real, lambda: 0 <= p <= 1, "between 0 and 1"),
         ):
-            if not right:
-                raise ValueError(f"{name} must be {wanted}, got {value!r:.40}")
+            typed = isinstance(value, kind) and not isinstance(value, bool)
+            if not (typed and right()):
+                error = ValueError if typed else TypeError
+                raise error(f"{name} must be {wanted}, got {value!r:.40}")
+        if type(init) not in (bool, str) or init not in (True, False, "gaussian"):
+            raise ValueError(f"init_lora_weights must be a bool or 'gaussian', got {init!r:.40}")
+        if dtype not in (self.weight.dtype, usual):
+            raise TypeError(f"adapter_dtype must be {usual} or the base's, got {dtype!r:.40}")
         self.r, self.lora_alpha, self.init_lora_weights = r, alpha, init
         self.scaling = alpha / (math.sqrt(r) if use_rslora else r)
         self.lora_dropout = nn.Dropout(float(p)).train(self.training)
@@ -121,7 +127,6 @@ class LoRALinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        _layers.add(self)
 
     def _draw_adapter(self) -> None:
         if self.init_lora_weights == "gaussian":
@@ -194,6 +199,7 @@ class LoRALinear(nn.Linear):
         if safe and not torch.isfinite(merged).all():
             raise ValueError("merging would put NaN or infinity into the weight")
         self.base_weight = weight.detach().clone(memory_format=torch.preserve_format)
+        _merged.add(self)
         weight.copy_(merged)
 
     @torch.no_grad()
@@ -205,7 +211,7 @@ class LoRALinear(nn.Linear):
 
     def _weight_to_write(self, what: str) -> Tensor:
         weight = self._parameters.get("weight")
-        others = [layer for layer in list(_layers) if layer is not self and layer.merged]
+        others = [layer for layer in list(_merged) if layer is not self and layer.merged]
         if weight is None:
             why = "is computed: it is parametrized, pruned or weight-normalised"
         elif weight.is_meta or self.lora_A.is_meta:
@@ -226,7 +232,10 @@ class LoRALinear(nn.Linear):
         base = state_dict.get(f"{prefix}base_weight")
         if f"{prefix}weight" in state_dict and base is not None and base.shape == self.weight.shape:
             self.base_weight = torch.empty_like(self.weight, requires_grad=False)
+            _merged.add(self)
         elif self.merged and not own.keys().isdisjoint(state_dict):
+            what = prefix or "the layer "
+            warnings.warn(f"{what}is merged: unmerged for loading", stacklevel=2)
             self.unmerge()
         adapter = {key: p for key, p in own.items() if key.startswith(f"{prefix}lora_")}
         if adapter.keys().isdisjoint(state_dict):  # a base checkpoint: the adapter stays
@@ -235,7 +244,8 @@ class LoRALinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _layers.add(self)
+        if self.merged:
+            _merged.add(self)
 
     def extra_repr(self) -> str:
         own = f"r={self.r}, scaling={self.scaling:g}{', merged' if self.merged else ''}"
@@ -264,7 +274,7 @@ def unsupported(module: nn.Module) -> str | None:
     if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
         return "belongs to nn.MultiheadAttention, which reads its weight and never calls it"
     if module._compiled_call_impl is not None:
-        return "is compiled by itself: replace first, then compile"
+        return COMPILED
     weight = module._parameters.get("weight")
     if weight is None or "bias" not in module._parameters:
         return "computes its weight or bias (parametrized, pruned, weight-normalised)"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastlora.layers import siblings
 from fastlora.layers.classes import unwrapped
-from fastlora.layers.lora import LoRALinear, unsupported
+from fastlora.layers.lora import COMPILED, LoRALinear, unsupported
 from fastlora.layers.report import PatchReport, counted
 
 Which = Collection[str] | str | Callable[[str, nn.Module], bool]
@@ -46,17 +46,23 @@ def replace_linears(
     for name, module in outer.named_modules():
         for kind in {kind.__name__ for kind in type(module).__mro__} & _REFUSED.keys():
             raise ValueError(f"{name or 'model'} is a {kind}: {_REFUSED[kind]}")
+    if unsupported(model) is None:
+        raise ValueError("model is one linear layer: LoRALinear.from_linear() takes it")
     selected, unknown = _selected(model, names)
+    compiled = {module._modules.get("_orig_mod") for module in model.modules()}
     report = PatchReport([], [(name, "no module has this name") for name in unknown])
     old: dict[int, nn.Module] = {}
     for name, module in selected:
-        if why := unsupported(module):
+        # It is called through its wrapper, which would go on calling it.
+        why = COMPILED if module in compiled else unsupported(module)
+        if why is not None:
             report.not_fused.append((name, why))
         elif id(module) not in old:
             report.fused.append(name)
             old[id(module)] = module
     if not old:
-        able = counted(name for name, m in model.named_modules() if unsupported(m) is None)
+        others = [(name, m) for name, m in model.named_modules() if m not in compiled]
+        able = counted(name for name, m in others if unsupported(m) is None)
         able = f"what could be replaced: {able or 'nothing'}"
         raise ValueError(f"names={names!r:.300} replaces nothing: {report}\n  {able}")
     groups = []
@@ -110,14 +116,11 @@ def _adapters(model: nn.Module) -> dict[int, Tensor]:
 
 
 def _selected(model: nn.Module, names: Which) -> tuple[list[tuple[str, nn.Module]], list[str]]:
-    """Return the modules that ``names`` selects, by their names, and what in it selects none.
-
-    A layer that is compiled by itself is only there as its wrapper, which would go on calling it.
-    """
+    """Return the modules that ``names`` selects, by their names, and what in it selects none."""
     named = [
         (".".join(part for part in path.split(".") if part not in _WRAPPERS), module)
         for path, module in model.named_modules(remove_duplicate=False)
-        if path.rpartition(".")[2] not in ("", "_orig_mod")
+        if path and module._modules.keys().isdisjoint(_WRAPPERS)
     ]
     if callable(names):
         return [each for each in named if names(*each)], []

@@ -204,14 +204,30 @@ def find(model: nn.Module, how: How, adapted: Collection[nn.Module]) -> list[Fou
     for layers in groups:
         parent, path, _ = places[layers[0]]
         names, mlp, why_not = tuple(places[layer][2] for layer in layers), (), ""
-        others = [m for m in parent._modules.values() if m in places and m not in layers]
+        others = [n for n, m in parent._modules.items() if m in places and m not in layers]
         if len(layers) == 2 and len(others) == 1:
-            mlp, why_not = gated.read(parent)
-            if mlp:  # what a class has against others of its kind it says before all changes
-                gated.fused(_kind(parent))
+            mlp, why_not = _gated(parent, {*names}, *others)
         if any(parent._modules[name] in adapted for name in (*names, *mlp)):
-            found.append(Found(parent, path, names, mlp, "" if mlp else why_not))
+            found.append(Found(parent, path, names, mlp, why_not))
     return found
+
+
+def _gated(parent: nn.Module, pair: set[str], last: str) -> tuple[tuple[str, ...], str]:
+    """Return the layers of the gated MLP that two siblings and one more make, or () and why not."""
+    mlp, why_not = gated.read(parent)
+    if not mlp:
+        return (), why_not
+    if "forward" in vars(parent):
+        return (), "it has a forward of its own"
+    if {*mlp[:2]} != pair or mlp[2] != last:
+        return (), f"its forward calls {', '.join(mlp)}"
+    if any(getattr(parent, name, None) is not parent._modules[name] for name in mlp):
+        return (), "something hides its layers"
+    try:
+        gated.fused(_kind(parent))
+    except Exception as error:  # whatever the class says to it
+        return (), f"its class takes no subclass: {error!s:.60}"
+    return mlp, ""
 
 
 def _kind(parent: nn.Module) -> type:
@@ -221,6 +237,9 @@ def _kind(parent: nn.Module) -> type:
 def make(groups: Sequence[Found], report: PatchReport) -> None:
     """Make groups of what `find` has found, and one operator of each gated MLP; report them."""
     by_parent = defaultdict(list)
+    for parent in {found.parent for found in groups}:
+        for child in filter(None, parent._modules.values()):  # of groups made before
+            vars(child).pop("_siblings", None)
     for parent, path, names, mlp, why_not in groups:
         group = Group(names)
         by_parent[parent].append(group)
@@ -252,7 +271,11 @@ def separate(model: nn.Module) -> None:
 
 
 def _named(model: nn.Module, how: Any, places: Places) -> list[tuple]:
-    listed = isinstance(how, Sequence) and not any(isinstance(names, str) for names in how)
+    def holds(values: Any, kind: type) -> bool:
+        listed = isinstance(values, Sequence) and not isinstance(values, str)
+        return listed and all(isinstance(value, kind) for value in values)
+
+    listed = holds(how, Sequence) and all(holds(names, str) for names in how)
     flat = [*itertools.chain(*how)] if listed else []
     if not flat or len({*flat}) < len(flat) or any(len(names) < 2 for names in how):
         raise (ValueError if flat else TypeError)(
@@ -342,8 +365,9 @@ def examples_for(model: nn.Module) -> list[dict[str, Any]]:
         "input_features": [(bands, 128), (128, bands), (bands, whole)],
         "input_values": [(said("max_length") if bands else None, bands), (16_000,)],
     }
-    text = (getattr(model, "dummy_inputs", None) or {}).items()
-    text = {k: v[:1] for k, v in text if k in taken and isinstance(v, Tensor)}
+    own = getattr(model, "dummy_inputs", None)
+    own = {k: v for k, v in own.items() if k in taken} if isinstance(own, Mapping) else {}
+    text = {k: v[:1] if isinstance(v, Tensor) and v.dim() else v for k, v in own.items()}
     start = {k: torch.zeros(1, 2, dtype=torch.long) for k in ("decoder_input_ids",) if k in taken}
     names = [name for name in shapes if name in taken and name not in text]
     full = []

@@ -48,9 +48,12 @@ def _are_names(value: Any) -> bool:
 
 
 def _are_indices(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_are_indices, value.values()))
-    return all(_is_int(v, 0) for v in (value if isinstance(value, list) else [value]))
+    return isinstance(value, list) and all(_is_int(v, 0) for v in value)
+
+
+def _are_tokens(value: Any) -> bool:
+    by_name = isinstance(value, dict) and _are_names([*value])
+    return _are_indices(value) or (by_name and all(map(_are_indices, value.values())))
 
 
 _DROPOUTS = "lora_dropout rank_dropout module_dropout"
@@ -59,7 +62,6 @@ _SWITCHES = (
     "lora_bias rank_dropout_scale use_dora use_effective_conv2d use_qalora use_rslora"
 )
 _CHOICES = "target_modules? exclude_modules? layers_pattern? feedforward_modules?"
-_INDICES = "layers_to_transform? alora_invocation_tokens? trainable_token_indices?"
 # What a value must be: in words, whether it is, and for which keys, with ? where it may be null.
 _RULES = (
     (f"an int from 1 to {_MAX_RANK}", lambda v: _is_int(v, 1, _MAX_RANK), "r rank_pattern?"),
@@ -75,7 +77,13 @@ _RULES = (
     ),
     (f"a pattern or {_NAMES}", lambda v: isinstance(v, str) or _are_names(v), _CHOICES),
     (_NAMES, _are_names, "modules_to_save? target_parameters?"),
-    ("an index, a list of them, or such lists by name", _are_indices, _INDICES),
+    (
+        "a layer's index or a list of them",
+        lambda v: _is_int(v, 0) or _are_indices(v),
+        "layers_to_transform?",
+    ),
+    ("a list of token ids", _are_indices, "alora_invocation_tokens?"),
+    ("token ids, in a list or by embedding", _are_tokens, "trainable_token_indices?"),
     ("a name of PEFT's", lambda v: isinstance(v, str), "task_type?"),
 )
 KNOWN = {key.rstrip("?"): rule for *rule, keys in _RULES for key in keys.split()}

@@ -268,10 +268,20 @@ def save_adapter(
     if broken := {key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()}:
         warnings.warn(f"NaN or infinity in {_few(broken)}: load_adapter() refuses it", stacklevel=2)
     config = _config_text(model, adapter_name)
-    metadata = {"format": "pt", CONFIG_HASH: hashlib.sha256(config).hexdigest()}
+    weights = _with_config_hash(save(tensors, metadata={"format": "pt"}), config)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {WEIGHTS_FILE: save(tensors, metadata=metadata), CONFIG_FILE: config}
+    files = {WEIGHTS_FILE: weights, CONFIG_FILE: config}
     replace_files({folder / n: lambda file, data=d: file.write(data) for n, d in files.items()})
+
+
+def _with_config_hash(weights: bytes, config: bytes) -> bytes:
+    """Add the config's hash to a file's metadata; safetensors would write the two in any order."""
+    end = 8 + int.from_bytes(weights[:8], "little")
+    header = json.loads(weights[8:end])
+    header["__metadata__"][CONFIG_HASH] = hashlib.sha256(config).hexdigest()
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # tensors start at multiples of 8 bytes
+    return len(text).to_bytes(8, "little") + text + weights[end:]
 
 
 def _config_text(model: PeftModel, adapter_name: str) -> bytes:

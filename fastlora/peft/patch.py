@@ -6,6 +6,7 @@ PEFT itself is imported when one of them is called.
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import TYPE_CHECKING
 
@@ -116,7 +117,8 @@ def check_release() -> None:
         import peft
     except ImportError as error:
         raise ImportError("PEFT is needed: pip install 'fastlora-kernels[peft]'") from error
-    if not TESTED[0] <= tuple(map(int, peft.__version__.split(".")[:2])) < TESTED[1]:
+    release = tuple(map(int, re.findall(r"\d+", peft.__version__)[:2]))
+    if not TESTED[0] <= release < TESTED[1]:
         first, end = (".".join(map(str, release)) for release in TESTED)
         raise RuntimeError(
             f"PEFT {peft.__version__} was not tested with this fastlora, whose fused layers stand "

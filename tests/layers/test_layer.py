@@ -7,6 +7,8 @@ import copy
 import itertools
 import math
 import pickle
+import sys
+import threading
 
 import pytest
 import torch
@@ -148,6 +150,22 @@ def test_two_layers_of_one_weight_do_not_merge_into_each_other():
     assert torch.equal(linear.weight, bits)
 
 
+def test_layers_are_made_in_one_thread_and_merged_in_another():
+    """Merging looks at what is merged, not at layers that come and go."""
+    first, *kept = (copy.copy(LoRALinear(4, 4)) for _ in range(2000))
+    maker = threading.Thread(target=lambda: kept.extend([copy.copy(layer) for layer in kept]))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    maker.start()
+    try:
+        while maker.is_alive():
+            first.merge()
+            first.unmerge()
+    finally:
+        maker.join()
+        sys.setswitchinterval(interval)
+
+
 COMPUTED = {
     "is computed": parametrizations.weight_norm,
     "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
@@ -221,6 +239,7 @@ def test_a_base_checkpoint_loads_unchanged():
 KEPT = {"all": ("0.",), "the base": ("0.weight", "0.bias", "0.base"), "the adapter": ("0.lora",)}
 
 
+@pytest.mark.filterwarnings("ignore:.*unmerged for loading")
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize(
     ("saved", "into", "assign"), list(itertools.product([False, True], repeat=3))
@@ -273,7 +292,8 @@ def test_states_of_some_layers_and_for_plain_ones():
     plain = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 5))
     plain.load_state_dict(model.state_dict(), strict=False)
     assert torch.equal(plain(x), model(x))
-    model.load_state_dict({"1.bias": torch.ones(5)}, strict=False)
+    with pytest.warns(UserWarning, match=r"^1\.is merged: unmerged for loading"):
+        model.load_state_dict({"1.bias": torch.ones(5)}, strict=False)
     assert model[0].merged and not model[1].merged
 
 
@@ -348,7 +368,7 @@ def after(change, *args):
 
 INT8 = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
 COMPUTES = "linear computes its weight or bias"
-REFUSED = [
+WRONG_TYPES = [
     (lambda: nn.Embedding(3, 3), {}, "linear must be an nn.Linear or a .* Conv1D, got Embedding"),
     (lambda: LoRALinear(3, 3), {}, "linear is a LoRALinear with a forward of its own"),
     (lambda: after(setattr, "forward", len), {}, "linear is a Linear with a forward of its own"),
@@ -357,23 +377,33 @@ REFUSED = [
     (lambda: after(nn.Module.compile), {}, "linear is compiled by itself"),
     (lambda: after(parametrizations.weight_norm), {}, rf"{COMPUTES} \(parametrized"),
     (lambda: after(prune.identity, "bias"), {}, f"{COMPUTES}.*, pruned"),
+    (None, {"r": 2.0}, "r must be an int, 1 or more, got 2.0"),
+    (None, {"r": True}, "r must be an int, 1 or more, got True"),
+    (None, {"lora_alpha": "8"}, "lora_alpha must be finite, got '8'"),
+    (None, {"lora_alpha": True}, "lora_alpha must be finite, got True"),
+    (None, {"lora_dropout": True}, "lora_dropout must be between 0 and 1, got True"),
+    (None, {"adapter_dtype": torch.bfloat16}, "adapter_dtype must be .* got torch.bfloat16"),
+]
+WRONG_VALUES = [
     (None, {"bias": False}, "bias=False, but linear's, which is shared, is True"),
     (None, {"device": "meta"}, "device=meta, but linear's, .* is cpu"),
     (None, {"dtype": torch.half}, "dtype=torch.float16, but linear's, .* is torch.float32"),
     (None, {"r": 0}, "r must be an int, 1 or more, got 0"),
-    (None, {"r": 2.0}, "r must be an int, 1 or more, got 2.0"),
     (None, {"lora_alpha": math.nan}, "lora_alpha must be finite, got nan"),
-    (None, {"lora_alpha": "8"}, "lora_alpha must be finite, got '8'"),
+    (None, {"lora_alpha": 1e299}, r"lora_alpha must be finite, got 1e\+299"),
     (None, {"lora_dropout": 1.1}, "lora_dropout must be between 0 and 1, got 1.1"),
+    (None, {"lora_dropout": math.nan}, "lora_dropout must be between 0 and 1, got nan"),
     (None, {"init_lora_weights": "pissa"}, "init_lora_weights must be a bool .* got 'pissa'"),
-    (None, {"adapter_dtype": torch.bfloat16}, "adapter_dtype must be .* got torch.bfloat16"),
+    (None, {"init_lora_weights": 0}, "init_lora_weights must be a bool .* got 0"),
 ]
+REFUSED = [(TypeError, *case) for case in WRONG_TYPES]
+REFUSED += [(ValueError, *case) for case in WRONG_VALUES]
 
 
-@pytest.mark.parametrize(("make", "arguments", "message"), REFUSED)
-def test_what_cannot_become_a_lora_layer(make, arguments, message):
+@pytest.mark.parametrize(("error", "make", "arguments", "message"), REFUSED)
+def test_what_cannot_become_a_lora_layer(error, make, arguments, message):
     linear = nn.Linear(4, 4) if make is None else make()
     trains = [p.requires_grad for p in linear.parameters()]
-    with pytest.raises(TypeError if make else ValueError, match=message):
+    with pytest.raises(error, match=message):
         LoRALinear.from_linear(linear, **arguments)
     assert [p.requires_grad for p in linear.parameters()] == trains

@@ -72,12 +72,16 @@ def test_what_says_nothing_of_the_adapter_is_not_looked_at(folder):
     assert not found.runtime_config.ephemeral_gpu_offload
 
 
+@pytest.mark.filterwarnings("ignore:.*is not the config")
 def test_a_rank_above_a_layer_s_width_has_to_be_allowed(tmp_path):
     """As PEFT makes for a head of few classes; nobody's file may ask for more than 4096."""
     save_adapter(model := wrapped(r=6, target_modules=["2", "head"]), tmp_path)
     refused(tmp_path, "r=6 for 'head' is more than 5")
     other = load_adapter(tiny.mlp(), tmp_path, trusted=True)
     torch.testing.assert_close(tiny.outputs(other), tiny.outputs(model), rtol=1e-4, atol=1e-5)
+    edit(tmp_path, r=4097)
+    with pytest.raises(ValueError, match="from 1 to 4096"):
+        load_adapter(tiny.mlp(), tmp_path, trusted=True)
 
 
 FOREVER = r"(.|..|\w)*!"

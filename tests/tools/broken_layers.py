@@ -42,7 +42,18 @@ COPIES = {
     ],
     ("lora", ALONE): [
         ("layers of one weight merge into each other", "if layer is not self and", "if 0 and"),
-        ("merged layers' copies are not known", "(state)\n        _layers.add(self)", "(state)"),
+        (
+            "merged layers' copies are not known",
+            "        if self.merged:\n            _m",
+            "        if 0: _m",
+        ),
+    ],
+    ("lora", f"{LAYER}layers_are_made_in_one_thread_and_merged_in_another"): [
+        (
+            "merging looks at every layer",
+            "(state)\n        if self.merged:",
+            "(state)\n        if True:",
+        ),
     ],
     ("lora", f"{LAYER}sharded"): [
         ("what is sharded is merged", "elif type(weight.data) is not Tensor:", "elif False:"),
@@ -69,7 +80,7 @@ COPIES = {
         ("a compiled layer is copied", "module._compiled_call_impl is not None", "False"),
     ],
     ("replace", f"{REPLACE}what_cannot_be_is_refused_and_nothing_changed"): [
-        ("what compile has wrapped is replaced inside", 'not in ("", "_orig_mod")', '!= ""'),
+        ("what compile has wrapped is replaced inside", "if module in compiled", "if False"),
         ("what DDP has spread gets adapters", '"DistributedDataParallel": "', '"": "'),
     ],
     ("replace", f"{REPLACE}what_was_replaced_before_stays"): [
