@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import test_siblings
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from test_siblings import COPIES, X, close, results, said_by, wrapped
 from tiny_models import decoder, t5
@@ -225,16 +227,45 @@ def test_the_report_says_why_not():
         assert report.gated_mlps == report.lookalikes == []
 
 
-def test_a_class_that_takes_no_heirs_says_so_before_anything_changes():
-    class Last(MLP):
-        def __init_subclass__(cls):
-            raise TypeError("Last is final")
+class Renamed(MLP):
+    open, wide, out = map(property, map(attrgetter, ("w1", "w2", "w3")))
 
-    model = get_peft_model(nn.Sequential(Last()), LoraConfig(target_modules=["open"]))
-    kinds = [type(module) for module in model.modules()]
-    with pytest.raises(TypeError, match="Last is final"):
-        patch_peft(model, fuse_siblings=X)
-    assert kinds == [type(module) for module in model.modules()]
+    def __init__(self):
+        super().__init__()
+        own = self._modules
+        own.update(w1=own.pop("open"), w2=own.pop("wide"), w3=own.pop("out"))
+
+
+class Last(MLP):
+    def __init_subclass__(cls):
+        raise TypeError("Last is final")
+
+
+class Hiding(MLP):
+    wide = property(attrgetter("open"))
+
+
+CALLS = "its forward calls open, wide, out"
+# Which two are siblings, and why they and the third are more than these.
+NO_MORE = [
+    (Renamed, X, CALLS),
+    (MLP, [("open", "out")], CALLS),
+    (MLP, [("out", "wide")], CALLS),
+    (Hiding, [("open", "wide")], "something hides its layers"),
+    (lambda: add_hook_to_module(MLP(), ModelHook()), X, "it has a forward of its own"),
+    (Last, X, "its class takes no subclass: Last is final"),
+]
+
+
+@pytest.mark.parametrize(("make", "how", "why"), NO_MORE)
+def test_what_has_the_formula_of_one_and_is_none(make, how, why, runs):
+    targets = (*ALL, "w1", "w2", "w3")
+    plain, model = wrapped(make, targets), wrapped(make, targets)
+    report = patch_peft(model, fuse_siblings=how)
+    assert report.gated_mlps == [] and len(report.siblings) == 1
+    assert report.lookalikes == [(type(model.base_model.model).__name__, why)]
+    close(results(model), results(plain))
+    assert runs == []
 
 
 # Where it has to run as it is
@@ -394,7 +425,8 @@ def test_shapes_autocast_sixteen_bits_and_several_adapters(runs):
         close(results(fused), results(plain), 5e-2)
         assert fused(X).dtype == torch.bfloat16
     half = [model.to(torch.bfloat16) for model in (fused, plain)]
-    close(*(results(model, x=X.bfloat16()) for model in half), 0.2)
+    for found in zip(*(results(model, x=X.bfloat16()) for model in half), strict=True):
+        torch.testing.assert_close(*found, rtol=0.1, atol=0.1)
     models = wrapped(MLP, ALL), wrapped(MLP, ALL)
     for model in models:
         torch.manual_seed(6)

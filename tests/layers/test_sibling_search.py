@@ -48,27 +48,44 @@ def test_finding_them_leaves_the_model_as_it_was():
 
 ALONE = ("GPT-2", "Phi3")  # have one layer each for what others have siblings for
 GATED = ("Llama", "Qwen2", "Qwen3", "Gemma", "Gemma3", "Mistral")
-DIFFUSION = {"hidden_states": torch.zeros(1, 4, 8, 8)}
+DIFFUSION = {"hidden_states": torch.zeros(1, 4, 8, 8, dtype=torch.float64)}
 DIFFUSION |= dict.fromkeys(("timestep", "class_labels"), torch.tensor([1]))
 
 
 @pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, together):
-    """PEFT's own losses and gradients."""
-    plain = adapted(MODELS[name]().float(), ATTENTION if name == "diffusion" else "all-linear")
+    """PEFT's own losses and gradients: in float64, where rounding hides nothing."""
+    plain = adapted(MODELS[name]().double(), ATTENTION if name == "diffusion" else "all-linear")
     model = copy.deepcopy(plain)
     report = patch_peft(model, fuse_siblings=DIFFUSION if name == "diffusion" else True)
     assert len(report.gated_mlps) == 2 * (name.split()[0] in GATED)
-    found = []
-    for each in (model, plain):
-        loss = loss_of(each, name)
-        grads = torch.autograd.grad(loss, [p for p in each.parameters() if p.requires_grad])
-        found.append((loss.detach(), torch.cat([grad.flatten() for grad in grads])))
-    (loss, grads), (plain_loss, plain_grads) = found
-    torch.testing.assert_close(loss, plain_loss, rtol=1e-4, atol=1e-4)
-    assert (grads - plain_grads).norm() <= 1e-4 * plain_grads.norm()
+    (loss, grads), (plain_loss, plain_grads) = (step(each, name) for each in (model, plain))
+    assert loss.item() == pytest.approx(plain_loss.item(), abs=1e-9)
+    assert (grads - plain_grads).norm() <= 1e-10 * plain_grads.norm()
     assert bool(together) != (name in ALONE)
+
+
+def step(model, name):
+    """Return a loss, which transformers would compute in float32, and every gradient in one."""
+
+    def double(t):
+        return t.double() if t.is_floating_point() else t
+
+    kept = []
+    handle = model.register_forward_hook(lambda module, args, y: kept.append(y))
+    loss = loss_of(
+        lambda *args, **given: model(
+            *map(double, args), **{k: double(t) for k, t in given.items()}
+        ),
+        name,
+    )
+    handle.remove()
+    if name != "diffusion":
+        logits = kept[0].logits.flatten()
+        loss = logits @ torch.linspace(-1, 1, len(logits), dtype=logits.dtype)
+    grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    return loss, torch.cat([grad.flatten() for grad in grads])
 
 
 # What models of transformers say of their inputs
@@ -110,6 +127,21 @@ def test_an_input_is_made_by_what_a_model_says(name, sizes, groups):
     assert sorted(names for _, names in report.siblings) == sorted(groups)
 
 
+class Says(Block):
+    def forward(self, x, scale, twice):
+        return super().forward(x * scale * (1 + twice))
+
+
+def test_what_a_model_says_need_not_be_batches_of_tensors(monkeypatch):
+    own = {"x": X, "scale": torch.tensor(2.0), "twice": True, "other": None}
+    monkeypatch.setattr(Says, "dummy_inputs", own, raising=False)
+    report = patch_peft(adapted(Says(), ["q"]), fuse_siblings=True)
+    assert [names for _, names in report.siblings] == [QKV]
+    monkeypatch.setattr(Says, "dummy_inputs", [X])
+    with pytest.raises(ValueError, match="Says says of no input"):
+        patch_peft(adapted(Says(), ["q"]), fuse_siblings=True)
+
+
 def test_a_model_of_two():
     """An encoder of images and a decoder of text, which each say a part."""
     bert = {**SIZES, "vocab_size": VOCABULARY, "is_decoder": True, "add_cross_attention": True}
@@ -129,7 +161,10 @@ WRONG = [
     ([("q", "w")], ValueError, r"no module has linear layers named \('q', 'w'\)"),
     ([("q",)], ValueError, "groups of two names or more"),
     ([("q", "k"), ("k", "v")], ValueError, "each in one group only"),
-    *((how, TypeError, "must be True, an example input .* got ") for how in ("q", 3, [], [[]])),
+    *(
+        (how, TypeError, "must be True, an example input .* got ")
+        for how in ("q", 3, [], [[]], [5], [("q", ["k"])], ["qk"])
+    ),
 ]
 
 

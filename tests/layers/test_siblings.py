@@ -180,6 +180,36 @@ def test_under_peft_and_taken_back(together):
     assert together == [3, 3] and type(k) is FusedLinear and type(k.base_layer) is nn.Linear
 
 
+class Quantised(nn.Parameter):
+    """As torchao's are: what it computes is its own."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        y = super().__torch_function__(function, types, args, kwargs or {})
+        return y * 2 if function is nn.functional.linear else y
+
+
+def test_a_frozen_sibling_of_another_kind(together):
+    def quantised():
+        block = Block()
+        block.k.weight = Quantised(block.k.weight.detach(), requires_grad=False)
+        return block
+
+    plain, fused = pair(quantised)
+    close([fused(X)], [plain(X)])
+    assert together == []
+
+
+def test_the_latest_patch_says_what_is_together(together):
+    """In copies as in the original."""
+    model = wrapped()
+    patch_peft(model, fuse_siblings=[("q", "k")])
+    patch_peft(model, fuse_siblings=[("v", "o")])
+    for each in (model, copy.deepcopy(model)):
+        each(X)
+    assert together == []
+
+
 # When groups are called
 
 

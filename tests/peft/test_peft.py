@@ -16,6 +16,7 @@ from tiny_models import bert, gpt2, llama, mlp, outputs, train_a_little
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.utils import parametrize
 
 import fastlora
 from fastlora import patch_peft, unpatch_peft
@@ -89,6 +90,18 @@ def test_unpatching_what_fsdp_has_sharded(one_process, fused):
     assert (kind.__name__, kind.__bases__) == ("FSDPLinear", (FSDPModule, lora.Linear))
     fused.clear()
     assert torch.equal(run(model, X), expected) and fused == []
+
+
+def test_unpatching_a_parametrized_layer():
+    _, model, _ = pair()
+    layer = layers(model)[0]
+    layer.gain = nn.Parameter(torch.ones(2))
+    parametrize.register_parametrization(layer, "gain", nn.Softplus())
+    unpatch_peft(model)
+    assert type(layer).__name__ == "ParametrizedLinear" and type(layer).__base__ is lora.Linear
+    torch.testing.assert_close(layer.gain, nn.functional.softplus(torch.ones(2)))
+    parametrize.remove_parametrizations(layer, "gain")
+    assert type(layer) is lora.Linear
 
 
 class Other(nn.Linear):

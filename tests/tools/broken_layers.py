@@ -205,6 +205,30 @@ COPIES = {
     ("siblings", f"{MODULES}the_report_says_why_not"): [
         ("no report says why a module is no gated MLP", "lookalikes.append(", "lookalikes.count("),
     ],
+    ("siblings", f"{MODULES}what_has_the_formula_of_one_and_is_none"): [
+        ("a gated MLP may have a forward of its own", 'if "forward" in vars(parent):', "if False:"),
+        ("a gated MLP may call other layers", "if {*mlp[:2]} != pair or", "if False and"),
+        ("a gated MLP's layers may be hidden", "is not parent._modules[name] for", "is None for"),
+        (
+            "classes without heirs fail",
+            "        gated.fused(_kind(parent))\n    except",
+            "    except",
+        ),
+    ],
+    ("siblings", f"{SIBLINGS}the_latest_patch_says_what_is_together"): [
+        (
+            "groups of an earlier patch go on",
+            'vars(child).pop("_siblings", None)\n    for parent, path',
+            "pass\n    for parent, path",
+        ),
+    ],
+    ("siblings", f"{SIBLINGS}a_frozen_sibling_of_another_kind"): [
+        ("quantised layers are taken for plain ones", "if kinds <= {*op.PLAIN,", "if 1 or {"),
+    ],
+    ("siblings", f"{SEARCH}what_a_model_says_need_not_be_batches_of_tensors"): [
+        ("every input has a batch", "isinstance(v, Tensor) and v.dim() else", "v.dim() else"),
+        ("inputs are always named", "if isinstance(own, Mapping) else {}", ""),
+    ],
     ("gated", f"{GATED}acceptance_rule"): [
         ("the gated MLP forgets up", "return act(g, **how).mul_(u)", "return act(g, **how)"),
         ("up's gradient is that of gate's input", "du = act(g, **how).mul_(dh)", "du = g * dh"),
