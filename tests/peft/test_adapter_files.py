@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
+import fastlora.files
 from fastlora import load_adapter, save_adapter
 from fastlora.peft import files
 
@@ -112,6 +113,10 @@ def same_files(one, other):
     ours, theirs = (load_file(folder / WEIGHTS) for folder in (one, other))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert settings(one) == settings(other)
+
+
+def same_bytes(*folders):
+    (_,) = {tuple((folder / name).read_bytes() for name in (CONFIG, WEIGHTS)) for folder in folders}
 
 
 def settings(folder):
@@ -207,15 +212,18 @@ def test_a_merged_or_compiled_model_saves_the_same(targets, tmp_path):
     saved = PeftModel.from_pretrained(tiny.llama(), tmp_path / "merged")
     assert torch.equal(tiny.outputs(saved), y)
     if targets == LLAMA:
-        same_files(tmp_path / "plain", tmp_path / "merged")
+        same_bytes(tmp_path / "plain", tmp_path / "merged")
 
 
 @pytest.mark.parametrize("spread", [DistributedDataParallel, fully_shard])
 def test_a_distributed_model_saves_the_same_and_loads_none(spread, one_process, tmp_path):
     model = wrapped(tiny.mlp, lora("2", modules_to_save=["head"], bias="lora_only"))
     save_adapter(model, tmp_path / "plain")
-    save_adapter(spread(model), tmp_path / "spread")
-    same_files(tmp_path / "spread", tmp_path / "plain")
+    folders = [tmp_path / f"{i}" for i in range(8)]  # what differed at random would now
+    model = spread(model)
+    for folder in folders:
+        save_adapter(model, folder)
+    same_bytes(tmp_path / "plain", *folders)
     with pytest.raises((TypeError, ValueError), match=r"must be plain|load the adapter first"):
         load_adapter(spread(tiny.mlp()), tmp_path / "plain")
 
@@ -242,6 +250,7 @@ def test_a_diverged_adapter_is_saved_with_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ("call", "number", "error", "kept"),
     [
+        ("open", 0, PermissionError, True),  # as in a folder that may only be read
         ("fsync", 0, OSError, True),
         ("fsync", 1, OSError, True),
         ("replace", 0, OSError, True),
@@ -255,7 +264,8 @@ def test_once_the_weights_have_their_name_it_is_the_new_adapter(
     """Until then it is the old one. A signal is raised after the call in which it came."""
     if kept:
         save_adapter(wrapped(), tmp_path)
-    real, calls = getattr(os, call), []
+    module, real = (fastlora.files, open) if call == "open" else (os, getattr(os, call))
+    calls = []
 
     def fail(*args):
         calls.append(args)
@@ -265,7 +275,7 @@ def test_once_the_weights_have_their_name_it_is_the_new_adapter(
             raise error(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as failing, pytest.raises(error):
-        failing.setattr(os, call, fail)
+        failing.setattr(module, call, fail, raising=False)
         save_adapter(wrapped(r=2), tmp_path)
     close(load_adapter(tiny.llama(), tmp_path), wrapped() if kept else wrapped(r=2))
     if kept:

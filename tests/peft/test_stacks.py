@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from peft_models import config, layers, pair
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastlora import patch_peft
 
@@ -74,7 +75,7 @@ def test_models(name, fused):
     targets = ATTENTION if name == "diffusion" else "all-linear"
     plain, model, report = pair(MODELS[name.partition(",")[0]](), target_modules=targets)
     assert report.not_fused == []
-    digits = 2e-2 if "float16" in name else 1e-4
+    digits = 1e-2 if "autocast" in name else 2e-2 if "bfloat16" in name else 1e-4
     assert train(model, name) == pytest.approx(train(plain, name), rel=digits)
     assert len(fused) == STEPS * len(layers(model)) > 0
 
@@ -95,6 +96,31 @@ def test_checkpointed_activations_with_dropout(reentrant, fused):
     assert len(fused) == 3 * STEPS * len(layers(model))
     for own, other in zip(model.parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
+
+
+def test_compiled():
+    """In one graph, for any number of tokens, with dropout and without."""
+    plain, model, _ = pair(
+        tiny.llama(num_hidden_layers=1), target_modules="all-linear", lora_dropout=0.3
+    )
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(model.eval(), backend=counter, fullgraph=True, dynamic=True)
+    expected = plain.eval()(tiny.tokens()).logits
+    try:
+        found = compiled(tiny.tokens()).logits
+    except torch._dynamo.exc.Unsupported as error:
+        with pytest.raises(torch._dynamo.exc.Unsupported):  # or the fault is ours
+            torch.compile(plain, backend="aot_eager", fullgraph=True)(tiny.tokens())
+        pytest.skip(f"this PyTorch compiles no such model of this transformers: {error}")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    compiled.train()
+    counts = set()
+    for length in (7, 8, 13):
+        ids = torch.randint(0, tiny.VOCABULARY, (2, length))
+        compiled(ids, labels=ids).loss.backward()
+        counts.add(counter.frame_count)
+    assert len(counts) == 1, f"graphs made for other numbers of tokens: {counts}"
 
 
 # Trainers: each returns the losses of STEPS steps of two batches
@@ -119,11 +145,10 @@ def trained(kind, model, arguments, folder, changes, data, **options):
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        save_strategy="no",
-        **{"bf16": False, **changes},
+        **{"bf16": False, "save_strategy": "no", **changes},
     )
     trainer = kind(model, asked, train_dataset=data, **options)
-    trainer.train()
+    trainer.train(asked.resume_from_checkpoint)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -187,6 +212,21 @@ def test_trainers(by, changes, fused, tmp_path):
     patch_peft(model := copy.deepcopy(plain))
     expected, found = (by(each, tmp_path, **changes) for each in (plain, model))
     assert len(set(found)) >= STEPS  # it trains
-    assert found == pytest.approx(expected, rel=1e-2 if "bf16" in changes else 1e-3)
+    digits = 1e-2 if "bf16" in changes else 1e-4 if by is by_accelerate else 1e-3
+    assert found == pytest.approx(expected, rel=digits)
     passes = 4 if "gradient_checkpointing" in changes else 2
     assert len(fused) == passes * STEPS * len(layers(model))
+
+
+def test_a_trainer_that_resumes(fused, tmp_path):
+    """On a new model, from a checkpoint half way: as if it had never stopped."""
+    torch.manual_seed(3)
+    asked = config(target_modules="all-linear", init_lora_weights=False)
+    patch_peft(model := get_peft_model(tiny.llama(), asked))
+    again, saving = copy.deepcopy(model), {"save_strategy": "steps", "save_steps": 2}
+    losses = by_transformers(model, tmp_path, **saving)
+    fused.clear()
+    half = str(tmp_path / "checkpoint-2")
+    assert by_transformers(again, tmp_path, resume_from_checkpoint=half, **saving) == losses
+    assert len(fused) == 2 * 2 * len(layers(model))
+    assert all(map(torch.equal, again.parameters(), model.parameters()))

@@ -76,12 +76,25 @@ COPIES = {
     ("lora", f"{LAYER}meta_device"): [
         ("what is drawn again stays merged", "self.base_weight = None\n            self", "self"),
     ],
+    ("lora", f"{LAYER}states_of_some_layers_and_for_plain_ones"): [
+        ("merged layers are unmerged silently", "            warnings.warn(", "            str("),
+    ],
+    ("classes", "peft/test_peft.py::test_unpatching_a_parametrized_layer"): [
+        ("unpatched classes lose what they define", "__bases__), own)", "__bases__), {})"),
+    ],
     ("lora", f"{LAYER}what_cannot_become_a_lora_layer"): [
+        ("any finite alpha is taken", "abs(alpha) <= LARGEST", "abs(alpha) < math.inf"),
+        ("a dropout of NaN is taken", "0 <= p <= 1,", "not (p < 0 or p > 1),"),
+        ("True is a number", " and not isinstance(value, bool)", ""),
+        ("0 is no adapter's start", "type(init) not in (bool, str) or init not", "init not"),
         ("a compiled layer is copied", "module._compiled_call_impl is not None", "False"),
     ],
     ("replace", f"{REPLACE}what_cannot_be_is_refused_and_nothing_changed"): [
         ("what compile has wrapped is replaced inside", "if module in compiled", "if False"),
         ("what DDP has spread gets adapters", '"DistributedDataParallel": "', '"": "'),
+    ],
+    ("replace", f"{REPLACE}names_inside_wrappers_are_the_plain_ones"): [
+        ("wrappers are selected too", "module._modules.keys().isdisjoint(_WRAPPERS)", "path"),
     ],
     ("replace", f"{REPLACE}what_was_replaced_before_stays"): [
         ("the rest of the model trains", FREEZE, "requires_grad_(True)"),
@@ -210,9 +223,9 @@ COPIES = {
         ("a gated MLP may call other layers", "if {*mlp[:2]} != pair or", "if False and"),
         ("a gated MLP's layers may be hidden", "is not parent._modules[name] for", "is None for"),
         (
-            "classes without heirs fail",
-            "        gated.fused(_kind(parent))\n    except",
-            "    except",
+            "a class without heirs is an error",
+            "Exception as error:  # what",
+            "KeyError as error:  # ",
         ),
     ],
     ("siblings", f"{SIBLINGS}the_latest_patch_says_what_is_together"): [
