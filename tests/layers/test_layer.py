@@ -8,7 +8,6 @@ import itertools
 import math
 import pickle
 import sys
-import threading
 
 import pytest
 import torch
@@ -150,20 +149,20 @@ def test_two_layers_of_one_weight_do_not_merge_into_each_other():
     assert torch.equal(linear.weight, bits)
 
 
-def test_layers_are_made_in_one_thread_and_merged_in_another():
-    """Merging looks at what is merged, not at layers that come and go."""
-    first, *kept = (copy.copy(LoRALinear(4, 4)) for _ in range(2000))
-    maker = threading.Thread(target=lambda: kept.extend([copy.copy(layer) for layer in kept]))
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    maker.start()
+def test_layers_made_meanwhile_disturb_no_merge():
+    """Here at each line that runs; another thread makes them at any time."""
+    layer, other, made = layer_with(), LoRALinear(4, 4), [merged_layer()]
+
+    def trace(*_):
+        made.append(copy.copy(other))
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
     try:
-        while maker.is_alive():
-            first.merge()
-            first.unmerge()
+        layer.merge()
     finally:
-        maker.join()
-        sys.setswitchinterval(interval)
+        sys.settrace(before)
 
 
 COMPUTED = {

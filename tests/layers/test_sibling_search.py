@@ -52,40 +52,32 @@ DIFFUSION = {"hidden_states": torch.zeros(1, 4, 8, 8, dtype=torch.float64)}
 DIFFUSION |= dict.fromkeys(("timestep", "class_labels"), torch.tensor([1]))
 
 
+@pytest.fixture
+def float64(monkeypatch):
+    """New tensors are of it, and what transformers would compute in float32."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
 @pytest.mark.parametrize("name", MODELS)
-def test_models(name, together):
+def test_models(name, float64, together):
     """PEFT's own losses and gradients: in float64, where rounding hides nothing."""
     plain = adapted(MODELS[name]().double(), ATTENTION if name == "diffusion" else "all-linear")
     model = copy.deepcopy(plain)
     report = patch_peft(model, fuse_siblings=DIFFUSION if name == "diffusion" else True)
     assert len(report.gated_mlps) == 2 * (name.split()[0] in GATED)
-    (loss, grads), (plain_loss, plain_grads) = (step(each, name) for each in (model, plain))
-    assert loss.item() == pytest.approx(plain_loss.item(), abs=1e-9)
+    found = []
+    for each in (model, plain):
+        loss = loss_of(each, name)
+        grads = torch.autograd.grad(loss, [p for p in each.parameters() if p.requires_grad])
+        found.append((loss.item(), torch.cat([grad.flatten() for grad in grads])))
+    (loss, grads), (plain_loss, plain_grads) = found
+    assert loss == pytest.approx(plain_loss, abs=1e-9)
     assert (grads - plain_grads).norm() <= 1e-10 * plain_grads.norm()
     assert bool(together) != (name in ALONE)
-
-
-def step(model, name):
-    """Return a loss, which transformers would compute in float32, and every gradient in one."""
-
-    def double(t):
-        return t.double() if t.is_floating_point() else t
-
-    kept = []
-    handle = model.register_forward_hook(lambda module, args, y: kept.append(y))
-    loss = loss_of(
-        lambda *args, **given: model(
-            *map(double, args), **{k: double(t) for k, t in given.items()}
-        ),
-        name,
-    )
-    handle.remove()
-    if name != "diffusion":
-        logits = kept[0].logits.flatten()
-        loss = logits @ torch.linspace(-1, 1, len(logits), dtype=logits.dtype)
-    grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-    return loss, torch.cat([grad.flatten() for grad in grads])
 
 
 # What models of transformers say of their inputs

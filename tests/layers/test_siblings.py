@@ -180,31 +180,11 @@ def test_under_peft_and_taken_back(together):
     assert together == [3, 3] and type(k) is FusedLinear and type(k.base_layer) is nn.Linear
 
 
-class Quantised(nn.Parameter):
-    """As torchao's are: what it computes is its own."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        y = super().__torch_function__(function, types, args, kwargs or {})
-        return y * 2 if function is nn.functional.linear else y
-
-
-def test_a_frozen_sibling_of_another_kind(together):
-    def quantised():
-        block = Block()
-        block.k.weight = Quantised(block.k.weight.detach(), requires_grad=False)
-        return block
-
-    plain, fused = pair(quantised)
-    close([fused(X)], [plain(X)])
-    assert together == []
-
-
 def test_the_latest_patch_says_what_is_together(together):
     """In copies as in the original."""
     model = wrapped()
-    patch_peft(model, fuse_siblings=[("q", "k")])
-    patch_peft(model, fuse_siblings=[("v", "o")])
+    for names in (("q", "k"), ("v", "o")):
+        patch_peft(model, fuse_siblings=[names])
     for each in (model, copy.deepcopy(model)):
         each(X)
     assert together == []
@@ -378,6 +358,10 @@ CHANGES = {  # of a layer with an adapter: each may come at any time
 # Who looks on
 
 
+class Quantised(nn.Parameter):
+    """As torchao's are: what it computes is its own."""
+
+
 def test_inference_mode_few_tokens_and_what_a_layer_would_refuse(together, monkeypatch):
     """Tensors of inference mode do not tell that they were written to; errors are a layer's own."""
     plain, fused = pair()
@@ -388,6 +372,9 @@ def test_inference_mode_few_tokens_and_what_a_layer_would_refuse(together, monke
         made(X)
     for wrong in (torch.ones(3, 5), X.double()):
         assert said_by(fused, wrong) == said_by(plain, wrong)
+    fused.k.weight = Quantised(fused.k.weight, requires_grad=False)
+    close(results(fused), results(plain))
+    _, fused = pair()
     monkeypatch.setattr(plans, "FEW", X.numel())
     close(results(fused), results(plain))
     assert together == []

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapter files: PEFT's, both ways; and a save that fails leaves what was there."""
 
+import builtins
 import copy
 import errno
 import json
@@ -20,7 +21,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
-import fastlora.files
 from fastlora import load_adapter, save_adapter
 from fastlora.peft import files
 
@@ -219,9 +219,8 @@ def test_a_merged_or_compiled_model_saves_the_same(targets, tmp_path):
 def test_a_distributed_model_saves_the_same_and_loads_none(spread, one_process, tmp_path):
     model = wrapped(tiny.mlp, lora("2", modules_to_save=["head"], bias="lora_only"))
     save_adapter(model, tmp_path / "plain")
-    folders = [tmp_path / f"{i}" for i in range(8)]  # what differed at random would now
-    model = spread(model)
-    for folder in folders:
+    model, folders = spread(model), [tmp_path / f"{i}" for i in range(8)]
+    for folder in folders:  # what differed at random would now
         save_adapter(model, folder)
     same_bytes(tmp_path / "plain", *folders)
     with pytest.raises((TypeError, ValueError), match=r"must be plain|load the adapter first"):
@@ -264,8 +263,8 @@ def test_once_the_weights_have_their_name_it_is_the_new_adapter(
     """Until then it is the old one. A signal is raised after the call in which it came."""
     if kept:
         save_adapter(wrapped(), tmp_path)
-    module, real = (fastlora.files, open) if call == "open" else (os, getattr(os, call))
-    calls = []
+    module, calls = builtins if call == "open" else os, []
+    real = getattr(module, call)
 
     def fail(*args):
         calls.append(args)
@@ -275,7 +274,7 @@ def test_once_the_weights_have_their_name_it_is_the_new_adapter(
             raise error(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as failing, pytest.raises(error):
-        failing.setattr(module, call, fail, raising=False)
+        failing.setattr(module, call, fail)
         save_adapter(wrapped(r=2), tmp_path)
     close(load_adapter(tiny.llama(), tmp_path), wrapped() if kept else wrapped(r=2))
     if kept:

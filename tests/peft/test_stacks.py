@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from peft_models import config, layers, pair
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastlora import patch_peft
 
@@ -96,31 +95,6 @@ def test_checkpointed_activations_with_dropout(reentrant, fused):
     assert len(fused) == 3 * STEPS * len(layers(model))
     for own, other in zip(model.parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
-
-
-def test_compiled():
-    """In one graph, for any number of tokens, with dropout and without."""
-    plain, model, _ = pair(
-        tiny.llama(num_hidden_layers=1), target_modules="all-linear", lora_dropout=0.3
-    )
-    counter = CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-    compiled = torch.compile(model.eval(), backend=counter, fullgraph=True, dynamic=True)
-    expected = plain.eval()(tiny.tokens()).logits
-    try:
-        found = compiled(tiny.tokens()).logits
-    except torch._dynamo.exc.Unsupported as error:
-        with pytest.raises(torch._dynamo.exc.Unsupported):  # or the fault is ours
-            torch.compile(plain, backend="aot_eager", fullgraph=True)(tiny.tokens())
-        pytest.skip(f"this PyTorch compiles no such model of this transformers: {error}")
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    compiled.train()
-    counts = set()
-    for length in (7, 8, 13):
-        ids = torch.randint(0, tiny.VOCABULARY, (2, length))
-        compiled(ids, labels=ids).loss.backward()
-        counts.add(counter.frame_count)
-    assert len(counts) == 1, f"graphs made for other numbers of tokens: {counts}"
 
 
 # Trainers: each returns the losses of STEPS steps of two batches

@@ -48,9 +48,6 @@ COPIES = {
     ("rehearsal", f"{HOSTILE}an_attack"): {
         "an adapter is tried on the model, no copy": "= _without_memory(model) => = model",
     },
-    ("config", f"{HOSTILE}a_rank_above_a_layer_s_width_has_to_be_allowed"): {
-        "ranks may be larger": "_MAX_RANK = 4096 => _MAX_RANK = 9 * 4096",
-    },
     ("rehearsal", f"{HOSTILE}a_rank_above_a_layer_s_width_has_to_be_allowed"): {
         "any rank is allowed": "if r > width: => if False:",
     },
@@ -94,12 +91,6 @@ COPIES = {
     ("files", f"{FILES}a_merged_or_compiled_model_saves_the_same"): {
         "a merged head is saved with its adapter in it": (
             'any(getattr(module, "merged", False) => any(False'
-        ),
-    },
-    ("files", f"{FILES}a_distributed_model_saves_the_same_and_loads_none"): {
-        "safetensors says in which order": (
-            '_with_config_hash(save(tensors, metadata={"format": "pt"}), config) => save(tensors, '
-            'metadata={"format": "pt", CONFIG_HASH: hashlib.sha256(config).hexdigest()})'
         ),
     },
     ("files", SHARDED): {
