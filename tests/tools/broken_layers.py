@@ -55,11 +55,7 @@ COPIES = {
     ],
     ("lora", NOT_TWICE): [
         ("a state saved while merged is loaded as another", NO_BASE, "_ = torch.empty_like("),
-        (
-            "a merged layer stays merged when a state is loaded",
-            "elif self.merged and",
-            "elif 0 and",
-        ),
+        ("merged layers stay merged when loaded", "elif self.merged and", "elif 0 and"),
         ("the state that is loaded is written to", NO_BASE, f"self.unmerge(); {NO_BASE}"),
     ],
     ("lora", f"{LAYER}a_base_checkpoint_loads_unchanged"): [
@@ -98,39 +94,19 @@ COPIES = {
         ("the layer has its own name for its input", *INPUT),
     ],
     ("active", f"{DRAWN_AGAIN} {OTHER_MASK}"): [
-        (
-            "a second adapter drops what the first does",
-            "new_seed(x.device)",
-            "torch.ones(1).long()",
-        ),
+        ("two adapters drop the same", "new_seed(x.device)", "torch.ones(1).long()"),
     ],
     ("active", DRAWN_AGAIN): [
-        (
-            "several adapters keep what they have dropped",
-            "low_rank if transformed() else",
-            "low_rank if True else",
-        ),
+        ("several adapters keep what they drop", "if transformed() else", "if True else"),
     ],
     ("active", "operator/test_batched_gradients.py::test_per_sample_gradients"): [
-        (
-            "several adapters that drop know no transforms",
-            "low_rank if transformed() else",
-            "low_rank if False else",
-        ),
+        ("adapters that drop know no transforms", "if transformed() else", "if 0 else"),
     ],
     ("siblings", f"{SIBLINGS}any_order"): [
         ("siblings of another tensor are handed out", "_held.x is x and ", ""),
         ("siblings are handed out after x was written to", "*how, x._version,", "*how, 0,"),
-        (
-            "siblings are handed out after a backward has freed them",
-            'if node is not None and not hasattr(node, "_raw_saved_tensors"):  # reshaped',
-            "if False:",
-        ),
-        (
-            "siblings are looked at as if no output were a view",
-            'hasattr(node.next_functions[0][0], "_raw_saved_tensors")',
-            "pass",
-        ),
+        ("siblings outlive a backward", "if node is not None and not hasattr(", "if 0 and ("),
+        ("siblings are taken for no views", "hasattr(node.next_functions[0][0],", "hasattr(node,"),
         ("siblings of autocast are handed out outside", "dtype, stream", "None, stream"),
         ("siblings are handed out after a weight was written to", "t._version,", "0,"),
         ("siblings cross into a checkpoint", "_enabled(), hooks,", "_enabled(), None,"),
@@ -151,11 +127,7 @@ COPIES = {
         ("siblings leave a transform", " or op.transformed() or", " or"),
     ],
     ("gated", f"{SIBLINGS}hooks_on_a_member"): [
-        (
-            "siblings are computed under hooks that may change x",
-            "member._forward_pre_hooks or ",
-            "",
-        ),
+        ("hooks change the x of some siblings", "member._forward_pre_hooks or ", ""),
     ],
     ("gated", f"{SIBLINGS}inference_mode_few_tokens_and_what_a_layer_would_refuse"): [
         ("a few tokens go the way of many", " and not plans.is_few(x.numel(), x.device)", ""),
@@ -174,11 +146,7 @@ COPIES = {
         ("threads share what is held", "class _Held(threading.local):", "class _Held:"),
     ],
     ("siblings", f"{SIBLINGS}a_group_that_misses_is_given_up_and_says_so_once"): [
-        (
-            "siblings part in vain",
-            '            vars(member).pop("_siblings", None)',
-            "            pass",
-        ),
+        ("siblings part in vain", "vars(member).pop(", "vars(member).get("),
         ("one miss in a hundred parts siblings", "max(0, _held.group.misses - 1)", "8"),
     ],
     ("siblings", f"{SIBLINGS}a_group_that_misses_in_checkpoints_goes_on"): [
@@ -190,11 +158,7 @@ COPIES = {
         ("spectrograms lie one way round", "(128, bands), (bands, whole)", "(bands, whole)"),
     ],
     ("siblings", f"{SEARCH}an_error_names_only_what_the_model_has"): [
-        (
-            "an error names what the model does not have",
-            "[tuple(several[:3]) for",
-            "[('q', 'k') for",
-        ),
+        ("errors name what is not there", "[tuple(several[:3]) for", "[('q', 'k') for"),
     ],
     ("siblings", f"{MODULES}the_report_says_why_not"): [
         ("no report says why a module is no gated MLP", "lookalikes.append(", "lookalikes.count("),
@@ -219,11 +183,7 @@ COPIES = {
         ("a gated MLP's second derivatives forget up", "[dh * u], g,", "[dh * u.detach()], g,"),
     ],
     ("../operator/eager", f"{GATED}first_and_second_derivatives"): [
-        (
-            "a gated MLP counts what its input depends on twice when gradients are differentiated",
-            "[t if t is None else t.view_as(t) for t in inputs]",
-            "list(inputs)",
-        ),
+        ("what depends on x counts twice", "t.view_as(t) for t in inputs", "t for t in inputs"),
     ],
     ("gated", f"{MODULES}what_only_looks_like_one"): [
         ("a gated MLP may do what nobody can follow", "not _FOLLOWED.fullmatch(what)", "not what"),
@@ -236,11 +196,7 @@ COPIES = {
             "names, activation = read(module) if",
             'names, activation = vars(module).setdefault("_read", read(module)) if',
         ),
-        (
-            "a gated MLP's layers are its children, whatever hides them",
-            "[getattr(module, name, None) for name in names]",
-            "[module._modules[name] for name in names]",
-        ),
+        ("a hidden layer is read", "getattr(module, name, None) for", "module._modules[name] for"),
         (
             "a gated MLP's layers may do more than theirs",
             'return "sibling_operands" in own and',
@@ -249,11 +205,7 @@ COPIES = {
         ("an activation may be called otherwise", "type(module).__call__ is not _CALL or ", ""),
     ],
     ("gated", f"{MODULES}what_a_forward_does_not_load_is_free"): [
-        (
-            "every gelu is the exact one",
-            "act is function and given.items() <= how.items()",
-            "act is function",
-        ),
+        ("every gelu is the exact one", " and given.items() <= how.items()", ""),
     ],
 }
 MUTANTS = [
