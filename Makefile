@@ -23,10 +23,8 @@ export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
-# The folder `kernels` must not be imported in the place of a package of that name (3.11+).
-demo: export PYTHONSAFEPATH := 1
 demo: $(VENV)/.demo ## fine-tune a small chat model on two CPU cores, in minutes: out/demo
-	@$(RUN) -m fastlora.commands.demo $(ARGS)
+	@$(RUN) examples/demo.py $(ARGS)
 
 test: $(VENV)/.test ## run the whole test suite
 	@$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

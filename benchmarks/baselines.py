@@ -5,8 +5,6 @@ Each class takes a `Problem` and is called with x. `cannot` says why a way canno
 problem, which then has no row.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

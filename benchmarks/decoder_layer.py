@@ -5,8 +5,6 @@ x goes to q, k and v, q to o, o to the MLP; k and v get gradients of their own, 
 is timed is what LoRA is about.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 

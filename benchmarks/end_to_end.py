@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training step of a whole model, ours against PEFT: time, memory, FLOPs for each token."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

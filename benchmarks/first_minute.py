@@ -8,8 +8,6 @@ with each config that the tuner would try; the products without a low-rank part;
 and launches take. The JSON file is written anew after every part. On a CPU, the ways of a CPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json

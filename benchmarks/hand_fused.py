@@ -5,8 +5,6 @@ The schedule of Unsloth's kernels: one function for q, k and v and one for the M
 into one output, the activation's product made again in backward. No dropout, no bias on adapters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -6,8 +6,6 @@ is one product to which the low-rank term is added under the mask that forward s
 product, with s at hand, is the same as ours: `fastlora_kernels.steps.outputs`.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One problem, measured: time and memory of every way, or its error; and the machine's ceilings."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

@@ -4,8 +4,6 @@
 python benchmarks/predict.py    # a Markdown table for an H100, which need not be here
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -4,8 +4,6 @@
 Nothing is measured here. What is assumed or fitted is a named constant that says so.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

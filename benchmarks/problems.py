@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which layers and sizes are measured: the linears of real models; on a CPU the smaller ones."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

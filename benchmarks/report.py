@@ -4,8 +4,6 @@
 python benchmarks/report.py benchmarks/results/*.json
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import textwrap

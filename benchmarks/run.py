@@ -7,8 +7,6 @@ The files are written anew after every problem, the plots after every section: w
 leaves what was measured until then.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -5,8 +5,6 @@
 them within a run only, or take ``make bench``, which lets the ways take turns.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from baselines import WAYS, Problem, cannot

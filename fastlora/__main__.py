@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: ``python -m fastlora finetune``, ``ranks``, ``tune`` and ``info``."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

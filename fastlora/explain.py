@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`explain`: which plan runs for a layer, a model or some shapes, why, and what was measured."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are new and whole, or as they were, whatever ends the process in between."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the operators cost, for PyTorch's counter: ``FlopCounterMode(custom_mapping=FORMULAS)``."""
 
-from __future__ import annotations
-
 import torch
 
 from fastlora.operator import op  # noqa: F401  defines the operators

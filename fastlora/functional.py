@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`lora_linear`: checks its arguments, then calls the operator."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Test session: the interpreter stands in for a GPU unless GPU tests are asked for (-m gpu)."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

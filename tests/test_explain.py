@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """explain() says which implementation runs, and why."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from measuring import CPU, PROBLEM, timings

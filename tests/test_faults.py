@@ -4,8 +4,6 @@
 Each fault leaves files that are old or new and whole, and a process whose next call is right.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools

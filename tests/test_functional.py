@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `lora_linear` refuses, in which words, and where it runs at all."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is shipped: the wheel and the sdist, an installation of them, how long an import takes."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

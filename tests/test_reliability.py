@@ -2,8 +2,6 @@
 """docs/reliability.md names tests that exist, every broken copy of the code is of today's, and
 a test has one name in every process: the suite's two collect the same tests only then."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data of a fine-tuning run: lines of JSON as examples, which are held out, and tokens."""
 
-from __future__ import annotations
-
 import json
 from itertools import takewhile
 from pathlib import Path

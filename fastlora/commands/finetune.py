@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m fastlora finetune``: LoRA on a causal language model, by PEFT and TRL's trainer."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

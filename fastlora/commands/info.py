@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m fastlora info``: what is installed, what runs here, and one real check of it."""
 
-from __future__ import annotations
-
 import itertools
 import platform
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model of a command: how it is loaded and adapted, and how it answers."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands' pictures as PNG files (matplotlib, imported by whoever asks for one)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

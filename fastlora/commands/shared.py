@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the commands share: the user's mistakes, numbers in a range, and which process speaks."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRL's trainer as ``finetune`` uses it (imported by whoever trains: it needs TRL)."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import time

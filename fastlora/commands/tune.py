@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m fastlora tune``: measures a model's layers or shapes, says what was fastest."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import re

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several adapters on one frozen layer: their low-rank paths add up."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

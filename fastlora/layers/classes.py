@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is put around modules and their classes at run time, and what is inside."""
 
-from __future__ import annotations
-
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

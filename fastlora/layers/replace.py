@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`LoRALinear` in a model: `replace_linears` puts it there, `lora_state_dict` is what to save."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection
 from typing import Any

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`PatchReport`: which layers of a model run fused, which do not, and why."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ The first of a group to be called computes them all; each other finds its output
 with the same tensor under the same circumstances. Wherever anything could tell, each runs alone.
 """
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import threading

@@ -8,8 +8,6 @@ x or y is kept for backward beyond x itself: dropout is drawn again from its see
 temporary goes through it a block of rows at a time, in the same memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch

@@ -9,8 +9,6 @@ implementation on every device draws this same mask: `fastlora_kernels.dropout` 
 this file in Triton.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

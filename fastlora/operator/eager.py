@@ -9,8 +9,6 @@ dropout the mask and what it leaves of x, and x in float32 where the adapters ar
 ``reference`` is the oracle that every implementation is compared with: nothing in it is fast.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

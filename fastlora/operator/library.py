@@ -7,8 +7,6 @@ library's. What is as narrow as the rank (s, ds, da, db) comes from the Triton k
 drawn inside them; so does the low-rank product of float32 factors under a 16-bit x, in one launch.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 

@@ -4,8 +4,6 @@
 Whatever is wrong with it costs a warning and the measurements, never the run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

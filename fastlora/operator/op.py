@@ -13,8 +13,6 @@ gradients of trained base weights and biases are plain products, written in the 
 through it and back costs as much Python time as ten small products.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

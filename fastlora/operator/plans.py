@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation runs: what is usable here, and what ``impl="auto"`` takes for a problem."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import os

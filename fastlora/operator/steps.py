@@ -14,8 +14,6 @@ Those with kernels take ``configs`` as well, one for each step by its name. The 
 function, `input_grad_and_da`, which draws a mask that both need once.
 """
 
-from __future__ import annotations
-
 import contextlib
 from types import ModuleType
 

@@ -4,8 +4,6 @@
 Where FASTLORA_TUNE=1 asks for it, a problem is measured when it first comes up.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import sys

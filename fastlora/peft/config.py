@@ -5,8 +5,6 @@ Run as a script it matches patterns, in a process that can be stopped: a regular
 for ever. No torch here.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`FusedLinear`: PEFT's LoRA layer with the fused forward; else PEFT's code."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

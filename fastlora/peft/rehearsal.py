@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What PEFT would make of a config, tried without memory; and a model as it was, should it fail."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import warnings

@@ -5,8 +5,6 @@ As in `ds_db.py` a program owns a column tile and a share of the rows, partial s
 a second kernel adds them in a fixed order.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

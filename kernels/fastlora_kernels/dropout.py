@@ -6,8 +6,6 @@ Element (m, k) of an [M, K] tensor belongs to group ``m * ceil(K / 4) + k // 4``
 when they are, as a signed integer, at least ``keep_from``: 65536 p - 32768.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

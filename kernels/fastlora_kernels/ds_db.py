@@ -5,8 +5,6 @@ Programs write partial sums in float32, and a second kernel adds them in a fixed
 results do not vary from run to run.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

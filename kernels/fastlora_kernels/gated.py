@@ -5,8 +5,6 @@ Everything is computed in float32 and rounded once. The activations and their de
 PyTorch's formulas, so that NaN and infinities come out where it has them.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -8,8 +8,6 @@ dy and w. Where dropout or float32 factors forbid that, the term of a single pro
 "first", and those of several are a "rest", made by an earlier launch.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -6,8 +6,6 @@ those patterns as integers and its cast from float32 truncates, both without a w
 are exact, sums float32, and casts round to nearest even. Element-wise arithmetic stays wrong.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

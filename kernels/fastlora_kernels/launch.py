@@ -5,8 +5,6 @@ Everything but pointers is worked out once for operands of the same sizes that l
 (`planned`); the compiled program is then run by its own launcher (`Launch`), Triton not asked.
 """
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 import functools

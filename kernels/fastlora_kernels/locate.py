@@ -6,8 +6,6 @@ projection at run time chooses among their items by `pointer_of` and `number_of`
 that loads stay pipelined.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import triton

@@ -7,8 +7,6 @@ and is scaled; in the persistent programs of sm_90 and later it may be a "fold" 
 steps of the main loop, in its pipeline.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """s_i = dropout_i(x) a_iᵀ for the adapters of one x: one read of x, dropout drawn in the kernel."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import triton

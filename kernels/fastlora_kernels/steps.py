@@ -7,8 +7,6 @@ without dropout. Adapters are of the dtype of x or float32. Lists may be of any 
 may hold one for each step, by the step's name; others take their default.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

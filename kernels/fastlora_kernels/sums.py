@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adds partial sums up in a fixed order, those of several results in one launch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

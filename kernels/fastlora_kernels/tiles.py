@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several kernels do to a tile: offsets, and products of tiles of mixed dtype."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What asks a GPU its first questions runs without one: on a CPU, and in the interpreter."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model of the machine: published measurements, the launchers' own grids, what must hold."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import replace

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lines of JSON into tokens and labels: what is learnt, what is held out, what is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line that fine-tunes: losses, files, going on after a kill, and refusals."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`accelerate launch -m fastlora finetune`: two processes come to what one comes to."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

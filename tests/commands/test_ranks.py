@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The search for a rank: when it stops, what it says, what it writes, and that it goes on."""
 
-from __future__ import annotations
-
 import gc
 import json
 import weakref

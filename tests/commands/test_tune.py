@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastlora tune` and `fastlora info`: what they measure, say and refuse."""
 
-from __future__ import annotations
-
 import pytest
 from measuring import CPU, PROBLEM, run_python, timings
 from tiny_models import llama

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel as each chip would run it, compiled without a GPU: resources, order, how many."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import aot

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Few tokens take small tiles of the wide products, so that they fill the chip."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from aot import CHIPS

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How figures are read from machine code, how many blocks fit, and the files that keep them."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The elementwise part of a gated MLP and its gradients against PyTorch's."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -5,8 +5,6 @@ In the order in which a run that is cut off teaches most: a tiny case of every k
 larger problems, the runtime, and last, in processes of their own, what might never end.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import os

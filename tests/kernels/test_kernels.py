@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The five steps against the oracle, of one projection and of several, interpreted here."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections import deque

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wide products of sm_90 and later, interpreted: descriptors, persistence, low-rank steps."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prepared launches, with a driver that does nothing: the same as Triton's own, or Triton's own."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make gpu` without a GPU: how it runs tests, and what its own tests would compile and cover."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import subprocess

@@ -4,8 +4,6 @@
 A wrong kernel is a copy of the package with one line changed.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import fastlora_kernels

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several adapters on one layer: their low-rank paths add up, each with its own dropout."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

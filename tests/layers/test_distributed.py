@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapted models under DDP and FSDP2 on two gloo processes train as they do on one, and resume."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import itertools

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operator of a gated MLP: values and gradients by the acceptance rule, and what it keeps."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules that are gated MLPs run as one operator; those that only look like it run as they are."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import re

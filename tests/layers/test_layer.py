@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`LoRALinear`: a drop-in for nn.Linear, its adapter, merging, state and life cycle."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

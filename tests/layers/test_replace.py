@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`replace_linears` and `lora_state_dict`: what is replaced, what trains, what is saved."""
 
-from __future__ import annotations
-
 import copy
 from unittest import mock
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Siblings are found in models of every kind, and said; what can't be found is said as well."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Siblings run as one operator, and as plain layers wherever that could tell."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import copy

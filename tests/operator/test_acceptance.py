@@ -4,8 +4,6 @@
 Wrong kernels are refused in test_wrong_kernels.py.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import ModuleType
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several gradients at once, and per-sample gradients: as PyTorch's own layers give them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs without kernels of ours is right: `blocks` and `eager`."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from acceptance import (

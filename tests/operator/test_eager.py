@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Few tokens on a CPU: "auto" takes PyTorch's own operations, and nothing else changes."""
 
-from __future__ import annotations
-
 import peft
 import pytest
 import torch

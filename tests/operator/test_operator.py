@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`lora_linear`'s operators: under autograd, compilers, autocast, checkpoints and transforms."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

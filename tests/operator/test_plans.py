@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation runs: by default, as measured, as the user asks, of several together."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 import pytest

@@ -4,8 +4,6 @@
 In the suite the same examples each time; with ``--minutes``, as `make fuzz` does, new ones.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from dataclasses import dataclass, field

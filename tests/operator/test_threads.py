@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight threads at once: in inference on one model, in training on replicas."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor

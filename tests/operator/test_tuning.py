@@ -4,8 +4,6 @@
 Times hold what they say, on a GPU that is simulated: a queue, and a host that fills it.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import multiprocessing

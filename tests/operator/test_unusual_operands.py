@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors that are not read as they lie, numbers that are not finite, dtypes that nobody casts."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

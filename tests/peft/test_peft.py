@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Under PEFT, fused: one line, reversible, and every behaviour of PEFT's as it was."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

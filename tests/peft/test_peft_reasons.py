@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Under PEFT, not fused: PEFT's own code runs and the reason is said; and what bad input gets."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import re

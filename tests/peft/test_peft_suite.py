@@ -5,8 +5,6 @@ In the process that runs them this file is a plugin of pytest. It keeps the case
 multi-layer perceptrons, embeddings and convolutions, and of several and mixed adapters.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

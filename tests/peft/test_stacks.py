@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """PEFT models, trained by what people train them with: patched, they have the same losses."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -6,8 +6,6 @@ The oracle is float64 on the same, already rounded inputs. A result may be at mo
 inputs' dtypes is, plus a floor of one rounding. The rule is never loosened for a test.
 """
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass, replace
 

@@ -4,8 +4,6 @@
 With the tools of Triton's own package, in a process in which the interpreter is off.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Implementations as the pairs of functions that `acceptance` takes: forward and backward."""
 
-from __future__ import annotations
-
 import torch
 
 from fastlora.operator import blocks, eager, library, steps

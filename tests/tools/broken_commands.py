@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Broken copies of the command line, and what must notice each."""
 
-from __future__ import annotations
-
 from broken_copies import Mutant
 
 # By file and the test that must notice: what, right, wrong.

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The broken copies of the code that `mutants.py` tries: what one is, and where they are."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 from typing import NamedTuple

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Broken copies of the layers: a line each, and what must notice it."""
 
-from __future__ import annotations
-
 import os
 
 from broken_copies import Mutant

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Broken copies of the operator: a line each, and what must notice it."""
 
-from __future__ import annotations
-
 from broken_copies import Mutant
 
 # By file and the tests that must notice (file::name, without "test_"): what, right, wrong.

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Broken copies of the package's front: a line each, and what must notice it."""
 
-from __future__ import annotations
-
 from broken_copies import Mutant
 
 OPERATOR, UNUSUAL = "operator/test_operator.py::test_", "operator/test_unusual_operands.py::test_"

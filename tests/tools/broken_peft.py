@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Broken copies of what stands in for PEFT's layers and files, and what must notice each."""
 
-from __future__ import annotations
-
 from broken_copies import Mutant
 
 HOSTILE, FILES = "peft/test_hostile_adapters.py::test_", "peft/test_adapter_files.py::test_"

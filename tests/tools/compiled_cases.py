@@ -5,8 +5,6 @@ Or what other lengths of a batch would compile. Run by test_compiled.py and figu
 of its own: the interpreter must be off.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import hashlib

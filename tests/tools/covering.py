@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws few cases from many options, in place of their cross product."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

@@ -8,8 +8,6 @@ more than its main loop contains are what fills the pipeline. ``matrix`` names t
 matrix instructions, ``loop_instructions / loop_matrix`` is what it issues for each.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -7,8 +7,6 @@ An escape is any exception but the documented ones, a model that a refused adapt
 an input that takes longer than a second. It ends the run; the input is kept in the folder it names.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

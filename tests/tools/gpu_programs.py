@@ -6,8 +6,6 @@ run, on tensors without memory and with every launch recorded in place of being 
 compare is left out.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import io

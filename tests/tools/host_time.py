@@ -8,8 +8,6 @@ launcher that only notes its arguments or drops them. The interpreter must be of
     python tests/tools/host_time.py check    a JSON line for each launch: first and prepared alike?
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

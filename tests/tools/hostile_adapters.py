@@ -5,8 +5,6 @@ The good one is for `tiny_models.mlp`, rank 3 on "2" and "head" with a copy of "
 code or fill a disk (pickles, large files) is made inside of the tests.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import struct

@@ -4,8 +4,6 @@
 Every projection is a problem of its own; dx is the sum of theirs. A list of one is the plain layer.
 """
 
-from __future__ import annotations
-
 import importlib
 import shutil
 import sys

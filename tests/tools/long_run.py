@@ -4,8 +4,6 @@
 python tests/tools/long_run.py [--steps 2000] [--cycles 10000]    # make long: some minutes on a CPU
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import statistics

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Problems, what could have been measured of them, and what another process prints."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -7,8 +7,6 @@ python tests/tools/mutants.py [TEXT]    # all, or those whose description has TE
 suite: test_acceptance.py and test_wrong_kernels.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models that PEFT has wrapped, and one patched beside the other."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

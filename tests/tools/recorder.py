@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Collects what the kernels' launchers would launch on a chip that need not be here."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the tests that need a CUDA GPU with this machine's own PyTorch and Triton (make gpu)."""
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os

@@ -5,8 +5,6 @@ Every process collects all tests and is then told which to run, one by one: the 
 begun yet. One that ends, or says nothing for too long, costs the test that it was told last.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a script of this folder where Triton compiles: in a process without the interpreter."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m fastlora.commands.demo``: teach a small chat model a chat bot's answers."""
-
-from __future__ import annotations
+"""Teach a small chat model a chat bot's answers, by the command line: ``make demo``."""
 
 import json
 import os

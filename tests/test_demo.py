@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo: a corpus as question-answer lines, and the run on a .gguf that Trainer takes."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys
 
+import demo
 import pytest
 import tiny_chat
 
-from fastlora.commands import demo, models
+from fastlora.commands import models
 
 INSTALLED = all(map(importlib.util.find_spec, (demo.MODEL, demo.CORPUS, "gguf", "yaml")))
 
