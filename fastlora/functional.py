@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastlora.operator import plans
 from fastlora.operator.dropout import new_seed
 from fastlora.operator.eager import reference
 from fastlora.operator.op import run
 from fastlora.operator.operands import Operands, Projection, with_scaling
-from fastlora.operator.steps import exact
+from fastlora.operator.steps import exactly
 
 # What autocast casts; it leaves float64, integers and complex numbers alone.
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,8 +97,7 @@ def run_checked(
         impl = plans.named(impl, x)
     flat, operands = drawn(x, projections, training)
     if impl == "reference":
-        with exact(x.device):
-            ys = [reference(flat, *one) for one in operands]
+        ys = [exactly(x.device, reference, flat, *one) for one in operands]
     else:
         ys = run(flat, operands, impl)
     return ys if flat is x else [shaped(y, x.shape) for y in ys]
@@ -124,7 +124,7 @@ def shaped(y: Tensor, shape: torch.Size) -> Tensor:
 
 
 _SIZES = {"weight": "NK", "lora_A": "RK", "lora_B": "NR", "bias": "N"}
-# Dtypes and sizes of arguments that were found right.
+# Dtypes, sizes, devices and layouts of arguments that were found right.
 _right: set[tuple] = set()
 
 
@@ -158,21 +158,15 @@ def _checked(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:
 def _key(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> tuple | None:
     """Return what makes arguments right or wrong, None where there may be more to it."""
     if (
-        torch.compiler.is_compiling()
+        is_compiling()
         or torch._C._is_any_autocast_enabled()
         or not type(scaling) is type(dropout_p) is float
         or not (-LARGEST <= scaling <= LARGEST and 0.0 <= dropout_p <= 1.0)
-        or x.layout is not torch.strided
     ):
         return None
-    device, key = x.device, [x.dtype, x.shape[-1:]]
+    key = [x.dtype, x.shape[-1:], x.device, x.layout]
     for t in (weight, lora_A, lora_B, bias):
-        if t is None:
-            key.append(None)
-        elif t.device == device and t.layout is torch.strided:
-            key += t.dtype, t.shape
-        else:
-            return None
+        key += (None,) if t is None else (t.dtype, t.shape, t.device, t.layout)
     return tuple(key)
 
 
@@ -239,7 +233,7 @@ def _check_numbers(scaling, dropout_p, device: torch.device) -> None:
             raise TypeError(f"scaling must be a real number, got a tensor of {scaling.dtype}")
     elif isinstance(scaling, bool) or not isinstance(scaling, (int, float, torch.SymFloat)):
         raise TypeError(f"scaling must be a number or a 0-d tensor, got {type(scaling).__name__}")
-    elif not torch.compiler.is_compiling() and not abs(scaling) <= LARGEST:
+    elif not is_compiling() and not abs(scaling) <= LARGEST:
         raise ValueError(f"scaling must be finite in float32, got {scaling}")
     if not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")

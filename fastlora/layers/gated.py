@@ -97,7 +97,7 @@ class _GatedMLP(torch.autograd.Function):
         own = down.a is not None or any(needs)  # whose gradients alone read what down was given
         with torch.set_grad_enabled(again):
             h = _product(g, u, activation, kernels) if own or again else g
-        dh, *grads = op.gradients([dy], h, [down], [s], impl, need_h, [needs])
+        dh, grads = op.gradients([dy], h, [down], [s], impl, need_h, needs)
         del h
         act, how, act_backward = ACTIVATIONS[activation]
         if not need_h:
@@ -110,7 +110,7 @@ class _GatedMLP(torch.autograd.Function):
         else:
             du = act(g, **how).mul_(dh)
             dg = act_backward(dh.mul_(u), g, **how)
-        return dg, du, None, None, None, *(grad for (grad,) in grads)
+        return dg, du, None, None, None, *grads
 
 
 def _product(g: Tensor, u: Tensor, activation: str, kernels: ModuleType | None) -> Tensor:

@@ -5,7 +5,6 @@ The first of a group to be called computes them all; each other finds its output
 with the same tensor under the same circumstances. Wherever anything could tell, each runs alone.
 """
 
-import inspect
 import itertools
 import threading
 import warnings
@@ -23,6 +22,7 @@ from fastlora.layers import gated
 from fastlora.layers.classes import rebased
 from fastlora.layers.gated import Layer, may_differ, may_share, projections_of
 from fastlora.layers.report import PatchReport
+from fastlora.layers.sample_inputs import samples_for
 from fastlora.operator import op
 
 # True: an input by what the model says of itself (transformers); or one; or names of children.
@@ -193,7 +193,7 @@ def find(model: nn.Module, how: How, adapted: Collection[nn.Module]) -> list[Fou
                 places.setdefault(child, (parent, path, name))
     if how is True:
         speaks = next((m for m in model.modules() if hasattr(type(m), "dummy_inputs")), model)
-        groups = _traced(speaks, examples_for(speaks), places)  # without PEFT's wrapper
+        groups = _traced(speaks, samples_for(speaks), places)  # without PEFT's wrapper
     elif isinstance(how, (Tensor, Mapping)):
         groups = _traced(model, [how], places)
     else:
@@ -202,30 +202,27 @@ def find(model: nn.Module, how: How, adapted: Collection[nn.Module]) -> list[Fou
     for layers in groups:
         parent, path, _ = places[layers[0]]
         names, mlp, why_not = tuple(places[layer][2] for layer in layers), (), ""
-        others = [n for n, m in parent._modules.items() if m in places and m not in layers]
+        others = [m for m in parent._modules.values() if m in places and m not in layers]
         if len(layers) == 2 and len(others) == 1:
-            mlp, why_not = _gated(parent, {*names}, *others)
+            mlp, why_not = _gated(parent, {*layers}, *others)
         if any(parent._modules[name] in adapted for name in (*names, *mlp)):
             found.append(Found(parent, path, names, mlp, why_not))
     return found
 
 
-def _gated(parent: nn.Module, pair: set[str], last: str) -> tuple[tuple[str, ...], str]:
+def _gated(parent: nn.Module, pair: set, last: nn.Module) -> tuple[tuple[str, ...], str]:
     """Return the layers of the gated MLP that two siblings and one more make, or () and why not."""
     mlp, why_not = gated.read(parent)
-    if not mlp:
-        return (), why_not
-    if "forward" in vars(parent):
-        return (), "it has a forward of its own"
-    if {*mlp[:2]} != pair or mlp[2] != last:
-        return (), f"its forward calls {', '.join(mlp)}"
-    if any(getattr(parent, name, None) is not parent._modules[name] for name in mlp):
-        return (), "something hides its layers"
+    own = [m if getattr(parent, n, 0) is (m := parent._modules.get(n)) else None for n in mlp]
+    if mlp and "forward" in vars(parent):
+        mlp, why_not = (), "it has a forward of its own"
+    elif mlp and ({*own[:2]}, own[2]) != (pair, last):
+        mlp, why_not = (), f"its forward calls {', '.join(mlp)}"
     try:
-        gated.fused(_kind(parent))
+        _ = mlp and gated.fused(_kind(parent))
     except Exception as error:  # whatever the class says to it
-        return (), f"its class takes no subclass: {error!s:.60}"
-    return mlp, ""
+        mlp, why_not = (), f"its class takes no subclass: {error!s:.60}"
+    return mlp, "" if mlp else why_not
 
 
 def _kind(parent: nn.Module) -> type:
@@ -269,12 +266,9 @@ def separate(model: nn.Module) -> None:
 
 
 def _named(model: nn.Module, how: Any, places: Places) -> list[tuple]:
-    def holds(values: Any, kind: type) -> bool:
-        listed = isinstance(values, Sequence) and not isinstance(values, str)
-        return listed and all(isinstance(value, kind) for value in values)
-
-    listed = holds(how, Sequence) and all(holds(names, str) for names in how)
+    listed = isinstance(how, (list, tuple)) and all(isinstance(n, (list, tuple)) for n in how)
     flat = [*itertools.chain(*how)] if listed else []
+    flat = flat if all(isinstance(name, str) for name in flat) else []
     if not flat or len({*flat}) < len(flat) or any(len(names) < 2 for names in how):
         raise (ValueError if flat else TypeError)(
             "fuse_siblings must be True, an example input (a tensor or a mapping of keyword "
@@ -335,44 +329,3 @@ def _traced(model: nn.Module, examples: Sequence[Any], places: Places) -> list[t
     groups = dict.fromkeys(map(tuple, seen.values()))
     times = Counter(itertools.chain(*groups))
     return [g for g in groups if len(g) > 1 and all(times[layer] == 1 for layer in g)]
-
-
-def examples_for(model: nn.Module) -> list[dict[str, Any]]:
-    """Return inputs of one sample that ``model`` may take, the fullest first; none if it is silent.
-
-    Its ``dummy_inputs``, and what its forward names, by its config: images, spectrograms, sound.
-    """
-    taken = inspect.signature(model.forward).parameters
-    config = getattr(model, "config", None)
-    parts = getattr(config, "__dict__", {}).values()
-    configs = [config, *(part for part in parts if hasattr(part, "to_dict"))]
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-    def said(*names: str, default: Any = None) -> Any:
-        values = (getattr(each, name, None) for each in configs for name in names)
-        return next(filter(None, values), default)
-
-    sides = said("image_size", default=224)
-    sides = sides.values() if isinstance(sides, Mapping) else sides
-    sides = [sides] * 2 if isinstance(sides, int) else [*sides][-2:]
-    image = said("num_channels", "in_channels", default=3), *sides
-    bands = said("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel")
-    whole = 2 * said("max_source_positions", default=64)  # what Whisper asks for
-    shapes = {
-        "pixel_values": [(said("num_frames"), *image), image],
-        "input_features": [(bands, 128), (128, bands), (bands, whole)],
-        "input_values": [(said("max_length") if bands else None, bands), (16_000,)],
-    }
-    own = getattr(model, "dummy_inputs", None)
-    own = {k: v for k, v in own.items() if k in taken} if isinstance(own, Mapping) else {}
-    text = {k: v[:1] if isinstance(v, Tensor) and v.dim() else v for k, v in own.items()}
-    start = {k: torch.zeros(1, 2, dtype=torch.long) for k in ("decoder_input_ids",) if k in taken}
-    names = [name for name in shapes if name in taken and name not in text]
-    full = []
-    for several in itertools.product(*map(shapes.get, names)):
-        if None not in itertools.chain(*several):
-            made = [torch.zeros(1, *shape, dtype=dtype) for shape in several]
-            full.append({**start, **text, **dict(zip(names, made, strict=True))})
-    main = getattr(model, "main_input_name", None), "decoder_input_ids"
-    least = [{k: v for k, v in each.items() if k in main} for each in full]
-    return [each for each in (*full, *least, text) if each]

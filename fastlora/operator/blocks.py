@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``blocks`` implementation: library products only, for CPUs and for what Triton cannot do.
 
-In forward the low-rank product is written first and the base product adds itself to it; in
-backward it is the other way round (`kernels/CPU.md`). Projections of one x share what they can:
-their adapters read it stacked, and their gradients of it add up in one tensor. Nothing as wide as
-x or y is kept for backward beyond x itself: dropout is drawn again from its seed. What needs a
-temporary goes through it a block of rows at a time, in the same memory.
+In forward the low-rank product is written first and the base product adds itself to it, but for
+many rows on a CPU; in backward it is the other way round (`kernels/CPU.md`). Projections of one x
+share what they can: their adapters read it stacked, and their gradients of it add up in one tensor.
+Nothing as wide as x or y is kept for backward beyond x itself: dropout is drawn again from its
+seed. What needs a temporary goes through it a block of rows at a time, in the same memory.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,6 +25,8 @@ LEAST_ELEMENTS = 1 << 18
 # Elements of a 16-bit result up to which float32 factors are multiplied as they are: one wide
 # conversion then takes less time than the dozen small operations that split the factors.
 FEW = 200_000
+# Rows from which a CPU adds the low-rank product to the frozen one: for fewer it is the other way.
+MANY = 1024
 # Bytes of a column of dy up to which dyᵀ is multiplied as it lies, and not turned afterwards.
 SHORT = 1024
 
@@ -41,6 +43,8 @@ def shrink(x: Tensor, projections: Projections) -> tuple[Each, None]:
 
 
 def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    if seed is None and a.dtype == x.dtype:
+        return x @ a.t()
     s = _joined([x_hat @ a.t() for _, x_hat, _ in _blocks(x, a.dtype, seed, p)])
     return s if seed is None else s.mul_(kept_scale(p))
 
@@ -55,6 +59,9 @@ def outputs(x: Tensor, projections: Projections, ss: Each, scaled=None) -> list[
         y = scaled[i] if scaled else None
         if ss[i] is None:
             ys.append(F.linear(x, w, bias))
+            continue
+        if y is None and x.is_cpu and len(x) >= MANY and b.dtype == x.dtype:
+            ys.append(F.linear(x, w, bias).addmm_(ss[i], b.t(), alpha=scaling))
             continue
         if y is None:
             y = product(x.new_empty(x.shape[0], w.shape[0]), ss[i], b.t(), bias, scaling)
@@ -71,6 +78,14 @@ def ds_db(
         if dy is None or b is None:
             continue
         parts, db, short = [], None, dy.shape[0] * b.itemsize <= SHORT
+        if dy.dtype == b.dtype:
+            if need_ds[i]:
+                dss[i] = _scaled(dy, b, scaling)
+            if need_db[i]:
+                left, right = (dy, ss[i]) if short else (ss[i], dy)
+                db = _scaled(left.t(), right, scaling)
+                dbs[i] = db if short else db.t().contiguous()
+            continue
         for rows, dy_rows, _ in _blocks(dy, b.dtype):
             if need_ds[i]:
                 parts.append(_scaled(dy_rows, b, scaling))
@@ -142,6 +157,10 @@ def _put(found: list, same: list[int], whole: Tensor, projections: Projections, 
 
 def _add_low_rank(dx, x, ds, a, seed, p: float, need_a: bool) -> Tensor | None:
     """Add dropout'(ds a) to ``dx`` where there is one; return da [R, K] if it is asked for."""
+    if seed is None and a.dtype == x.dtype:
+        if dx is not None:
+            dx.addmm_(ds, a)
+        return ds.t() @ x if need_a else None
     if seed is None and dx is not None:
         product(dx, ds, a, dx)
         dx = None
@@ -228,8 +247,8 @@ def _blocks(
     is not a number stays so when it is dropped, and kept elements are not scaled. Without
     ``read`` the mask alone. No rows stand for all: views would take longer than small products.
     """
-    if seed is None and (dtype == x.dtype or len(_rows(x)) == 1):
-        return ((None, x if dtype == x.dtype else x.to(dtype), None),)
+    if seed is None and len(_rows(x)) == 1:
+        return ((None, x.to(dtype), None),)
     return _several(x, dtype, seed, p, read)
 
 

@@ -39,7 +39,8 @@ def output(x: Tensor, projection: Operands, observed: bool) -> Tensor:
     if narrow:  # as written down: another order might overflow where this does not
         return torch.add(F.linear(x, w, bias), F.linear(s, b), alpha=scaling)
     if a.dtype == x.dtype:
-        return torch.addmm(F.linear(x, w, bias), s, b.t(), alpha=scaling)
+        add = torch.addmm if observed else Tensor.addmm_
+        return add(F.linear(x, w, bias), s, b.t(), alpha=scaling)
     low_rank = F.linear(s * scaling, b)
     if bias is not None:
         low_rank = low_rank + bias

@@ -18,10 +18,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from fastlora.operator import eager, plans, steps
 from fastlora.operator.operands import Each, Operands, Projections, with_scaling
-from fastlora.operator.steps import exact
+from fastlora.operator.steps import exactly
 
 if plans.TUNE:
     from fastlora.operator import tuning  # noqa: F401 - measures what plans meet first
@@ -34,16 +35,15 @@ def forward(
     module, configs = (plan or plans.find(impl, x, projections)).forward
     if configs is not None and not plans.aligned(x, *_read(projections)):
         configs = None
-    with exact(x.device):
-        return steps.forward(module, x, projections, configs)
+    return exactly(x.device, steps.forward, module, x, projections, configs)
 
 
 def _backward(dys, x, projections, ss, plan: plans.Pair, need_x, needs):
     impl, configs = plan.backward
     if configs is not None and not plans.aligned(x, *dys, *_read(projections)):
         configs = None
-    with exact(x.device):
-        return steps.backward(impl, dys, x, projections, ss, need_x, needs, configs)
+    given = impl, dys, x, projections, ss, need_x, needs, configs
+    return exactly(x.device, steps.backward, *given)
 
 
 def _read(projections: Projections) -> list[Tensor | None]:
@@ -122,9 +122,8 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dys, _):
     need_x, needs = ctx.needs_input_grad[:2]
-    dx, *grads = _grads(ctx, dys, need_x, [of[:4] for of in _split(needs, 5)])
-    flat = [grad for row in zip(*grads, strict=True) for grad in (*row, None)]
-    return dx, flat, None, None, None
+    dx, grads = _grads(ctx, dys, need_x, [need for i, need in enumerate(needs) if i % 5 < 4])
+    return dx, [g for four in _split(grads, 4) for g in (*four, None)], None, None, None
 
 
 # A second import of this file, or a reload, leaves them to the first, which may be in use.
@@ -145,64 +144,68 @@ if not hasattr(torch.ops.fastlora, "lora_linears"):
 
 
 def _save(ctx, x, projections, ss, impl, plan=None) -> None:
-    ctx.rest = [p[5:] for p in projections], impl, plan
-    ctx.set_materialize_grads(False)
-    kept = [x, *ss]
-    for w, a, b, _, seed, _, _ in projections:
+    kept, numbers = [x, *ss], []
+    for w, a, b, _, seed, scaling, p in projections:
         kept += w, a, b, seed
+        numbers.append((scaling, p))
+    ctx.rest = impl, plan, numbers
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*kept)
 
 
-def _grads(ctx, dys, need_x, needs):
-    numbers, impl, plan = ctx.rest
+def _grads(ctx, dys, need_x, needs) -> tuple[Tensor | None, Each]:
+    impl, plan, numbers = ctx.rest
     x, *kept = ctx.saved_tensors
-    n, projections = len(numbers), []
-    for i, (scaling, p) in enumerate(numbers):
-        w, a, b, seed = kept[n + 4 * i : n + 4 * i + 4]
+    at, projections = len(numbers), []
+    for scaling, p in numbers:
+        w, a, b, seed = kept[at : at + 4]
         projections.append(Operands(w, a, b, None, seed, scaling, p))
-    return gradients(dys, x, projections, kept[:n], impl, need_x, needs, plan)
+        at += 4
+    return gradients(dys, x, projections, kept, impl, need_x, needs, plan)
 
 
 def gradients(
     dys: Each, x: Tensor, projections: Projections, ss: Each, impl, need_x, needs, plan=None
-) -> tuple[Tensor | None, Each, Each, Each, Each]:
-    """Return dx, and the gradients of each weight, lora_A, lora_B and bias.
+) -> tuple[Tensor | None, Each]:
+    """Return dx, and the gradients of weight, lora_A, lora_B and bias of each projection in a row.
 
-    ``needs`` holds a flag for each of those four, for each projection; what is not asked for, or
-    has no dy, is None. ``plan``: what forward ran by, where it is known.
+    ``needs`` holds a flag for each of those; what is not asked for, or has no dy, is None. ``ss``
+    may be followed by others. ``plan``: what forward ran by, where it is known.
     """
-    dw, da, db, dbias = ([None] * len(dys) for _ in range(4))
-    dx, factors, some = None, [], False
-    for i, dy in enumerate(dys):
+    dx, grads, factors, some, i = None, [None] * len(needs), [], False, 0
+    for dy in dys:
+        need_w, need_a, need_b, need_bias = needs[i : i + 4]
         if dy is None:
-            factors.append((False, False))
-            continue
-        need_w, need_a, need_b, need_bias = needs[i]
+            need_a = need_b = False
+        else:
+            some = some or need_x or need_a or need_b
+            if need_w:
+                grads[i] = dy.t() @ x
+            if need_bias:
+                grads[i + 3] = dy.sum(0)
         factors.append((need_a, need_b))
-        some = some or need_x or need_a or need_b
-        if need_w:
-            dw[i] = dy.t() @ x
-        if need_bias:
-            dbias[i] = dy.sum(0)
+        i += 4
     if not some:
-        return dx, dw, da, db, dbias
+        return dx, grads
     # With a plan, what was saved beside x is as it was in forward.
     observed = not unobserved(x, *dys, *([] if plan else _read(projections)))
     if looked_into(*dys) or (observed and not _alike(projections)):
         flags = [need_x, *(flag for a, b in factors for flag in (False, a, b, False))]
-        with exact(x.device):
-            dx, *flat = eager.gradients(_observed, dys, x, projections, flags)
+        given = _observed, dys, x, projections, flags
+        dx, *flat = exactly(x.device, eager.gradients, *given)
         da, db = flat[1::4], flat[2::4]
     elif observed:
         operands, *numbers = _listed(x, projections)
-        given = _or_empty(x, dys), x, operands, _or_empty(x, ss), *numbers, impl, need_x
+        ss = _or_empty(x, ss[: len(dys)])
+        given = _or_empty(x, dys), x, operands, ss, *numbers, impl, need_x
         needed = (list(flags) for flags in zip(*factors, strict=True))
-        dx, *grads = torch.ops.fastlora.lora_linears_backward(*given, *needed)
-        dx, (da, db) = dx if need_x else None, map(_or_none, grads)
+        dx, *both = torch.ops.fastlora.lora_linears_backward(*given, *needed)
+        dx, (da, db) = dx if need_x else None, map(_or_none, both)
     else:
         plan = plan or plans.find(impl, x, projections)
         dx, da, db = _backward(dys, x, projections, ss, plan, need_x, factors)
-    return dx, dw, da, db, dbias
+    grads[1::4], grads[2::4] = da, db
+    return dx, grads
 
 
 def _observed(x: Tensor, projections: Projections) -> list[Tensor]:
@@ -230,8 +233,8 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *dys):
         need_x, _, _, *flat = ctx.needs_input_grad
-        dx, *grads = _grads(ctx, dys, need_x, _split(flat, 4))
-        return dx, None, None, *[grad for row in zip(*grads, strict=True) for grad in row]
+        dx, grads = _grads(ctx, dys, need_x, flat)
+        return dx, None, None, *grads
 
 
 # Without Function.apply's preparations for functorch, which take 7 µs: `unobserved` excludes its
@@ -247,13 +250,11 @@ def run(x: Tensor, projections: Projections, impl: str) -> Sequence[Tensor]:
     flat: list[Tensor | None] = []
     for w, a, b, bias, _, _, _ in projections:
         flat += w, a, b, bias
-    by_functions = transformed()
-    observed = by_functions or not unobserved(x, *flat)
+    observed = not unobserved(x, *flat)
     if impl == "auto" and not observed and x.is_cpu and _is_few(x, projections):
         impl = "eager"
-    if by_functions or impl == "eager":
-        with exact(x.device):
-            return [eager.output(x, one, observed) for one in projections]
+    if impl == "eager" or (observed and transformed()):
+        return [exactly(x.device, eager.output, x, one, observed) for one in projections]
     if observed:
         if not _alike(projections):
             projections = [_scaled(one) for one in projections]
@@ -292,9 +293,10 @@ def unobserved(*tensors: Tensor | None) -> bool:
     Nor the dispatcher: it resolves tensors whose negation is still to be carried out.
     """
     if (
-        torch.compiler.is_compiling()
+        is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     ):
         return False
     for t in tensors:  # a generator takes longer, for each layer call
@@ -311,7 +313,10 @@ def looked_into(*dys: Tensor | None) -> bool:
     """
     if torch.is_grad_enabled() or transformed():
         return True
-    return any(dy is not None and (wrapped(dy) or _legacy(dy)) for dy in dys)
+    for dy in dys:  # noqa: SIM110 - a generator takes longer
+        if dy is not None and (wrapped(dy) or _legacy(dy)):
+            return True
+    return False
 
 
 wrapped = torch._C._functorch.is_functorch_wrapped_tensor

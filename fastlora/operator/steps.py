@@ -15,7 +15,9 @@ function, `input_grad_and_da`, which draws a mask that both need once.
 """
 
 import contextlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +43,8 @@ def backward(
     is None. Some dy has to be there if ``need_x``.
     """
     options = {} if configs is None else {"configs": configs}
-    need_a, need_db = [a for a, _ in needs], [b for _, b in needs]
-    need_ds = [need_x or a for a in need_a]
+    need_a, need_db = zip(*needs, strict=True)
+    need_ds = [True] * len(needs) if need_x else need_a
     dss, dbs = impl.ds_db(dys, projections, ss, need_ds, need_db, **options)
     if hasattr(impl, "input_grad_and_da"):
         given = dys if need_x else [None] * len(dys)
@@ -54,9 +56,14 @@ def backward(
 
 def exact(device: torch.device) -> contextlib.AbstractContextManager:
     """Keep autocast from rounding float32 adapters once more inside an implementation."""
-    if not torch._C._is_any_autocast_enabled() or device.type == "meta":
-        return _NOTHING
+    if device.type == "meta":
+        return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
-_NOTHING = contextlib.nullcontext()
+def exactly(device: torch.device, function: Callable, *args: Any) -> Any:
+    """Call ``function`` in `exact`, where there is anything to keep out."""
+    if not torch._C._is_any_autocast_enabled():
+        return function(*args)
+    with exact(device):
+        return function(*args)

@@ -6,6 +6,7 @@ Where FASTLORA_TUNE=1 asks for it, a problem is measured when it first comes up.
 
 import contextlib
 import itertools
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,7 @@ SECONDS, CONFIG_SECONDS = 1.0, 0.2  # of a problem on first use, and for each st
 # Seconds that a GPU spins before a step, so that the host has issued it by then: three times what
 # that took the last time, within these. A step that waits for the GPU itself never is.
 LEAST_SPIN, MOST_SPIN = 1e-4, 0.05
+SHORT = 0.1  # seconds of a step on a CPU that is run twice in its turn
 CYCLES = 3e9  # a second, of the fastest GPU: others spin longer
 
 _lock = threading.Lock()
@@ -172,25 +174,27 @@ def interleaved(
 
     A step is called and iterated: what it does between two ``yield`` is one phase, so that
     ``forward(); yield; backward(); yield`` times both. Once everything is compiled all take turns,
-    each round begun by another, for about ``seconds`` but at least ``least`` rounds: what disturbs
-    the machine, or is left in caches, disturbs all of them.
+    in an order of chance, for about ``seconds`` but at least ``least`` rounds: what disturbs the
+    machine, or is left in caches and to the allocator, disturbs all of them.
 
-    On a GPU a phase is timed by events, and the queue is full before the first of them: a kernel
-    spins until the host has issued the whole step. ``with_host`` starts each step on an idle GPU
-    instead; the figures then hold the time that the host takes to issue what runs at once.
+    On a CPU a short step is run twice in its turn and timed the second time: in a model a layer
+    follows others of its kind, whose code is in the caches. On a GPU a phase is timed by events,
+    and the queue is full before the first of them: a kernel spins until the host has issued the
+    whole step. ``with_host`` starts each step on an idle GPU instead; the figures then hold the
+    time that the host takes to issue what runs at once.
 
     A way that raises is given to ``failed``, by name and with its exception, and has no rounds;
     without ``failed`` the exception is the caller's.
     """
     rounds, spins = {name: [] for name in steps}, dict.fromkeys(steps, 0.0)
-    on_gpu, until = device.type == "cuda", 0.0
+    on_gpu, until, chance = device.type == "cuda", 0.0, random.Random(0)
     for count in itertools.count(-1 if on_gpu else 0):  # from 1 on they are timed
         if count == 1:
             until = perf_counter() + seconds
-        names = list(rounds)
-        first = count % max(1, len(names))
-        for name in (*names[first:], *names[:first]):
+        for name in chance.sample(list(rounds), len(rounds)):
             try:
+                if not on_gpu and sum(*rounds[name][-1:] or [()]) < SHORT:
+                    list(steps[name]())
                 phases, issued = _phases(steps[name], device, spins[name])
             except Exception as error:
                 if failed is None:

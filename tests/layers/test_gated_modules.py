@@ -249,7 +249,7 @@ NO_MORE = [
     (Renamed, X, CALLS),
     (MLP, [("open", "out")], CALLS),
     (MLP, [("out", "wide")], CALLS),
-    (Hiding, [("open", "wide")], "something hides its layers"),
+    (Hiding, [("open", "wide")], CALLS),
     (lambda: add_hook_to_module(MLP(), ModelHook()), X, "it has a forward of its own"),
     (Last, X, "its class takes no subclass: Last is final"),
 ]

@@ -34,9 +34,12 @@ BLOCKS = {
     "float32 factors rounded to 16 bits": ".bfloat16), rest => .bfloat16), rest.zero_()",
     "scaling forgotten": "None else 1, alpha=alpha) => None else 1)",
     "scaling forgotten where there is a bias": "right, alpha=alpha, out=out) => right, out=out)",
+    "many rows not scaled": "b.t(), alpha=scaling)) => b.t()))",
+    "bias of many rows dropped": "F.linear(x, w, bias).addmm_ => F.linear(x, w).addmm_",
     "ds and db not scaled": "left, right, beta=0, alpha=alpha) => left, right, beta=0)",
     "base product forgotten": "ys.append(y.addmm_(x, w.t())) => ys.append(y)",
     "low-rank part of dx forgotten": "product(dx, ds, a, dx) => pass",
+    "the same where dtypes are equal": "dx.addmm_(ds, a) => pass",
     "db of the last block alone": "db = _added(db, _scaled( => db = (_scaled(",
     "da of the last block alone": "da = _added(da, _part( => da = (_part(",
     "few elements not scaled": "@ right).mul_(alpha) => @ right)",
@@ -45,7 +48,7 @@ BLOCKS = {
     "bias of few elements dropped": "+= plus[rows] if plus is out else plus => += 0",
 }
 EAGER = {
-    "scaling forgotten": "b.t(), alpha=scaling => b.t()",
+    "scaling forgotten": "s, b.t(), alpha=scaling) => s, b.t())",
     "scaling of float32 factors forgotten": "s * scaling => s",
     "bias dropped": "F.linear(x, w, bias), s => F.linear(x, w), s",
     "bias of float32 factors dropped": "low_rank + bias => low_rank",
@@ -70,7 +73,7 @@ def check_blocks(module: ModuleType) -> None:
     for case in CASES:
         verify(Body(module), case)
     # As if they were large.
-    limits = {name: getattr(module, name) for name in ("FEW", "SHORT", "LEAST_ELEMENTS")}
+    limits = {name: getattr(module, name) for name in ("FEW", "SHORT", "LEAST_ELEMENTS", "MANY")}
     try:
         vars(module).update(dict.fromkeys(limits, 0))
         for case in CASES:

@@ -151,7 +151,7 @@ COPIES = {
         ("siblings part before a checkpoint's backward", "[:3] == (True, None, -1)", ""),
         ("siblings part within one", "[:3] == (True, None, -1)", "[:2] == (True, None)"),
     ],
-    ("siblings", f"{SEARCH}an_input_is_made_by_what_a_model_says"): [
+    ("sample_inputs", f"{SEARCH}an_input_is_made_by_what_a_model_says"): [
         ("images have one channel", 'said("num_channels", "in_channels", default=3)', "1"),
         ("spectrograms lie one way round", "(128, bands), (bands, whole)", "(bands, whole)"),
     ],
@@ -162,9 +162,9 @@ COPIES = {
         ("no report says why a module is no gated MLP", "lookalikes.append(", "lookalikes.count("),
     ],
     ("siblings", f"{MODULES}what_has_the_formula_of_one_and_is_none"): [
-        ("a gated MLP may have a forward of its own", 'if "forward" in vars(parent):', "if False:"),
-        ("a gated MLP may call other layers", "if {*mlp[:2]} != pair or", "if False and"),
-        ("a gated MLP's layers may be hidden", "is not parent._modules[name] for", "is None for"),
+        ("a gated MLP may have its own forward", 'and "forward" in vars(parent)', "and False"),
+        ("a gated MLP may call other layers", "elif mlp and ({*own", "elif False and ({*own"),
+        ("a gated MLP's layers may be hidden", "if getattr(parent, n, 0) is (", "if 0 is not ("),
         ("classes without heirs are errors", "Exception as error:  # wh", "KeyError as error:  #"),
     ],
     ("siblings", f"{SIBLINGS}the_latest_patch_says_what_is_together"): [
