@@ -185,7 +185,7 @@ def result(asked: Asked, x: Tensor, dys, made) -> dict:
     return found
 
 
-def examples(request, check, strategy, count: int = 40) -> None:
+def examples(request, check, strategy, count: int = 30) -> None:
     """Check the suite's ``count`` examples, or new ones for as many minutes as were asked for."""
     minutes = request.config.getoption("--minutes")
     if minutes is None:

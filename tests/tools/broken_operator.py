@@ -80,11 +80,7 @@ COPIES = {
         ),
     ],
     ("op", "batched_gradients::gradients_of_several_outputs_at_once"): [
-        (
-            "several gradients at once are read as one",
-            "return any(dy is not None and (wrapped(dy) or _legacy(dy)) for dy in dys)",
-            "return False",
-        ),
+        ("several gradients at once are read as one", "(wrapped(dy) or _legacy(dy))", "False"),
     ],
     ("dropout", "batched_gradients::per_sample_gradients"): [
         ("a seed for each sample meets a mask for all", " + seed, None, ", ".add_(seed), None, "),
@@ -97,11 +93,7 @@ COPIES = {
         ("a gradient that is not asked for is made", "[da if need else None for", "[da for"),
     ],
     ("blocks", "operator::inputs_are_never_modified"): [
-        (
-            "dy is written to",
-            "parts.append(_scaled(dy_rows,",
-            "parts.append(_scaled(dy_rows.mul_(1),",
-        ),
+        ("dy is written to", "dss[i] = _scaled(dy,", "dss[i] = _scaled(dy.mul_(1),"),
     ],
     ("blocks", "unusual_operands::infinities_stay_under_float32_adapters"): [
         (

@@ -2,6 +2,7 @@
 """Broken copies of the package, each of which the tests named beside it must notice.
 
 python tests/tools/mutants.py [TEXT]    # all, or those whose description has TEXT; make mutants
+python tests/tools/mutants.py --tested    # where the suite has just passed: not all of it once more
 
 `broken_copies.py` collects them. What the acceptance rule notices of the kernels runs inside the
 suite: test_acceptance.py and test_wrong_kernels.py.
@@ -90,16 +91,20 @@ def codes(of: list[Mutant], seconds: float = SECONDS) -> Iterator[tuple[Mutant, 
 
 
 def main(text: str = "") -> None:
-    chosen = [m for m in mutants() if text in m.what]
+    tested = text == "--tested"
+    chosen = [m for m in mutants() if tested or text in m.what]
     started, alive = time.perf_counter(), 0
     if not chosen:
         sys.exit(f"no mutant's description contains {text!r}")
     os.environ["TRITON_INTERPRET"] = "1"
     for name in PRELOADED:
         __import__(name)
-    # The same tests on the code as it is, so that what fails below fails for the change.
-    tests = " ".join(dict.fromkeys(test for m in chosen for test in m.tests.split()))
-    for _, code, said in codes([Mutant("nothing", "", "", "", tests)], 10 * SECONDS):
+    # The same tests on the code as it is, so that what fails below fails for the change; of a
+    # suite that has passed, one for each folder, so that it is not for the place.
+    tests = dict.fromkeys(test for m in chosen for test in m.tests.split())
+    if tested:
+        tests = {test.rpartition("/")[0]: test for test in [*tests][::-1]}.values()
+    for _, code, said in codes([Mutant("nothing", "", "", "", " ".join(tests))], 10 * SECONDS):
         if code:
             sys.exit(f"the tests fail without a change: {said[-2000:]}")
     for mutant, code, said in codes(chosen):
