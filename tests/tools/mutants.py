@@ -54,8 +54,11 @@ class Trial:
         sys.path.insert(0, self.folder.name)
         # And in the processes that tests start, which must not find the checkout first.
         os.environ |= {"PYTHONPATH": self.folder.name, "PYTHONSAFEPATH": "1"}
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         os.chdir(ROOT)
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+        # Without what takes most of the time of a short test: explained assertions, plugins.
+        options = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider"]
+        options += ["-p", "no:unraisableexception"]  # it collects the garbage of all that is loaded
         sys.exit(pytest.main([*options, *(f"tests/{t}" for t in self.mutant.tests.split())]))
 
     def ended(self) -> int | None:
