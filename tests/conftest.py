@@ -134,6 +134,14 @@ def one_process():
 
 
 @pytest.fixture
+def no_leftovers():
+    """No thread holds what a group of siblings has computed."""
+    from fastlora.layers import siblings
+
+    vars(siblings._held).clear()
+
+
+@pytest.fixture
 def together(monkeypatch):
     """How many layers each operator of siblings computed."""
     from fastlora import functional

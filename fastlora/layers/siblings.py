@@ -213,16 +213,18 @@ def find(model: nn.Module, how: How, adapted: Collection[nn.Module]) -> list[Fou
 def _gated(parent: nn.Module, pair: set, last: nn.Module) -> tuple[tuple[str, ...], str]:
     """Return the layers of the gated MLP that two siblings and one more make, or () and why not."""
     mlp, why_not = gated.read(parent)
+    if not mlp:
+        return (), why_not
+    if "forward" in vars(parent):
+        return (), "it has a forward of its own"
     own = [m if getattr(parent, n, 0) is (m := parent._modules.get(n)) else None for n in mlp]
-    if mlp and "forward" in vars(parent):
-        mlp, why_not = (), "it has a forward of its own"
-    elif mlp and ({*own[:2]}, own[2]) != (pair, last):
-        mlp, why_not = (), f"its forward calls {', '.join(mlp)}"
+    if ({*own[:2]}, own[2]) != (pair, last):
+        return (), f"its forward calls {', '.join(mlp)}"
     try:
-        _ = mlp and gated.fused(_kind(parent))
+        gated.fused(_kind(parent))
     except Exception as error:  # whatever the class says to it
-        mlp, why_not = (), f"its class takes no subclass: {error!s:.60}"
-    return mlp, "" if mlp else why_not
+        return (), f"its class takes no subclass: {error!s:.60}"
+    return mlp, ""
 
 
 def _kind(parent: nn.Module) -> type:
@@ -266,9 +268,12 @@ def separate(model: nn.Module) -> None:
 
 
 def _named(model: nn.Module, how: Any, places: Places) -> list[tuple]:
-    listed = isinstance(how, (list, tuple)) and all(isinstance(n, (list, tuple)) for n in how)
-    flat = [*itertools.chain(*how)] if listed else []
-    flat = flat if all(isinstance(name, str) for name in flat) else []
+    def holds(values: Any, kind: type) -> bool:
+        listed = isinstance(values, Sequence) and not isinstance(values, str)
+        return listed and all(isinstance(value, kind) for value in values)
+
+    right = holds(how, Sequence) and all(holds(names, str) for names in how)
+    flat = [*itertools.chain(*how)] if right else []
     if not flat or len({*flat}) < len(flat) or any(len(names) < 2 for names in how):
         raise (ValueError if flat else TypeError)(
             "fuse_siblings must be True, an example input (a tensor or a mapping of keyword "

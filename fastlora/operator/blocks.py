@@ -43,8 +43,6 @@ def shrink(x: Tensor, projections: Projections) -> tuple[Each, None]:
 
 
 def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    if seed is None and a.dtype == x.dtype:
-        return x @ a.t()
     s = _joined([x_hat @ a.t() for _, x_hat, _ in _blocks(x, a.dtype, seed, p)])
     return s if seed is None else s.mul_(kept_scale(p))
 
@@ -78,14 +76,6 @@ def ds_db(
         if dy is None or b is None:
             continue
         parts, db, short = [], None, dy.shape[0] * b.itemsize <= SHORT
-        if dy.dtype == b.dtype:
-            if need_ds[i]:
-                dss[i] = _scaled(dy, b, scaling)
-            if need_db[i]:
-                left, right = (dy, ss[i]) if short else (ss[i], dy)
-                db = _scaled(left.t(), right, scaling)
-                dbs[i] = db if short else db.t().contiguous()
-            continue
         for rows, dy_rows, _ in _blocks(dy, b.dtype):
             if need_ds[i]:
                 parts.append(_scaled(dy_rows, b, scaling))
@@ -157,10 +147,6 @@ def _put(found: list, same: list[int], whole: Tensor, projections: Projections, 
 
 def _add_low_rank(dx, x, ds, a, seed, p: float, need_a: bool) -> Tensor | None:
     """Add dropout'(ds a) to ``dx`` where there is one; return da [R, K] if it is asked for."""
-    if seed is None and a.dtype == x.dtype:
-        if dx is not None:
-            dx.addmm_(ds, a)
-        return ds.t() @ x if need_a else None
     if seed is None and dx is not None:
         product(dx, ds, a, dx)
         dx = None
@@ -247,8 +233,8 @@ def _blocks(
     is not a number stays so when it is dropped, and kept elements are not scaled. Without
     ``read`` the mask alone. No rows stand for all: views would take longer than small products.
     """
-    if seed is None and len(_rows(x)) == 1:
-        return ((None, x.to(dtype), None),)
+    if seed is None and (dtype == x.dtype or len(_rows(x)) == 1):
+        return ((None, x if dtype == x.dtype else x.to(dtype), None),)
     return _several(x, dtype, seed, p, read)
 
 

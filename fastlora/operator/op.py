@@ -161,7 +161,7 @@ def _grads(ctx, dys, need_x, needs) -> tuple[Tensor | None, Each]:
         w, a, b, seed = kept[at : at + 4]
         projections.append(Operands(w, a, b, None, seed, scaling, p))
         at += 4
-    return gradients(dys, x, projections, kept, impl, need_x, needs, plan)
+    return gradients(dys, x, projections, kept[: len(numbers)], impl, need_x, needs, plan)
 
 
 def gradients(
@@ -169,8 +169,8 @@ def gradients(
 ) -> tuple[Tensor | None, Each]:
     """Return dx, and the gradients of weight, lora_A, lora_B and bias of each projection in a row.
 
-    ``needs`` holds a flag for each of those; what is not asked for, or has no dy, is None. ``ss``
-    may be followed by others. ``plan``: what forward ran by, where it is known.
+    ``needs`` holds a flag for each of those; what is not asked for, or has no dy, is None.
+    ``plan``: what forward ran by, where it is known.
     """
     dx, grads, factors, some, i = None, [None] * len(needs), [], False, 0
     for dy in dys:
@@ -196,8 +196,7 @@ def gradients(
         da, db = flat[1::4], flat[2::4]
     elif observed:
         operands, *numbers = _listed(x, projections)
-        ss = _or_empty(x, ss[: len(dys)])
-        given = _or_empty(x, dys), x, operands, ss, *numbers, impl, need_x
+        given = _or_empty(x, dys), x, operands, _or_empty(x, ss), *numbers, impl, need_x
         needed = (list(flags) for flags in zip(*factors, strict=True))
         dx, *both = torch.ops.fastlora.lora_linears_backward(*given, *needed)
         dx, (da, db) = dx if need_x else None, map(_or_none, both)

@@ -186,16 +186,18 @@ def interleaved(
     A way that raises is given to ``failed``, by name and with its exception, and has no rounds;
     without ``failed`` the exception is the caller's.
     """
-    rounds, spins = {name: [] for name in steps}, dict.fromkeys(steps, 0.0)
+    rounds, took = {name: [] for name in steps}, dict.fromkeys(steps, 0.0)
     on_gpu, until, chance = device.type == "cuda", 0.0, random.Random(0)
     for count in itertools.count(-1 if on_gpu else 0):  # from 1 on they are timed
         if count == 1:
             until = perf_counter() + seconds
         for name in chance.sample(list(rounds), len(rounds)):
             try:
-                if not on_gpu and sum(*rounds[name][-1:] or [()]) < SHORT:
+                spin = min(max(LEAST_SPIN, 3 * took[name]), MOST_SPIN)
+                if not on_gpu and took[name] < SHORT:
                     list(steps[name]())
-                phases, issued = _phases(steps[name], device, spins[name])
+                spins = on_gpu and count > 0 and not with_host
+                phases, took[name] = _phases(steps[name], device, spin if spins else 0.0)
             except Exception as error:
                 if failed is None:
                     raise
@@ -204,8 +206,6 @@ def interleaved(
                 continue
             if count > 0:
                 rounds[name].append(phases)
-            if on_gpu and count >= 0 and not with_host:
-                spins[name] = min(max(LEAST_SPIN, 3 * issued), MOST_SPIN)
         if not rounds or (count >= least and perf_counter() > until):
             return rounds
 

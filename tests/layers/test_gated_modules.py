@@ -8,13 +8,13 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
-import test_siblings
+import sibling_models
 import torch
 import torch.nn.functional as F
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
-from test_siblings import COPIES, X, close, results, said_by, wrapped
+from sibling_models import COPIES, X, close, results, said_by, wrapped
 from tiny_models import decoder, t5
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -106,7 +106,7 @@ LOOKALIKES = {
 
 
 def pair(make=MLP, targets=ALL, **changes):
-    return test_siblings.pair(make, targets, X, **changes)
+    return sibling_models.pair(make, targets, X, **changes)
 
 
 @pytest.fixture

@@ -2,12 +2,13 @@
 """Siblings are found in models of every kind, and said; what can't be found is said as well."""
 
 import copy
+from collections import UserList
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from test_siblings import QKV, Block, X, close, results, wrapped
+from sibling_models import QKV, Block, X, close, results, wrapped
 from test_stacks import ATTENTION, MODELS, loss_of
 from tiny_models import VOCABULARY, bits, llama, same, vit
 from torch import nn
@@ -165,6 +166,11 @@ def test_wrong_ways_to_say_which(how, kind, said):
     with pytest.raises(kind, match=said):
         patch_peft(model, fuse_siblings=how)
     assert same(before, bits(model))
+
+
+def test_any_sequence_says_which():
+    report = patch_peft(wrapped(), fuse_siblings=UserList([UserList(QKV)]))
+    assert [names for _, names in report.siblings] == [QKV]
 
 
 def test_an_error_names_only_what_the_model_has():

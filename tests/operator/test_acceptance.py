@@ -39,7 +39,6 @@ BLOCKS = {
     "ds and db not scaled": "left, right, beta=0, alpha=alpha) => left, right, beta=0)",
     "base product forgotten": "ys.append(y.addmm_(x, w.t())) => ys.append(y)",
     "low-rank part of dx forgotten": "product(dx, ds, a, dx) => pass",
-    "the same where dtypes are equal": "dx.addmm_(ds, a) => pass",
     "db of the last block alone": "db = _added(db, _scaled( => db = (_scaled(",
     "da of the last block alone": "da = _added(da, _part( => da = (_part(",
     "few elements not scaled": "@ right).mul_(alpha) => @ right)",

@@ -44,6 +44,14 @@ def test_gradients_of_several_outputs_at_once(way, impl, p):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
+def test_a_batch_of_adapters_on_one_x():
+    """As an ensemble of them runs by vmap: what is x's alone has no dimension of the batch."""
+    x, w, a, b = (torch.randn(s) for s in ((7, 16), (12, 16), (3, 4, 16), (3, 12, 4)))
+    ys = vmap(lambda a, b: fastlora.lora_linear(x, w, a, b, scaling=0.5))(a, b)
+    for y, *factors in zip(ys, a, b, strict=True):
+        torch.testing.assert_close(y, fastlora.lora_linear(x, w, *factors, scaling=0.5))
+
+
 def model(names, p, patched):
     """A layer of PEFT's with adapters that do something, patched or not."""
     torch.manual_seed(0)

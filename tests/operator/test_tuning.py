@@ -91,7 +91,7 @@ def test_with_the_host_a_phase_holds_what_it_waits_for(gpu):
 
 
 @pytest.mark.parametrize("after", [0, 1, 4], ids="after {} runs".format)
-def test_ways_take_turns_and_one_that_fails_fails_alone(after):
+def test_ways_take_turns_and_one_that_fails_fails_alone(after, monkeypatch):
     left, said, ran = [after], [], []
 
     def fails():
@@ -115,6 +115,10 @@ def test_ways_take_turns_and_one_that_fails_fails_alone(after):
     # Each twice, in an order of chance.
     assert {"".join(ran[i : i + 4]) for i in range(0, 24, 4)} == {"aabb", "bbaa"}
     assert said == [("fails", "CUDA out of memory.")]
+    monkeypatch.setattr(tuning, "SHORT", 0.0)  # what takes long is run once in its turn
+    ran.clear()
+    tuning.interleaved({name: steps[name] for name in "ab"}, CPU, 0.0)
+    assert len(ran) == 2 * 6
     left[0] = after
     assert tuning.interleaved({"fails": fails}, CPU, 0.0, **options) == {}
 

@@ -13,9 +13,9 @@ ALONE = f"{LAYER}two_layers_of_one_weight_do_not_merge_into_each_other"
 NO_BASE = "self.base_weight = torch.empty_like("
 SWITCHES = "parent.activation_relu_or_gelu, parent.use_nested_tensor"
 FREEZE, CHILD = "requires_grad_(id(parameter) in adapters)", "new.get(id(child), child)"
-SIBLINGS, SEARCH, GATED, MODULES = (
+SIBLINGS, CIRCUMSTANCES, SEARCH, GATED, MODULES = (
     f"layers/test_{name}.py::test_"
-    for name in ("siblings", "sibling_search", "gated", "gated_modules")
+    for name in ["siblings", "sibling_circumstances", "sibling_search", "gated", "gated_modules"]
 )
 INPUT = (
     "forward(self, input: Tensor) -> Tensor:",
@@ -88,7 +88,7 @@ COPIES = {
     ("replace", f"{REPLACE}pytorch_s_fast_path_does_not_pass_an_adapter_by"): [
         ("PyTorch's encoder reads weights past the adapters", SWITCHES, "_, _"),
     ],
-    ("lora", "layers/test_siblings.py::test_keywords"): [
+    ("lora", "layers/test_sibling_circumstances.py::test_keywords"): [
         ("the layer has its own name for its input", *INPUT),
     ],
     ("active", f"{DRAWN_AGAIN} {OTHER_MASK}"): [
@@ -100,7 +100,7 @@ COPIES = {
     ("active", "operator/test_batched_gradients.py::test_per_sample_gradients"): [
         ("adapters that drop know no transforms", "if transformed() else", "if 0 else"),
     ],
-    ("siblings", f"{SIBLINGS}any_order"): [
+    ("siblings", f"{CIRCUMSTANCES}any_order"): [
         ("siblings of another tensor are handed out", "_held.x is x and ", ""),
         ("siblings are handed out after x was written to", "*how, x._version,", "*how, 0,"),
         ("siblings outlive a backward", "if node is not None and not hasattr(", "if 0 and ("),
@@ -116,25 +116,25 @@ COPIES = {
             ":\n        return _fetched(member) if id(member) in _held.seats else None",
         ),
     ],
-    ("siblings", f"{SIBLINGS}what_was_switched_in_between"): [
+    ("siblings", f"{CIRCUMSTANCES}what_was_switched_in_between"): [
         ("siblings leave inference mode", "torch.is_inference_mode_enabled(), ", ""),
         ("siblings leave a dispatch mode", "torch._C._len_torch_dispatch_stack()", "0"),
         ("siblings come without gradients", "how = torch.is_grad_enabled(),", "how = True,"),
     ],
-    ("gated", f"{SIBLINGS}compiled_and_transformed"): [
+    ("gated", f"{CIRCUMSTANCES}compiled_and_transformed"): [
         ("siblings leave a transform", " or op.transformed() or", " or"),
     ],
-    ("gated", f"{SIBLINGS}hooks_on_a_member"): [
+    ("gated", f"{CIRCUMSTANCES}hooks_on_a_member"): [
         ("hooks change the x of some siblings", "member._forward_pre_hooks or ", ""),
     ],
-    ("gated", f"{SIBLINGS}inference_mode_few_tokens_and_what_a_layer_would_refuse"): [
+    ("gated", f"{CIRCUMSTANCES}inference_mode_few_tokens_and_what_a_layer_would_refuse"): [
         ("a few tokens go the way of many", " and not plans.is_few(x.numel(), x.device)", ""),
     ],
-    ("siblings", f"{SIBLINGS}keywords"): [("frozen siblings name their input", *INPUT)],
+    ("siblings", f"{CIRCUMSTANCES}keywords"): [("frozen siblings name their input", *INPUT)],
     ("siblings", f"{SIBLINGS}copies_are_siblings_of_their_own"): [
         ("siblings are copied with their parent or not at all", "if parent is None else", "and"),
     ],
-    ("siblings", f"{SIBLINGS}another_stream"): [
+    ("siblings", f"{CIRCUMSTANCES}another_stream"): [
         ("siblings are handed out on another stream", "dtype, stream, *modes", "dtype, *modes"),
     ],
     ("siblings", f"{SIBLINGS}the_same_outputs_gradients_and_dropout"): [
@@ -162,15 +162,15 @@ COPIES = {
         ("no report says why a module is no gated MLP", "lookalikes.append(", "lookalikes.count("),
     ],
     ("siblings", f"{MODULES}what_has_the_formula_of_one_and_is_none"): [
-        ("a gated MLP may have its own forward", 'and "forward" in vars(parent)', "and False"),
-        ("a gated MLP may call other layers", "elif mlp and ({*own", "elif False and ({*own"),
+        ("a gated MLP may have its own forward", 'if "forward" in vars(parent):', "if False:"),
+        ("a gated MLP may call other layers", "if ({*own[:2]}, ", "if False and ({*own[:2]}, "),
         ("a gated MLP's layers may be hidden", "if getattr(parent, n, 0) is (", "if 0 is not ("),
         ("classes without heirs are errors", "Exception as error:  # wh", "KeyError as error:  #"),
     ],
     ("siblings", f"{SIBLINGS}the_latest_patch_says_what_is_together"): [
         ("earlier groups go on", 'pop("_siblings", None)\n    for p', "keys()\n    for p"),
     ],
-    ("siblings", f"{SIBLINGS}inference_mode_few_tokens_and_what_a_layer_would_refuse"): [
+    ("siblings", f"{CIRCUMSTANCES}inference_mode_few_tokens_and_what_a_layer_would_refuse"): [
         ("quantised layers are taken for plain ones", "if kinds <= {*op.PLAIN,", "if 1 or {"),
     ],
     ("gated", f"{GATED}acceptance_rule"): [

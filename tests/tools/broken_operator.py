@@ -82,6 +82,9 @@ COPIES = {
     ("op", "batched_gradients::gradients_of_several_outputs_at_once"): [
         ("several gradients at once are read as one", "(wrapped(dy) or _legacy(dy))", "False"),
     ],
+    ("eager", "batched_gradients::a_batch_of_adapters_on_one_x"): [
+        ("y is written to under vmap", "torch.addmm if observed else Tensor", "Tensor"),
+    ],
     ("dropout", "batched_gradients::per_sample_gradients"): [
         ("a seed for each sample meets a mask for all", " + seed, None, ", ".add_(seed), None, "),
     ],
@@ -93,7 +96,7 @@ COPIES = {
         ("a gradient that is not asked for is made", "[da if need else None for", "[da for"),
     ],
     ("blocks", "operator::inputs_are_never_modified"): [
-        ("dy is written to", "dss[i] = _scaled(dy,", "dss[i] = _scaled(dy.mul_(1),"),
+        ("dy is written to", "_scaled(dy_rows, b, s", "_scaled(dy_rows.mul_(1), b, s"),
     ],
     ("blocks", "unusual_operands::infinities_stay_under_float32_adapters"): [
         (
@@ -151,10 +154,16 @@ COPIES = {
         ("~ is a folder", "return Path(folder).expanduser() /", "return Path(folder) /"),
     ],
     ("tuning", "tuning::a_phase_is_the_time_of_its_kernels"): [
-        ("a GPU is idle when its time is taken", "max(LEAST_SPIN, 3 * issued)", "LEAST_SPIN"),
+        ("a GPU is idle when its time is taken", "max(LEAST_SPIN, 3 * took[name])", "LEAST_SPIN"),
     ],
     ("tuning", "tuning::ways_take_turns_and_one_that_fails_fails_alone"): [
         ("a way that fails takes the others along", "if failed is None:", "if True:"),
+        (
+            "ways take turns in one order",
+            "chance.sample(list(rounds), len(rounds))",
+            "list(rounds)",
+        ),
+        ("long steps are run twice", "and took[name] < SHORT", ""),
     ],
     ("tuning", "tuning::few_tokens_are_timed_with_the_host"): [
         ("few tokens are timed without the host", ", host_counts(problem.M, device))", ")"),

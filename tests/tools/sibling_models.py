@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that have siblings, under PEFT, and what is asked of them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from fastlora import patch_peft
+from fastlora.layers import siblings
+
+QKV = ("q", "k", "v")
+X = torch.linspace(-1, 1, 18).reshape(3, 6)
+
+
+class Block(nn.Module):
+    """Attention's projections, some tokens by themselves, and what a test wants between them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(6, n) for n in (8, 4, 4))
+        self.o = nn.Linear(16, 6)
+        self.between = nn.functional.relu  # a lambda cannot be pickled
+        self.used = QKV
+
+    def forward(self, x, other=None):
+        y = {"q": self.q(x)}
+        self.between(x)
+        for name in ("k", "v"):
+            if name in self.used:
+                y[name] = getattr(self, name)(x if other is None else other)
+        parts = [y.get(name, torch.zeros(*x.shape[:-1], 4)) for name in QKV]
+        return self.o(torch.cat(parts, -1))
+
+
+def wrapped(make=Block, targets=("q", "v"), **changes):
+    """PEFT's model with adapters that do something."""
+    model = make()
+    torch.manual_seed(1)
+    asked = {"r": 3, "init_lora_weights": False, "target_modules": list(targets), **changes}
+    return get_peft_model(model, LoraConfig(**asked)).train()
+
+
+def pair(make=Block, targets=("q", "v"), how=(QKV,), **changes):
+    """The same patched model twice: as plain layers, which drop the same elements, and siblings."""
+    plain, fused = (wrapped(make, targets, **changes) for _ in range(2))
+    patch_peft(plain)
+    patch_peft(fused, fuse_siblings=how)
+    return plain.base_model.model, fused.base_model.model
+
+
+def results(block, *args, seed=2, x=X):
+    """Return the output and every gradient."""
+    torch.manual_seed(seed)
+    x = x.clone().requires_grad_()
+    y = block(x, *args)
+    return [y, *gradients_of(y.square().sum(), block, x)]
+
+
+def gradients_of(loss, block, *xs):
+    trained = [p for p in block.parameters() if p.requires_grad]
+    return torch.autograd.grad(loss, [*xs, *trained], allow_unused=True)
+
+
+def added(block, loss):
+    """Return what a backward adds to the gradients."""
+    loss.backward()
+    found = [p.grad for p in block.parameters() if p.requires_grad]
+    block.zero_grad()
+    return found
+
+
+def close(found, expected, tolerance=1e-4):
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance / 10)
+
+
+def said_by(model, wrong):
+    """Return what a model says of an input that it refuses."""
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
+        model(wrong)
+    return str(error.value)
+
+
+def nothing_held():
+    return not vars(siblings._held)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda b: pickle.loads(pickle.dumps(b))}
