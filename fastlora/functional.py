@@ -55,8 +55,8 @@ def lora_linear(
     """
     if lora_A is None:  # a projection may have no adapter, this function is about one
         raise TypeError("lora_A must be a Tensor, got NoneType")
-    x, one = _checked(x, Projection(weight, lora_A, lora_B, bias, scaling, dropout_p))
-    return run_checked(x, [one], training, impl)[0]
+    one = Projection(weight, lora_A, lora_B, bias, scaling, dropout_p)
+    return run_checked(*checked(x, [one], ""), training, impl)[0]
 
 
 def lora_linears(
@@ -77,15 +77,25 @@ def lora_linears(
     return list(run_checked(*checked(x, projections), training, impl))
 
 
-def checked(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, list[Projection]]:
+def checked(
+    x: Tensor, projections: Sequence[Projection], name: str = "projections[{}]: "
+) -> tuple[Tensor, Sequence[Projection]]:
     """Return x and projections as `run_checked` takes them, or raise as `lora_linears` does."""
+    try:
+        key = _key(x, projections)
+        if key in _right:
+            return x, projections
+    except (AttributeError, TypeError, ValueError):  # not tensors, or their sizes are symbols
+        key = None
     found = []
     for i, projection in enumerate(projections):
         try:
             x, one = _checked(x, projection)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"projections[{i}]: {error}") from None
+            raise type(error)(name.format(i) + str(error)) from None
         found.append(one)
+    if key is not None:
+        _right.add(key)
     return x, found
 
 
@@ -130,12 +140,6 @@ _right: set[tuple] = set()
 
 def _checked(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:
     """Return x and a projection of it as the operator takes them, or raise."""
-    try:
-        key = _key(x, *projection)
-        if key in _right:
-            return x, projection
-    except (AttributeError, TypeError):  # not tensors, or their sizes are symbols
-        key = None
     weight, a, b, bias, scaling, dropout_p = projection
     factors = {} if a is b is None else {"lora_A": a, "lora_B": b}
     given = {"x": x, "weight": weight, **factors, **({} if bias is None else {"bias": bias})}
@@ -144,9 +148,6 @@ def _checked(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:
         given = _autocast(given, torch.get_autocast_dtype(x.device.type))
     _check(given)
     _check_numbers(scaling, dropout_p, x.device)
-    if key is not None:
-        _right.add(key)
-        return x, projection
     weight, a, b, bias = map(given.get, ("weight", "lora_A", "lora_B", "bias"))
     if isinstance(scaling, Tensor):
         if a is not None:
@@ -155,18 +156,18 @@ def _checked(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:
     return given["x"], Projection(weight, a, b, bias, scaling, dropout_p)
 
 
-def _key(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> tuple | None:
+def _key(x: Tensor, projections: Sequence[Projection]) -> tuple | None:
     """Return what makes arguments right or wrong, None where there may be more to it."""
-    if (
-        is_compiling()
-        or torch._C._is_any_autocast_enabled()
-        or not type(scaling) is type(dropout_p) is float
-        or not (-LARGEST <= scaling <= LARGEST and 0.0 <= dropout_p <= 1.0)
-    ):
+    if is_compiling() or torch._C._is_any_autocast_enabled():
         return None
-    key = [x.dtype, x.shape[-1:], x.device, x.layout]
-    for t in (weight, lora_A, lora_B, bias):
-        key += (None,) if t is None else (t.dtype, t.shape, t.device, t.layout)
+    key = [x.dtype, x.size()[-1:], x.device, x.layout]
+    for *tensors, scaling, p in projections:
+        if not type(scaling) is type(p) is float:
+            return None
+        if not (-LARGEST <= scaling <= LARGEST and 0.0 <= p <= 1.0):
+            return None
+        for t in tensors:
+            key += (None,) if t is None else (t.dtype, t.size(), t.device, t.layout)
     return tuple(key)
 
 

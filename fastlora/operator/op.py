@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from fastlora.operator import eager, plans, steps
+from fastlora.operator import eager, plans
 from fastlora.operator.operands import Each, Operands, Projections, with_scaling
 from fastlora.operator.steps import exactly
 
@@ -32,23 +32,8 @@ def forward(
     x: Tensor, projections: Projections, impl: str, plan: plans.Pair | None = None
 ) -> tuple[list[Tensor], Each]:
     """Return y and s of each projection of x [M, K], s None without an adapter."""
-    module, configs = (plan or plans.find(impl, x, projections)).forward
-    if configs is not None and not plans.aligned(x, *_read(projections)):
-        configs = None
-    return exactly(x.device, steps.forward, module, x, projections, configs)
-
-
-def _backward(dys, x, projections, ss, plan: plans.Pair, need_x, needs):
-    impl, configs = plan.backward
-    if configs is not None and not plans.aligned(x, *dys, *_read(projections)):
-        configs = None
-    given = impl, dys, x, projections, ss, need_x, needs, configs
-    return exactly(x.device, steps.backward, *given)
-
-
-def _read(projections: Projections) -> list[Tensor | None]:
-    """Return what is read beside x and dy."""
-    return [t for p in projections for t in p[:3]]
+    plan = plan or plans.find(impl, x, projections)
+    return exactly(x.device, plan.forward, x, projections)
 
 
 # The operators, which hold lists of tensors.
@@ -93,7 +78,8 @@ def _forward_op(x, operands, scaling, dropout_p, impl):
 def _backward_op(dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A, need_B):
     projections = _projections(operands, float(scaling), dropout_p)
     needs, plan = list(zip(need_A, need_B, strict=True)), plans.find(impl, x, projections)
-    dx, *grads = _backward(_or_none(dy), x, projections, _or_none(s), plan, need_x, needs)
+    given = _or_none(dy), x, projections, _or_none(s), need_x, needs
+    dx, *grads = exactly(x.device, plan.backward, *given)
     return (*_or_empty(x, [dx]), *(_or_empty(x, each) for each in grads))
 
 
@@ -188,7 +174,8 @@ def gradients(
     if not some:
         return dx, grads
     # With a plan, what was saved beside x is as it was in forward.
-    observed = not unobserved(x, *dys, *([] if plan else _read(projections)))
+    kept = [] if plan else [t for p in projections for t in p[:3]]
+    observed = not unobserved(x, *dys, *kept)
     if looked_into(*dys) or (observed and not _alike(projections)):
         flags = [need_x, *(flag for a, b in factors for flag in (False, a, b, False))]
         given = _observed, dys, x, projections, flags
@@ -202,7 +189,8 @@ def gradients(
         dx, (da, db) = dx if need_x else None, map(_or_none, both)
     else:
         plan = plan or plans.find(impl, x, projections)
-        dx, da, db = _backward(dys, x, projections, ss, plan, need_x, factors)
+        given = dys, x, projections, ss, need_x, factors
+        dx, da, db = exactly(x.device, plan.backward, *given)
     grads[1::4], grads[2::4] = da, db
     return dx, grads
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.operator.operands import OPS, Operands, Problem
+from fastlora.operator import steps
+from fastlora.operator.operands import OPS, Each, Operands, Problem, Projections
 
 IMPLEMENTATIONS = ("auto", "triton", "library", "blocks", "eager", "reference")
 # From when Python starts: what "auto" takes, and whether problems are measured on first use.
@@ -43,10 +44,10 @@ class Plan:
 
 
 class Pair(NamedTuple):
-    """What runs each direction: a module of five steps, and their configs, None for defaults."""
+    """What runs each direction: `steps.forward` and `steps.backward` of an implementation."""
 
-    forward: tuple[ModuleType, Mapping[str, Any] | None]
-    backward: tuple[ModuleType, Mapping[str, Any] | None]
+    forward: Callable
+    backward: Callable
 
 
 _found: dict[tuple, Pair] = {}
@@ -76,7 +77,32 @@ def _pair(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
         if impl == "auto" and on_first_use is not None:
             on_first_use(problem, x.device)
         chosen = [choose(op, impl, problem, x.device) for op in OPS]
-    return Pair(*((importlib.import_module(MODULES[p.impl]), p.configs or None) for p in chosen))
+    return Pair(*map(_running, (_forward, _backward), chosen))
+
+
+def _running(direction: Callable, plan: Plan) -> Callable:
+    module = importlib.import_module(MODULES[plan.impl])
+    run = functools.partial(direction, module, plan.configs)
+    return module.replayed(run) if plan.impl == "triton" else run  # of kernels and nothing else
+
+
+def _forward(impl: ModuleType, configs: Mapping, x: Tensor, projections: Projections):
+    return steps.forward(impl, x, projections, _usable(configs, [x], projections))
+
+
+def _backward(impl: ModuleType, configs: Mapping, dys: Each, x: Tensor, projections, *rest):
+    configs = _usable(configs, [x, *dys], projections)
+    return steps.backward(impl, dys, x, projections, *rest, configs)
+
+
+def _usable(configs: Mapping, rows: Each, projections: Projections) -> Mapping | None:
+    """Return the configs if Triton can load all 16 bytes at a time, as where they were measured."""
+    for t in [*rows, *(t for p in projections for t in p[:3])] if configs else ():
+        if t is not None:
+            strides = t.stride()
+            if 1 not in strides or sum(strides) % 16 != 1 or t.data_ptr() % 16:
+                return None
+    return configs or None
 
 
 def choose(op: str, impl: str, problem: Problem, device: torch.device) -> Plan:
@@ -143,16 +169,6 @@ def is_few(elements: int, device: torch.device) -> bool:
     """
     few = elements <= FEW and device.type == "cpu"
     return few and FORCED == "auto" and not torch._C._is_any_autocast_enabled()
-
-
-def aligned(*tensors: Tensor | None) -> bool:
-    """Return whether Triton can load each 16 bytes at a time, as where configs were measured."""
-    for t in tensors:
-        if t is not None:
-            strides = t.stride()
-            if 1 not in strides or sum(strides) % 16 != 1 or t.data_ptr() % 16:
-                return False
-    return True
 
 
 def usable_implementations(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:

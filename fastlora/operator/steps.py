@@ -15,19 +15,17 @@ function, `input_grad_and_da`, which draws a mask that both need once.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlora.operator.operands import Each, Projections
-
 
 def forward(
-    impl: ModuleType, x: Tensor, projections: Projections, configs=None
-) -> tuple[list[Tensor], Each]:
+    impl: ModuleType, x: Tensor, projections: Sequence[tuple], configs=None
+) -> tuple[list[Tensor], Sequence]:
     """Return y [M, N] and s = dropout(x) aᵀ [M, R] of each projection of x [M, K]."""
     options = {} if configs is None else {"configs": configs}
     ss, scaled = impl.shrink(x, projections, **options)
@@ -35,8 +33,8 @@ def forward(
 
 
 def backward(
-    impl, dys: Each, x: Tensor, projections: Projections, ss: Each, need_x, needs, configs=None
-) -> tuple[Tensor | None, Each, Each]:
+    impl, dys: Sequence, x: Tensor, projections: Sequence, ss: Sequence, need_x, needs, configs=None
+) -> tuple[Tensor | None, Sequence, Sequence]:
     """Return dx [M, K] of all projections together, and da [R, K] and db [N, R] of each.
 
     ``needs`` says of each projection whether da and db are asked for; what is not, or has no dy,

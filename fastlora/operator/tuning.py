@@ -94,7 +94,7 @@ def _measure(problem: Problem, device: torch.device, say: Say, seconds: float):
         steps.backward(impl, dys, x, of, ss, True, needs, configs)
         yield
 
-    def alone(name: str, config: Any) -> Iterator[None]:  # one step of one projection
+    def alone(name: str, configs: dict) -> Iterator[None]:  # one step of one projection
         given = {
             "shrink": (x, of),
             "outputs": (x, of, ss, None),
@@ -103,7 +103,7 @@ def _measure(problem: Problem, device: torch.device, say: Say, seconds: float):
             "da": (x, of, ss, [True]),
         }
         step = getattr(import_module(plans.MODULES["triton"]), name)
-        step(*given[name], configs={name: config})
+        step(*given[name], configs=configs)
         yield
 
     def medians(what: Any, ways: dict[Any, Step], lasting: float, with_host: bool = False):
@@ -117,7 +117,7 @@ def _measure(problem: Problem, device: torch.device, say: Say, seconds: float):
 
     configs, ways = {}, {}
     for name, listed in plans.candidates(problem, device).items():
-        by_config = {config: partial(alone, name, config) for config in listed}
+        by_config = {config: partial(alone, name, {name: config}) for config in listed}
         if found := medians(name, by_config, CONFIG_SECONDS if len(listed) > 1 else 0.0):
             configs[name] = min(found, key=found.get)
     for impl in plans.usable_implementations(problem.dtype, device):

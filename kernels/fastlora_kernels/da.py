@@ -12,9 +12,9 @@ import triton.language as tl
 from fastlora_kernels.configs import Chip, Config, cdiv
 from fastlora_kernels.dropout import keep_scales, keep_tile
 from fastlora_kernels.ds_db import split
-from fastlora_kernels.launch import Launch, default_of, planned
+from fastlora_kernels.launch import Launch, default_of, empty
 from fastlora_kernels.locate import filled, lengths, locate, number_of, pointer_of, stacked
-from fastlora_kernels.sums import adding
+from fastlora_kernels.sums import add_up
 from fastlora_kernels.tiles import dot, triton_dtype
 
 
@@ -76,7 +76,6 @@ def da_kernel(
         tl.store(part_ptr + (columns[:, None] + offs_r[None, :] * K), sums[i], mask=mask)
 
 
-@planned
 def da(x, ds, seeds, p, config: Config | None = None):
     """Return da of one to four adapters in one pass over x: `steps.da` says what that is."""
     (M, K), ranks, count = x.shape, lengths(ds, 1), len(ds)
@@ -93,13 +92,8 @@ def da(x, ds, seeds, p, config: Config | None = None):
         *(M, K, ranks, tiles_r, steps, *x.stride(), keep_froms),
         *(together, dropout, triton_dtype(x.dtype), config.block_m, config.block_n, block_r),
     )
-    add = adding(tuple((r * K, splits) for r in ranks), scales, acc)
-
-    def run(x, ds, seeds, *_):
-        parts = tuple([x.new_empty(splits, r, K, dtype=acc) for r in ranks])
-        launch(x, ds, seeds if together else filled(seeds), parts)
-        found = tuple([t.new_empty(r, K) for t, r in zip(ds, ranks, strict=True)])
-        add(parts, found)
-        return found
-
-    return run
+    parts = tuple(empty(x, splits, r, K, dtype=acc) for r in ranks)
+    launch(x, ds, seeds if together else filled(seeds), parts)
+    found = tuple(empty(ds[0], r, K) for r in ranks)
+    add_up(parts, found, scales)
+    return found

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora_kernels.configs import ON_THE_WAY_RANK, Chip, Config, cdiv
-from fastlora_kernels.launch import Launch, default_of, planned
-from fastlora_kernels.sums import adding
+from fastlora_kernels.launch import Launch, default_of, empty
+from fastlora_kernels.sums import add_up
 from fastlora_kernels.tiles import dot, triton_dtype
 
 # Programs wanted for each processor, by splitting the rows.
@@ -102,42 +102,30 @@ def split(M: int, columns: int, config: Config, processors: int, tiles_r: int = 
     return cdiv(blocks, steps), steps
 
 
-@planned
 def ds_db(dy, s, b, scalings, need_ds, need_db, config: Config | None = None):
     """Return ds and db of one to four projections: `steps.ds_db` says what they are.
 
     A launch reads a dy for both, one more adds the float32 partial sums of all up.
     """
-    acc, each, outs, scales = torch.promote_types(dy[0].dtype, torch.float32), [], [], []
+    found, parts, outs, scales = ([None] * len(dy), [None] * len(dy)), [], [], []
     for i, needs in enumerate(zip(need_ds, need_db, strict=True)):
         if any(needs):
-            launch, *shapes = _reading(dy[i], b[i], *needs, config)
-            there = [(which, shapes[which]) for which in (0, 1) if needs[which]]
-            each.append((i, launch, there))
-            outs += [(rows * r, parts) for _, (parts, rows, r) in there]
-            scales += [float(scalings[i])] * len(there)
-    if not each:
-        return lambda *_: ((None,) * len(dy),) * 2
-    add = adding(tuple(outs), tuple(scales), acc)
-
-    def run(dy, s, b, *_):
-        found, parts, out = ([None] * len(dy), [None] * len(dy)), [], []
-        for i, launch, there in each:
-            t, other, into = dy[i], b[i], [None, None]
-            for which, (count, rows, r) in there:
-                into[which] = t.new_empty(count, rows, r, dtype=acc)
-                found[which][i] = other.new_empty(rows, r)
-                parts.append(into[which])
-                out.append(found[which][i])
-            launch(t, s[i], other, *into)
-        add(tuple(parts), tuple(out))
-        return found
-
-    return run
+            made = _partial_sums(dy[i], s[i], b[i], *needs, config)
+            for of, part in zip(found, made, strict=True):
+                if part is not None:
+                    of[i] = empty(b[i], *part.shape[1:])
+                    parts.append(part)
+                    outs.append(of[i])
+                    scales.append(float(scalings[i]))
+    if parts:
+        add_up(parts, outs, scales)
+    return found
 
 
-def _reading(dy: Tensor, b: Tensor, need_ds: bool, need_db: bool, config: Config | None) -> tuple:
-    """Return the launch that reads ``dy``, and the shapes of the partial sums of ds and db."""
+def _partial_sums(
+    dy: Tensor, s: Tensor, b: Tensor, need_ds: bool, need_db: bool, config: Config | None
+) -> list[Tensor | None]:
+    """Return the partial sums of ds [parts, M, R] and of db [parts, N, R], unscaled."""
     (M, N), R = dy.shape, b.shape[1]
     config = config or default_of("ds_db", (dy,), (dy,), R, b.dtype, False)()
     block_r = config.rank_tile(R)
@@ -154,4 +142,8 @@ def _reading(dy: Tensor, b: Tensor, need_ds: bool, need_db: bool, config: Config
         *(need_ds, need_db, on_the_way, triton_dtype(dy.dtype)),
         *(config.block_m, config.block_n, block_r),
     )
-    return launch, (chunks, M, R), (splits, N, R)
+    acc = torch.promote_types(dy.dtype, torch.float32)
+    shapes = (need_ds, (chunks, M, R)), (need_db, (splits, N, R))
+    made = [empty(dy, *shape, dtype=acc) if needed else None for needed, shape in shapes]
+    launch(dy, s, b, *made)
+    return made

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora_kernels.configs import cdiv
-from fastlora_kernels.launch import Launch, planned
+from fastlora_kernels.launch import Launch, empty
+from fastlora_kernels.replay import replayed
 from fastlora_kernels.sums import BLOCK, CONFIG
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -94,7 +95,7 @@ def gated_backward(
     return _gated(dh, gate, up, activation, need_h)
 
 
-@planned
+@replayed
 def _gated(dh, gate, up, activation: str, need_h: bool):
     """Return what is asked for, over one row if all tensors are contiguous."""
     if activation not in ACTIVATIONS:
@@ -108,10 +109,6 @@ def _gated(dh, gate, up, activation: str, need_h: bool):
         *(activation, backward, BLOCK),
     )
     asked = backward, backward, need_h
-
-    def run(dh, gate, up, *_):
-        made = tuple([gate.new_empty(*shape) if wanted else None for wanted in asked])
-        launch(gate, up, dh, *made)
-        return made
-
-    return run
+    made = tuple(empty(gate, *shape) if wanted else None for wanted in asked)
+    launch(gate, up, dh, *made)
+    return made

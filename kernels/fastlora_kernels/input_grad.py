@@ -11,10 +11,11 @@ dy and w. Where dropout or float32 factors forbid that, the term of a single pro
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastlora_kernels.configs import Chip, Config, cdiv
 from fastlora_kernels.dropout import keep_scales, keep_tile
-from fastlora_kernels.launch import Launch, default_of, planned
+from fastlora_kernels.launch import Launch, default_of, empty, noted
 from fastlora_kernels.locate import alike, filled, lengths, number_of, pointer_of, strides
 from fastlora_kernels.outputs import readable, runnable
 from fastlora_kernels.tiles import (
@@ -138,7 +139,6 @@ def persistent_input_grad_kernel(
         store_tile(dx_desc, rest_desc, first_m, first_k, acc, dtype, HALVES)
 
 
-@planned
 def input_grad(dy, w, ds, a, seeds, p, config: Config | None = None):
     """Return dx of one to four projections, in one launch: `steps.input_grad` says what that is.
 
@@ -160,14 +160,14 @@ def input_grad(dy, w, ds, a, seeds, p, config: Config | None = None):
     suited = suited and (folds or bf16 or not several)
     config = runnable(config, default, even, suited, folds or several)
     if not config.tma:
-        return _portable(dy, w, a, seeds, p, config)
+        return _portable(dy, w, ds, a, seeds, p, config)
     low_rank = "rest" if several and not folds else "fold"
     if there and not several:
         low_rank = config.low_rank if folds else "first"
     return _persistent(dy, w, ds, a, seeds, p, config, low_rank, default(even=False))
 
 
-def _portable(dy, w, a, seeds, p, config: Config):
+def _portable(dy, w, ds, a, seeds, p, config: Config):
     (M, _), K, sizes, ranks = dy[0].shape, w[0].shape[1], lengths(dy, 1), lengths(a, 0)
     scales, keep_froms = map(alike, keep_scales(seeds, p))
     launch = Launch(
@@ -178,29 +178,24 @@ def _portable(dy, w, a, seeds, p, config: Config):
         *(config.block_m, config.block_n, config.block_k),
         *(config.rank_tile(max(1, *ranks)), config.group_m),
     )
-
-    def run(dy, w, ds, a, seeds, *_):
-        dx = dy[0].new_empty(M, K)
-        launch(dx, dy, w, filled(ds), filled(a), filled(seeds))
-        return dx
-
-    return run
+    dx = empty(dy[0], M, K)
+    launch(dx, dy, w, filled(ds), filled(a), filled(seeds))
+    return dx
 
 
 def _persistent(dy, w, ds, a, seeds, p, config: Config, low_rank: str, portable: Config):
     (M, _), K, by_rows = dy[0].shape, w[0].shape[1], w[0].stride(1) == 1
     adapted, first = [i for i, t in enumerate(a) if t is not None], low_rank == "first"
-
-    def operands(dy, w, ds, a):
-        """Return every dy and w, and one more of each: all ds side by side, all a below another."""
-        if low_rank != "fold" or not adapted:
-            return dy, w
-        if len(w) == 1:
-            return (*dy, *ds), (*w, *a)
-        beside, below = [ds[i] for i in adapted], [a[i] for i in adapted]
-        return (*dy, torch.cat(beside, 1)), (*w, torch.cat(below))
-
-    dys, ws = operands(dy, w, ds, a)
+    dys, ws, rest = dy, w, None
+    if low_rank == "fold" and adapted:  # one more dy and w: all ds side by side, all a stacked
+        beside, below = tuple(ds[i] for i in adapted), tuple(a[i] for i in adapted)
+        several = len(w) > 1
+        dys = *dy, noted(torch.cat, beside, 1) if several else beside[0]
+        ws = *w, noted(torch.cat, below) if several else below[0]
+    elif low_rank == "rest":
+        none = tuple(noted(Tensor.narrow, t, 1, 0, 0) for t in dy)
+        nothing = tuple(noted(Tensor.narrow, t, 0, 0, 0) for t in w)
+        rest = input_grad(none, nothing, ds, a, seeds, p, portable)
     scales, keep_froms = keep_scales(seeds, p)
     R, strides_a = (len(a[0]), a[0].stride()) if first else (0, (0, 0))
     tiles = cdiv(M, config.block_m) * cdiv(K, config.block_n)
@@ -213,14 +208,6 @@ def _persistent(dy, w, ds, a, seeds, p, config: Config, low_rank: str, portable:
         *(config.block_m, config.block_n, config.block_k, min(config.rank_tile(max(1, R)), 32)),
         *(config.group_m, 2 if config.block_n > 128 else 1),
     )
-
-    def run(dy, w, ds, a, seeds, p, *_):
-        rest, factors = None, (ds[0], a[0], seeds[0]) if first else (None, None, None)
-        if low_rank == "rest":
-            nothing = tuple([t[:, :0] for t in dy]), tuple([t[:0] for t in w])
-            rest = input_grad(*nothing, ds, a, seeds, p, portable)
-        dx = dy[0].new_empty(M, K)
-        launch(dx, rest, *operands(dy, w, ds, a), *factors)
-        return dx
-
-    return run
+    dx, factors = empty(dy[0], M, K), (ds[0], a[0], seeds[0]) if first else (None, None, None)
+    launch(dx, rest, dys, ws, *factors)
+    return dx

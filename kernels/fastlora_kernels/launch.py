@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a kernel is launched: on the tensors' own device, or in the interpreter.
 
-Everything but pointers is worked out once for operands of the same sizes that lie in the same way
-(`planned`); the compiled program is then run by its own launcher (`Launch`), Triton not asked.
+Triton compiles or finds a program at a launch's first call, and is not asked again: later calls go
+to that program's own launcher.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,7 +31,6 @@ if INTERPRETED:
 KNOWN_TRITON = (3, 4) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 HEAD = ("self", "gridX", "gridY", "gridZ", "stream", "function")
 TAIL = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
-MOST_PLANS = 4096  # of a launcher: lengths may be endless
 
 
 def default_of(
@@ -52,53 +51,37 @@ def default_of(
     return functools.partial(default_config, *case, result=result)
 
 
-# What the key of a plan holds as it is; all else is a tensor.
-_PLAIN = {type(None), bool, int, float, str, Config}
+class _Recording(threading.local):
+    done: list[tuple] | None = None  # where this thread records, what was done to tensors
 
 
-def planned(prepare: Callable[..., Callable]) -> Callable:
-    """Return a launcher that has ``prepare(*args)`` make what runs ``args``, and keeps it.
+recording = _Recording()
 
-    Arguments are tensors, numbers, None, a `Config`, or tuples of such. What was made runs all
-    arguments of which everything is the same but where tensors lie, to 16 bytes.
-    """
-    plans: dict[tuple, Callable] = {}
 
-    @functools.wraps(prepare)
-    def launcher(*args: Any) -> Any:
-        if INTERPRETED:
-            return prepare(*args)(*args)
-        key: list = []
-        for arg in args:
-            if type(arg) is tuple:
-                key.append(len(arg))
-            else:
-                arg = (arg,)
-            for value in arg:
-                if type(value) in _PLAIN:
-                    key.append(value)
-                else:
-                    at = value.data_ptr() & 15
-                    key += value.shape, value.stride(), value.dtype, at, value.get_device()
-        asked = tuple(key)
-        run = plans.get(asked)
-        if run is None:
-            if len(plans) >= MOST_PLANS:
-                plans.clear()
-            run = plans[asked] = prepare(*args)
-        return run(*args)
+def noted(function: Callable, *args: Any) -> Any:
+    """Call ``function`` on tensors, and keep what it took and made where somebody records."""
+    made = function(*args)
+    if recording.done is not None:
+        recording.done.append((function, args, made))
+    return made
 
-    launcher.plans = plans
-    return launcher
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a contiguous tensor on the device of ``like``, of its dtype or another."""
+    made = like.new_empty(shape, dtype=dtype)
+    if recording.done is not None:  # to name a dtype would take longer than to have it
+        recording.done.append((made.new_empty(0).new_empty, shape, made))
+    return made
 
 
 class Launch:
     """``kernel`` over ``grid`` with ``config``'s warps and stages; called with its tensors.
 
     The kernel's arguments are the tensors (or None, or tuples of them) and then ``rest``, all in
-    its own order: names would take 5 µs more. The first call goes through Triton, which compiles or
-    finds a program; others, of tensors for which it would find the same one, to that program's own
-    launcher. What else a program is compiled for (``TRITON_DEBUG``) counts as at the first call.
+    its own order: names would take 5 µs more. A call goes through Triton, which compiles or finds a
+    program; afterwards `ready` is what that program's own launcher takes to run it again, for
+    tensors for which Triton would find the same one. What else a program is compiled for
+    (``TRITON_DEBUG``) counts as at that call.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], config: Config, *rest: Any) -> None:
@@ -106,15 +89,8 @@ class Launch:
         self.empty, self.ready = 0 in grid, None
 
     def __call__(self, *tensors: Any) -> None:
-        if self.empty:
-            return
-        if self.ready is not None:
-            run, head, index, device_of, stream_of, function, metadata = self.ready
-            if _no_hooks() and not self.kernel.pre_run_hooks and device_of() == index:
-                about = stream_of(index), function, metadata, None, None, None
-                run(*head, *about, *_addresses(tensors), *self.rest)
-                return
-        self._by_triton(*tensors)
+        if not self.empty:
+            noted(self._by_triton, *tensors)
 
     def _by_triton(self, *tensors: Any) -> None:
         run, first, config = self.kernel[self.grid], tensors[0], self.config
@@ -136,22 +112,41 @@ class Launch:
                 self._prepare(compiled)
 
     def _prepare(self, compiled: Any) -> None:
-        """Keep what a call of ``compiled`` takes on the current device."""
-        driver, run = triton.runtime.driver.active, compiled.run
+        run, head = compiled.run, (*self.grid, 1, 1)[:3]
         if self.config.tma:
             run = functools.partial(_in_a_copy, run)
-        index, head = driver.get_current_device(), (*self.grid, 1, 1)[:3]
-        device = index, driver.get_current_device, driver.get_current_stream
-        self.ready = run, head, *device, compiled.function, compiled.packed_metadata
+        about = compiled.function, compiled.packed_metadata, None, None, None
+        device = triton.runtime.driver.active.get_current_device()
+        self.ready = Ready(run, head, about, self.rest, device)
 
 
-def _addresses(tensors: Sequence) -> list:
-    """Return what Triton's launcher would ask the tensors for; it takes addresses instead."""
-    found: list = []
-    for t in tensors:
-        inside = type(t) is tuple
-        found.append(tuple(_addresses(t)) if inside else None if t is None else t.data_ptr())
-    return found
+class Ready(NamedTuple):
+    """A program's own launcher, and what it takes: head, a stream, about, addresses and rest."""
+
+    run: Callable
+    head: tuple[int, ...]
+    about: tuple
+    rest: tuple
+    device: int  # for which it was loaded
+
+
+def stream_of(launches: Sequence[Launch]) -> Callable[[], int | None]:
+    """Return what says on which stream prepared launches run: None where Triton has to be asked.
+
+    It tells hooks of a launch, and launches on another device than the current one.
+    """
+    driver, kernels = triton.runtime.driver.active, {launch.kernel for launch in launches}
+    devices = {launch.ready.device for launch in launches}
+    (device,) = devices if len(devices) == 1 else (None,)
+    device_of, of_device = driver.get_current_device, driver.get_current_stream
+
+    def stream() -> int | None:
+        for kernel in kernels:
+            if kernel.pre_run_hooks:
+                return None
+        return of_device(device) if _no_hooks() and device_of() == device else None
+
+    return stream
 
 
 def _is_known(compiled: Any) -> bool:

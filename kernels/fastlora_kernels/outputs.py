@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora_kernels.configs import MOST_UNEVEN, Chip, Config, cdiv
-from fastlora_kernels.launch import Launch, default_of, planned
+from fastlora_kernels.launch import Launch, default_of, empty
 from fastlora_kernels.locate import alike, filled, lengths, locate, number_of, pointer_of, strides
 from fastlora_kernels.tiles import (
     add_low_rank,
@@ -197,7 +197,6 @@ def scaled_before(x, w, b, scalings: tuple[float, ...], config: Config | None) -
     return scaling if chosen.tma and chosen.low_rank == "fold" else None
 
 
-@planned
 def outputs(x, w, s, b, biases, scalings, config: Config | None = None):
     """Return y of one to four projections, in one launch: `steps.outputs` says what that is.
 
@@ -230,10 +229,6 @@ def outputs(x, w, s, b, biases, scalings, config: Config | None = None):
             *(any(ranks), has_bias, K % config.block_k == 0, triton_dtype(x.dtype)),
             *(*blocks, block_r, config.group_m),
         )
-
-    def run(x, w, s, b, biases, *_):
-        y = tuple([x.new_empty(M, n) for n in sizes])
-        launch(x, w, filled(s), filled(b), filled(biases), y)
-        return y
-
-    return run
+    y = tuple(empty(x, M, n) for n in sizes)
+    launch(x, w, filled(s), filled(b), filled(biases), y)
+    return y

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from fastlora_kernels.configs import Config, cdiv
 from fastlora_kernels.dropout import keep_scales, keep_tile
-from fastlora_kernels.launch import Launch, default_of, planned
+from fastlora_kernels.launch import Launch, default_of, empty
 from fastlora_kernels.locate import filled, lengths, locate, number_of, pointer_of, stacked, strides
 from fastlora_kernels.outputs import scaled_before
 from fastlora_kernels.tiles import dot, triton_dtype, wrapped
@@ -90,7 +90,6 @@ def shrink_kernel(
             tl.store(scaled_ptrs[i] + offs, s.to(x_ptr.dtype.element_ty), mask=mask)
 
 
-@planned
 def shrink(x, a, seeds, p, config: Config | None = None, *into: Any):
     """Return s of one to four adapters in one launch, and what of it `outputs` may read scaled.
 
@@ -114,11 +113,7 @@ def shrink(x, a, seeds, p, config: Config | None = None, *into: Any):
         *(together, dropout, factor is not None, K % config.block_k == 0, triton_dtype(x.dtype)),
         *(config.block_m, config.block_k, block_r),
     )
-
-    def run(x, a, seeds, *_):
-        s = tuple([t.new_empty(M, r) for t, r in zip(a, ranks, strict=True)])
-        scaled = None if factor is None else tuple([x.new_empty(M, r) for r in ranks])
-        launch(x, a, seeds if together else filled(seeds), s, scaled)
-        return s, scaled
-
-    return run
+    s = tuple(empty(a[0], M, r) for r in ranks)
+    scaled = None if factor is None else tuple(empty(x, M, r) for r in ranks)
+    launch(x, a, seeds if together else filled(seeds), s, scaled)
+    return s, scaled

@@ -18,7 +18,9 @@ from fastlora_kernels import input_grad as input_grad_of
 from fastlora_kernels import outputs as outputs_of
 from fastlora_kernels import shrink as shrink_of
 from fastlora_kernels.configs import Config
+from fastlora_kernels.launch import noted
 from fastlora_kernels.locate import MOST
+from fastlora_kernels.replay import replayed
 
 Projections = Sequence[tuple]
 Configs = Mapping[str, Config]
@@ -27,6 +29,7 @@ NO_CONFIGS: Configs = {}
 _THE_ONE = [(0,)]
 
 
+@replayed
 def shrink(
     x: Tensor, projections: Projections, configs: Configs = NO_CONFIGS, *, for_outputs: bool = True
 ) -> tuple[Maybe, Maybe | None]:
@@ -48,6 +51,7 @@ def shrink(
     return ss, scaled if any(s is not None for s in scaled) else None
 
 
+@replayed
 def outputs(
     x: Tensor, projections: Projections, ss: Maybe, scaled: Maybe | None = None,
     configs: Configs = NO_CONFIGS,
@@ -66,6 +70,7 @@ def outputs(
     return ys
 
 
+@replayed
 def ds_db(
     dys: Maybe, projections: Projections, ss: Maybe,
     need_ds: Sequence[bool], need_db: Sequence[bool],
@@ -86,6 +91,7 @@ def ds_db(
     return dss, dbs
 
 
+@replayed
 def input_grad(
     dys: Maybe, projections: Projections, dss: Maybe, configs: Configs = NO_CONFIGS
 ) -> Tensor | None:
@@ -95,10 +101,11 @@ def input_grad(
         w, a, _, _, seeds, _, p = _columns(projections, few)
         of = _taken(dys, few), w, _taken(dss, few), a, seeds, p
         part = input_grad_of.input_grad(*of, configs.get("input_grad"))
-        dx = part if dx is None else dx.add_(part)
+        dx = part if dx is None else noted(Tensor.add_, dx, part)
     return dx
 
 
+@replayed
 def da(
     x: Tensor, projections: Projections, dss: Maybe, needs: Sequence[bool],
     configs: Configs = NO_CONFIGS,

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adds partial sums up in a fixed order, those of several results in one launch."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastlora_kernels.configs import Config, cdiv
 from fastlora_kernels.launch import Launch
@@ -37,17 +37,12 @@ def sum_kernel(
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def adding(
-    outs: tuple[tuple[int, int], ...], scales: tuple[float, ...], dtype: torch.dtype
-) -> Callable:
-    """Return what writes ``scales[i]`` times the sum of parts i [parts, ...] to output i.
-
-    ``outs``: the elements of each output and the number of its parts, which are of ``dtype``.
-    """
-    sizes, parts = zip(*outs, strict=True)
+def add_up(parts: Sequence[Tensor], outs: Sequence[Tensor], scales: Sequence[float]) -> None:
+    """Write ``scales[i]`` times the sum of ``parts[i]`` [parts, ...] to ``outs[i]``, contiguous."""
+    sizes = tuple(out.numel() for out in outs)
     blocks = sum(cdiv(size, BLOCK) for size in sizes)
     # Triton makes programs for what 16 divides, and for 1, even where `do_not_specialize` names a
     # tuple: numbers of parts, which change with M, are odd and larger.
-    odd = tuple(2 * n + 3 for n in parts)
-    rest = sizes, odd, alike(scales), triton_dtype(dtype), BLOCK
-    return Launch(sum_kernel, (blocks,), CONFIG, *rest)
+    odd = tuple(2 * len(of_one) + 3 for of_one in parts)
+    rest = sizes, odd, alike(scales), triton_dtype(parts[0].dtype), BLOCK
+    Launch(sum_kernel, (blocks,), CONFIG, *rest)(tuple(parts), tuple(outs))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation runs: by default, as measured, as the user asks, of several together."""
 
+import inspect
 from dataclasses import asdict
 
 import pytest
@@ -17,7 +18,8 @@ GPU = torch.device("cuda")
 
 def names(pair):
     """The last parts of the modules that run forward and backward."""
-    return [module.__name__.rpartition(".")[2] for module, _ in pair]
+    each = [inspect.unwrap(run).args[0] for run in pair]
+    return [module.__name__.rpartition(".")[2] for module in each]
 
 
 def one(x, w, a=None, b=None):

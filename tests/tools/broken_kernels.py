@@ -33,23 +33,22 @@ COPIES = {
         "launch",
         ("kernels/test_prepared.py::test_what_a_prepared_launch_does_not_know_goes_by_triton"),
     ): [
-        ("a prepared launch goes to whatever device is current", " and device_of() == index:", ":"),
-        (
-            "a prepared launch tells no hook",
-            "if _no_hooks() and not self.kernel",
-            "if not self.kernel",
-        ),
+        ("a prepared launch goes to any device", " and device_of() == device else", " else"),
+        ("a prepared launch tells no hook", "if _no_hooks() and", "if"),
+        ("a prepared launch tells no hook of its kernel", "if kernel.pre_run_hooks:", "if False:"),
     ],
-    ("launch", "kernels/test_prepared.py::test_a_plan_serves_what_it_was_made_for"): [
+    ("replay", "kernels/test_replay.py"): [
+        ("a record serves other scalings", "key.append(value)", "key.append(kind)"),
+        ("a record serves all that is 16 bytes apart or less", "& 15", "& 0"),
+        ("a tensor that was two is still two", "own.append(value.detach())", "own.append(value)"),
+        ("all stays until the end", "    for name, i in last.items():", "    for name, i in ():"),
+        ("what failed is recorded on", "            recording.done = None\n", "            pass\n"),
+    ],
+    ("steps", "kernels/test_replay.py::test_one_tensor_may_be_two_the_next_time"): [
         (
-            "a plan serves other scalings",
-            "                    key.append(value)",
-            "                    key.append(type(value))",
-        ),
-        (
-            "a plan serves tensors that lie elsewhere to 16 bytes",
-            "value.data_ptr() & 15",
-            "value.data_ptr() & 0",
+            "sums of more than four are not replayed",
+            "noted(Tensor.add_, dx, part)",
+            "dx.add_(part)",
         ),
     ],
     ("launch", ("kernels/test_kernels.py::test_nothing_is_compiled_while_a_graph_is_captured")): [
@@ -114,8 +113,8 @@ COPIES = {
     ("sums", "kernels/test_compiled.py::test_few_lengths_compile_what_all_need"): [
         (
             "every number of parts is compiled for",
-            "tuple(2 * n + 3 for n in parts)",
-            "tuple(n for n in parts)",
+            "tuple(2 * len(of_one) + 3 for of_one in parts)",
+            "tuple(len(of_one) for of_one in parts)",
         ),
     ],
 }

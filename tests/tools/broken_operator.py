@@ -58,8 +58,8 @@ COPIES = {
         ("a negation that was put off is not carried out", " or t.is_neg()):", "):"),
         (
             "one of a weight is not carried out in backward",
-            "*([] if plan else _read(",
-            "*([] and (",
+            "kept = [] if plan else [",
+            "kept = [] if True else [",
         ),
     ],
     ("eager", "unusual_operands::float16_is_scaled_before_it_overflows"): [

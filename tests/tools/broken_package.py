@@ -24,7 +24,7 @@ COPIES = {
         ("autocast rounds float32 adapters", '(wide and name.startswith("lora"))', "False"),
     ],
     ("functional", f"{FUNCTIONAL}wrong_arguments"): [
-        ("what was right once is right in any size", "(t.dtype, t.shape, t.d", "(t.dtype, t.d"),
+        ("what was right once is right in any size", "(t.dtype, t.size(), t.d", "(t.dtype, t.d"),
         ("a scaling that is not finite is taken", "-LARGEST <= scaling <= LARGEST", "True"),
         ("scalings beyond float32 are taken", "= torch.finfo(torch.float32).max", "= math.inf"),
     ],

@@ -20,12 +20,13 @@ from types import SimpleNamespace
 import aot
 import torch
 import triton
-from fastlora_kernels import launch, outputs, steps
+from fastlora_kernels import launch, outputs, replay
+from fastlora_kernels import steps as kernels
 from fastlora_kernels.configs import Chip
 from triton.backends.compiler import GPUTarget
 
 from fastlora import Projection, lora_linears
-from fastlora.operator import plans
+from fastlora.operator import plans, steps
 
 launched: list[dict] | None = None  # what the launcher is given, where somebody asks
 
@@ -68,56 +69,56 @@ def stub() -> None:
 
 
 def layer(count: int, p: float, adapter: torch.dtype = torch.bfloat16):
-    """Return a forward and a backward of projections of one x by the five steps."""
+    """Return a forward and a backward of projections of one x, as "triton" is planned to run."""
     x, r, sizes = torch.zeros(64, 256, dtype=torch.bfloat16), 16, (256, 128, 128)[:count]
     seed = torch.ones(1, dtype=torch.int64) if p else None
     zeros = torch.zeros
     factors = [(zeros(r, 256, dtype=adapter), zeros(n, r, dtype=adapter)) for n in sizes]
     of = [(x.new_zeros(len(b), 256), a, b, x.new_zeros(len(b)), seed, 2.0, p) for a, b in factors]
-    ss, scaled = steps.shrink(x, of)
-    dys, needs = steps.outputs(x, of, ss, scaled), [True] * count
+    each = [functools.partial(f, kernels) for f in (steps.forward, steps.backward)]
+    forward, backward = map(replay.replayed, each)
+    dys, ss = forward(x, of)
+    needs = [(True, True)] * count
+    return lambda: forward(x, of), lambda: backward(dys, x, of, ss, True, needs)
 
-    def forward() -> None:
-        ss, scaled = steps.shrink(x, of)
-        steps.outputs(x, of, ss, scaled)
 
-    def backward() -> None:
-        dss, _ = steps.ds_db(dys, of, ss, needs, needs)
-        steps.input_grad(dys, of, dss)
-        steps.da(x, of, dss, needs)
+def numbered(launches: list[dict]) -> list[dict]:
+    """Return launches with the addresses of tensors numbered as they come up."""
+    found: dict[int, int] = {}
 
-    return forward, backward
+    def number(value):
+        if isinstance(value, list):
+            return [number(part) for part in value]
+        address = isinstance(value, int) and value > 1 << 40
+        return ("tensor", found.setdefault(value, len(found))) if address else value
+
+    return [one | {"args": number(one["args"])} for one in launches]
 
 
 def pairs() -> Iterator[dict]:
     """Yield for each launch of some layers whether the prepared one gives what Triton's does."""
     global launched
-    kept, make, cat, position = {}, torch.Tensor.new_empty, torch.cat, itertools.count()
-
-    def new_empty(t, *shape, **options):  # again the tensors of the call before
-        key = next(position), shape, options.get("dtype", t.dtype)
-        if key not in kept:
-            kept[key] = make(t, *shape, **options)
-        return kept[key]
-
-    torch.Tensor.new_empty = new_empty
-    torch.cat = lambda ts, dim=0: ts[0].new_empty(*cat(ts, dim).shape)
-    prepare = launch.Launch._prepare
+    kept = []  # so that each address is of one tensor
+    for place, name in ((torch.Tensor, "new_empty"), (torch, "cat")):
+        make = getattr(place, name)
+        setattr(
+            place, name, lambda *args, make=make, **o: kept.append(make(*args, **o)) or kept[-1]
+        )
     kinds = (0.0, torch.bfloat16), (0.1, torch.bfloat16), (0.1, torch.float32)
     for count, (p, dtype) in itertools.product((1, 3), kinds):
         for call in layer(count, p, dtype):
             ways = []
-            for own in (False, True):
-                launch.Launch._prepare = prepare if own else lambda self, compiled: None
-                for _ in range(2):  # the first goes by Triton in any case
-                    launched, position = [], itertools.count()
+            for by_triton in (True, False):
+                launched, replay.RECORDS = [], not by_triton
+                call()
+                if not by_triton:  # the first goes by Triton in any case
+                    launched = []
                     call()
-                ways.append(launched)
+                ways.append(numbered(launched))
                 launched = None
             for one, other in zip(*ways, strict=True):
                 same = {name: one[name] == other[name] for name in one}
                 yield {"name": one["name"], "count": count, "same": same}
-    launch.Launch._prepare = prepare
 
 
 def ways() -> Iterator[dict]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from fastlora_kernels import launch
+from fastlora_kernels import launch, replay
 from fastlora_kernels.configs import Chip, Config
 
 
@@ -33,7 +33,7 @@ def recording(chip: Chip) -> Iterator[list[Call]]:
             calls.append(Call(self.kernel, self.grid, (*tensors, *self.rest), self.config))
 
     with (
-        patch.object(launch, "INTERPRETED", True),  # no plan is kept
+        patch.object(replay, "RECORDS", False),
         patch.object(launch.Launch, "__call__", note),
         patch.object(Chip, "of", staticmethod(lambda device: chip)),
     ):
