@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton's own binder and launcher without a GPU, on a driver that only remembers (stub_driver.c).
+
+In a process in which the interpreter is off. Tensors lie in a CPU's memory.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import aot
+import torch
+import triton
+from fastlora_kernels.configs import Chip
+from triton.backends.nvidia import driver as nvidia
+
+CAPABILITIES = (80, 89, 90, 100)  # of the devices: 0 is of sm_80
+
+
+class Parameter(ctypes.Structure):
+    _fields_ = (("offset", ctypes.c_uint), ("size", ctypes.c_uint))
+
+
+class Program(ctypes.Structure):
+    """What was loaded; ``parameters`` as the assembler has noted them."""
+
+    _fields_ = (
+        *(("name", ctypes.c_char * 128), ("device", ctypes.c_int), ("most_shared", ctypes.c_uint)),
+        *(("count", ctypes.c_uint), ("parameters", Parameter * 512)),
+    )
+
+
+class Launched(ctypes.Structure):
+    """What was launched: two that are the same are so byte for byte."""
+
+    _fields_ = (
+        *(("program", ctypes.POINTER(Program)), ("stream", ctypes.c_uint64)),
+        *(("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint)),
+        *(("attributes", ctypes.c_uint), ("parameters", ctypes.c_ubyte * 4096)),
+    )
+
+
+def unusable() -> str | None:
+    """Return why nothing can be launched here: Triton compiles its launcher in C, for Python."""
+    if compiler() is None:
+        return "there is no C compiler"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.is_file() else f"there is no {header}"
+
+
+def compiler() -> str | None:
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
+class Devices:
+    """Devices of `CAPABILITIES`, on which Triton launches from here on.
+
+    ``current`` is the current one, ``streams`` holds the current stream of each. ``home`` is where
+    tensors lie, as far as anybody asks (`hold_tensors`); while ``capturing`` a graph is captured.
+    """
+
+    def __init__(self, current: int) -> None:
+        self.home, self.capturing = current, False
+        self.streams = [100 * (device + 1) for device in range(len(CAPABILITIES))]
+        self.stub = loaded()
+        memory = (ctypes.c_int * len(CAPABILITIES)).in_dll(self.stub, "stub_shared_memory")
+        memory[:] = [aot.CHIPS[capability].shared_memory for capability in CAPABILITIES]
+        self.exchange(current)
+        self.driver = nvidia.CudaDriver()
+        self.driver.get_current_device = lambda: self.current
+        self.driver.get_current_stream = lambda device: self.streams[device]
+        self.driver.get_device_capability = lambda device: divmod(CAPABILITIES[device], 10)
+        triton.runtime.driver.set_active(self.driver)
+        Chip.of = staticmethod(lambda device: aot.CHIPS[CAPABILITIES[self.home]])
+
+    def exchange(self, current: int) -> int:
+        """Make another device the current one, and return which was."""
+        before, self.current = getattr(self, "current", current), current
+        ctypes.c_int.in_dll(self.stub, "stub_current").value = current
+        return before
+
+    def launched(self) -> list[Launched]:
+        """Return what was launched since this was asked before."""
+        count = ctypes.c_uint.in_dll(self.stub, "stub_count")
+        found = (Launched * 64).in_dll(self.stub, "stub_launches")
+        made = [Launched.from_buffer_copy(one) for one in found[: count.value]]
+        count.value = 0
+        return made
+
+    def hold_tensors(self) -> None:
+        """Have all tensors say that they are of the device ``home``, and PyTorch know these."""
+        torch.Tensor.is_cuda = True
+        torch.Tensor.device = property(lambda t: torch.device("cuda", self.home))
+        torch.Tensor.get_device = lambda t: self.home
+        cuda = torch.cuda
+        cuda.current_device = lambda: self.current
+        cuda._exchange_device = cuda._maybe_exchange_device = self.exchange
+        cuda.is_current_stream_capturing = lambda: self.capturing
+
+
+def loaded() -> ctypes.CDLL:
+    """Return the stub, as the ``libcuda.so.1`` that this process finds from here on."""
+    kept = loaded.kept = tempfile.TemporaryDirectory()  # Triton links to it
+    library = Path(kept.name, "libcuda.so.1")
+    headers = [f"-I{folder}" for folder in nvidia.include_dirs]
+    source = Path(__file__).with_suffix(".c")
+    command = [compiler(), "-shared", "-fPIC", "-O1", "-w", *headers, f"-Wl,-soname,{library.name}"]
+    subprocess.run([*command, source, "-o", library], check=True)
+    triton.knobs.nvidia.libcuda_path = kept.name
+    return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
