@@ -143,6 +143,7 @@ class Launch:
         index, head = driver.get_current_device(), (*self.grid, 1, 1)[:3]
         device = index, driver.get_current_device, driver.get_current_stream
         self.ready = run, head, *device, compiled.function, compiled.packed_metadata
+        self.compiled = compiled  # Triton 3.9 unloads what nobody holds
 
 
 def _addresses(tensors: Sequence) -> list:
