@@ -5,29 +5,28 @@ Run by test_launcher.py in a process of its own: the interpreter must be off.
 """
 
 import ctypes
-import itertools
+import gc
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import aot
 import fastlora_kernels
 import stub_driver
 import torch
-from covering import covering
+import triton
+from acceptance import KINDS
 from fastlora_kernels import gated, gated_backward, launch
-from fastlora_kernels.gated import ACTIVATIONS
 from joints import Joint, run
 from recorder import Call
 from stub_driver import CAPABILITIES, Launched
 
-# Sizes, ranks (0: no adapter), dropout. Scalings differ, the second has no bias.
+# Rows, sizes, ranks (0: no adapter), dropout. Scalings differ, the second has no bias.
 SHAPES = {
-    "one": ((256,), (16,), (0.0,)),
-    "one, dropout": ((256,), (16,), (0.1,)),
-    "three": ((256, 128, 128), (16, 16, 16), (0.0, 0.0, 0.0)),
-    "uneven": ((250, 128, 128), (8, 0, 16), (0.1, 0.0, 0.2)),
+    "one": (64, (256,), (16,), (0.1,)),
+    "three": (64, (256, 128, 128), (16, 16, 16), (0.0, 0.0, 0.0)),
+    "uneven": (1, (250, 128, 128), (8, 0, 16), (0.1, 0.0, 0.2)),
 }
 BYTES = {"*": "Q", "i32": "i", "i64": "q", "fp32": "f"}  # of an argument, by Triton's type
 SIZES = {"u64": 8, "u32": 4, "f32": 4}  # of a parameter, by its type in PTX
@@ -65,7 +64,7 @@ def parameters(call: Call) -> Iterator[tuple[str, int | float]]:
             for part in value:
                 yield from flat(part, *about)
             return
-        kind, constant, _ = aot._argument(value, *about)
+        kind, constant, _ = aot.argument(value, *about)
         if not constant:
             value = value.data_ptr() if kind[0] == "*" else value
             yield BYTES.get(kind, BYTES["*"]), value
@@ -116,44 +115,89 @@ def wrong(call: Call, launched: Launched) -> list[str]:
     return [name for name, right in same.items() if not right]
 
 
-def found() -> Iterator[dict]:
-    """Yield what is to be said of each launch since this was asked before."""
-    for call, prepared, one, other in made:
-        alike = ["alike"] * (bytes(one) != bytes(other))
-        yield {"kernel": call.kernel.__name__, "prepared": prepared, "wrong": wrong(call, one) + alike}
-    made.clear()
-
-
-def layer(shape: str, kind: str, rows: int = 64) -> None:
-    sizes, ranks, p = SHAPES[shape]
+def layer(device: int, shape: str, kind: str) -> dict:
+    """Launch a layer, whose tensors are of ``device``, and say what is wrong with it."""
+    devices.home, (rows, sizes, ranks, p) = device, SHAPES[shape]
     joint = Joint(rows, 256, sizes, ranks, kind, dropout_p=p)
-    run(fastlora_kernels, joint, joint.tensors())
+    ts = joint.tensors()
+    if rows == 1:  # only such a stride needs no memory
+        ts = [{**t, "x": t["x"].as_strided((1, 256), (1 << 33, 1))} for t in ts]
+    return of(lambda: run(fastlora_kernels, joint, ts))
 
 
-def elementwise(activation: str) -> None:
-    gate, up, dh = torch.zeros(3, 64, 64, dtype=torch.bfloat16)
-    gated(gate, up, activation)
-    gated_backward(dh, gate, up, activation)
+def elementwise(device: int, activation: str, kind: str) -> dict:
+    devices.home = device
+    gate, up, dh = torch.zeros(3, 64, 64, dtype=KINDS[kind][0])
+    return of(lambda: (gated(gate, up, activation), gated_backward(dh, gate, up, activation)))
+
+
+def of(call: Callable) -> dict:
+    """Return of each launch the kernel, what is wrong, and whether Triton was not asked."""
+    refused = None
+    try:
+        call()
+    except RuntimeError as error:
+        refused = str(error)
+    found = {"kernels": [], "wrong": [], "prepared": [], "refused": refused}
+    for asked, prepared, one, other in made:
+        found["kernels"].append(asked.kernel.__name__)
+        found["wrong"].append(wrong(asked, one) + ["alike"] * (bytes(one) != bytes(other)))
+        found["prepared"].append(prepared)
+    made.clear()
+    return found
 
 
 def kinds() -> Iterator[dict]:
-    """Yield two rounds of all kinds of launches: what the first found out serves the second."""
-    kinds = "bf16", "fp16", "fp32", "bf16-fp32"
-    drawn = covering(range(len(CAPABILITIES)), kinds, tuple(SHAPES))
-    calls = [(device, layer, shape, kind) for device, kind, shape in drawn]
-    calls += [(2, elementwise, activation) for activation in ACTIVATIONS]
-    for (device, call, *what), again in itertools.product(calls, (False, True)):
-        devices.home = device
+    """Yield two rounds of launches of every kind: what the first found out serves the second."""
+    for call, device, *what in DRAWN:
         devices.exchange(device)
-        call(*what)
-        for one in found():
-            yield {"what": [CAPABILITIES[device], *what], "again": again, **one}
+        for again in (False, True):
+            yield {"what": [CAPABILITIES[device], *what], "again": again} | call(device, *what)
 
 
-def main() -> None:
-    for line in kinds():
-        print(json.dumps(line), flush=True)
+def circumstances() -> Iterator[dict]:
+    """Yield how a layer of device 1 is launched while something is so, first without programs."""
+    runtime, told = triton.knobs.runtime, []
+    kernel = fastlora_kernels.shrink.shrink_kernel
 
+    def tell(*_, **__) -> None:
+        told.append(True)
+
+    def hook(on: bool) -> None:
+        if hasattr(runtime.launch_enter_hook, "calls"):
+            (runtime.launch_enter_hook.add if on else runtime.launch_enter_hook.remove)(tell)
+        else:
+            runtime.launch_enter_hook = tell if on else None
+
+    changes = {
+        "cold, captured": lambda on: setattr(devices, "capturing", on),
+        "cold, elsewhere": lambda on: devices.exchange(2 if on else 1),
+        "nothing": lambda on: None,
+        "stream": lambda on: devices.streams.__setitem__(1, 7 if on else 200),
+        "hook": hook,
+        "hook of a kernel": lambda on: kernel.pre_run_hooks.__setitem__(slice(None), [tell] * on),
+    }
+    changes["captured"], changes["elsewhere"] = [change for _, change in [*changes.items()][:2]]
+    devices.exchange(1)
+    for name, change in changes.items():
+        told.clear()
+        change(True)
+        found = layer(1, "one", "bf16")
+        yield {"while": name, "told": len(told), "current": devices.current} | found
+        change(False)
+    # No program is held by Triton any more, and so none of these launches is made again by it.
+    launch.Launch.__call__ = own
+    kernel.device_caches.clear()
+    gc.collect()
+    yield {"while": "forgotten", "told": 0, "current": 1} | layer(1, "one", "bf16")
+
+
+DRAWN = (
+    *((layer, 0, "three", "fp16"), (layer, 0, "uneven", "fp32")),
+    *((layer, 2, "one", "bf16"), (layer, 2, "three", "bf16-fp32"), (layer, 2, "uneven", "fp16")),
+    *((layer, 3, "one", "fp16"), (layer, 3, "three", "bf16"), (elementwise, 3, "silu", "bf16")),
+)
 
 if __name__ == "__main__":
-    main()
+    for line in (*kinds(), *circumstances()):
+        print(json.dumps(line), flush=True)

@@ -110,5 +110,6 @@ def loaded() -> ctypes.CDLL:
     source = Path(__file__).with_suffix(".c")
     command = [compiler(), "-shared", "-fPIC", "-O1", "-w", *headers, f"-Wl,-soname,{library.name}"]
     subprocess.run([*command, source, "-o", library], check=True)
+    library.with_suffix("").symlink_to(library)  # the name that Triton 3.4 links to
     triton.knobs.nvidia.libcuda_path = kept.name
     return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
