@@ -35,10 +35,6 @@ devices = stub_driver.Devices(current=2)
 devices.hold_tensors()
 own, by_triton = launch.Launch.__call__, launch.Launch._by_triton
 made: list[tuple[Call, bool, Launched, Launched]] = []
-# A kernel's descriptors in device memory: of a size there is one here, which stays.
-workspaces: dict[int, torch.Tensor] = {}
-make = torch.empty
-torch.empty = lambda size, device, **options: workspaces.setdefault(size, make(size, **options))
 
 
 def twice(self: launch.Launch, *tensors) -> None:
@@ -92,7 +88,7 @@ def wrong(call: Call, launched: Launched) -> list[str]:
     (compiled,) = [c for c in programs if c.function == ctypes.addressof(program)]
     metadata, (places, expected) = compiled.metadata, (declared(compiled.asm["ptx"]), bytearray())
     scratch = metadata.global_scratch_size * launched.grid[0]
-    scratch = [("Q", workspaces[scratch].data_ptr() if scratch else 0), ("Q", 0)]
+    scratch = [("Q", devices.memory[scratch,].data_ptr() if scratch else 0), ("Q", 0)]
     scratch = scratch[: 1 + hasattr(metadata, "profile_scratch_size")]  # not on Triton 3.4
     for (start, size), (code, value) in zip(places, [*parameters(call), *scratch], strict=True):
         packed = struct.pack(code, value)

@@ -5,11 +5,13 @@ In a process in which the interpreter is off. Tensors lie in a CPU's memory.
 """
 
 import ctypes
+import functools
 import os
 import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import aot
@@ -61,21 +63,29 @@ class Devices:
 
     ``current`` is the current one, ``streams`` holds the current stream of each. ``home`` is where
     tensors lie, as far as anybody asks (`hold_tensors`); while ``capturing`` a graph is captured.
+    ``memory`` has what was asked for by device, for descriptors: once for each size.
     """
 
     def __init__(self, current: int) -> None:
         self.home, self.capturing = current, False
         self.streams = [100 * (device + 1) for device in range(len(CAPABILITIES))]
         self.stub = loaded()
-        memory = (ctypes.c_int * len(CAPABILITIES)).in_dll(self.stub, "stub_shared_memory")
-        memory[:] = [aot.CHIPS[capability].shared_memory for capability in CAPABILITIES]
+        most = (ctypes.c_int * len(CAPABILITIES)).in_dll(self.stub, "stub_shared_memory")
+        most[:] = [aot.CHIPS[capability].shared_memory for capability in CAPABILITIES]
         self.exchange(current)
         self.driver = nvidia.CudaDriver()
         self.driver.get_current_device = lambda: self.current
         self.driver.get_current_stream = lambda device: self.streams[device]
         self.driver.get_device_capability = lambda device: divmod(CAPABILITIES[device], 10)
         triton.runtime.driver.set_active(self.driver)
+        torch.empty, self.memory = functools.partial(self.empty, torch.empty), {}
         Chip.of = staticmethod(lambda device: aot.CHIPS[CAPABILITIES[self.home]])
+
+    def empty(self, make: Callable, *size: int, device=None, **options) -> torch.Tensor:
+        """Return what ``make``, which is `torch.empty`, would, or memory of a device."""
+        if device != "cuda":
+            return make(*size, device=device, **options)
+        return self.memory.setdefault(size, make(*size, **options))
 
     def exchange(self, current: int) -> int:
         """Make another device the current one, and return which was."""
