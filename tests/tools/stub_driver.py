@@ -21,6 +21,7 @@ from fastlora_kernels.configs import Chip
 from triton.backends.nvidia import driver as nvidia
 
 CAPABILITIES = (80, 89, 90, 100)  # of the devices: 0 is of sm_80
+COMPILER = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang")
 
 
 class Parameter(ctypes.Structure):
@@ -32,7 +33,7 @@ class Program(ctypes.Structure):
 
     _fields_ = (
         *(("name", ctypes.c_char * 128), ("device", ctypes.c_int), ("most_shared", ctypes.c_uint)),
-        *(("count", ctypes.c_uint), ("parameters", Parameter * 512)),
+        *(("count", ctypes.c_uint), ("parameters", Parameter * 1024)),
     )
 
 
@@ -48,14 +49,9 @@ class Launched(ctypes.Structure):
 
 def unusable() -> str | None:
     """Return why nothing can be launched here: Triton compiles its launcher in C, for Python."""
-    if compiler() is None:
-        return "there is no C compiler"
     header = Path(sysconfig.get_path("include"), "Python.h")
-    return None if header.is_file() else f"there is no {header}"
-
-
-def compiler() -> str | None:
-    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    needed = {"a C compiler": COMPILER, str(header): header.is_file()}
+    return next((f"needs {what}" for what, there in needed.items() if not there), None)
 
 
 class Devices:
@@ -118,7 +114,7 @@ def loaded() -> ctypes.CDLL:
     library = Path(kept.name, "libcuda.so.1")
     headers = [f"-I{folder}" for folder in nvidia.include_dirs]
     source = Path(__file__).with_suffix(".c")
-    command = [compiler(), "-shared", "-fPIC", "-O1", "-w", *headers, f"-Wl,-soname,{library.name}"]
+    command = [COMPILER, "-shared", "-fPIC", "-O1", "-w", *headers, f"-Wl,-soname,{library.name}"]
     subprocess.run([*command, source, "-o", library], check=True)
     library.with_suffix("").symlink_to(library)  # the name that Triton 3.4 links to
     triton.knobs.nvidia.libcuda_path = kept.name
