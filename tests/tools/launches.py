@@ -152,17 +152,18 @@ def kinds() -> Iterator[dict]:
 
 def circumstances() -> Iterator[dict]:
     """Yield how a layer of device 1 is launched while something is so, first without programs."""
-    runtime, told = triton.knobs.runtime, []
-    kernel = fastlora_kernels.shrink.shrink_kernel
+    kernel, told = fastlora_kernels.shrink.shrink_kernel, []
+    runtime = triton.knobs.runtime
+    chain = runtime.launch_enter_hook  # None on Triton 3.4
 
     def tell(*_, **__) -> None:
         told.append(True)
 
     def hook(on: bool) -> None:
-        if hasattr(runtime.launch_enter_hook, "calls"):
-            (runtime.launch_enter_hook.add if on else runtime.launch_enter_hook.remove)(tell)
-        else:
+        if chain is None:
             runtime.launch_enter_hook = tell if on else None
+        else:
+            (chain.add if on else chain.remove)(tell)
 
     changes = {
         "cold, captured": lambda on: setattr(devices, "capturing", on),

@@ -69,8 +69,7 @@ CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *
 }
 
 CUresult cuModuleUnload(CUmodule module) {
-  ((Program *)module)->device = -1;
-  return CUDA_SUCCESS;
+  return ((Program *)module)->device = -1, CUDA_SUCCESS;
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters,
@@ -103,34 +102,27 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
 }
 
 CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
-  *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
-  return CUDA_SUCCESS;
+  return *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0, CUDA_SUCCESS;
 }
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
   const int most = attribute == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-  *value = most ? stub_shared_memory[device] : 0;
-  return CUDA_SUCCESS;
+  return *value = most ? stub_shared_memory[device] : 0, CUDA_SUCCESS;
 }
 
-CUresult cuDeviceGet(CUdevice *device, int ordinal) {
-  *device = ordinal;
-  return CUDA_SUCCESS;
-}
+CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = ordinal, CUDA_SUCCESS; }
 
 CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr pointer) {
-  *(CUdeviceptr *)value = pointer;
-  return CUDA_SUCCESS;
+  return *(CUdeviceptr *)value = pointer, CUDA_SUCCESS;
 }
 
 CUresult cuGetErrorString(CUresult error, const char **text) {
-  *text = error == CUDA_ERROR_INVALID_HANDLE ? "a program of another context" : "refused";
-  return CUDA_SUCCESS;
+  const int foreign = error == CUDA_ERROR_INVALID_HANDLE;
+  return *text = foreign ? "a program of another context" : "refused", CUDA_SUCCESS;
 }
 
 CUresult cuCtxGetCurrent(CUcontext *context) { // there always is one
-  *context = (CUcontext)(uintptr_t)(stub_current + 1);
-  return CUDA_SUCCESS;
+  return *context = (CUcontext)(uintptr_t)(stub_current + 1), CUDA_SUCCESS;
 }
 
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
@@ -138,11 +130,6 @@ CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return
 // Triton links to these as well, and has no reason to call them.
 CUresult unasked(void) { return CUDA_ERROR_NOT_SUPPORTED; }
 #define UNASKED(name) __typeof__(name) name __attribute__((alias("unasked")))
-UNASKED(cuInit);
-UNASKED(cuDriverGetVersion);
-UNASKED(cuDevicePrimaryCtxRetain);
-UNASKED(cuCtxSetCurrent);
-UNASKED(cuCtxGetDevice);
-UNASKED(cuCtxGetLimit);
-UNASKED(cuCtxSetLimit);
-UNASKED(cuStreamIsCapturing);
+UNASKED(cuInit); UNASKED(cuDriverGetVersion); UNASKED(cuStreamIsCapturing);
+UNASKED(cuDevicePrimaryCtxRetain); UNASKED(cuCtxSetCurrent); UNASKED(cuCtxGetDevice);
+UNASKED(cuCtxGetLimit); UNASKED(cuCtxSetLimit);

@@ -63,9 +63,10 @@ class Devices:
     """
 
     def __init__(self, current: int) -> None:
-        self.home, self.capturing = current, False
+        self.home, self.current, self.capturing = current, current, False
         self.streams = [100 * (device + 1) for device in range(len(CAPABILITIES))]
-        self.stub = loaded()
+        self.folder = tempfile.TemporaryDirectory()
+        self.stub = loaded(Path(self.folder.name))
         most = (ctypes.c_int * len(CAPABILITIES)).in_dll(self.stub, "stub_shared_memory")
         most[:] = [aot.CHIPS[capability].shared_memory for capability in CAPABILITIES]
         self.exchange(current)
@@ -85,7 +86,7 @@ class Devices:
 
     def exchange(self, current: int) -> int:
         """Make another device the current one, and return which was."""
-        before, self.current = getattr(self, "current", current), current
+        before, self.current = self.current, current
         ctypes.c_int.in_dll(self.stub, "stub_current").value = current
         return before
 
@@ -108,14 +109,11 @@ class Devices:
         cuda.is_current_stream_capturing = lambda: self.capturing
 
 
-def loaded() -> ctypes.CDLL:
-    """Return the stub, as the ``libcuda.so.1`` that this process finds from here on."""
-    kept = loaded.kept = tempfile.TemporaryDirectory()  # Triton links to it
-    library = Path(kept.name, "libcuda.so.1")
-    headers = [f"-I{folder}" for folder in nvidia.include_dirs]
-    source = Path(__file__).with_suffix(".c")
+def loaded(folder: Path) -> ctypes.CDLL:
+    """Return the stub, made in ``folder``, as the libcuda.so.1 of this process."""
+    library, headers = folder / "libcuda.so.1", [f"-I{path}" for path in nvidia.include_dirs]
     command = [COMPILER, "-shared", "-fPIC", "-O1", "-w", *headers, f"-Wl,-soname,{library.name}"]
-    subprocess.run([*command, source, "-o", library], check=True)
-    library.with_suffix("").symlink_to(library)  # the name that Triton 3.4 links to
-    triton.knobs.nvidia.libcuda_path = kept.name
+    subprocess.run([*command, Path(__file__).with_suffix(".c"), "-o", library], check=True)
+    (folder / "libcuda.so").symlink_to(library)  # the name that Triton 3.4 links to
+    triton.knobs.nvidia.libcuda_path = str(folder)
     return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
