@@ -4,12 +4,16 @@
 Run by test_prepared.py in a process of its own: the interpreter must be off.
 """
 
+import contextlib
 import ctypes
+import functools
 import gc
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from unittest.mock import patch
 
 import aot
 import fastlora_kernels
@@ -32,24 +36,30 @@ SIZES = {"u64": 8, "u32": 4, "f32": 4}  # of a parameter, by its type in PTX
 
 devices = stub_driver.Devices(current=2)
 devices.hold_tensors()
-own, by_triton = launch.Launch.__call__, launch.Launch._by_triton
-made: list[tuple[Call, bool, Launched, Launched]] = []
-kept: list = []  # so that nothing lies again where it was
+asked: list[Call] = []  # of Triton
+by_triton, new_empty, cat = launch.Launch._by_triton, torch.Tensor.new_empty, torch.cat
+kept: dict[tuple, torch.Tensor] = {}
+turns: Counter = Counter()
 
 
-def twice(self: launch.Launch, *tensors) -> None:
-    """Launch as ever and then by Triton; note whether that was the way in the first place."""
-    if self.empty:
-        return
-    asked = []
-    launch.Launch._by_triton = lambda *given: asked.append(by_triton(*given))
-    own(self, *tensors)
+def noting(self: launch.Launch, *tensors) -> None:
+    asked.append(Call(self.kernel, self.grid, (*tensors, *self.rest), self.config))
     by_triton(self, *tensors)
-    call = Call(self.kernel, self.grid, (*tensors, *self.rest), self.config)
-    made.append((call, not asked, *devices.launched()))
 
 
-launch.Launch.__call__ = twice
+def same_empty(like: torch.Tensor, *shape, **options) -> torch.Tensor:
+    """Return the tensor that was made in the place of this one the time before."""
+    made = new_empty(like, *shape, **options)
+    key = made.shape, made.dtype
+    turns[key] += 1
+    return kept.setdefault((*key, turns[key]), made)
+
+
+def same_cat(ts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return kept.setdefault((dim, *[t.data_ptr() for t in ts]), cat(ts, dim))
+
+
+launch.Launch._by_triton, torch.Tensor.new_empty, torch.cat = noting, same_empty, same_cat
 
 
 def parameters(call: Call) -> Iterator[tuple[str, int | float]]:
@@ -109,37 +119,59 @@ def wrong(call: Call, launched: Launched) -> list[str]:
     return [name for name, right in same.items() if not right]
 
 
+@contextlib.contextmanager
+def hooked(tell: Callable) -> Iterator[None]:
+    """Have Triton ``tell`` of launches: nobody else can make them meanwhile."""
+    runtime = triton.knobs.runtime
+    before = runtime.launch_enter_hook  # a chain, but on Triton 3.4
+    if chained := hasattr(before, "add"):
+        before.add(tell)
+    else:
+        runtime.launch_enter_hook = tell
+    yield
+    if chained:
+        before.remove(tell)
+    else:
+        runtime.launch_enter_hook = before
+
+
+def compared(call: Callable) -> dict:
+    """Return what is wrong with each launch of ``call``, and how many of them Triton made.
+
+    Then it makes them all, of the same tensors: the driver has to get the same.
+    """
+    kept.clear()
+    try:
+        launched, by = [], []
+        for way in (contextlib.nullcontext(), hooked(lambda metadata: None)):
+            asked.clear()
+            turns.clear()
+            with way:
+                call()
+            launched.append(devices.launched())
+            by.append(len(asked))
+    except RuntimeError as error:
+        return {"refused": str(error), "launched": len(devices.launched())}
+    found = zip(asked, *launched, strict=True)
+    all_wrong = [wrong(c, own) + ["alike"] * (bytes(one) != bytes(own)) for c, one, own in found]
+    names = [c.kernel.__name__ for c in asked]
+    return {"kernels": names, "wrong": all_wrong, "by_triton": by[0]}
+
+
 def layer(device: int, shape: str, kind: str) -> dict:
-    """Launch a layer, whose tensors are of ``device``, and say what is wrong with it."""
+    """Launch a layer, whose tensors are of ``device``."""
     devices.home, (rows, sizes, ranks, p) = device, SHAPES[shape]
     joint = Joint(rows, 256, sizes, ranks, kind, dropout_p=p)
     ts = joint.tensors()
     if rows == 1:  # only such a stride needs no memory
         ts = [{**t, "x": t["x"].as_strided((1, 256), (1 << 33, 1))} for t in ts]
-    return of(lambda: run(fastlora_kernels, joint, ts))
+    return compared(lambda: run(fastlora_kernels, joint, ts))
 
 
 def elementwise(device: int, activation: str) -> dict:
     devices.home = device
     gate, up, dh = torch.zeros(3, 64, 64, dtype=torch.bfloat16)
-    return of(lambda: (gated(gate, up, activation), gated_backward(dh, gate, up, activation)))
-
-
-def of(call: Callable) -> dict:
-    """Return of each launch the kernel, what is wrong, and whether Triton was not asked."""
-    refused = None
-    try:
-        call()
-    except RuntimeError as error:
-        refused = str(error)
-    found = {"kernels": [], "wrong": [], "prepared": [], "refused": refused}
-    for asked, prepared, one, other in made:
-        found["kernels"].append(asked.kernel.__name__)
-        found["wrong"].append(wrong(asked, one) + ["alike"] * (bytes(one) != bytes(other)))
-        found["prepared"].append(prepared)
-    kept.append(made.copy())
-    made.clear()
-    return found
+    return compared(lambda: (gated(gate, up, activation), gated_backward(dh, gate, up, activation)))
 
 
 def kinds() -> Iterator[dict]:
@@ -153,39 +185,34 @@ def kinds() -> Iterator[dict]:
 def circumstances() -> Iterator[dict]:
     """Yield how a layer of device 1 is launched while something is so, first without programs."""
     kernel, told = fastlora_kernels.shrink.shrink_kernel, []
-    runtime = triton.knobs.runtime
-    chain = runtime.launch_enter_hook  # None on Triton 3.4
 
     def tell(*_, **__) -> None:
         told.append(True)
 
-    def hook(on: bool) -> None:
-        if chain is None:
-            runtime.launch_enter_hook = tell if on else None
-        else:
-            (chain.add if on else chain.remove)(tell)
+    def forget() -> contextlib.nullcontext:
+        kernel.device_caches.clear()
+        gc.collect()
+        return contextlib.nullcontext()
 
-    changes = {
-        "cold, captured": lambda on: setattr(devices, "capturing", on),
-        "cold, elsewhere": lambda on: devices.exchange(2 if on else 1),
-        "nothing": lambda on: None,
-        "stream": lambda on: devices.streams.__setitem__(1, 7 if on else 200),
-        "hook": hook,
-        "hook of a kernel": lambda on: kernel.pre_run_hooks.__setitem__(slice(None), [tell] * on),
+    captured = functools.partial(patch.object, devices, "capturing", True)
+    elsewhere = functools.partial(torch.cuda.device, 2)
+    ways = {
+        "cold, captured": captured,
+        "cold, elsewhere": elsewhere,
+        "nothing": contextlib.nullcontext,
+        "captured": captured,
+        "elsewhere": elsewhere,
+        "stream": lambda: patch.object(devices, "streams", [7] * len(CAPABILITIES)),
+        "hook": lambda: hooked(tell),
+        "hook of a kernel": lambda: patch.object(kernel, "pre_run_hooks", [tell]),
+        "forgotten": forget,  # by Triton, which holds no program of that kernel any more
     }
-    changes["captured"], changes["elsewhere"] = [change for _, change in [*changes.items()][:2]]
     devices.exchange(1)
-    for name, change in changes.items():
+    for name, way in ways.items():
         told.clear()
-        change(True)
-        found = layer(1, "one", "bf16")
-        yield {"while": name, "told": len(told), "current": devices.current} | found
-        change(False)
-    # No program is held by Triton any more, and so none of these launches is made again by it.
-    launch.Launch.__call__ = own
-    kernel.device_caches.clear()
-    gc.collect()
-    yield {"while": "forgotten", "told": 0, "current": 1} | layer(1, "one", "bf16")
+        with way():
+            found = layer(1, "one", "bf16")
+            yield {"while": name, "told": len(told), "current": devices.current} | found
 
 
 DRAWN = (
