@@ -32,7 +32,6 @@ SHAPES = {
     "uneven": (1, (250, 128, 128), (8, 0, 16), (0.1, 0.0, 0.2)),
 }
 BYTES = {"*": "Q", "i32": "i", "i64": "q", "fp32": "f"}  # of an argument, by Triton's type
-SIZES = {"u64": 8, "u32": 4, "f32": 4}  # of a parameter, by its type in PTX
 
 devices = stub_driver.Devices(current=2)
 devices.hold_tensors()
@@ -83,8 +82,8 @@ def declared(ptx: str) -> list[tuple[int, int]]:
     """Return offset and size of each parameter of a program, from its head: all are aligned."""
     (head,) = re.findall(r"\.entry \w+\((.*?)\)", ptx, re.DOTALL)
     end, found = 0, []
-    for line in head.strip().split("\n"):
-        size = SIZES[re.match(r"\s*\.param \.(\w+) ", line)[1]]
+    for bits in re.findall(r"\.param \.[usf](\d+)", head):
+        size = int(bits) // 8
         start = -(-end // size) * size
         found.append((start, size))
         end = start + size
