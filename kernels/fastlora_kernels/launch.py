@@ -117,7 +117,7 @@ class Launch:
             run = functools.partial(_in_a_copy, run)
         about = compiled.function, compiled.packed_metadata, None, None, None
         device = triton.runtime.driver.active.get_current_device()
-        self.ready = Ready(run, head, about, self.rest, device)
+        self.ready = Ready(run, head, about, self.rest, device, compiled)
 
 
 class Ready(NamedTuple):
@@ -128,6 +128,7 @@ class Ready(NamedTuple):
     about: tuple
     rest: tuple
     device: int  # for which it was loaded
+    compiled: Any  # Triton 3.9 unloads a program that nobody holds
 
 
 def stream_of(launches: Sequence[Launch]) -> Callable[[], int | None]:

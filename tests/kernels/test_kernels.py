@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The five steps against the oracle, of one projection and of several, interpreted here."""
 
-import contextlib
 import itertools
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from acceptance import KINDS, RANKS, oracle, strided
 from aot import CHIPS
 from covering import covering
 from fastlora_kernels import configs, ds_db, launch, steps
-from fastlora_kernels.configs import Chip, Config
+from fastlora_kernels.configs import Chip
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from joints import Joint, expected, recorded, run, same, verify, verify_exactly
@@ -324,28 +323,6 @@ def test_every_chip_has_a_config():
             tma = aligned and kernel in ("outputs", "input_grad") and chip.capability[0] >= 9
             assert (tma and even) or not config.tma
             assert tma or not any(c.tma for c in tried)
-
-
-@pytest.mark.parametrize("several", [False, True])
-def test_kernels_run_on_the_device_of_their_tensors(several, monkeypatch):
-    """Triton launches on the current device, whatever its arguments' is."""
-    current, found = [0], []
-
-    @contextlib.contextmanager
-    def device(wanted):
-        current.append(wanted.index)
-        yield
-        current.pop()
-
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    kernel = {(1,): lambda *args, **options: found.append(current[-1])}
-    for index in (1, 0):
-        x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
-        launch.Launch(kernel, (1,), Config(16, 16, 16))((x, x) if several else x)
-    assert found == [1, 0] and current == [0]
 
 
 def test_nothing_is_compiled_while_a_graph_is_captured():

@@ -51,7 +51,7 @@ def compiled(call: Call, capability: int | str):
         if isinstance(value, tuple):
             each = enumerate(value)
             return tuple(described((*path, i), v, constexpr, special) for i, v in each)
-        kind, constant, divisible = _argument(value, constexpr, special)
+        kind, constant, divisible = argument(value, constexpr, special)
         if constant:
             constexprs[path] = value
         elif divisible:
@@ -79,7 +79,7 @@ def unspecialized(call: Call) -> list[str]:
     return getattr(kernel, "kwargs", vars(kernel)).get("do_not_specialize") or []
 
 
-def _argument(value, constexpr: bool, special: bool) -> tuple[str, bool, bool]:
+def argument(value, constexpr: bool, special: bool) -> tuple[str, bool, bool]:
     """Return (type, is a constant, is divisible by 16) as Triton specialises an argument."""
     if constexpr or value is None or (special and isinstance(value, int) and value == 1):
         return "constexpr", True, False

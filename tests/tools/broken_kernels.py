@@ -22,11 +22,24 @@ COPIES = {
             "*(outputs_kernel, (tiles_n, cdiv(M, config.block_m)), config)",
         ),
     ],
-    ("launch", "kernels/test_kernels.py::test_kernels_run_on_the_device_of_their_tensors"): [
+    (
+        "launch",
+        (
+            "kernels/test_prepared.py::test_launches_go_to_the_device_of_their_tensors_and_its_stream"
+        ),
+    ): [
         (
             "kernels run on the current device",
             "            if first.is_cuda and first.device.index != torch.cuda.current_device():",
             "            if False:",
+        ),
+        ("prepared launches go to a stream of device 0", "of_device(device) if", "of_device(0) if"),
+    ],
+    ("launch", "kernels/test_prepared.py::test_the_driver_gets_what_was_asked_for"): [
+        (
+            "a prepared launch has nowhere to keep descriptors",
+            "            run = functools.partial(_in_a_copy, run)\n        about =",
+            "            pass\n        about =",
         ),
     ],
     (
