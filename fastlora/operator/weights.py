@@ -52,13 +52,11 @@ def quantised(weight: Any, dtype: torch.dtype, module: Any = None) -> "Quantised
 
     ``module`` is the layer that holds it, where some keep what belongs to it.
     """
-    name = f"{type(weight).__module__}.{type(weight).__qualname__}"
-    make = KINDS.get(name)
-    return (
-        f"is a {name} of {getattr(weight, 'dtype', None)}"
-        if make is None
-        else make(weight, dtype, module)
-    )
+    make = KINDS.get(f"{type(weight).__module__}.{type(weight).__qualname__}")
+    if make is None:
+        found = f"{type(weight).__name__} of {getattr(weight, 'dtype', None)}"
+        return f"is a {found}, not a dense float, nor quantised in a way that is known"
+    return make(weight, dtype, module)
 
 
 def _four_bits(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str":
