@@ -209,6 +209,31 @@ def test_under_autocast_outputs_have_peft_s_dtype(kind, dtype):
     torch.testing.assert_close(after, before, rtol=0.02, atol=0.05)
 
 
+# Without PEFT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_without_peft(kind):
+    wrapped = model(kind)
+    right, adapters = results(wrapped), [p for p in wrapped.parameters() if p.requires_grad]
+    block = wrapped.unload()
+    before = block.state_dict()
+    report = fastlora.replace_linears(block, list(NAMES), r=4, lora_alpha=8)
+    assert len(report.fused) == len(NAMES)
+    found = fastlora.lora_state_dict(block)
+    for own, other in zip(found.values(), adapters, strict=True):
+        own.copy_(other.detach())
+    assert max(apart(results(block), right)) < 1e-6
+    again, kept = copy.deepcopy(block), block.state_dict()
+    assert kept.keys() == {*before, *found}  # as the library saves it, and the adapters
+    again.load_state_dict(found, strict=False)
+    assert all(map(torch.equal, results(again), results(block)))
+    with torch.no_grad():  # its library rounds x, or scales
+        torch.testing.assert_close(again.eval()(X), block(X), rtol=0.02, atol=0.02)
+    with pytest.raises(RuntimeError, match=r"cannot merge: the weight is a .*, not a plain tensor"):
+        block.q.merge()
+
+
 # Traps
 
 
