@@ -6,6 +6,7 @@ not made one. Nothing as large as the dense weight outlives a product, also for 
 sizes of training a product of a dense temporary is as fast as one that reads 4 bits.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -70,9 +71,25 @@ def _four_bits(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str
         # A call without gradients on a CPU packs it anew, for which the library has no inverse.
         if getattr(state, "packing_format_for_cpu", False):
             return _packed_for_cpu(packed.data, state)
-        return dequantize_4bit(packed.data, state)
+        kernel = _kernel() if packed.is_cuda and packed.nbytes * 2 == state.shape.numel() else None
+        if kernel is None:
+            return dequantize_4bit(packed.data, state)
+        inner, bytes_of = state.state2, packed.data.view(torch.uint8)
+        nested = (inner.code, inner.absmax, inner.blocksize, state.offset) if inner else None
+        how = tuple(state.shape), state.dtype, state.code, state.absmax, state.blocksize
+        return kernel(bytes_of, *how, nested)
 
     return Quantised(weight, state.shape, dtype, make)
+
+
+@functools.cache
+def _kernel() -> Callable | None:
+    """Return our own kernel, None where Triton is missing or broken."""
+    try:
+        from fastlora_kernels.four_bits import four_bits
+    except Exception:  # it may raise anything while it is imported
+        return None
+    return four_bits
 
 
 def _packed_for_cpu(packed: Tensor, state: Any) -> Tensor:

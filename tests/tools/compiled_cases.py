@@ -24,6 +24,7 @@ from acceptance import KINDS
 from covering import covering
 from fastlora_kernels import gated, gated_backward
 from fastlora_kernels.configs import DROPPING, LAUNCHERS, Chip, Config, candidates, kind_of
+from fastlora_kernels.four_bits import four_bits
 from fastlora_kernels.gated import ACTIVATIONS
 from joints import Joint, recorded
 from recorder import Call, recording
@@ -102,6 +103,12 @@ def calls(
             for activation in ACTIVATIONS:
                 gated(y, y, activation)
                 gated_backward(y, y, y, activation)
+            packed, scales = (
+                y.new_empty(N * K // 2, dtype=torch.uint8),
+                y.new_empty(8, dtype=torch.float32),
+            )
+            four_bits(packed, (N, K), y.dtype, scales, scales, 64)
+            four_bits(packed, (N, K), y.dtype, scales, packed, 64, (scales, scales, 256, scales))
         found += elementwise
     return found
 
