@@ -43,7 +43,7 @@ def four_bits(
     packed: Tensor, shape: tuple[int, int], dtype: torch.dtype, code: Tensor, absmax: Tensor,
     blocksize: int, nested: tuple[Tensor, Tensor, int, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return the weight [N, K] in ``dtype`` of ``packed``, contiguous bytes (uint8) of two elements.
+    """Return the weight [N, K] in ``dtype`` of ``packed``: contiguous bytes, of two elements each.
 
     ``code`` [16] and the scales ``absmax`` [N K / blocksize] are float32. ``nested``: their own
     code [256] and scales, float32, blocksize and offset (0-d), where ``absmax`` is uint8. Both
