@@ -26,9 +26,8 @@ def test_the_formula(shape, nested, device="cpu"):
     if nested:
         absmax = torch.randint(256, (size,), dtype=torch.uint8, device=device)
         of = outer, torch.rand(size, device=device), 32, torch.rand((), device=device)
-        scales = (outer[absmax.long()] * of[1][torch.arange(size, device=device) // 32] + of[3])[
-            block
-        ]
+        rounded = outer[absmax.long()] * of[1][torch.arange(size, device=device) // 32]
+        scales = (rounded + of[3])[block]
     pairs = torch.stack([packed >> 4, packed & 15], 1).long()
     right = (code[pairs] * scales[:, None]).reshape(shape).to(torch.bfloat16)
     assert torch.equal(four_bits(packed, shape, torch.bfloat16, code, absmax, 16, of), right)
