@@ -45,6 +45,7 @@ class LoRALinear(nn.Linear):
     # True when ``weight`` is stored [in, out], as in transformers' Conv1D.
     fan_in_fan_out = False
     _siblings: Group | None = None
+    _quantised = False
 
     def __init__(
         self,
@@ -174,10 +175,11 @@ class LoRALinear(nn.Linear):
             raise TypeError(f"lora_dropout must be an nn.Dropout, got {type(dropout).__name__}")
         p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
         weight, adapter = self._oriented(), (self.lora_A, self.lora_B, self.scaling, p)
-        if type(weight) not in PLAIN and (found := weights.quantised(weight, x.dtype, self)):
+        if self._quantised or type(weight) not in PLAIN:
+            found = weights.quantised(weight, x.dtype, self)
             if type(found) is not str:
                 weight = found
-            elif not weight.is_floating_point():
+            elif self._quantised or not weight.is_floating_point():
                 raise TypeError(f"weight {found}")
         return weight, self.bias, [adapter]
 
@@ -235,7 +237,7 @@ class LoRALinear(nn.Linear):
             why = "is on the meta device: not made yet, or there for a forward alone (offloading)"
         elif type(weight.data) is not Tensor:
             why = f"is a {type(weight.data).__name__}, not a plain tensor"
-        elif not weight.is_floating_point():
+        elif type(weight) not in PLAIN or weight.dtype not in DTYPES:
             why = f"is a {type(weight).__name__}, not a plain tensor: it is quantised"
         elif any(layer._parameters.get("weight") is weight for layer in others):
             why = "is shared with another layer that is merged: unmerge that one first"
@@ -310,4 +312,4 @@ def unsupported(module: nn.Module) -> str | None:
 @functools.cache
 def _around(cls: type, kind: type) -> type:
     """Return the class for a layer whose weight a library has quantised and knows how to save."""
-    return type(f"{cls.__name__}Of{kind.__name__}", (cls, kind), {})
+    return type(f"{cls.__name__}Of{kind.__name__}", (cls, kind), {"_quantised": True})

@@ -53,7 +53,8 @@ def quantised(weight: Any, dtype: torch.dtype, module: Any = None) -> "Quantised
 
     ``module`` is the layer that holds it, where some keep what belongs to it.
     """
-    make = KINDS.get(f"{type(weight).__module__}.{type(weight).__qualname__}")
+    holders = map(_name, type(module).__mro__)  # a weight may lose its class
+    make = next((LINEARS[n] for n in holders if n in LINEARS), KINDS.get(_name(type(weight))))
     if make is None:
         found = f"{type(weight).__name__} of {getattr(weight, 'dtype', None)}"
         return f"is a {found}, not a dense float, nor quantised in a way that is known"
@@ -63,7 +64,7 @@ def quantised(weight: Any, dtype: torch.dtype, module: Any = None) -> "Quantised
 def _four_bits(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str":
     from bitsandbytes.functional import dequantize_4bit
 
-    state = weight.quant_state or getattr(module, "quant_state", None)
+    state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
     if state is None:
         return "is of 4 bits, but its quant_state is missing: load it once more"
 
@@ -106,8 +107,8 @@ def _packed_for_cpu(packed: Tensor, state: Any) -> Tensor:
 
 
 def _eight_bits(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str":
-    held = getattr(module, "state", None)
-    scales = weight.SCB if weight.SCB is not None else getattr(held, "SCB", None)
+    held = weight, getattr(module, "state", None)
+    scales = next((s for of in held if (s := getattr(of, "SCB", None)) is not None), None)
     if weight.dtype != torch.int8:
         return "is of 8 bits, but not quantised yet: move the layer to its device"
     if scales is None:
@@ -134,8 +135,15 @@ KINDS = {
     "torchao.quantization.Float8Tensor": _torchao,
 }
 # Layers of theirs whose forward is the product and nothing else.
-LINEARS = {"bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt"}
+LINEARS = {
+    "bitsandbytes.nn.modules.Linear4bit": _four_bits,
+    "bitsandbytes.nn.modules.Linear8bitLt": _eight_bits,
+}
 
 
 def is_linear(module: nn.Module) -> bool:
-    return f"{type(module).__module__}.{type(module).__qualname__}" in LINEARS
+    return _name(type(module)) in LINEARS
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -152,13 +152,14 @@ def operands(
     parts = layer._modules
     base = parts["base_layer"]
     linear = type(base) is nn.Linear
-    if not (linear or _is_plain(base) or weights.is_linear(base)):
+    theirs = not linear and weights.is_linear(base)
+    if not (linear or theirs or _is_plain(base)):
         return f"its base layer is {_kind(base)}, not a plain nn.Linear or Conv1D"
     held, quantised = base._parameters, False
     weight, bias = held.get("weight"), held.get("bias", base)
     if bias is base:
         return "its base layer's bias is no parameter"
-    if not _is_dense(weight):
+    if theirs or not _is_dense(weight):
         weight = _quantised(base, weight, x)
         if type(weight) is str:
             return f"its weight {weight}"

