@@ -4,17 +4,22 @@
 import copy
 import pickle
 import weakref
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import patch_peft, unpatch_peft
 from fastlora.operator import weights
+from fastlora.peft import linear
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
@@ -46,17 +51,17 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
 
-def quantised(linear: nn.Linear, kind: str) -> nn.Module:
-    shape = linear.in_features, linear.out_features, linear.bias is not None
+def quantised(layer: nn.Linear, kind: str) -> nn.Module:
+    shape = layer.in_features, layer.out_features, layer.bias is not None
     if kind == "int8":
         made = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False)
-        made.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False)
+        made.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False)
     else:
         how = {"quant_type": kind, "compress_statistics": kind == "nf4"}
-        how["quant_storage"] = torch.uint8 if kind == "nf4" else linear.weight.dtype  # as for FSDP
-        made = bnb.nn.Linear4bit(*shape, compute_dtype=linear.weight.dtype, **how)
-        made.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, module=made, **how)
-    made.bias = linear.bias
+        how["quant_storage"] = torch.uint8 if kind == "nf4" else layer.weight.dtype  # as for FSDP
+        made = bnb.nn.Linear4bit(*shape, compute_dtype=layer.weight.dtype, **how)
+        made.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, module=made, **how)
+    made.bias = layer.bias
     return made.to("cpu")
 
 
@@ -210,6 +215,26 @@ def test_under_autocast_outputs_have_peft_s_dtype(kind, dtype):
         after = wrapped.base_model.model.q(X.to(dtype))
     assert after.dtype == before.dtype
     torch.testing.assert_close(after, before, rtol=0.02, atol=0.05)
+
+
+def _sharded(rank: int, store: str) -> None:
+    """Run a process whose layers hold half of each weight, whose class is lost between."""
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    wrapped = model("nf4", torch.bfloat16)
+    patch_peft(wrapped)
+    x, right = X.bfloat16().requires_grad_(), results(wrapped, X.bfloat16())
+    fully_shard(wrapped.base_model.model.q)
+    fully_shard(wrapped)
+    with mock.patch.object(linear, "lora_sum", wraps=linear.lora_sum) as fused:
+        y = wrapped(x)
+    (y.float() ** 2).mean().backward()
+    assert fused.call_count == len(NAMES)
+    assert torch.equal(y, right[0]) and torch.equal(x.grad, right[1])
+    dist.destroy_process_group()
+
+
+def test_shards_of_fsdp2(tmp_path):
+    mp.spawn(_sharded, (str(tmp_path / "store"),), nprocs=2)
 
 
 # Without PEFT
