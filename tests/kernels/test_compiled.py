@@ -7,10 +7,9 @@ import aot
 import figures
 import pytest
 import triton
-from compiled_cases import CAPABILITIES, MORE_CAPABILITIES, calls, faults, forbidden
+from compiled_cases import CAPABILITIES, ELEMENTWISE, MORE_CAPABILITIES, calls, faults, forbidden
 from uninterpreted import lines_of
 
-ELEMENTWISE = ("sum_", "gated_", "four_")
 STEPS = {"shrink_kernel", "outputs_kernel", "ds_db_kernel", "input_grad_kernel", "da_kernel"}
 PERSISTENT = {"persistent_outputs_kernel", "persistent_input_grad_kernel"}
 # Figures of a program that has no fault.

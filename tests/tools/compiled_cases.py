@@ -64,6 +64,7 @@ ASKED = {
 # The problems for which several projections are compiled too: for all chips by `make figures`, else
 # for sm_90.
 JOINT = (EVEN, ("even", "bf16", 128), MIXED, FLOAT32, RAGGED)
+ELEMENTWISE = ("sum_", "gated_", "four_")  # kernels without a matrix product
 # What no program may have in its PTX.
 FORBIDDEN = {
     "float64 instructions": r"\.f64",
@@ -255,7 +256,7 @@ def faults(
     kernel, problem, *_ = name.split(" | ")
     matrix, most = figures.get("matrix", ""), aot.CHIPS[capability].shared_memory
     wide = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}.get(capability, "HMMA")
-    products = not kernel.startswith(("sum_", "gated_"))
+    products = not kernel.startswith(ELEMENTWISE)
     expected = {"FFMA", "FFMA2"} if problem.startswith("fp32") else {wide, "HMMA"}
     if "outputs" in kernel or "input_grad" in kernel:
         expected -= {"HMMA"} - {wide}
