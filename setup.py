@@ -13,12 +13,12 @@ PARTS = ["operator", "layers", "peft", "commands"]
 
 PEFT = ["peft>=0.19,<0.22"]  # as fastlora.peft.patch.TESTED
 FINETUNE = [*PEFT, "transformers>=4.56", "trl>=1.14", "accelerate", "datasets", "matplotlib"]
-FINETUNE += ["tqdm", "gguf"]
+FINETUNE += ["tqdm", "gguf", "bitsandbytes; platform_system == 'Linux'"]
 DEMO = ["PyYAML"]
 BENCH = ["pytest-benchmark", *PEFT, "matplotlib"]
 # The model and texts of the examples are packages too, installed without what they depend on.
 EXAMPLES = [*PEFT, "transformers>=4.56"]
-STACKS = ["diffusers"]  # what patched models are tested with, beside TRL
+STACKS = ["diffusers", "torchao"]  # what patched models are tested with, beside TRL
 TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis"]
 TEST += [*FINETUNE, *DEMO, *STACKS]
 TEST += ["setuptools>=70.1"]  # which builds wheels by itself, as a test does

@@ -17,7 +17,10 @@ from fastlora.operator import plans
 
 @dataclass(frozen=True)
 class Problem:
-    """One layer and its input. ``adapter`` is the dtype of lora_A and lora_B."""
+    """One layer and its input. ``adapter`` is the dtype of lora_A and lora_B.
+
+    ``weights`` are "dense", "nf4" (bitsandbytes, nested scales) or "int8" (torchao).
+    """
 
     name: str
     M: int
@@ -30,18 +33,20 @@ class Problem:
     bias: bool = False
     device: str = "cpu"
     scaling: float = 2.0
+    weights: str = "dense"
 
     def __str__(self) -> str:
         dtypes = "/".join(str(d).removeprefix("torch.") for d in (self.dtype, self.adapter))
         sizes = f"{self.M}x{self.N}x{self.K} r={self.R}"
-        return f"{self.name}: {sizes} {dtypes} dropout={self.p:g}"
+        kept = "" if self.weights == "dense" else f" {self.weights}"
+        return f"{self.name}: {sizes} {dtypes}{kept} dropout={self.p:g}"
 
     def linear(self) -> nn.Linear:
         linear = nn.Linear(self.K, self.N, self.bias, device="meta", dtype=self.dtype)
         linear.weight = nn.Parameter(self._random(0, self.N, self.K) / self.K**0.5)
         if self.bias:
             linear.bias = nn.Parameter(torch.zeros_like(linear.bias, device=self.device))
-        return linear.requires_grad_(False)
+        return QUANTISED[self.weights](linear.requires_grad_(False))
 
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         a = self._random(1, self.R, self.K) / self.K**0.5
@@ -56,6 +61,28 @@ class Problem:
         """Return the same normal numbers every time, drawn on the device: weights are large."""
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
+
+
+def _nf4(linear: nn.Linear) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    weight, has_bias = linear.weight, linear.bias is not None
+    sizes = linear.in_features, linear.out_features, has_bias
+    made = Linear4bit(*sizes, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
+    packed = Params4bit(weight.data, requires_grad=False, quant_type="nf4", module=made)
+    made.weight, made.bias = packed.to(weight.device), linear.bias
+    return made
+
+
+def _int8(linear: nn.Linear) -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = nn.Sequential(linear)
+    quantize_(model, Int8WeightOnlyConfig())
+    return model[0]
+
+
+QUANTISED = {"dense": lambda linear: linear, "nf4": _nf4, "int8": _int8}
 
 
 class Frozen(nn.Module):
@@ -84,11 +111,10 @@ class Peft(nn.Module):
             lora_dropout=problem.p,
             target_modules=["0"],
         )
-        model = get_peft_model(
-            nn.Sequential(problem.linear()),
-            config,
-            autocast_adapter_dtype=problem.adapter == torch.float32,
-        )
+        model = nn.Sequential(problem.linear())
+        model.is_loaded_in_4bit = problem.weights == "nf4"
+        wide = problem.adapter == torch.float32
+        model = get_peft_model(model, config, autocast_adapter_dtype=wide)
         self.layer = model.base_model.model[0].train()
         a, b = problem.factors()
         self.layer.lora_A["default"].weight, self.layer.lora_B["default"].weight = a, b
@@ -251,6 +277,9 @@ def cannot(way: str, problem: Problem) -> str | None:
         return "has no dropout"
     if way in ("loralib", "LoRAFusion schedule") and problem.adapter != problem.dtype:
         return "has adapters in the base's dtype only"
+    reads_dense = "fastlora triton", "fastlora eager", "loralib", "LoRAFusion schedule"
+    if problem.weights != "dense" and way.startswith((*reads_dense, "addmm", "PEFT compiled")):
+        return "is for dense weights"
     few = plans.is_few(problem.M * problem.K, torch.device(problem.device))
     if way == "fastlora eager" and not few:
         return "is for few tokens on a CPU"

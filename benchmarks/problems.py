@@ -47,6 +47,10 @@ def problems(device: str) -> Iterator[Problem]:
                 yield _problem(layer, CPU_TOKENS[model] if cpu else tokens, device, p=p)
     for m in (1, 16, 64, 128) if cpu else (16, 64, 256, 512, 1024, 2048, 4096, 16384):
         yield _problem(goal, m, device)
+    for weights in ("nf4", "int8"):
+        for m in (512, tokens):
+            for p in DROPOUTS:
+                yield _problem(goal, m, device, p=p, adapter=torch.float32, weights=weights)
     for r in (8, 64, 128):
         yield _problem(goal, tokens, device, R=r)
 

@@ -223,9 +223,11 @@ def title(problem: dict) -> str:
     """Return one line that says what was measured."""
     adapter = _short(problem["adapter"])
     mixed = f", {adapter} adapters" if problem["adapter"] != problem["dtype"] else ""
+    kept = problem.get("weights", "dense")
+    weights = f", {kept} weights" if kept != "dense" else ""
     return (
         f"{problem['name']}: {problem['M']} x {problem['N']} x {problem['K']}, r = {problem['R']}, "
-        f"{_short(problem['dtype'])}{mixed}, dropout {problem['p']:g}"
+        f"{_short(problem['dtype'])}{mixed}{weights}, dropout {problem['p']:g}"
     )
 
 

@@ -123,7 +123,7 @@ def _running(module: nn.Module) -> Operands | None:
     found = None
     if isinstance(module, (FrozenLinear, LoRALinear)):
         found = module.sibling_operands(module.weight)
-    elif (peft := sys.modules.get("fastlora.peft.linear")) and isinstance(module, peft.FusedLinear):
+    elif (peft := sys.modules.get("fastlora.peft.linear")) and isinstance(module, peft.Fused):
         found = not (module.merged or module.disable_adapters) and peft.operands(module)
     if not isinstance(found, tuple):
         return None

@@ -11,9 +11,10 @@ from torch.compiler import is_compiling
 from fastlora.operator import plans
 from fastlora.operator.dropout import new_seed
 from fastlora.operator.eager import reference
-from fastlora.operator.op import run
+from fastlora.operator.op import PLAIN, run
 from fastlora.operator.operands import Operands, Projection, with_scaling
 from fastlora.operator.steps import exactly
+from fastlora.operator.weights import Quantised, quantised
 
 # What autocast casts; it leaves float64, integers and complex numbers alone.
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
@@ -134,6 +135,7 @@ def shaped(y: Tensor, shape: torch.Size) -> Tensor:
 
 
 _SIZES = {"weight": "NK", "lora_A": "RK", "lora_B": "NR", "bias": "N"}
+_WEIGHTS = {*PLAIN, Quantised}  # as the operator takes them
 # Dtypes, sizes, devices and layouts of arguments that were found right.
 _right: set[tuple] = set()
 
@@ -141,6 +143,11 @@ _right: set[tuple] = set()
 def _checked(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:
     """Return x and a projection of it as the operator takes them, or raise."""
     weight, a, b, bias, scaling, dropout_p = projection
+    if isinstance(weight, Tensor) and type(weight) not in PLAIN and x.is_floating_point():
+        found = quantised(weight, x.dtype)
+        if type(found) is str and not weight.is_floating_point():
+            raise TypeError(f"weight {found}")
+        weight = weight if type(found) is str else found
     factors = {} if a is b is None else {"lora_A": a, "lora_B": b}
     given = {"x": x, "weight": weight, **factors, **({} if bias is None else {"bias": bias})}
     _check_types(given)
@@ -162,7 +169,7 @@ def _key(x: Tensor, projections: Sequence[Projection]) -> tuple | None:
         return None
     key = [x.dtype, x.size()[-1:], x.device, x.layout]
     for *tensors, scaling, p in projections:
-        if not type(scaling) is type(p) is float:
+        if not type(scaling) is type(p) is float or type(tensors[0]) not in _WEIGHTS:
             return None
         if not (-LARGEST <= scaling <= LARGEST and 0.0 <= p <= 1.0):
             return None
@@ -184,7 +191,7 @@ def _autocast(given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 
 def _check_types(given: dict) -> None:
     for name, t in given.items():
-        if not isinstance(t, Tensor):
+        if not isinstance(t, (Tensor, Quantised)):
             or_none = " or None" if name == "bias" else ""
             raise TypeError(f"{name} must be a Tensor{or_none}, got {type(t).__name__}")
         if t.layout is not torch.strided:

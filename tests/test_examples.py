@@ -51,6 +51,14 @@ def test_a_line_more_in_a_script_of_pefts_changes_no_loss(run):
     assert all(ms > 0 for ms in numbers(r"(\d+) ms a step", said))
 
 
+def test_a_4_bit_model_learns_the_same_and_keeps_less(run):
+    said = run("qlora.py", "--steps", "2", needs=(*NEEDS, "bitsandbytes"))
+    assert "37 of 37 LoRA layers fused" in said
+    rows = re.findall(r"losses ([\d. ]+); \d+ ms a step, which keeps (\d+) MiB", said)
+    (peft, kept), (ours, less) = rows
+    assert peft == ours and int(less) < 0.85 * int(kept)
+
+
 def test_a_loop_of_ones_own_trains_merges_saves_and_loads(run, tmp_path):
     said = run("training_loop.py", "--base-steps", "100", "--steps", "60")
     found = re.findall(r"(?m)^(.+?) +loss on English (\S+), on Python (\S+)$", said)

@@ -43,6 +43,8 @@ def add_common_options(add: Callable) -> None:
     add("--lr", type=shared.ABOVE_0, default=5e-4, help="peak learning rate")
     add("--held-out", type=FRACTION, default=0.1, help="fraction never trained on")
     add("--dtype", default="bf16", choices=("bf16", "fp32"), help="of the frozen model")
+    for bits in (4, 8):
+        add(f"--load-in-{bits}bit", action="store_true", help=f"of bitsandbytes, {bits} bits")
     add("--device", **shared.DEVICE)
     add("--save-every", type=POSITIVE, default=50, help="steps between checkpoints")
     add("--restart", action="store_true", help="begin again, whatever --output holds")
@@ -54,6 +56,8 @@ def run(s: Namespace) -> dict[str, Any]:
     Writes under ``s.output``: adapter/ (PEFT's format), loss_curve.png and metrics.json; Trainer's
     checkpoints/ only until these are there. Raises UserError for what the user can put right.
     """
+    if s.load_in_4bit and s.load_in_8bit:
+        raise UserError("--load-in-4bit and --load-in-8bit exclude each other")
     examples = data.read_examples(s.data)
     config = _config(s)
     output, done = Path(s.output), Path(s.output, "metrics.json")

@@ -2,6 +2,7 @@
 """The model of a command: how it is loaded and adapted, and how it answers."""
 
 import re
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,8 +18,12 @@ _PLAIN = (
 )
 
 
-def load_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
-    """Load a model and its tokenizer from a Hugging Face folder, a hub id or a folder's .gguf."""
+def load_model(name: str, dtype: torch.dtype, bits: int | None = None) -> tuple[nn.Module, object]:
+    """Load a model and its tokenizer from a Hugging Face folder, a hub id or a folder's .gguf.
+
+    ``bits``, 4 or 8: its linear layers as bitsandbytes quantises them, NF4 with nested scales or
+    int8; None leaves them as they are.
+    """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -29,8 +34,11 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
         dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     try:
         tokenizer, kind = transformers.AutoTokenizer, transformers.AutoModelForCausalLM
-        model = kind.from_pretrained(name, dtype=dtype, **source, **dense)
         tokenizer = tokenizer.from_pretrained(name, **source)
+        if bits is None:
+            model = kind.from_pretrained(name, dtype=dtype, **source, **dense)
+        else:
+            model = _quantised(kind, name, dtype, bits, {**source, **dense})
     except (OSError, ValueError, ImportError) as error:  # a .gguf needs a package
         raise UserError(f"--model {name} cannot be loaded: {first_line(error)}") from error
     if tokenizer.pad_token is None:
@@ -38,6 +46,26 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
     if not tokenizer.chat_template:  # a template writes what begins a text, too
         tokenizer.chat_template = tokenizer.decode(tokenizer("")["input_ids"]) + _PLAIN
     return model, tokenizer
+
+
+def _quantised(kind: type, name: str, dtype: torch.dtype, bits: int, source: dict) -> nn.Module:
+    """Load a model in so many bits; a .gguf by way of a folder, as it has been quantised before."""
+    import transformers
+
+    how = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8}
+    how |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = transformers.BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        if source:
+            kind.from_pretrained(name, dtype=dtype, **source).save_pretrained(folder)
+            name = folder
+        model = kind.from_pretrained(name, dtype=dtype, quantization_config=config)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # For inference weights would be packed anew, and unpacked for each state dict: each
+            # time they are then a little different ones.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def empty_model(name: str) -> nn.Module:

@@ -133,8 +133,10 @@ def train(
 
     how, count = "FSDP2" if is_sharded() else "data-parallel", config.world_size
     where = config.device.type + f", {count} processes ({how})" * (count > 1)
-    say("model", f"{s.model}, {s.dtype} on {where}; loading may take half a minute")
-    model, tokenizer = models.load_model(s.model, shared.DTYPES[s.dtype])
+    bits = 4 if s.load_in_4bit else 8 if s.load_in_8bit else None
+    kept = f"{bits} bits, {s.dtype}" if bits else s.dtype
+    say("model", f"{s.model}, {kept} on {where}; loading may take half a minute")
+    model, tokenizer = models.load_model(s.model, shared.DTYPES[s.dtype], bits)
     torch.manual_seed(s.seed)
     lora = {"r": s.r, "lora_alpha": s.alpha, "lora_dropout": s.dropout}
     model = models.adapted(model, s.target_modules, task_type="CAUSAL_LM", **lora)
@@ -178,6 +180,9 @@ def _trainer(s: Namespace, config: Any, model, tokenizer, examples: list, own: d
         raise UserError(f"the model's chat template: {first_line(error)}") from error
     rows = {"train_dataset": training, "eval_dataset": held_out, "processing_class": tokenizer}
     trainer = Trainer(model, config, **rows, ask=s.ask, start={"settings": own})
+    for p in model.parameters():  # TRL rounds them to bfloat16 on a quantised model
+        if p.requires_grad:
+            p.data = p.data.float()
     counts = [len(trainer.train_dataset), len(trainer.eval_dataset)]
     if not all(counts):
         raise UserError(f"--seq-len {s.seq_len} leaves no token of any response; raise it")

@@ -25,6 +25,7 @@ from fastlora import functional
 from fastlora.layers.active import Adapter, stacked
 from fastlora.operator import eager, op, plans
 from fastlora.operator.operands import Operands, Projection
+from fastlora.operator.weights import Quantised
 
 # What `sibling_operands` of a layer returns: weight [N, K], bias [N] and the active adapters.
 Layer = tuple[Tensor, "Tensor | None", Sequence[Adapter]]
@@ -77,26 +78,29 @@ def run(x: Tensor, projections: Sequence[Operands], activation: str, impl: str =
     """
     g, u = op.run(x, projections[:2], impl)
     apply = super(torch.autograd.Function, _GatedMLP).apply  # without preparing for transforms
-    return apply(g, u, activation, impl, projections[2], *projections[2][:4])
+    own = [None if type(t) is Quantised else t for t in projections[2][:4]]
+    return apply(g, u, activation, impl, projections[2], *own)
 
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, g, u, activation, impl, down, *_):
         (y,), (s,) = op.forward(_product(g, u, activation, _kernels(g, impl)), [down], impl)
-        ctx.rest = activation, impl, down[5:]
-        ctx.save_for_backward(g, u, s, *down[:5])
+        own, kept = down.w if type(down.w) is Quantised else None, down[:5]
+        ctx.rest = activation, impl, own, down[5:]
+        ctx.save_for_backward(g, u, s, *kept if own is None else (None, *kept[1:]))
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        (activation, impl, numbers), (g, u, s, *kept) = ctx.rest, ctx.saved_tensors
+        (activation, impl, own, numbers), (g, u, s, w, *kept) = ctx.rest, ctx.saved_tensors
         need_g, need_u, _, _, _, *needs = ctx.needs_input_grad
-        down, again, need_h = Operands(*kept, *numbers), op.looked_into(dy), need_g or need_u
+        down, again = Operands(own or w, *kept, *numbers), op.looked_into(dy)
+        need_h = need_g or need_u
         kernels = None if again else _kernels(g, impl)
-        own = down.a is not None or any(needs)  # whose gradients alone read what down was given
+        read = down.a is not None or any(needs)  # whose gradients alone read what down was given
         with torch.set_grad_enabled(again):
-            h = _product(g, u, activation, kernels) if own or again else g
+            h = _product(g, u, activation, kernels) if read or again else g
         dh, grads = op.gradients([dy], h, [down], [s], impl, need_h, needs)
         del h
         act, how, act_backward = ACTIVATIONS[activation]
@@ -242,9 +246,10 @@ def _output(module: nn.Module, x: Tensor) -> Tensor | None:
         return None
     impl = "auto" if plans.FORCED == "auto" else plans.named("auto", x)
     same_size = checked[0].weight.shape[0] == checked[1].weight.shape[0]
-    tensors = [t for p in (*checked, *last) for t in p[:4]]
+    several = (*checked, *last)
+    tensors = [t for p in several for t in p[:4] if type(t) is not Quantised]
     if impl in ("eager", "reference") or not (same_size and op.unobserved(wide, *tensors)):
         return None
-    wide, ready = functional.drawn(wide, [*checked, *last], training=True)
+    wide, ready = functional.drawn(wide, several, training=True)
     y = run(wide, ready, activation, impl)
     return y if x.dim() == 2 else functional.shaped(y, x.shape)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 import weakref
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from fastlora.functional import DTYPES, LARGEST
 from fastlora.layers.active import lora_sum
 from fastlora.layers.siblings import FrozenLinear, Group, Layer, handed
+from fastlora.operator import weights
+from fastlora.operator.eager import low_rank
+from fastlora.operator.op import PLAIN
 
 COMPILED = "is compiled by itself: replace first, then compile"
 # What was merged, so that two layers of one weight do not merge into each other.
@@ -41,6 +45,7 @@ class LoRALinear(nn.Linear):
     # True when ``weight`` is stored [in, out], as in transformers' Conv1D.
     fan_in_fan_out = False
     _siblings: Group | None = None
+    _quantised = False
 
     def __init__(
         self,
@@ -75,9 +80,11 @@ class LoRALinear(nn.Linear):
     ) -> LoRALinear:
         """Return a layer that shares ``linear``'s weight and bias, which it freezes.
 
-        ``linear`` is an ``nn.Linear`` or a transformers ``Conv1D``; hooks, training mode and
+        ``linear`` is an ``nn.Linear``, also one that torchao has quantised, a ``Linear4bit`` or
+        ``Linear8bitLt`` of bitsandbytes, or a transformers ``Conv1D``; hooks, training mode and
         other attributes come along, and the module itself is left as it is. The other arguments
-        are the class's; ``bias``, ``device`` and ``dtype`` are ``linear``'s own.
+        are the class's; ``bias``, ``device`` and ``dtype`` are ``linear``'s own. What is quantised
+        cannot be merged.
         Raises TypeError for any other module, and ValueError where one of those three differs.
         """
         if why := unsupported(linear):
@@ -90,7 +97,8 @@ class LoRALinear(nn.Linear):
         ):
             if asked is not None and asked not in own:
                 raise ValueError(f"{name}={asked}, but linear's, which is shared, is {own[0]}")
-        layer = cls.__new__(cls)
+        kind = _around(cls, type(linear)) if weights.is_linear(linear) else cls
+        layer = kind.__new__(kind)
         for key, value in vars(linear).items():
             layer.__dict__[key] = copy.copy(value) if isinstance(value, (dict, set)) else value
         if is_conv1d(linear):
@@ -149,12 +157,16 @@ class LoRALinear(nn.Linear):
         y = handed(self, input)
         if y is not None:
             return y
-        found = self.sibling_operands()
+        found = self.sibling_operands(input)
         if found is None:
             return F.linear(input, self._oriented(), self.bias)
+        if type(found[0]) is weights.Quantised and not (self.training or torch.is_grad_enabled()):
+            # In inference its library multiplies by it as it is.
+            y, ((a, b, scaling, _),) = super().forward(input), found[2]
+            return y + low_rank(input, a, b, scaling, None, 0.0).to(y.dtype)
         return lora_sum(input, *found)
 
-    def sibling_operands(self, x: Tensor | None = None) -> Layer | None:
+    def sibling_operands(self, x: Tensor) -> Layer | None:
         """Return weight, bias and adapter as the operator takes them, None while merged."""
         if self.merged:
             return None
@@ -162,7 +174,14 @@ class LoRALinear(nn.Linear):
         if not isinstance(dropout, (nn.Dropout, nn.Identity)):
             raise TypeError(f"lora_dropout must be an nn.Dropout, got {type(dropout).__name__}")
         p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        return self._oriented(), self.bias, [(self.lora_A, self.lora_B, self.scaling, p)]
+        weight, adapter = self._oriented(), (self.lora_A, self.lora_B, self.scaling, p)
+        if self._quantised or type(weight) not in PLAIN:
+            found = weights.quantised(weight, x.dtype, self)
+            if type(found) is not str:
+                weight = found
+            elif self._quantised or not weight.is_floating_point():
+                raise TypeError(f"weight {found}")
+        return weight, self.bias, [adapter]
 
     def _oriented(self) -> Tensor:
         return self.weight.t() if self.fan_in_fan_out else self.weight
@@ -218,6 +237,8 @@ class LoRALinear(nn.Linear):
             why = "is on the meta device: not made yet, or there for a forward alone (offloading)"
         elif type(weight.data) is not Tensor:
             why = f"is a {type(weight.data).__name__}, not a plain tensor"
+        elif type(weight) not in PLAIN or weight.dtype not in DTYPES:
+            why = f"is a {type(weight).__name__}, not a plain tensor: it is quantised"
         elif any(layer._parameters.get("weight") is weight for layer in others):
             why = "is shared with another layer that is merged: unmerge that one first"
         else:
@@ -253,8 +274,8 @@ class LoRALinear(nn.Linear):
 
 
 def default_adapter_dtype(base: torch.dtype) -> torch.dtype:
-    """Return float32 for a 16-bit base, as PEFT does, and the base's own dtype otherwise."""
-    return torch.float32 if base in (torch.bfloat16, torch.float16) else base
+    """Return float32 for a base of 16 bits or less, as PEFT, and the base's own dtype otherwise."""
+    return base if base in (torch.float32, torch.float64) else torch.float32
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -268,7 +289,9 @@ def unsupported(module: nn.Module) -> str | None:
     kind = type(module)
     if not (isinstance(module, nn.Linear) or is_conv1d(module)):
         return f"must be an nn.Linear or a transformers Conv1D, got {kind.__name__}"
+    quantised = weights.is_linear(module)
     known = is_conv1d(module) or kind.forward in (nn.Linear.forward, FrozenLinear.forward)
+    known = known or quantised
     if not known or "forward" in vars(module):  # on the object: as accelerate's hooks set one
         return f"is a {kind.__name__} with a forward of its own, not that of nn.Linear"
     if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
@@ -278,6 +301,15 @@ def unsupported(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None or "bias" not in module._parameters:
         return "computes its weight or bias (parametrized, pruned, weight-normalised)"
-    if weight.dtype not in DTYPES or type(weight.data) is not Tensor:
+    if quantised or type(weight.data) is not Tensor:
+        found = weights.quantised(weight, torch.float32, module)
+        return f"has a weight that {found}" if type(found) is str else None
+    if weight.dtype not in DTYPES:
         return f"has a weight of {type(weight.data).__name__} {weight.dtype}, not a dense float"
     return None
+
+
+@functools.cache
+def _around(cls: type, kind: type) -> type:
+    """Return the class for a layer whose weight a library has quantised and knows how to save."""
+    return type(f"{cls.__name__}Of{kind.__name__}", (cls, kind), {"_quantised": True})

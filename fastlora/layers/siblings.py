@@ -24,6 +24,7 @@ from fastlora.layers.gated import Layer, may_differ, may_share, projections_of
 from fastlora.layers.report import PatchReport
 from fastlora.layers.sample_inputs import samples_for
 from fastlora.operator import op
+from fastlora.operator.weights import Quantised
 
 # True: an input by what the model says of itself (transformers); or one; or names of children.
 How = bool | Tensor | Mapping[str, Any] | Sequence[Sequence[str]]
@@ -156,6 +157,7 @@ def _state(layer: Layer) -> list:
     """Return what a layer computes with: numbers; which tensors, and how often written to."""
 
     def seen(t: Any) -> Any:
+        t = t.source if type(t) is Quantised else t
         if not isinstance(t, Tensor):
             return t
         return id(t if t._base is None else t._base), t._version, t.requires_grad, t.data_ptr()

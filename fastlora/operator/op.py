@@ -23,6 +23,7 @@ from torch.compiler import is_compiling
 from fastlora.operator import eager, plans
 from fastlora.operator.operands import Each, Operands, Projections, with_scaling
 from fastlora.operator.steps import exactly
+from fastlora.operator.weights import Quantised, dense
 
 if plans.TUNE:
     from fastlora.operator import tuning  # noqa: F401 - measures what plans meet first
@@ -132,8 +133,9 @@ if not hasattr(torch.ops.fastlora, "lora_linears"):
 def _save(ctx, x, projections, ss, impl, plan=None) -> None:
     kept, numbers = [x, *ss], []
     for w, a, b, _, seed, scaling, p in projections:
-        kept += w, a, b, seed
-        numbers.append((scaling, p))
+        own = type(w) is Quantised
+        kept += None if own else w, a, b, seed
+        numbers.append((w if own else None, scaling, p))
     ctx.rest = impl, plan, numbers
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*kept)
@@ -143,9 +145,9 @@ def _grads(ctx, dys, need_x, needs) -> tuple[Tensor | None, Each]:
     impl, plan, numbers = ctx.rest
     x, *kept = ctx.saved_tensors
     at, projections = len(numbers), []
-    for scaling, p in numbers:
+    for own, scaling, p in numbers:
         w, a, b, seed = kept[at : at + 4]
-        projections.append(Operands(w, a, b, None, seed, scaling, p))
+        projections.append(Operands(own or w, a, b, None, seed, scaling, p))
         at += 4
     return gradients(dys, x, projections, kept[: len(numbers)], impl, need_x, needs, plan)
 
@@ -174,9 +176,10 @@ def gradients(
     if not some:
         return dx, grads
     # With a plan, what was saved beside x is as it was in forward.
-    kept = [] if plan else [t for p in projections for t in p[:3]]
+    kept = [] if plan else [t for p in projections for t in p[:3] if type(t) is not Quantised]
     observed = not unobserved(x, *dys, *kept)
     if looked_into(*dys) or (observed and not _alike(projections)):
+        projections = [one._replace(w=dense(one.w)) for one in projections]
         flags = [need_x, *(flag for a, b in factors for flag in (False, a, b, False))]
         given = _observed, dys, x, projections, flags
         dx, *flat = exactly(x.device, eager.gradients, *given)
@@ -235,12 +238,15 @@ _apply = super(torch.autograd.Function, _Direct).apply
 def run(x: Tensor, projections: Projections, impl: str) -> Sequence[Tensor]:
     """Return y of each projection, by the shortest way that gives what the operator does."""
     flat: list[Tensor | None] = []
+    whole = True
     for w, a, b, bias, _, _, _ in projections:
+        if type(w) is Quantised:
+            whole, w = False, None
         flat += w, a, b, bias
     observed = not unobserved(x, *flat)
-    if impl == "auto" and not observed and x.is_cpu and _is_few(x, projections):
+    if impl == "auto" and not observed and x.is_cpu and whole and _is_few(x, projections):
         impl = "eager"
-    if impl == "eager" or (observed and transformed()):
+    if impl == "eager" or (observed and (transformed() or not whole)):
         return [exactly(x.device, eager.output, x, one, observed) for one in projections]
     if observed:
         if not _alike(projections):

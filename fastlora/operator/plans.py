@@ -5,7 +5,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastlora.operator import steps
 from fastlora.operator.operands import OPS, Each, Operands, Problem, Projections
+from fastlora.operator.weights import Quantised
 
 IMPLEMENTATIONS = ("auto", "triton", "library", "blocks", "eager", "reference")
 # From when Python starts: what "auto" takes, and whether problems are measured on first use.
@@ -62,6 +63,8 @@ def find(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
             key += w.shape[0], 0
         else:
             key += w.shape[0], a.shape[0], a.dtype, seed is not None
+        if type(w) is Quantised:
+            key.append(Quantised)
     found, key = _found, tuple(key)
     pair = found.get(key)
     if pair is None:
@@ -77,6 +80,11 @@ def _pair(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
         if impl == "auto" and on_first_use is not None:
             on_first_use(problem, x.device)
         chosen = [choose(op, impl, problem, x.device) for op in OPS]
+    if any(type(w) is Quantised for w, *_ in projections):
+        if impl == "triton":
+            raise TypeError("impl='triton' reads dense weights, and this one is quantised")
+        # One is dense at a time, for a product of the library's.
+        chosen = [replace(p, impl="library") if p.impl == "triton" else p for p in chosen]
     return Pair(*map(_running, (_forward, _backward), chosen))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`FusedLinear`: PEFT's LoRA layer with the fused forward; else PEFT's code."""
 
+import importlib
 import math
 from typing import Any
 
@@ -15,17 +16,19 @@ from fastlora.functional import DTYPES
 from fastlora.layers.active import Adapter, lora_sum
 from fastlora.layers.lora import is_conv1d
 from fastlora.layers.siblings import FrozenLinear, Group, Layer, handed, separate
+from fastlora.operator import weights
 from fastlora.operator.op import PLAIN
 
 _DROPOUTS = (nn.Identity, nn.Dropout)
 _LIKE_WEIGHT = object()
 
 
-class FusedLinear(lora.Linear):
-    """PEFT's ``lora.Linear``, and nothing beside: the same attributes, keys, merging and saving.
+class Fused:
+    """The forward of PEFT's layers where they are fused, and nothing beside.
 
-    An instance of PEFT's layer becomes one, and again PEFT's, by its ``__class__`` alone. Whether a
-    forward is fused is decided each time, as adapters come, go and change.
+    Attributes, keys, merging and saving are those of the layer, which becomes fused, and again
+    PEFT's, by its ``__class__`` alone. Whether a forward is fused is decided each time, as adapters
+    come, go and change.
     """
 
     _siblings: Group | None = None
@@ -51,6 +54,10 @@ class FusedLinear(lora.Linear):
         return found if type(found) is tuple and found[1] is own_bias else None
 
 
+class FusedLinear(Fused, lora.Linear):
+    """PEFT's ``lora.Linear``."""
+
+
 class _Fusing:
     """For PEFT's tuners: new layers are fused, and the model is plain once it is unloaded."""
 
@@ -73,12 +80,36 @@ class FusedMixedModel(_Fusing, MixedModel):
 
 # PEFT's classes, and those that stand in for them.
 STAND_INS = {lora.Linear: FusedLinear, LoraModel: FusedModel, MixedModel: FusedMixedModel}
+# Those around quantised layers, by the name of what stands in: their libraries may not be there.
+_QUANTISED = {
+    "FusedLinear4bit": ("peft.tuners.lora.bnb", "Linear4bit"),
+    "FusedLinear8bitLt": ("peft.tuners.lora.bnb", "Linear8bitLt"),
+    "FusedTorchaoLoraLinear": ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
+}
+
+
+def __getattr__(name: str) -> type:  # by which pickle finds them too
+    if name not in _QUANTISED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, kind = _QUANTISED[name]
+    own = getattr(importlib.import_module(module), kind)
+    if own not in STAND_INS:
+        about = {"__module__": __name__, "__doc__": f"PEFT's ``{kind}``."}
+        STAND_INS[own] = type(name, (Fused, own), about)
+    return STAND_INS[own]
+
+
+def _stand_in(kind: type) -> type | None:
+    """Return the fused class of a layer of PEFT's, None for one that has none."""
+    names = [n for n, of in _QUANTISED.items() if of == (kind.__module__, kind.__qualname__)]
+    return __getattr__(*names) if names else {lora.Linear: FusedLinear}.get(kind)
 
 
 def fuse(layer: nn.Module) -> nn.Module:
-    """Have a layer of PEFT's plain kind run the fused forward where it can; return it."""
-    if type(layer) is lora.Linear:
-        layer.__class__ = FusedLinear
+    """Have a layer of PEFT's run the fused forward where it can; return it."""
+    fused = _stand_in(type(layer))
+    if fused is not None:
+        layer.__class__ = fused
         base = layer.base_layer
         if type(base) is FrozenLinear:  # it takes its place among its siblings
             base.__class__ = nn.Linear
@@ -101,8 +132,8 @@ def why_not(layer: nn.Module) -> str | None:
     For an input of the weight's dtype. Merged or disabled adapters are no reason: then there is
     only the base layer to run.
     """
-    if not (isinstance(layer, FusedLinear) or type(layer) is lora.Linear):
-        return f"{_kind(layer)}, not PEFT's plain lora.Linear"
+    if not isinstance(layer, Fused) and _stand_in(type(layer)) is None:
+        return f"{_kind(layer)}, not PEFT's plain lora.Linear, nor one of bitsandbytes or torchao"
     if "forward" in layer.__dict__:
         return "it has a forward set on the object, as accelerate's hooks and X-LoRA do"
     found = operands(layer)
@@ -121,20 +152,27 @@ def operands(
     parts = layer._modules
     base = parts["base_layer"]
     linear = type(base) is nn.Linear
-    if not (linear or _is_plain(base)):
+    theirs = not linear and weights.is_linear(base)
+    if not (linear or theirs or _is_plain(base)):
         return f"its base layer is {_kind(base)}, not a plain nn.Linear or Conv1D"
-    held = base._parameters
+    held, quantised = base._parameters, False
     weight, bias = held.get("weight"), held.get("bias", base)
     if bias is base:
         return "its base layer's bias is no parameter"
-    if not _is_dense(weight):
-        dtype = getattr(weight, "dtype", None)
-        return f"its weight is a {type(weight).__name__} of {dtype}, not a dense float"
+    if theirs or not _is_dense(weight):
+        weight = _quantised(base, weight, x)
+        if type(weight) is str:
+            return f"its weight {weight}"
+        quantised = True
     if _is_observed(base) or module_hooks():
         return "its base layer has hooks, or a forward of its own, and would not be called"
     dtype, device = weight.dtype, weight.device
     autocast = torch._C._is_any_autocast_enabled() and device.type != "meta"
     autocast = autocast and torch.is_autocast_enabled(device.type)
+    if autocast and quantised:  # whose output is in the dtype of x in any case
+        autocast = False
+        if dtype != torch.get_autocast_dtype(device.type):
+            return f"its weight is quantised, and a product in {dtype} is to be cast by autocast"
     if x is not _LIKE_WEIGHT and not _suits(x, dtype, device, autocast):
         found = f"{type(x).__name__} of {getattr(x, 'dtype', None)}"
         return f"its input is a {found}, not a dense {dtype} on {device}"
@@ -201,6 +239,20 @@ def _adapter(
         return f"is scaled by {scaling!r:.60}, no finite number"
     p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
     return (a, b, scaling, p), extra
+
+
+def _quantised(base: nn.Module, weight: Any, x: Any) -> weights.Quantised | str:
+    """Return the weight of a quantised layer for a product as the layer would compute it."""
+    if x is not _LIKE_WEIGHT and not (base.training or torch.is_grad_enabled()):
+        return "is quantised, and in inference its library multiplies by it as it is"
+    like = None if x is _LIKE_WEIGHT else x.dtype
+    dtype = getattr(base, "compute_dtype", None)
+    if not getattr(base, "compute_type_is_set", False) and like is not None:
+        dtype = like
+    if dtype is None:  # int8 weights keep none of their own
+        kept = getattr(weight if base.bias is None else base.bias, "dtype", None)
+        dtype = like or (kept if kept in DTYPES else torch.bfloat16)
+    return weights.quantised(weight, dtype, base)
 
 
 def _is_plain(base: nn.Module) -> bool:

@@ -41,6 +41,15 @@ def test_all_ways_compute_the_same_layer():
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=way)
 
 
+@pytest.mark.parametrize(("weights", "module"), [("nf4", "bitsandbytes"), ("int8", "torchao")])
+def test_the_ways_of_quantised_weights_compute_the_same_layer(weights, module):
+    pytest.importorskip(module, reason=f"needs {module}")
+    found = outputs(dataclasses.replace(PROBLEM, N=64, weights=weights))
+    assert found.keys() == {"frozen", "fastlora blocks", "PEFT"}
+    for one, other in zip(found["fastlora blocks"], found["PEFT"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_lorafusion_as_on_a_gpu(p, monkeypatch):
     """Its kernels, in the interpreter, make what library products make in their place."""

@@ -63,6 +63,19 @@ def test_a_run_learns_and_leaves_its_files(finished):
     assert (finished / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_model_learns(run, bits, tmp_path, capsys):
+    """As bitsandbytes keeps it, fused, under float32 adapters that are the same once loaded."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    assert run(tmp_path / "run", f"--load-in-{bits}bit") == 0
+    found, said = tiny_chat.numbers(tmp_path / "run"), capsys.readouterr().out
+    assert found["held_out_after"] < 0.6 * found["held_out_before"]
+    assert f"{bits} bits" in said and "14 of 14 LoRA layers fused" in said
+    assert "loaded again, its outputs differ by at most 0\n" in said
+    assert run(tmp_path / "both", "--load-in-4bit", "--load-in-8bit") == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
 def test_the_speed_is_that_of_all_steps_and_of_nothing_else(run, tmp_path, monkeypatch, capsys):
     for name, seconds in (("measure", 2), ("training_step", 0.5)):
         own = getattr(trainer.Trainer, name)

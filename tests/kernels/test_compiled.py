@@ -7,10 +7,9 @@ import aot
 import figures
 import pytest
 import triton
-from compiled_cases import CAPABILITIES, MORE_CAPABILITIES, calls, faults, forbidden
+from compiled_cases import CAPABILITIES, ELEMENTWISE, MORE_CAPABILITIES, calls, faults, forbidden
 from uninterpreted import lines_of
 
-ELEMENTWISE = ("sum_", "gated_")
 STEPS = {"shrink_kernel", "outputs_kernel", "ds_db_kernel", "input_grad_kernel", "da_kernel"}
 PERSISTENT = {"persistent_outputs_kernel", "persistent_input_grad_kernel"}
 # Figures of a program that has no fault.
@@ -133,7 +132,7 @@ def test_the_recorder_sees_every_kernel():
     recorded = [c for size in ("even", "ragged") for c in calls(aot.CHIPS[90], size, "bf16", 16)]
     kernels = {c.kernel.__name__ for c in recorded}
     assert products(kernels) == STEPS | PERSISTENT
-    assert {kernel.partition("_")[0] for kernel in kernels} >= {"sum", "gated"}
+    assert {kernel.partition("_")[0] for kernel in kernels} >= {"sum", "gated", "four"}
 
 
 def test_float32_sums_start_from_zero(order):

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import fastlora_kernels
 import joints
 import pytest
+import test_four_bits
 import test_gated_kernels
 import torch
 import triton
@@ -86,6 +87,11 @@ def test_first_contact(asked, kind, p, sizes):
 
 def test_first_contact_of_a_gated_mlp():
     test_gated_kernels.test_gated("silu", torch.bfloat16, (32, 512), "cuda")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_first_contact_of_a_weight_of_4_bits(nested):
+    test_four_bits.test_the_formula((64, 512), nested, "cuda")
 
 
 # The second does not know what tensor memory access waits for.

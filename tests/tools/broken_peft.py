@@ -5,6 +5,7 @@ from broken_copies import Mutant
 
 HOSTILE, FILES = "peft/test_hostile_adapters.py::test_", "peft/test_adapter_files.py::test_"
 FUSED, REASONS = "peft/test_peft.py::test_", "peft/test_peft_reasons.py::test_"
+QUANTISED = "peft/test_quantised.py::test_"
 LEFT = "layers/test_sibling_search.py::test_unloaded_models_are_plain"
 SHARDED = "commands/test_launch.py::test_sharded_processes_come_to_what_one_comes_to"
 LOAD = "PeftModel.from_pretrained(model, checked, adapter_name, is_trainable)"
@@ -27,6 +28,26 @@ COPIES = {
     },
     ("linear", f"{FUSED}dropout_keeps_what_it_should"): {
         "dropout goes on in evaluation": "if dropout.training and type => if type",
+    },
+    ("linear", f"{QUANTISED}inference_is_the_librarys"): {
+        "inference multiplies by dense weights": "base.training or torch.is_grad_enabled() => 1",
+    },
+    ("linear", f"{QUANTISED}checkpointing_draws_the_same_elements"): {
+        "a pass without gradients is PEFT's": "(base.training or torch.is_grad => (torch.is_grad",
+    },
+    ("linear", f"{QUANTISED}under_autocast_outputs_have_peft_s_dtype"): {
+        "autocast decides the dtype of outputs": "        autocast = False => autocast = True",
+    },
+    ("../operator/op", f"{QUANTISED}one_weight_is_dense_at_a_time_and_none_is_kept"): {
+        "a dense weight is kept for few tokens": "x.is_cpu and whole and => x.is_cpu and",
+    },
+    ("../operator/weights", f"{QUANTISED}a_weight_that_was_packed_for_inference_has_gradients"): {
+        "a packed weight is read as it was": '"packing_format_for_cpu", False) => "packed", False)',
+    },
+    ("../operator/weights", f"{QUANTISED}why_a_layer_is_not_fused"): {
+        "scales that are lost are none": "    if scales is None: =>     if False:",
+        "a state that is lost is none": "    if state is None: =>     if False:",
+        "a product without gradient is taken": "weight.act_quant_kwargs is not None => False",
     },
     ("patch", f"{REASONS}what_is_refused"): {
         "a compiled model is patched": '"_orig_mod" in part._modules or part._ => 0 and part._',

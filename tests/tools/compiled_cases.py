@@ -24,6 +24,7 @@ from acceptance import KINDS
 from covering import covering
 from fastlora_kernels import gated, gated_backward
 from fastlora_kernels.configs import DROPPING, LAUNCHERS, Chip, Config, candidates, kind_of
+from fastlora_kernels.four_bits import four_bits
 from fastlora_kernels.gated import ACTIVATIONS
 from joints import Joint, recorded
 from recorder import Call, recording
@@ -63,6 +64,7 @@ ASKED = {
 # The problems for which several projections are compiled too: for all chips by `make figures`, else
 # for sm_90.
 JOINT = (EVEN, ("even", "bf16", 128), MIXED, FLOAT32, RAGGED)
+ELEMENTWISE = ("sum_", "gated_", "four_")  # kernels without a matrix product
 # What no program may have in its PTX.
 FORBIDDEN = {
     "float64 instructions": r"\.f64",
@@ -102,6 +104,12 @@ def calls(
             for activation in ACTIVATIONS:
                 gated(y, y, activation)
                 gated_backward(y, y, y, activation)
+            packed, scales = (
+                y.new_empty(N * K // 2, dtype=torch.uint8),
+                y.new_empty(8, dtype=torch.float32),
+            )
+            four_bits(packed, (N, K), y.dtype, scales, scales, 64)
+            four_bits(packed, (N, K), y.dtype, scales, packed, 64, (scales, scales, 256, scales))
         found += elementwise
     return found
 
@@ -248,7 +256,7 @@ def faults(
     kernel, problem, *_ = name.split(" | ")
     matrix, most = figures.get("matrix", ""), aot.CHIPS[capability].shared_memory
     wide = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}.get(capability, "HMMA")
-    products = not kernel.startswith(("sum_", "gated_"))
+    products = not kernel.startswith(ELEMENTWISE)
     expected = {"FFMA", "FFMA2"} if problem.startswith("fp32") else {wide, "HMMA"}
     if "outputs" in kernel or "input_grad" in kernel:
         expected -= {"HMMA"} - {wide}

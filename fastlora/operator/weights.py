@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen weights that a library keeps quantised: dense for one product, and again for the next.
+
+`quantised` finds out what a weight is by its class's name, so that no library is imported that has
+not made one. Nothing as large as the dense weight outlives a product, also for backward: at the
+sizes of training a product of a dense temporary is as fast as one that reads 4 bits.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Quantised:
+    """A weight [N, K] in the place of a dense tensor, for which PyTorch's functions get that."""
+
+    layout, requires_grad = torch.strided, False
+
+    def __init__(self, source: Tensor, shape: Any, dtype: torch.dtype, make: Callable) -> None:
+        self.source, self.shape, self.dtype, self.make = source, torch.Size(shape), dtype, make
+        self.device = source.device
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return func(*map(dense, args), **(kwargs or {}))
+
+    def dense(self) -> Tensor:
+        return self.make(self.source).to(self.dtype)
+
+    def to(self, dtype: torch.dtype) -> "Quantised":
+        return Quantised(self.source, self.shape, dtype, self.make)
+
+    def t(self) -> Tensor:
+        return self.dense().t()
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+
+def dense(w: Any) -> Any:
+    """Return a quantised weight as a tensor [N, K] in its dtype, and all else as it is."""
+    return w.dense() if type(w) is Quantised else w
+
+
+def quantised(weight: Any, dtype: torch.dtype, module: Any = None) -> "Quantised | str":
+    """Return a library's weight for products in ``dtype``, or why it is none that is known.
+
+    ``module`` is the layer that holds it, where some keep what belongs to it.
+    """
+    holders = map(_name, type(module).__mro__)  # a weight may lose its class
+    make = next((LINEARS[n] for n in holders if n in LINEARS), KINDS.get(_name(type(weight))))
+    if make is None:
+        found = f"{type(weight).__name__} of {getattr(weight, 'dtype', None)}"
+        return f"is a {found}, not a dense float, nor quantised in a way that is known"
+    return make(weight, dtype, module)
+
+
+def _four_bits(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str":
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+    if state is None:
+        return "is of 4 bits, but its quant_state is missing: load it once more"
+
+    def make(packed: Tensor) -> Tensor:
+        # A call without gradients on a CPU packs it anew, for which the library has no inverse.
+        if getattr(state, "packing_format_for_cpu", False):
+            return _packed_for_cpu(packed.data, state)
+        kernel = _kernel() if packed.is_cuda and packed.nbytes * 2 == state.shape.numel() else None
+        if kernel is None:
+            return dequantize_4bit(packed.data, state)
+        inner, bytes_of = state.state2, packed.data.view(torch.uint8)
+        nested = (inner.code, inner.absmax, inner.blocksize, state.offset) if inner else None
+        how = tuple(state.shape), state.dtype, state.code, state.absmax, state.blocksize
+        return kernel(bytes_of, *how, nested)
+
+    return Quantised(weight, state.shape, dtype, make)
+
+
+@functools.cache
+def _kernel() -> Callable | None:
+    """Return our own kernel, None where Triton is missing or broken."""
+    try:
+        from fastlora_kernels.four_bits import four_bits
+    except Exception:  # it may raise anything while it is imported
+        return None
+    return four_bits
+
+
+def _packed_for_cpu(packed: Tensor, state: Any) -> Tensor:
+    """Return the weight that bitsandbytes multiplies by where it has packed it for AVX-512.
+
+    A byte holds two rows of a block of 32, 16 bytes apart in a unit of 64 elements; scales are
+    bfloat16 [K / blocksize, N].
+    """
+    (N, K), pairs = state.shape, packed.reshape(-1, 32)
+    codes = torch.cat([pairs & 15, pairs >> 4], 1).reshape(N // 32, K // 2, 32, 2)
+    codes = codes.transpose(1, 2).reshape(N, K)
+    scales = state.absmax.t().repeat_interleave(state.blocksize, 1)
+    return state.code.to(scales.dtype)[codes.int()].mul_(scales)
+
+
+def _eight_bits(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str":
+    held = weight, getattr(module, "state", None)
+    scales = next((s for of in held if (s := getattr(of, "SCB", None)) is not None), None)
+    if weight.dtype != torch.int8:
+        return "is of 8 bits, but not quantised yet: move the layer to its device"
+    if scales is None:
+        return "is of 8 bits, but its scales (SCB) are missing: load it once more"
+    scale = scales.unsqueeze(1).mul(1.0 / 127.0)  # as the library does in backward
+    return Quantised(weight, weight.shape, dtype, lambda codes: codes.data.to(dtype).mul_(scale))
+
+
+def _torchao(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str":
+    if weight.act_quant_kwargs is not None:
+        return "quantises x as well, which has no gradient"
+    by_rows = getattr(weight, "zero_point", None) is None and weight.scale.shape[1:] == (1,)
+
+    def make(w: Tensor) -> Tensor:  # the same bits as `dequantize`, in less than half the time
+        return w.qdata.to(w.dtype).mul_(w.scale) if by_rows else w.dequantize()
+
+    return Quantised(weight, weight.shape, dtype, make)
+
+
+KINDS = {
+    "bitsandbytes.nn.modules.Params4bit": _four_bits,
+    "bitsandbytes.nn.modules.Int8Params": _eight_bits,
+    "torchao.quantization.Int8Tensor": _torchao,
+    "torchao.quantization.Float8Tensor": _torchao,
+}
+# Layers of theirs whose forward is the product and nothing else.
+LINEARS = {
+    "bitsandbytes.nn.modules.Linear4bit": _four_bits,
+    "bitsandbytes.nn.modules.Linear8bitLt": _eight_bits,
+}
+
+
+def is_linear(module: nn.Module) -> bool:
+    return _name(type(module)) in LINEARS
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
