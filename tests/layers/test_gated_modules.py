@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
 from sibling_models import COPIES, X, close, results, said_by, wrapped
 from tiny_models import decoder, t5
 from torch import nn
@@ -473,16 +474,19 @@ def test_under_peft(targets, runs):
 
 
 def test_sharded_and_taken_back(one_process, runs):
-    plain, model = (wrapped(MLP, ["open", "out"]) for _ in range(2))
+    """Also one of PEFT's layers alone."""
+    make = lambda: nn.Sequential(MLP(), nn.Linear(6, 6))  # noqa: E731
+    plain, model = (wrapped(make, ["open", "out", "1"]) for _ in range(2))
     patch_peft(model, fuse_siblings=X)
-    mlp = model.base_model.model
-    fully_shard(mlp)
-    fully_shard(model)
-    assert type(mlp).__name__ == "FSDPFusedMLP"
+    inner = model.base_model.model
+    for each in (*inner, model):
+        fully_shard(each)
+    assert [type(m).__name__ for m in inner] == ["FSDPFusedMLP", "FSDPFusedLinear"]
     with torch.no_grad():
         close([model(X)], [plain(X)])
         assert runs == ["silu"]
         unpatch_peft(model)
-        assert type(mlp).__name__ == "FSDPMLP" and type(mlp).__bases__[1] is MLP
+        assert [type(m).__name__ for m in inner] == ["FSDPMLP", "FSDPLinear"]
+        assert [type(m).__bases__[1] for m in inner] == [MLP, lora.Linear]
         close([model(X)], [plain(X)])
-    assert runs == ["silu"] and type(mlp.wide) is nn.Linear
+    assert runs == ["silu"] and type(inner[0].wide) is nn.Linear
