@@ -101,41 +101,41 @@ CHANGES = [
         "adapter 'default' drops by a torch.nn.modules.dropout.AlphaDropout",
     ),
 ]
-# Models, what is asked of PEFT, the reason, and inputs.
+ADALORA = peft.AdaLoraConfig(target_modules=["0"], total_step=10)
+
+
+def made(change, **changes):
+    def make():
+        change(model := wrapped(**changes))
+        return model
+
+    return make
+
+
+def asked(make, **changes):
+    return lambda: get_peft_model(make(), config(target_modules=["0"], **changes))
+
+
+# Models, the reason, and inputs but for X.
 MODELS = [
-    (mlp, {"use_dora": True}, r"'default' is a variant of LoRA \(DoraLinearVariant\)", X),
-    (
-        lambda: mlp().bfloat16(),
-        {"lora_bias": True},
-        f"has a bias of torch.float32 on a base of {BF16}",
-        X.bfloat16(),
+    *(
+        (made(lambda model, of=change: of(layers(model)[0]), target_modules=["0"]), why)
+        for change, why in CHANGES
     ),
-    (lambda: nn.Sequential(nn.Embedding(4, 6)), {}, f"Embedding{LAYER}", torch.tensor([0, 3])),
-    (lambda: nn.Sequential(nn.Conv1d(6, 3, 1)), {}, f"Conv1d{LAYER}", X.T),
+    (asked(mlp, use_dora=True), r"'default' is a variant of LoRA \(DoraLinearVariant\)"),
     (
-        lambda: nn.ModuleDict({"0": nn.MultiheadAttention(6, 2)}),
-        {},
+        asked(lambda: mlp().bfloat16(), lora_bias=True),
+        f"a bias of torch.float32 on a base of {BF16}",
+    ),
+    (asked(lambda: nn.Sequential(nn.Embedding(4, 6))), f"Embedding{LAYER}", torch.tensor([0, 3])),
+    (asked(lambda: nn.Sequential(nn.Conv1d(6, 3, 1))), f"Conv1d{LAYER}", X.T),
+    (
+        asked(lambda: nn.ModuleDict({"0": nn.MultiheadAttention(6, 2)})),
         f"a peft.tuners.lora.layer.MultiheadAttention{LAYER}",
         *(X, X, X),
     ),
+    (lambda: get_peft_model(mlp(), ADALORA), f"a peft.tuners.adalora.layer.SVDLinear{LAYER}"),
 ]
-
-
-def check_not_fused(model, why, fused, *inputs):
-    """PEFT's own code runs, before and after, and the reason is said."""
-    layer = layers(model)[0]
-    dtype = next(layer.get_base_layer().parameters()).dtype
-    inputs = inputs or (X.to(dtype) if dtype.is_floating_point else X,)
-    kinds = [type(module) for module in model.modules()]
-    expected = run(layer, *inputs)
-    with pytest.warns(UserWarning, match=f"fused nothing(?s:.*){why}"):
-        report = patch_peft(model)
-    assert report.fused == [] and len(report.not_fused) == len(layers(model))
-    assert re.search(why, report.not_fused[0][1])
-    assert_as_peft(run(layer, *inputs), expected)
-    assert fused == []
-    unpatch_peft(model)
-    assert [type(module) for module in model.modules()] == kinds
 
 
 def assert_as_peft(found, expected):
@@ -147,25 +147,24 @@ def assert_as_peft(found, expected):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("change", "why"), CHANGES, ids=range(len(CHANGES)))
-def test_what_is_not_fused(change, why, fused):
-    model = wrapped(target_modules=["0"])
-    change(layers(model)[0])
-    check_not_fused(model, why, fused)
-
-
 @pytest.mark.parametrize("case", range(len(MODELS)))
-def test_models_that_are_not_fused(case, fused):
-    make, changes, why, *inputs = MODELS[case]
+def test_what_is_not_fused(case, fused):
+    """PEFT's own code runs, before and after, and the reason is said."""
+    make, why, *inputs = MODELS[case]
     torch.manual_seed(5)
-    model = get_peft_model(make(), config(target_modules=["0"], **changes))
-    check_not_fused(model, why, fused, *inputs)
-
-
-def test_adapters_of_other_methods_are_listed():
-    asked = peft.AdaLoraConfig(target_modules=["0"], total_step=10)
-    with pytest.warns(UserWarning, match=f"a peft.tuners.adalora.layer.SVDLinear{LAYER}"):
-        patch_peft(get_peft_model(mlp(), asked))
+    model = make()
+    layer, kinds = layers(model)[0], [type(module) for module in model.modules()]
+    dtype = next(layer.get_base_layer().parameters()).dtype
+    inputs = inputs or (X.to(dtype) if dtype.is_floating_point else X,)
+    expected = run(layer, *inputs)
+    with pytest.warns(UserWarning, match=f"fused nothing(?s:.*){why}"):
+        report = patch_peft(model)
+    assert report.fused == [] and len(report.not_fused) == len(layers(model))
+    assert re.search(why, report.not_fused[0][1])
+    assert_as_peft(run(layer, *inputs), expected)
+    assert fused == []
+    unpatch_peft(model)
+    assert [type(module) for module in model.modules()] == kinds
 
 
 def test_an_adapter_on_another_device_and_one_inside_another(fused):
@@ -292,14 +291,6 @@ def test_a_release_that_was_not_tested(monkeypatch, version):
 class Chatty(FusedLinear):
     def forward(self, x):
         return super().forward(x)
-
-
-def made(change):
-    def make():
-        change(model := wrapped())
-        return model
-
-    return make
 
 
 def half_chatty(model):
