@@ -87,24 +87,14 @@ def test_models(name, float64, fused, together):
 def rows(**columns):
     generator = torch.Generator().manual_seed(6)
     ids = torch.randint(0, tiny.VOCABULARY, (4 * STEPS, 6), generator=generator).tolist()
-    return [
-        {"input_ids": row, **{name: make(row) for name, make in columns.items()}} for row in ids
-    ]
+    return [{"input_ids": row, **{name: of(row) for name, of in columns.items()}} for row in ids]
 
 
 def trained(kind, model, arguments, folder, changes, data, **options):
-    asked = arguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        **{"bf16": False, "save_strategy": "no", **changes},
-    )
+    asked = {"output_dir": str(folder), "max_steps": STEPS, "learning_rate": 1e-2}
+    asked |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    asked |= {"logging_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    asked = arguments(**asked, **{"bf16": False, "save_strategy": "no", **changes})
     trainer = kind(model, asked, train_dataset=data, **options)
     trainer.train(asked.resume_from_checkpoint)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -151,18 +141,12 @@ def by_accelerate(model, folder, bf16=False):
     return losses
 
 
+CASES = [(by, {"bf16": bf16}) for by in (by_transformers, by_accelerate) for bf16 in (False, True)]
+CASES += [(by_transformers, {"gradient_checkpointing": True}), (by_trl, {})]
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize(
-    ("by", "changes"),
-    [
-        (by_transformers, {}),
-        (by_transformers, {"gradient_checkpointing": True}),
-        (by_transformers, {"bf16": True}),
-        (by_trl, {}),
-        (by_accelerate, {}),
-        (by_accelerate, {"bf16": True}),
-    ],
-)
+@pytest.mark.parametrize(("by", "changes"), CASES)
 def test_trainers(by, changes, fused, tmp_path):
     torch.manual_seed(3)
     asked = config(target_modules="all-linear", init_lora_weights=False)
@@ -170,7 +154,7 @@ def test_trainers(by, changes, fused, tmp_path):
     patch_peft(model := copy.deepcopy(plain))
     expected, found = (by(each, tmp_path, **changes) for each in (plain, model))
     assert len(set(found)) >= STEPS  # it trains
-    digits = 1e-2 if "bf16" in changes else 1e-4 if by is by_accelerate else 1e-3
+    digits = 1e-2 if changes.get("bf16") else 1e-4 if by is by_accelerate else 1e-3
     assert found == pytest.approx(expected, rel=digits)
     passes = 4 if "gradient_checkpointing" in changes else 2
     assert len(fused) == passes * STEPS * len(layers(model))
