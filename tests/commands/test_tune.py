@@ -24,20 +24,16 @@ def test_the_command_measures_shapes(capsys):
     assert measured.find(problem, CPU) is not None
 
 
-@pytest.mark.parametrize(
-    ("targets", "expected"),
-    [
-        (
-            "all-linear",
-            {(16, 16, ()), (8, 16, ()), (24, 16, ()), (16, 24, ())}
-            | {(16, 16, ((8, 16), (8, 16))), (24, 16, ((24, 16),))},
-        ),
-        (
-            r"model\.layers\.\d+\.self_attn\.[qk]_proj",  # names as in finetune's model
-            {(16, 16, ()), (8, 16, ()), (16, 16, ((8, 16), (8, 0)))},  # v is frozen
-        ),
-    ],
-)
+Q, K, GATE, DOWN = (16, 16, ()), (8, 16, ()), (24, 16, ()), (16, 24, ())
+QKV, GATE_UP = (16, 16, ((8, 16), (8, 16))), (24, 16, ((24, 16),))
+MODELS = [
+    ("all-linear", {Q, K, GATE, DOWN, QKV, GATE_UP}),
+    # Names as in finetune's model; v is frozen.
+    (r"model\.layers\.\d+\.self_attn\.[qk]_proj", {Q, K, (16, 16, ((8, 16), (8, 0)))}),
+]
+
+
+@pytest.mark.parametrize(("targets", "expected"), MODELS)
 def test_a_models_weights_are_measured_alone_and_with_those_that_read_the_same(
     targets, expected, monkeypatch, tmp_path
 ):

@@ -15,7 +15,8 @@ import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
-from sibling_models import COPIES, X, close, results, said_by, wrapped
+from peft_models import add
+from sibling_models import COPIES, X, added, close, results, said_by, wrapped
 from tiny_models import decoder, t5
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -407,8 +408,7 @@ def test_checkpointing(reentrant, runs):
         torch.manual_seed(2)
         x = X.clone().requires_grad_()
         y = call(x)
-        y.square().sum().backward()
-        found.append([y, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+        found.append([y, *added(model, y.square().sum()), x.grad])
     close(*found)
     # Without reentry forward ends where backward has what it needs: before the output.
     assert runs == ["silu"] * (2 if reentrant else 1)
@@ -428,9 +428,7 @@ def test_shapes_autocast_sixteen_bits_and_several_adapters(runs):
         torch.testing.assert_close(*found, rtol=0.1, atol=0.1)
     models = wrapped(MLP, ALL), wrapped(MLP, ALL)
     for model in models:
-        torch.manual_seed(6)
-        asked = LoraConfig(r=2, target_modules=["open"], init_lora_weights=False)
-        model.add_adapter("other", asked)
+        add(model, r=2, target_modules=["open"])
         model.base_model.set_adapter(["default", "other"])
     patch_peft(models[0], fuse_siblings=X)
     close(*map(results, models))
