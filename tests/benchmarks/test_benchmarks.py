@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import sys
-import types
 import weakref
 from pathlib import Path
 
@@ -358,32 +357,6 @@ def test_a_name_that_nothing_has_is_refused(tiny, tmp_path, capsys):
         made(tmp_path / "none", "--only", "Llama-9")
     said = "--only 'Llama-9' is in no name; there are: layer; plain; model"
     assert said in capsys.readouterr().err and not (tmp_path / "none").exists()
-
-
-def test_sections_share_the_time_that_is_left(tiny, tmp_path, monkeypatch):
-    """Of 100 s a problem of the first takes 40: it has 50, the other what is left then."""
-    clock, given = types.SimpleNamespace(now=0.0), []
-    monkeypatch.setattr(run, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr(run, "TIMED", 0.7)
-    monkeypatch.setattr(run, "machine", lambda device: {"device": "none"})
-
-    def section(name, share, takes, count):
-        def measure(problem, ways, seconds):
-            given.append(seconds)
-            clock.now += takes
-            return []
-
-        posed = [decoder_layer.Problem(f"{name}{i}") for i in range(count)]
-        return run.Section(name, name, share, posed, [], measure, lambda p, found: [p.name])
-
-    monkeypatch.setattr(report, "write", lambda *_: None)
-    chosen = [section("decoder_layers", 0.5, 40.0, 3), section("end_to_end", 0.5, 1.0, 2)]
-    run.run(chosen, torch.device("cpu"), 100.0, tmp_path / "cpu.json")
-    result = json.loads((tmp_path / "cpu.json").read_text())
-    assert result["decoder_layers"] == ["decoder_layers0", "decoder_layers1"]
-    assert result["end_to_end"] == ["end_to_end0", "end_to_end1"]
-    assert result["left_out"] == ["decoder_layers2, 20 tokens, dropout 0"]
-    assert given == pytest.approx([0.7 * s for s in (50 / 3, 10 / 2, 20 / 2, 19)])
 
 
 def test_few_tokens_on_a_gpu_are_timed_with_the_host_too(tiny, tmp_path, monkeypatch):

@@ -15,7 +15,6 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrize
 
-import fastlora
 from fastlora import patch_peft, unpatch_peft
 from fastlora.peft import register
 from fastlora.peft.linear import FusedLinear
@@ -44,23 +43,6 @@ def test_a_model_is_patched_and_unpatched(make, fused):
         unpatch_peft(model)
         assert_same_kinds(model, plain)
     assert torch.equal(outputs(model), before) and len(fused) == len(report.fused)
-
-
-def test_the_report():
-    model = wrapped(bert(), target_modules="all-linear")
-    assert str(patch_peft(model)).splitlines() == [
-        "14 of 14 LoRA layers fused",
-        "  fused: dense x7, query x2, key x2, value x2, classifier",
-    ]
-    model.bert.encoder.layer[0].output.dense.base_layer.register_forward_hook(lambda *_: None)
-    report = patch_peft(nn.Sequential(model))
-    name = "0.base_model.model.bert.encoder.layer.0.output.dense"
-    why = "its base layer has hooks, or a forward of its own, and would not be called"
-    assert report.not_fused == [(name, why)] and name not in report.fused
-    assert str(report).splitlines()[0::2] == [
-        "13 of 14 LoRA layers fused",
-        f"  not fused, {why}: dense",
-    ]
 
 
 def test_copies_and_pickles_are_patched_too(fused):
@@ -278,15 +260,6 @@ def test_arguments_reach_the_base_layer_and_peft(fused):
     assert torch.equal(model.eval()(X, **of_rows), plain.eval()(X, **of_rows)) and fused == []
 
 
-def test_shapes_strides_and_empty_batches(fused):
-    plain, model, _ = pair()
-    own, layer = layers(plain)[0], layers(model)[0]
-    wide = torch.randn(2, 3, 4, 12)
-    for x in (wide[..., ::2], wide[..., :6].transpose(0, 2), torch.randn(6), wide[:0, 0, 0, :6]):
-        torch.testing.assert_close(layer(x), own(x), rtol=1e-5, atol=1e-6)
-    assert len(fused) == 4
-
-
 def llama_s_loss(model, length):
     ids = torch.randint(0, VOCABULARY, (2, length))
     return model(ids, labels=ids).loss
@@ -336,15 +309,3 @@ def test_a_hot_swap_compiles_nothing_again(tmp_path):
         after = compiled(X)
         torch.testing.assert_close(after, plain(X), rtol=1e-4, atol=1e-5)
     assert counter.frame_count == count and not torch.allclose(after, before)
-
-
-def test_explained_as_a_layer_of_our_own():
-    _, model, _ = pair(lora_dropout=0.1, target_modules=["0"])
-    own = fastlora.LoRALinear(6, 8, r=4, lora_dropout=0.1)
-    assert str(fastlora.explain(model.train())) == str(fastlora.explain(own.train()))
-    add(model, r=3, target_modules=["0"])
-    model.base_model.set_adapter(["default", "other"])
-    assert "r = 7" in str(fastlora.explain(model.eval()))  # of the ranks' sum
-    unpatch_peft(model)
-    with pytest.raises(ValueError, match="no layer of PEFT's that patch_peft"):
-        fastlora.explain(model)

@@ -252,16 +252,6 @@ def test_on_the_meta_device_under_autocast():
         assert patch_peft(model).not_fused == []
 
 
-def test_function_transforms(fused):
-    def transformed(model):
-        y, pull = torch.func.vjp(model, X)
-        return y, pull(torch.ones(3, 5))[0], *torch.func.jvp(model, (X,), (X.cos(),))
-
-    plain, model, _ = pair()
-    torch.testing.assert_close(transformed(model), transformed(plain), rtol=1e-4, atol=1e-5)
-    assert len(fused) == 4
-
-
 # What bad input gets: an error, and the model as it was
 
 
