@@ -128,9 +128,6 @@ def test_where_a_search_starts_and_what_is_wider(tmp_path, config, start, expect
         assert ranks.target_sets(str(tmp_path), start) == expected
 
 
-# With training.
-
-
 def run(tiny, output: Path, *more: str, **changes) -> int:
     own = {"model": tiny.model, "data": tiny.data, "output": output, "steps": 6, "max-r": 2}
     return main([*tiny_chat.command("ranks", **own | {"save-every": 2} | changes), *more])

@@ -99,9 +99,6 @@ def test_what_is_chosen_is_said_even_where_it_is_not_kept(capsys, monkeypatch, t
     assert "not kept: it held for this process only" in printed
 
 
-# info
-
-
 @pytest.mark.parametrize("interpret", ["0", "1"])
 def test_info_ends_in_ok(interpret):
     program = "from fastlora.__main__ import main; raise SystemExit(main(['info']))"

@@ -125,9 +125,6 @@ def runs(monkeypatch):
     return found
 
 
-# Which modules are one
-
-
 @pytest.mark.parametrize(("targets", "p"), [(ALL, 0.0), (["open"], 0.4), (["out"], 0.4)])
 def test_the_same_outputs_gradients_and_dropout(targets, p, runs):
     """Whichever of the two is activated, and whichever has an adapter."""
@@ -266,9 +263,6 @@ def test_what_has_the_formula_of_one_and_is_none(make, how, why, runs):
     assert report.lookalikes == [(type(model.base_model.model).__name__, why)]
     close(results(model), results(plain))
     assert runs == []
-
-
-# Where it has to run as it is
 
 
 class Heir(MLP):
@@ -433,9 +427,6 @@ def test_shapes_autocast_sixteen_bits_and_several_adapters(runs):
     patch_peft(models[0], fuse_siblings=X)
     close(*map(results, models))
     assert runs == ["silu"] * 6
-
-
-# Copies, and taken back
 
 
 @pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)

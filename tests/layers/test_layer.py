@@ -103,9 +103,6 @@ def test_dropout_is_a_child_and_read_at_each_call():
         layer(x)
 
 
-# Merging
-
-
 @pytest.mark.parametrize("make", [nn.Linear, lambda k, n: Conv1D(n, k)], ids=["linear", "conv1d"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_unmerge_restores_every_bit(make, dtype):
@@ -213,9 +210,6 @@ def test_safe_merge_refuses_infinities_and_changes_nothing():
     assert torch.equal(layer.weight, bits) and not layer.merged
     layer.merge()
     assert layer.weight.isinf().any()
-
-
-# State
 
 
 def test_a_base_checkpoint_loads_unchanged():
@@ -339,9 +333,6 @@ def test_meta_device():
     assert (real.lora_B == 0).all() and (real.lora_A != 0).any()
     layer.load_state_dict(real.state_dict(), assign=True)
     assert torch.equal(layer(x), real(x)) and not layer.weight.requires_grad
-
-
-# Compiled, and refused
 
 
 def test_compiles_in_one_graph_and_trains_under_autocast():

@@ -44,9 +44,6 @@ def unlike(a, b):
     return not torch.allclose(a, b, atol=1e-3)
 
 
-# What is replaced
-
-
 NAMES = [
     (tiny.llama, ["q_proj", "v_proj"]),
     (tiny.llama, r"model\.layers\.0\..*_proj"),
@@ -180,9 +177,6 @@ def test_siblings(how, together):
     assert trainable(model) == trainable(alone)
 
 
-# What is refused, with the model as it was
-
-
 def compiled():
     return nn.Sequential(torch.compile(nn.Linear(6, 6), backend="eager"))
 
@@ -247,9 +241,6 @@ def test_a_failure_half_way_changes_nothing(error):
     assert tiny.same(before, tiny.bits(model))
 
 
-# What is saved
-
-
 @ignores_wrappers
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_adapters_are_what_is_saved_and_loaded(merged):
@@ -266,9 +257,6 @@ def test_the_adapters_are_what_is_saved_and_loaded(merged):
     assert_close(tiny.outputs(other), y)
     with pytest.raises(ValueError, match="Sequential has no LoRALinear; replace_linears"):
         lora_state_dict(tiny.mlp())
-
-
-# Under accelerate, and checkpointed
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -24,9 +24,6 @@ from fastlora.operator import plans
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 
 
-# What may change in between
-
-
 def test_another_stream(together, monkeypatch):
     """What one stream has computed, or is about to, another one computes itself."""
     current = ["first"]
@@ -79,9 +76,6 @@ CHANGES = {  # of a layer with an adapter: each may come at any time
     "bias": lambda v: setattr(v.base_layer, "bias", nn.Parameter(torch.ones(v.out_features))),
     "frozen": lambda v: v.lora_A.requires_grad_(not v.lora_A["default"].weight.requires_grad),
 }
-
-
-# Who looks on
 
 
 class Quantised(nn.Parameter):
@@ -165,8 +159,6 @@ def test_keywords(together):
     own, *ours = [[(p.name, p.kind, p.default) for p in each] for each in taken]
     assert ours == [own, own]
 
-
-# Any order
 
 ADAPTED = "0.q", "0.v", "1.k", "1.v"
 

@@ -45,8 +45,6 @@ def test_finding_them_leaves_the_model_as_it_was():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-# What models of transformers say of their inputs
-
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 SIZES["num_attention_heads"] = 2
 TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
@@ -109,8 +107,6 @@ def test_a_model_of_two():
     assert {names for _, names in report.siblings} == {THREE, *of_text}
 
 
-# What can't be found
-
 WRONG = [
     (True, ValueError, r"says of no input .*; give another.*fuse_siblings=\[\('q', 'k', 'v'\)"),
     ({"y": X}, ValueError, "raised TypeError on the example input .*'y'"),
@@ -155,9 +151,6 @@ def test_one_layer_under_two_names_and_a_sibling_trained_in_full():
     report = patch_peft(model, fuse_siblings={"x": X})
     assert report.siblings == [("base_model.model", ("q", "v"))]
     results(model.base_model.model)
-
-
-# Models that are unloaded
 
 
 @pytest.mark.parametrize("how", ["merge_and_unload", "unload"])

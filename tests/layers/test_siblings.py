@@ -24,9 +24,6 @@ from fastlora.peft.linear import FusedLinear
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 
 
-# As one operator
-
-
 CASES = [("qkvo", 0.4), ("qv", 0.0), ("k", 0.4), ("vo", 0.0)]
 
 
@@ -87,9 +84,6 @@ def test_the_latest_patch_says_what_is_together(together):
     assert together == []
 
 
-# When groups are called
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_with_dropout(reentrant, together):
     """The same elements are dropped when forward runs again, also by o; nothing is left over."""
@@ -132,9 +126,6 @@ def test_many_threads(together):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, inputs, expected))
     assert together == [3] * 160
-
-
-# Groups that miss
 
 
 def calls(block, times):
@@ -189,9 +180,6 @@ def test_a_group_that_misses_in_checkpoints_goes_on(reentrant):
             close(*found)
     assert len(said) == 1 and block.q._siblings is not None
     assert calls(block, 5) == [] and block.q._siblings is None
-
-
-# Copies
 
 
 @pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)

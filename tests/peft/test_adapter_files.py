@@ -238,8 +238,6 @@ def test_a_diverged_adapter_is_saved_with_a_warning(tmp_path):
 
 
 # A save that does not end; one that is killed, and a full disk, are in test_faults.py
-
-
 @pytest.mark.parametrize(
     ("call", "number", "error", "kept"),
     [

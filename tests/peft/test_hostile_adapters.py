@@ -107,9 +107,6 @@ def test_a_pattern_that_never_ends(changes, folder, monkeypatch):
     assert time.monotonic() - start < 10
 
 
-# What is in the file is what is checked
-
-
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_what_is_written_to_the_file_later_reaches_no_model(bias, tmp_path):
     save_adapter(wrapped(bias=bias, modules_to_save=["1"]), tmp_path)
@@ -213,9 +210,6 @@ def test_tokens_that_a_model_does_not_have(tmp_path):
         load_adapter(tiny.llama(), tmp_path)
 
 
-# The folder
-
-
 class Trap:
     def __reduce__(self):
         return (os.mkdir, ("was_run",))
@@ -238,9 +232,6 @@ def test_what_is_no_file_is_not_opened(name, kind, folder, monkeypatch):
     make[kind]()
     refused(folder, f"no file .*{name}'.* downloads nothing, .* no pickle", FileNotFoundError)
     assert not (folder / "was_run").exists()
-
-
-# The model
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only"])

@@ -100,9 +100,6 @@ def test_registered_configs_leave_the_rest_to_peft():
     assert kinds == [lora.Embedding, lora.Linear, lora.Linear]
 
 
-# PEFT's behaviours
-
-
 def both_active(model):
     add(model, r=3, lora_alpha=5)
     model.base_model.set_adapter(["default", "other"])

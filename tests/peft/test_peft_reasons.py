@@ -252,9 +252,6 @@ def test_on_the_meta_device_under_autocast():
         assert patch_peft(model).not_fused == []
 
 
-# What bad input gets: an error, and the model as it was
-
-
 def test_unpatching_a_compiled_model(fused):
     plain, model, _ = pair()
     compiled = torch.compile(model, backend="eager")
@@ -329,7 +326,6 @@ def test_without_peft(monkeypatch):
 
 
 # PEFT may change
-
 CONTRACT = {
     lora.Linear.forward: "5320b1b104cd75f9",
     lora.LoraLayer._check_forward_args: "e28e56f62b9f79fe",

@@ -82,8 +82,6 @@ def test_models(name, float64, fused, together):
 
 
 # Trainers: each returns the losses of STEPS steps of two batches
-
-
 def rows(**columns):
     generator = torch.Generator().manual_seed(6)
     ids = torch.randint(0, tiny.VOCABULARY, (4 * STEPS, 6), generator=generator).tolist()
