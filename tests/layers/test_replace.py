@@ -2,6 +2,7 @@
 """`replace_linears` and `lora_state_dict`: what is replaced, what trains, what is saved."""
 
 import copy
+from functools import partial
 from unittest import mock
 
 import peft
@@ -38,10 +39,6 @@ def replaced(make=tiny.llama, names=("q_proj", "v_proj"), **arguments):
     model = make()
     replace_linears(model, names, **FALSE, **arguments)
     return model
-
-
-def unlike(a, b):
-    return not torch.allclose(a, b, atol=1e-3)
 
 
 NAMES = [
@@ -132,7 +129,7 @@ def test_names_inside_wrappers_are_the_plain_ones():
     report = replace_linears(compiled, r".*_proj", **FALSE)
     assert sorted(report.fused) == sorted(lora_names(plain)) and report.not_fused == []
     y = tiny.outputs(compiled)
-    assert unlike(y, base)
+    assert not torch.allclose(y, base, atol=1e-3)
     assert_close(tiny.outputs(model), y)
     state = lora_state_dict(compiled)
     assert {name.replace("._orig_mod", "") for name in state} == lora_state_dict(plain).keys()
@@ -155,7 +152,7 @@ def test_pytorch_s_fast_path_does_not_pass_an_adapter_by(masked):
         f"layers.{i}.self_attn.out_proj" for i in (0, 1)
     ]
     y = seen(model)
-    assert unlike(y, base)
+    assert not torch.allclose(y, base, atol=1e-3)
     with torch.no_grad():
         assert_close(seen(model), y)
         assert_close(seen(copy.deepcopy(model)), y)
@@ -193,8 +190,7 @@ def within(kind):
     return wrapper
 
 
-def ddp():
-    return within(DistributedDataParallel)
+ddp = partial(within, DistributedDataParallel)
 
 
 def fsdp():

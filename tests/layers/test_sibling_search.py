@@ -2,12 +2,13 @@
 """Siblings are found in models of every kind, and said; what can't be found is said as well."""
 
 import copy
+import functools
 from collections import UserList
 
+import peft_models
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
 from sibling_models import QKV, Block, X, close, results, wrapped
 from test_stacks import loss_of
 from tiny_models import VOCABULARY, bits, llama, same, vit
@@ -17,11 +18,7 @@ import fastlora
 from fastlora import patch_peft
 from fastlora.layers.siblings import find
 
-
-def adapted(model, targets="all-linear", **changes):
-    torch.manual_seed(3)
-    asked = {"r": 3, "init_lora_weights": False, "target_modules": targets, **changes}
-    return get_peft_model(model, LoraConfig(**asked))
+adapted = functools.partial(peft_models.wrapped, target_modules="all-linear")
 
 
 @pytest.mark.parametrize("how", [{"x": X}, X, [QKV], UserList([list(QKV)])], ids=str)
@@ -90,11 +87,11 @@ class Says(Block):
 def test_what_a_model_says_need_not_be_batches_of_tensors(monkeypatch):
     own = {"x": X, "scale": torch.tensor(2.0), "twice": True, "other": None}
     monkeypatch.setattr(Says, "dummy_inputs", own, raising=False)
-    report = patch_peft(adapted(Says(), ["q"]), fuse_siblings=True)
+    report = patch_peft(adapted(Says(), target_modules=["q"]), fuse_siblings=True)
     assert [names for _, names in report.siblings] == [QKV]
     monkeypatch.setattr(Says, "dummy_inputs", [X])
     with pytest.raises(ValueError, match="Says says of no input"):
-        patch_peft(adapted(Says(), ["q"]), fuse_siblings=True)
+        patch_peft(adapted(Says(), target_modules=["q"]), fuse_siblings=True)
 
 
 def test_a_model_of_two():
@@ -102,7 +99,9 @@ def test_a_model_of_two():
     bert = {**SIZES, "vocab_size": VOCABULARY, "is_decoder": True, "add_cross_attention": True}
     decoder = transformers.BertLMHeadModel(transformers.BertConfig(**bert))
     model = transformers.VisionEncoderDecoderModel(encoder=vit().vit, decoder=decoder)
-    report = patch_peft(adapted(model, ["q_proj", "query", "key"]), fuse_siblings=True)
+    report = patch_peft(
+        adapted(model, target_modules=["q_proj", "query", "key"]), fuse_siblings=True
+    )
     of_text = ("query", "key", "value"), ("key", "value")
     assert {names for _, names in report.siblings} == {THREE, *of_text}
 
@@ -135,7 +134,7 @@ def test_an_error_names_only_what_the_model_has():
     with pytest.raises(ValueError, match="raised") as error:
         patch_peft(model, fuse_siblings={"input_ids": torch.zeros(1, 2, dtype=torch.long)})
     assert f"fuse_siblings={[THREE]}" in str(error.value)
-    model = adapted(nn.Sequential(nn.Linear(6, 6)), ["0"])
+    model = adapted(nn.Sequential(nn.Linear(6, 6)), target_modules=["0"])
     with pytest.raises(ValueError, match="says of no input") as error:
         patch_peft(model, fuse_siblings=True)
     assert "such as" not in str(error.value)
@@ -156,7 +155,7 @@ def test_one_layer_under_two_names_and_a_sibling_trained_in_full():
 @pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
 def test_unloaded_models_are_plain(how):
     """No class and no group of ours is left, also of a gated MLP that only down had made one."""
-    plain, patched = (adapted(llama(), ["q_proj", "down_proj"]) for _ in range(2))
+    plain, patched = (adapted(llama(), target_modules=["q_proj", "down_proj"]) for _ in range(2))
     report = patch_peft(patched, fuse_siblings=True)
     assert [names for _, names in report.siblings] == [THREE] * 2
     assert [names for _, names in report.gated_mlps] == [("gate_proj", "up_proj", "down_proj")] * 2

@@ -4,16 +4,16 @@
 import copy
 import pickle
 
+import peft_models
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft_models import X
 from torch import nn
 
 from fastlora import patch_peft
 from fastlora.layers import siblings
 
 QKV = ("q", "k", "v")
-X = torch.linspace(-1, 1, 18).reshape(3, 6)
 
 
 class Block(nn.Module):
@@ -39,10 +39,7 @@ class Block(nn.Module):
 
 def wrapped(make=Block, targets=("q", "v"), **changes):
     """PEFT's model with adapters that do something."""
-    model = make()
-    torch.manual_seed(1)
-    asked = {"r": 3, "init_lora_weights": False, "target_modules": list(targets), **changes}
-    return get_peft_model(model, LoraConfig(**asked)).train()
+    return peft_models.wrapped(make(), r=3, target_modules=list(targets), **changes).train()
 
 
 def pair(make=Block, targets=("q", "v"), how=(QKV,), **changes):
