@@ -208,7 +208,6 @@ def test_an_interrupted_search_goes_on(tiny, loaded, tmp_path, capsys):
         ("--seeds 3 1 3", "--seeds must be different ones, got [3, 1, 3]"),
         ("--target-modules q_proy", "--target-modules: Target modules {'q_proy'} not found"),
         ("--model nowhere/at/all", "--model nowhere/at/all cannot be read"),
-        ("--lr 1e30", "the loss is nan at step "),
         ("--gain 0", "argument --gain: must be above 0 and below 1, got 0"),
     ],
 )

@@ -131,8 +131,6 @@ def test_names_inside_wrappers_are_the_plain_ones():
     y = tiny.outputs(compiled)
     assert not torch.allclose(y, base, atol=1e-3)
     assert_close(tiny.outputs(model), y)
-    state = lora_state_dict(compiled)
-    assert {name.replace("._orig_mod", "") for name in state} == lora_state_dict(plain).keys()
 
 
 @pytest.mark.parametrize("masked", [False, True])
