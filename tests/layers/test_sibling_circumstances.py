@@ -11,6 +11,7 @@ from operator import attrgetter
 
 import pytest
 import torch
+from peft_models import Quantised
 from sibling_models import QKV, Block, X, close, nothing_held, pair, results, said_by
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -76,10 +77,6 @@ CHANGES = {  # of a layer with an adapter: each may come at any time
     "bias": lambda v: setattr(v.base_layer, "bias", nn.Parameter(torch.ones(v.out_features))),
     "frozen": lambda v: v.lora_A.requires_grad_(not v.lora_A["default"].weight.requires_grad),
 }
-
-
-class Quantised(nn.Parameter):
-    """As torchao's are: what it computes is its own."""
 
 
 def test_inference_mode_few_tokens_and_what_a_layer_would_refuse(together, monkeypatch):

@@ -14,6 +14,7 @@ import tiny_models as tiny
 import torch
 from hostile_adapters import CONFIG, WEIGHTS
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft_models import Quantised
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -44,11 +45,8 @@ def mixtral():
     return tiny.decoder("Mixtral", num_local_experts=4)
 
 
-class Quantised(nn.Parameter):
-    """As torchao's are: more than its elements, so that no copy without memory can be made."""
-
-
 def quantised():
+    """No copy without memory can be made of it."""
     model = tiny.mlp()
     model.head.weight = Quantised(model.head.weight.detach())
     return model

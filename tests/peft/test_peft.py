@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from peft_models import X, add, config, grads, layers, pair, same, wrapped
+from peft_models import Quantised, Subclass, X, add, config, grads, layers, pair, same, wrapped
 from tiny_models import VOCABULARY, bert, gpt2, llama, mlp, outputs, train_a_little
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -69,14 +69,6 @@ def test_unpatching_a_parametrized_layer():
     assert type(layer) is lora.Linear
 
 
-class Other(nn.Linear):
-    pass
-
-
-class Weight(nn.Parameter):
-    """As torchao keeps in a plain nn.Linear."""
-
-
 def test_registered_configs_build_fused_layers(fused):
     asked = config(target_modules=["0", "2"])
     assert register(asked) is asked
@@ -93,8 +85,8 @@ def test_registered_configs_build_fused_layers(fused):
 
 
 def test_registered_configs_leave_the_rest_to_peft():
-    model = nn.Sequential(nn.Embedding(4, 6), Other(6, 6), nn.Linear(6, 6))
-    model[2].weight = Weight(model[2].weight.detach())
+    model = nn.Sequential(nn.Embedding(4, 6), Subclass(6, 6), nn.Linear(6, 6))
+    model[2].weight = Quantised(model[2].weight.detach())
     asked = register(LoraConfig(target_modules=["0", "1", "2"]))
     kinds = [type(layer) for layer in layers(get_peft_model(model, asked))]
     assert kinds == [lora.Embedding, lora.Linear, lora.Linear]

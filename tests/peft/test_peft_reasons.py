@@ -18,7 +18,7 @@ from peft import get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft_models import X, add, config, layers, pair, run, same, wrapped
+from peft_models import Quantised, Subclass, X, add, config, layers, pair, run, same, wrapped
 from tiny_models import mlp
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -29,14 +29,6 @@ from fastlora.peft import register
 from fastlora.peft.linear import FusedLinear
 
 # What is not fused runs PEFT's own code, and says so
-
-
-class Subclass(nn.Linear):
-    """As quantised layers are: a linear layer of a kind that is not known here."""
-
-
-class Weight(nn.Parameter):
-    pass
 
 
 class Input(torch.Tensor):
@@ -80,8 +72,8 @@ HOOK, PRE_HOOK = nn.Module.register_forward_hook, nn.Module.register_forward_pre
 BF16, LAYER = "torch.bfloat16", ", not PEFT's plain lora.Linear"
 # What is done to the LoRA layer of a model, and the reason.
 CHANGES = [
-    (quantised, f"{KIND}reasons.Subclass{PLAIN}"),
-    (own_weight(Weight), "its weight is a Weight of torch.float32, not a dense float"),
+    (quantised, f"{KIND}peft_models.Subclass{PLAIN}"),
+    (own_weight(Quantised), "its weight is a Quantised of torch.float32, not a dense float"),
     (own_weight(nn.Parameter, torch.int8), "its weight is a Parameter of torch.int8, not a dense"),
     (own_bias, "its base layer's bias is no parameter"),
     (own_forward, "it has a forward set on the object, as accelerate's hooks and X-LoRA do"),

@@ -7,10 +7,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from tiny_models import mlp, train_a_little
+from torch import nn
 
 from fastlora import patch_peft
 
 X = torch.linspace(-1, 1, 18).reshape(3, 6)
+
+
+class Quantised(nn.Parameter):
+    """As torchao's are: in a plain nn.Linear, and more than its elements."""
+
+
+class Subclass(nn.Linear):
+    """As quantised layers are: a linear layer of a kind that is not known here."""
 
 
 def config(**changes):

@@ -27,12 +27,12 @@ class Block(nn.Module):
         self.between = nn.functional.relu  # a lambda cannot be pickled
         self.used = QKV
 
-    def forward(self, x, other=None):
+    def forward(self, x):
         y = {"q": self.q(x)}
         self.between(x)
         for name in ("k", "v"):
             if name in self.used:
-                y[name] = getattr(self, name)(x if other is None else other)
+                y[name] = getattr(self, name)(x)
         parts = [y.get(name, torch.zeros(*x.shape[:-1], 4)) for name in QKV]
         return self.o(torch.cat(parts, -1))
 
@@ -50,17 +50,12 @@ def pair(make=Block, targets=("q", "v"), how=(QKV,), **changes):
     return plain.base_model.model, fused.base_model.model
 
 
-def results(block, *args, seed=2, x=X):
+def results(block, x=X):
     """Return the output and every gradient."""
-    torch.manual_seed(seed)
+    torch.manual_seed(2)
     x = x.clone().requires_grad_()
-    y = block(x, *args)
-    return [y, *gradients_of(y.square().sum(), block, x)]
-
-
-def gradients_of(loss, block, *xs):
-    trained = [p for p in block.parameters() if p.requires_grad]
-    return torch.autograd.grad(loss, [*xs, *trained], allow_unused=True)
+    y, trained = block(x), [p for p in block.parameters() if p.requires_grad]
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *trained], allow_unused=True)]
 
 
 def added(block, loss):
