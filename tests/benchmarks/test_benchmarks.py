@@ -9,6 +9,7 @@ import shutil
 import sys
 import weakref
 from pathlib import Path
+from unittest.mock import Mock
 
 import decoder_layer
 import end_to_end
@@ -24,7 +25,6 @@ from baselines import WAYS, Problem
 from test_baselines import DECODERS, EAGER, PROBLEM, assert_shared
 
 from fastlora.files import replace_file
-from fastlora.operator.tuning import interleaved
 
 Figure = pytest.importorskip("matplotlib.figure").Figure
 RESULTS = Path(run.__file__).parent / "results"
@@ -131,16 +131,12 @@ def written(folder):
 
 def test_a_run_writes_all_that_it_measures(tiny, tmp_path, capsys, monkeypatch):
     """Each file by `replace_file` alone, so that it is whole or as it was, whatever ends a run."""
-    replaced = set()
-
-    def recorded(path, write):
-        replaced.add(path)
-        replace_file(path, write)
-
+    replacing = Mock(wraps=replace_file)
     for module in (run, report):
-        monkeypatch.setattr(module, "replace_file", recorded)
+        monkeypatch.setattr(module, "replace_file", replacing)
     monkeypatch.setattr(Figure, "savefig", PAINT)
     result, table, pictures = made(tmp_path)
+    replaced = {of.args[0] for of in replacing.mock_calls}
     assert replaced == set(tmp_path.iterdir()) and len(replaced) == 7
     assert pictures == set(PICTURES) and result["left_out"] == []
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in tmp_path.glob("*.png"))
@@ -353,18 +349,14 @@ def test_a_name_that_nothing_has_is_refused(tiny, tmp_path, capsys):
 
 def test_few_tokens_on_a_gpu_are_timed_with_the_host_too(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "host_counts", lambda tokens, device: tokens == 20)
-    asked = []
-
-    def recorded(steps, device, seconds, least, with_host=False, **options):
-        asked.append((with_host, seconds))
-        return interleaved(steps, device, 0.0, least, with_host=with_host, **options)
-
+    recorded = Mock(wraps=measure.interleaved)
     monkeypatch.setattr(measure, "interleaved", recorded)
-    measure.measure(dataclasses.replace(PROBLEM, M=20), ["frozen"], 2.0)
-    assert asked == [(False, 1.0), (True, 1.0)]  # both in the time of one
-    asked.clear()
+    measure.measure(dataclasses.replace(PROBLEM, M=20), ["frozen"], 0.02)
+    assert [of.args[2] for of in recorded.mock_calls] == [0.01, 0.01]  # both in the time of one
+    recorded.reset_mock()
     result, table, _ = made(tmp_path)
-    assert [with_host for with_host, _ in asked] == [False, False, True, False, False, True, True]
+    with_host = [of.kwargs["with_host"] for of in recorded.mock_calls]
+    assert with_host == [False, False, True, False, False, True, True]
     many, few = (p["rows"] for p in result["problems"])
     for phase in measure.PHASES:
         assert all(row[phase]["with_host_s"] > 0 < row[phase]["with_host_ratio"] for row in few)
