@@ -3,6 +3,7 @@
 
 import copy
 import dataclasses
+from unittest.mock import Mock
 
 import baselines
 import decoder_layer
@@ -92,18 +93,14 @@ def assert_shared(frozen, ways):
 
 
 def test_layers_share_their_frozen_weights(small_decoders, monkeypatch):
-    layers, step = [], measure.Step
-
-    def recorded(layer, *inputs):
-        layers.append(layer)
-        return step(layer, *inputs)
-
+    steps = Mock(wraps=measure.Step)
     for module in (measure, decoder_layer):
-        monkeypatch.setattr(module, "Step", recorded)
+        monkeypatch.setattr(module, "Step", steps)
     problem = dataclasses.replace(PROBLEM, bias=True)
     measure.measure(problem, EAGER, 0.0)
     decoder = decoder_layer.Problem("biased", dtype=torch.float32, tokens=10)
     decoder_layer.measure(decoder, DECODERS, 0.0)
+    layers = [made.args[0] for made in steps.mock_calls]
     assert len(layers) == 11
     for ways, again in ((layers[:6], problem.linear()), (layers[6:], decoder_layer.Layer(decoder))):
         linears = [{m for m in way.modules() if type(m) is torch.nn.Linear} for way in ways]

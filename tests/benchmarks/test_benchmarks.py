@@ -9,6 +9,7 @@ import shutil
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import decoder_layer
@@ -345,6 +346,29 @@ def test_a_name_that_nothing_has_is_refused(tiny, tmp_path, capsys):
         made(tmp_path / "none", "--only", "Llama-9")
     said = "--only 'Llama-9' is in no name; there are: layer; plain; model"
     assert said in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_sections_share_the_time_that_is_left(tmp_path, monkeypatch):
+    """Of 100 s a problem of the first takes 40: it has 50, the other what is left then."""
+    taken, given = [], []
+    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: sum(taken)))
+    monkeypatch.setattr(run, "machine", lambda device: {})
+    monkeypatch.setattr(report, "write", lambda *_: None)
+
+    def section(name, takes, count):
+        def measure(problem, ways, seconds):
+            given.append(seconds)
+            taken.append(takes)
+            return []
+
+        posed = [decoder_layer.Problem(f"{name}{i}") for i in range(count)]
+        return run.Section(name, name, 0.5, posed, [], measure, lambda *_: [])
+
+    chosen = [section("decoder_layers", 40.0, 3), section("end_to_end", 1.0, 2)]
+    run.run(chosen, torch.device("cpu"), 100.0, tmp_path / "cpu.json")
+    (left_out,) = json.loads((tmp_path / "cpu.json").read_text())["left_out"]
+    assert left_out.startswith("decoder_layers2, ")
+    assert given == pytest.approx([run.TIMED * s for s in (50 / 3, 10 / 2, 20 / 2, 19)])
 
 
 def test_few_tokens_on_a_gpu_are_timed_with_the_host_too(tiny, tmp_path, monkeypatch):

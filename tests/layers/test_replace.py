@@ -6,6 +6,7 @@ from functools import partial
 from unittest import mock
 
 import peft
+import peft_models
 import pytest
 import tiny_models as tiny
 import torch
@@ -176,10 +177,6 @@ def compiled():
     return nn.Sequential(torch.compile(nn.Linear(6, 6), backend="eager"))
 
 
-def with_peft():
-    return peft.get_peft_model(tiny.mlp(), peft.LoraConfig(target_modules=["head"]))
-
-
 def within(kind):
     """A model in such a wrapper, without what its making needs."""
     wrapper = kind.__new__(kind)
@@ -206,7 +203,7 @@ REFUSED = [
     (nn.Sequential, ".*", {}, ValueError, "could be replaced: nothing"),
     (lambda: "model", ["head"], {}, TypeError, r"model must be an nn\.Module, got str"),
     (compiled, ["0"], {}, ValueError, r"is compiled by itself: .*\n.*: nothing"),
-    (with_peft, ["0"], {}, ValueError, "model.head is a BaseTunerLayer: patch_peft"),
+    (peft_models.wrapped, ["head"], {}, ValueError, "model.0 is a BaseTunerLayer: patch_peft"),
     (ddp, ["head"], {}, ValueError, "model is a DistributedDataParallel: replace first, then"),
     (fsdp, ".*head", {}, ValueError, "0 is a FullyShardedDataParallel: replace first, then"),
     (tiny.mlp, ["0"], {"r": 0}, ValueError, "r must be an int, 1 or more, got 0"),

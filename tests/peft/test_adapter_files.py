@@ -4,6 +4,7 @@
 import builtins
 import copy
 import errno
+import functools
 import json
 import os
 import re
@@ -41,10 +42,6 @@ def lora(*targets, **values):
     )
 
 
-def mixtral():
-    return tiny.decoder("Mixtral", num_local_experts=4)
-
-
 def quantised():
     """No copy without memory can be made of it."""
     model = tiny.mlp()
@@ -52,6 +49,7 @@ def quantised():
     return model
 
 
+mixtral = functools.partial(tiny.decoder, "Mixtral", num_local_experts=4)
 PATTERNS = {
     "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 5},
     "alpha_pattern": {r"layers\.0\..*": 2.5},

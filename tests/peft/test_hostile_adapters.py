@@ -20,8 +20,6 @@ import fastlora
 from fastlora import load_adapter, save_adapter
 from fastlora.peft import files, patch
 
-EMBEDDING = f"{P}model.embed_tokens.weight"
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -186,7 +184,7 @@ def test_other_embeddings_have_to_be_allowed(tmp_path, monkeypatch):
     assert tiny.same(before, tiny.bits(plain))
     loaded = load_adapter(plain, tmp_path, trusted=True)
     torch.testing.assert_close(tiny.outputs(loaded), tiny.outputs(model), rtol=1e-4, atol=1e-5)
-    put(tmp_path, EMBEDDING, torch.zeros(7, 16))
+    put(tmp_path, f"{P}model.embed_tokens.weight", torch.zeros(7, 16))
     with pytest.raises(ValueError, match=r"embed_tokens.weight must be \[40, 16\]"):
         load_adapter(tiny.llama(), tmp_path, trusted=True)
 
