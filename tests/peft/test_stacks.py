@@ -2,6 +2,7 @@
 """PEFT models of every kind, and by what people train them: patched, their losses are the same."""
 
 import copy
+from functools import partial
 
 import pytest
 import tiny_models as tiny
@@ -16,21 +17,11 @@ from fastlora import patch_peft
 
 STEPS = 4
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-MODELS = {
-    "Llama": tiny.llama,
-    "Qwen2": lambda: tiny.decoder("Qwen2"),
-    "Qwen3": lambda: tiny.decoder("Qwen3", head_dim=4),
-    "Gemma": lambda: tiny.decoder("Gemma", head_dim=4),
-    "Gemma3": lambda: tiny.decoder("Gemma3", head_dim=4),
-    "Phi": lambda: tiny.decoder("Phi"),
-    "Phi3": lambda: tiny.decoder("Phi3", eos_token_id=1),
-    "Mistral": lambda: tiny.decoder("Mistral"),
-    "GPT-2": tiny.gpt2,
-    "BERT": tiny.bert,
-    "T5": tiny.t5,
-    "ViT": tiny.vit,
-    "diffusion": tiny.diffusion_transformer,
-}
+DECODERS = {"Qwen2": {}, "Qwen3": {"head_dim": 4}, "Gemma": {"head_dim": 4}, "Mistral": {}}
+DECODERS |= {"Gemma3": {"head_dim": 4}, "Phi": {}, "Phi3": {"eos_token_id": 1}}
+MODELS = {name: partial(tiny.decoder, name, **changes) for name, changes in DECODERS.items()}
+MODELS |= {"Llama": tiny.llama, "GPT-2": tiny.gpt2, "BERT": tiny.bert, "T5": tiny.t5}
+MODELS |= {"ViT": tiny.vit, "diffusion": tiny.diffusion_transformer}
 ALONE = ("GPT-2", "Phi3")  # have one layer each for what others have siblings for
 GATED = ("Llama", "Qwen2", "Qwen3", "Gemma", "Gemma3", "Mistral")
 DIFFUSION = {"hidden_states": torch.zeros(1, 4, 8, 8, dtype=torch.float64)}
