@@ -368,8 +368,6 @@ WRONG_TYPES = [
     (None, {"r": 2.0}, "r must be an int, 1 or more, got 2.0"),
     (None, {"r": True}, "r must be an int, 1 or more, got True"),
     (None, {"lora_alpha": "8"}, "lora_alpha must be finite, got '8'"),
-    (None, {"lora_alpha": True}, "lora_alpha must be finite, got True"),
-    (None, {"lora_dropout": True}, "lora_dropout must be between 0 and 1, got True"),
     (None, {"adapter_dtype": torch.bfloat16}, "adapter_dtype must be .* got torch.bfloat16"),
 ]
 WRONG_VALUES = [
