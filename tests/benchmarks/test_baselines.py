@@ -38,8 +38,7 @@ def test_all_ways_compute_the_same_layer():
     frozen = found.pop("frozen")
     assert len(frozen) == 2
     for way, mine in found.items():
-        for one, other in zip(mine, found["PEFT"], strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=way)
+        torch.testing.assert_close(mine, found["PEFT"], rtol=1e-4, atol=1e-4, msg=way)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
@@ -51,8 +50,7 @@ def test_lorafusion_as_on_a_gpu(p, monkeypatch):
     monkeypatch.setattr(baselines, "on_gpu", lambda t: True)
     torch.manual_seed(0)
     found = outputs(problem, ["LoRAFusion schedule"])
-    for one, other in zip(*expected.values(), *found.values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*found.values(), *expected.values(), rtol=1e-4, atol=1e-4)
 
 
 def test_lorafusion_scales_the_narrow_factor(monkeypatch):
@@ -77,8 +75,7 @@ def test_all_ways_compute_the_same_decoder_layer(name, small_decoders):
         found[way] = [*ys, *torch.autograd.grad(ys, [x], dys)]
     assert len(found) == 4
     for way, mine in found.items():
-        for one, other in zip(mine, found["PEFT"], strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=way)
+        torch.testing.assert_close(mine, found["PEFT"], rtol=1e-4, atol=1e-4, msg=way)
 
 
 def assert_shared(frozen, ways):
@@ -106,5 +103,4 @@ def test_layers_share_their_frozen_weights(small_decoders, monkeypatch):
         linears = [{m for m in way.modules() if type(m) is torch.nn.Linear} for way in ways]
         assert len(set().union(*linears)) == sum(map(len, linears))  # PEFT puts its own around it
         assert_shared(ways[0], ways[1:])
-        for used, fresh in zip(ways[0].parameters(), again.parameters(), strict=True):
-            assert torch.equal(used, fresh)
+        assert all(map(torch.equal, ways[0].parameters(), again.parameters()))

@@ -393,9 +393,8 @@ def test_shapes_autocast_sixteen_bits_and_several_adapters(runs):
     with torch.autocast("cpu", torch.bfloat16):
         close(results(fused), results(plain), 5e-2)
         assert fused(X).dtype == torch.bfloat16
-    half = [model.to(torch.bfloat16) for model in (fused, plain)]
-    for found in zip(*(results(model, x=X.bfloat16()) for model in half), strict=True):
-        torch.testing.assert_close(*found, rtol=0.1, atol=0.1)
+    half = (results(model.to(torch.bfloat16), x=X.bfloat16()) for model in (fused, plain))
+    torch.testing.assert_close(*half, rtol=0.1, atol=0.1)
     models = wrapped(MLP, ALL), wrapped(MLP, ALL)
     for model in models:
         add(model, r=2, target_modules=["open"])
