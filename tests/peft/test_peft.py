@@ -4,12 +4,13 @@
 import copy
 import pickle
 
+import peft_models
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from peft_models import Quantised, Subclass, X, add, config, grads, layers, pair, same, wrapped
+from peft_models import X, add, config, grads, layers, pair, same, same_kinds, wrapped
 from tiny_models import VOCABULARY, bert, gpt2, llama, mlp, outputs, train_a_little
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -20,11 +21,6 @@ from fastlora.peft import register
 from fastlora.peft.linear import FusedLinear
 
 # One line, reversible
-
-
-def assert_same_kinds(model, plain):
-    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
-    assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in plain.modules()]
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, bert])
@@ -41,7 +37,7 @@ def test_a_model_is_patched_and_unpatched(make, fused):
     assert patch_peft(model) == report
     for _ in range(2):
         unpatch_peft(model)
-        assert_same_kinds(model, plain)
+        same_kinds(model, plain)
     assert torch.equal(outputs(model), before) and len(fused) == len(report.fused)
 
 
@@ -85,8 +81,8 @@ def test_registered_configs_build_fused_layers(fused):
 
 
 def test_registered_configs_leave_the_rest_to_peft():
-    model = nn.Sequential(nn.Embedding(4, 6), Subclass(6, 6), nn.Linear(6, 6))
-    model[2].weight = Quantised(model[2].weight.detach())
+    model = nn.Sequential(nn.Embedding(4, 6), peft_models.Subclass(6, 6), nn.Linear(6, 6))
+    model[2].weight = peft_models.Quantised(model[2].weight.detach())
     asked = register(LoraConfig(target_modules=["0", "1", "2"]))
     kinds = [type(layer) for layer in layers(get_peft_model(model, asked))]
     assert kinds == [lora.Embedding, lora.Linear, lora.Linear]
@@ -205,8 +201,8 @@ def test_a_mixed_model(fused):
     assert len(fused) == 2  # the others with their siblings
     copied = copy.deepcopy(model)
     unpatch_peft(copied)
-    assert [type(m) for m in copied.modules()] == [type(m) for m in plain.modules()]
-    assert_same_kinds(model.unload(), plain.unload())
+    same_kinds(copied, plain)
+    same_kinds(model.unload(), plain.unload())
 
 
 def test_dropout_keeps_what_it_should(fused):

@@ -64,6 +64,12 @@ def same(plain, patched, x=X, **tolerance):
     torch.testing.assert_close(grads(patched, x), expected, **tolerance)
 
 
+def same_kinds(model, plain):
+    """Assert that modules are of the same classes, and hold what the others do."""
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in plain.modules()]
+
+
 def layers(model):
     return [module for module in model.modules() if isinstance(module, lora.LoraLayer)]
 
