@@ -45,6 +45,8 @@ def test_explains_a_layer_and_a_model():
     assert shapes == {(16, 16), (8, 16), (24, 16), (16, 24)}
     config = LoraConfig(r=4, target_modules=["0"])
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(32, 48)), config)
+    with pytest.raises(ValueError, match="no layer of PEFT's that patch_peft"):
+        fastlora.explain(model)
     model.add_adapter("other", LoraConfig(r=2, target_modules=["0"], lora_bias=True))
     model.base_model.set_adapter(["default", "other"])
     fastlora.patch_peft(model)

@@ -184,9 +184,6 @@ def test_a_disk_that_is_full(kind, most, folder):
     assert not list(folder.glob(".*.tmp"))
 
 
-# Locks, and what a kill leaves behind
-
-
 @needs_fork
 def test_locks_end_with_their_block_and_are_not_waited_for_without_end(tmp_path, monkeypatch):
     Adapter.save(tmp_path, 1.0)
@@ -219,9 +216,6 @@ def test_what_kills_have_left_is_removed_when_it_is_old_and_else_harmless(folder
     os.rename(config, folder / f".{config.name}.999.abcd.tmp")  # killed between the two names
     config.write_bytes(old)
     assert Adapter.load(folder) == 2.0
-
-
-# Memory
 
 
 LINEARS = ["q", "k", "v", "gate", "up", "down"]
@@ -265,9 +259,6 @@ def test_out_of_memory_in_the_middle(module, name, fused, monkeypatch):
             step(block)
         found = step(block)
     assert all(map(torch.equal, found, expected))
-
-
-# Processes
 
 
 @needs_fork

@@ -3,6 +3,7 @@
 
 import copy
 import dataclasses
+from unittest.mock import Mock
 
 import baselines
 import decoder_layer
@@ -37,8 +38,7 @@ def test_all_ways_compute_the_same_layer():
     frozen = found.pop("frozen")
     assert len(frozen) == 2
     for way, mine in found.items():
-        for one, other in zip(mine, found["PEFT"], strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=way)
+        torch.testing.assert_close(mine, found["PEFT"], rtol=1e-4, atol=1e-4, msg=way)
 
 
 @pytest.mark.parametrize(("weights", "module"), [("nf4", "bitsandbytes"), ("int8", "torchao")])
@@ -59,8 +59,7 @@ def test_lorafusion_as_on_a_gpu(p, monkeypatch):
     monkeypatch.setattr(baselines, "on_gpu", lambda t: True)
     torch.manual_seed(0)
     found = outputs(problem, ["LoRAFusion schedule"])
-    for one, other in zip(*expected.values(), *found.values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*found.values(), *expected.values(), rtol=1e-4, atol=1e-4)
 
 
 def test_lorafusion_scales_the_narrow_factor(monkeypatch):
@@ -85,8 +84,7 @@ def test_all_ways_compute_the_same_decoder_layer(name, small_decoders):
         found[way] = [*ys, *torch.autograd.grad(ys, [x], dys)]
     assert len(found) == 4
     for way, mine in found.items():
-        for one, other in zip(mine, found["PEFT"], strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=way)
+        torch.testing.assert_close(mine, found["PEFT"], rtol=1e-4, atol=1e-4, msg=way)
 
 
 def assert_shared(frozen, ways):
@@ -101,22 +99,17 @@ def assert_shared(frozen, ways):
 
 
 def test_layers_share_their_frozen_weights(small_decoders, monkeypatch):
-    layers, step = [], measure.Step
-
-    def recorded(layer, *inputs):
-        layers.append(layer)
-        return step(layer, *inputs)
-
+    steps = Mock(wraps=measure.Step)
     for module in (measure, decoder_layer):
-        monkeypatch.setattr(module, "Step", recorded)
+        monkeypatch.setattr(module, "Step", steps)
     problem = dataclasses.replace(PROBLEM, bias=True)
     measure.measure(problem, EAGER, 0.0)
     decoder = decoder_layer.Problem("biased", dtype=torch.float32, tokens=10)
     decoder_layer.measure(decoder, DECODERS, 0.0)
+    layers = [made.args[0] for made in steps.mock_calls]
     assert len(layers) == 11
     for ways, again in ((layers[:6], problem.linear()), (layers[6:], decoder_layer.Layer(decoder))):
         linears = [{m for m in way.modules() if type(m) is torch.nn.Linear} for way in ways]
         assert len(set().union(*linears)) == sum(map(len, linears))  # PEFT puts its own around it
         assert_shared(ways[0], ways[1:])
-        for used, fresh in zip(ways[0].parameters(), again.parameters(), strict=True):
-            assert torch.equal(used, fresh)
+        assert all(map(torch.equal, ways[0].parameters(), again.parameters()))

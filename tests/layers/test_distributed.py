@@ -105,20 +105,6 @@ def trains_as_one(rank, whose, how, folder):
         assert torch.equal(value, before[name]) == ("lora_" not in name), name
 
 
-@contextlib.contextmanager
-def counted():
-    """Yield what counts the calls of PEFT's layers, of siblings and of gated MLPs, as they run."""
-    fused = mock.Mock(wraps=peft_layer.lora_sum)
-    groups = mock.Mock(wraps=functional)
-    mlps = mock.Mock(wraps=gated.run)
-    with (
-        mock.patch.object(peft_layer, "lora_sum", fused),
-        mock.patch.object(siblings, "functional", groups),
-        mock.patch.object(gated, "run", mlps),
-    ):
-        yield lambda: (fused.call_count, groups.run_checked.call_count, mlps.call_count)
-
-
 def worker(rank, folder):
     """Note what each case comes to, and leave without freeing the process group.
 
@@ -130,13 +116,18 @@ def worker(rank, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    # The calls of PEFT's layers, of siblings and of gated MLPs are counted as they run.
+    fused = peft_layer.lora_sum = mock.Mock(wraps=peft_layer.lora_sum)
+    groups = siblings.functional = mock.Mock(wraps=functional)
+    mlps = gated.run = mock.Mock(wraps=gated.run)
     try:
         for whose, how in CASES:
             if how == "fsdp2" and not AVERAGES:
                 continue
-            with counted() as calls:
-                trains_as_one(rank, whose, how, folder / f"{whose}-{how}-saved")
-            calls = calls()
+            for each in (fused, groups, mlps):
+                each.reset_mock()
+            trains_as_one(rank, whose, how, folder / f"{whose}-{how}-saved")
+            calls = fused.call_count, groups.run_checked.call_count, mlps.call_count
             wanted = {"patched": (2 * STEPS, 0, 0), "siblings": (0, STEPS, STEPS)}
             assert calls == wanted.get(whose, (0, 0, 0)), calls
             dist.barrier()  # the other process may still be asking for this one's shards

@@ -107,8 +107,7 @@ def test_first_and_second_derivatives(function, act):
         torch.autograd.grad(value(), inputs, dy, create_graph=flag, materialize_grads=True)
         for flag in (False, True)
     )
-    for mine, theirs in zip(differentiable, plain, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(differentiable, plain, rtol=1e-12, atol=1e-12)
     assert gradcheck(value, inputs)
     assert gradgradcheck(value, inputs)
 
@@ -137,7 +136,7 @@ def test_only_what_is_asked_for():
         if any(asked):
             expected = [grad for grad, flag in zip(full, asked, strict=True) if flag]
             found = torch.autograd.grad(y, [t for t in names if t.requires_grad], dy)
-            torch.testing.assert_close([*found], expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_kept_for_backward():

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
-from sibling_models import COPIES, X, close, results, said_by, wrapped
-from tiny_models import decoder, t5
+from peft.tuners import lora
+from peft_models import add
+from sibling_models import COPIES, X, added, close, results, said_by, wrapped
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -123,17 +124,6 @@ def runs(monkeypatch):
     return found
 
 
-# Which modules are one
-
-
-@pytest.mark.parametrize(("targets", "p"), [(ALL, 0.0), (["open"], 0.4), (["out"], 0.4)])
-def test_the_same_outputs_gradients_and_dropout(targets, p, runs):
-    """Whichever of the two is activated, and whichever has an adapter."""
-    plain, fused = pair(targets=targets, lora_dropout=p)
-    close(results(fused), results(plain))
-    assert runs == ["silu"]
-
-
 @pytest.mark.parametrize("make", LOOKALIKES.values(), ids=LOOKALIKES)
 def test_what_only_looks_like_one(make, runs):
     plain, model = wrapped(make, ALL), wrapped(make, ALL)
@@ -218,11 +208,6 @@ def test_the_report_says_why_not():
     assert f"  not as one operator: Computing ({why})" in str(report).splitlines()
     assert report.gated_mlps == [("base_model.model.4", ("open", "wide", "out"))]
     assert len(report.siblings) == 4 and "gated MLP: open, wide, out" in str(report)
-    # Phi-3 has one for gate and up, GPT-OSS stacks those of its experts, T5 drops in between.
-    for model in (decoder("Phi3"), decoder("GptOss"), t5()):
-        model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
-        report = patch_peft(model, fuse_siblings=True)
-        assert report.gated_mlps == report.lookalikes == []
 
 
 class Renamed(MLP):
@@ -248,7 +233,6 @@ CALLS = "its forward calls open, wide, out"
 NO_MORE = [
     (Renamed, X, CALLS),
     (MLP, [("open", "out")], CALLS),
-    (MLP, [("out", "wide")], CALLS),
     (Hiding, [("open", "wide")], CALLS),
     (lambda: add_hook_to_module(MLP(), ModelHook()), X, "it has a forward of its own"),
     (Last, X, "its class takes no subclass: Last is final"),
@@ -266,9 +250,6 @@ def test_what_has_the_formula_of_one_and_is_none(make, how, why, runs):
     assert runs == []
 
 
-# Where it has to run as it is
-
-
 class Heir(MLP):
     """Has its forward from its parent, a dropout that it never calls, and what it never reads."""
 
@@ -282,14 +263,6 @@ def other_code(patch, mlp):
         return self.out(self.wide(x) * self.act(self.open(x)) * 2)
 
     patch.setattr(MLP.forward, "__code__", forward.__code__)
-
-
-def other_attributes(patch, mlp):
-    def got(self, name):
-        found = nn.Module.__getattr__(self, name)
-        return doubled(found) if name == "open" else found
-
-    patch.setattr(MLP, "__getattr__", got)
 
 
 def other_class(patch, mlp):
@@ -313,7 +286,6 @@ CHANGES = {
     "the forward's code": other_code,
     "an attribute before a layer": lambda p, m: vars(m).update(open=doubled(m.open)),
     "a property": lambda p, m: p.setattr(MLP, "open", OPEN_TWICE, raising=False),
-    "how attributes are found": other_attributes,
     "a layer's class": other_class,
     "the activation's class": lambda p, m: setattr(m.act, "__class__", Swish),
     "the activation's forward": lambda p, m: setattr(m.act, "forward", doubled(m.act.forward)),
@@ -354,7 +326,7 @@ def test_what_a_forward_does_not_load_is_free(runs):
     for how in ("tanh", "none"):  # an activation that changes is followed
         for mlp in models:
             mlp.how = how
-        close(*map(results, models), 1e-6)
+        close(*map(results, models), 1e-5)
     for mlp in models:  # a forward of the object's own may call that of its class
         mlp.forward = doubled(mlp.forward)
     close(*map(results, models))
@@ -406,8 +378,7 @@ def test_checkpointing(reentrant, runs):
         torch.manual_seed(2)
         x = X.clone().requires_grad_()
         y = call(x)
-        y.square().sum().backward()
-        found.append([y, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+        found.append([y, *added(model, y.square().sum()), x.grad])
     close(*found)
     # Without reentry forward ends where backward has what it needs: before the output.
     assert runs == ["silu"] * (2 if reentrant else 1)
@@ -422,21 +393,15 @@ def test_shapes_autocast_sixteen_bits_and_several_adapters(runs):
     with torch.autocast("cpu", torch.bfloat16):
         close(results(fused), results(plain), 5e-2)
         assert fused(X).dtype == torch.bfloat16
-    half = [model.to(torch.bfloat16) for model in (fused, plain)]
-    for found in zip(*(results(model, x=X.bfloat16()) for model in half), strict=True):
-        torch.testing.assert_close(*found, rtol=0.1, atol=0.1)
+    half = (results(model.to(torch.bfloat16), x=X.bfloat16()) for model in (fused, plain))
+    torch.testing.assert_close(*half, rtol=0.1, atol=0.1)
     models = wrapped(MLP, ALL), wrapped(MLP, ALL)
     for model in models:
-        torch.manual_seed(6)
-        asked = LoraConfig(r=2, target_modules=["open"], init_lora_weights=False)
-        model.add_adapter("other", asked)
+        add(model, r=2, target_modules=["open"])
         model.base_model.set_adapter(["default", "other"])
     patch_peft(models[0], fuse_siblings=X)
     close(*map(results, models))
     assert runs == ["silu"] * 6
-
-
-# Copies, and taken back
 
 
 @pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
@@ -473,16 +438,19 @@ def test_under_peft(targets, runs):
 
 
 def test_sharded_and_taken_back(one_process, runs):
-    plain, model = (wrapped(MLP, ["open", "out"]) for _ in range(2))
+    """Also one of PEFT's layers alone."""
+    make = lambda: nn.Sequential(MLP(), nn.Linear(6, 6))  # noqa: E731
+    plain, model = (wrapped(make, ["open", "out", "1"]) for _ in range(2))
     patch_peft(model, fuse_siblings=X)
-    mlp = model.base_model.model
-    fully_shard(mlp)
-    fully_shard(model)
-    assert type(mlp).__name__ == "FSDPFusedMLP"
+    inner = model.base_model.model
+    for each in (*inner, model):
+        fully_shard(each)
+    assert [type(m).__name__ for m in inner] == ["FSDPFusedMLP", "FSDPFusedLinear"]
     with torch.no_grad():
         close([model(X)], [plain(X)])
         assert runs == ["silu"]
         unpatch_peft(model)
-        assert type(mlp).__name__ == "FSDPMLP" and type(mlp).__bases__[1] is MLP
+        assert [type(m).__name__ for m in inner] == ["FSDPMLP", "FSDPLinear"]
+        assert [type(m).__bases__[1] for m in inner] == [MLP, lora.Linear]
         close([model(X)], [plain(X)])
-    assert runs == ["silu"] and type(mlp.wide) is nn.Linear
+    assert runs == ["silu"] and type(inner[0].wide) is nn.Linear

@@ -2,9 +2,11 @@
 """`replace_linears` and `lora_state_dict`: what is replaced, what trains, what is saved."""
 
 import copy
+from functools import partial
 from unittest import mock
 
 import peft
+import peft_models
 import pytest
 import tiny_models as tiny
 import torch
@@ -38,13 +40,6 @@ def replaced(make=tiny.llama, names=("q_proj", "v_proj"), **arguments):
     model = make()
     replace_linears(model, names, **FALSE, **arguments)
     return model
-
-
-def unlike(a, b):
-    return not torch.allclose(a, b, atol=1e-3)
-
-
-# What is replaced
 
 
 NAMES = [
@@ -135,10 +130,8 @@ def test_names_inside_wrappers_are_the_plain_ones():
     report = replace_linears(compiled, r".*_proj", **FALSE)
     assert sorted(report.fused) == sorted(lora_names(plain)) and report.not_fused == []
     y = tiny.outputs(compiled)
-    assert unlike(y, base)
+    assert not torch.allclose(y, base, atol=1e-3)
     assert_close(tiny.outputs(model), y)
-    state = lora_state_dict(compiled)
-    assert {name.replace("._orig_mod", "") for name in state} == lora_state_dict(plain).keys()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -158,7 +151,7 @@ def test_pytorch_s_fast_path_does_not_pass_an_adapter_by(masked):
         f"layers.{i}.self_attn.out_proj" for i in (0, 1)
     ]
     y = seen(model)
-    assert unlike(y, base)
+    assert not torch.allclose(y, base, atol=1e-3)
     with torch.no_grad():
         assert_close(seen(model), y)
         assert_close(seen(copy.deepcopy(model)), y)
@@ -180,15 +173,8 @@ def test_siblings(how, together):
     assert trainable(model) == trainable(alone)
 
 
-# What is refused, with the model as it was
-
-
 def compiled():
     return nn.Sequential(torch.compile(nn.Linear(6, 6), backend="eager"))
-
-
-def with_peft():
-    return peft.get_peft_model(tiny.mlp(), peft.LoraConfig(target_modules=["head"]))
 
 
 def within(kind):
@@ -199,8 +185,7 @@ def within(kind):
     return wrapper
 
 
-def ddp():
-    return within(DistributedDataParallel)
+ddp = partial(within, DistributedDataParallel)
 
 
 def fsdp():
@@ -218,7 +203,7 @@ REFUSED = [
     (nn.Sequential, ".*", {}, ValueError, "could be replaced: nothing"),
     (lambda: "model", ["head"], {}, TypeError, r"model must be an nn\.Module, got str"),
     (compiled, ["0"], {}, ValueError, r"is compiled by itself: .*\n.*: nothing"),
-    (with_peft, ["0"], {}, ValueError, "model.head is a BaseTunerLayer: patch_peft"),
+    (peft_models.wrapped, ["head"], {}, ValueError, "model.0 is a BaseTunerLayer: patch_peft"),
     (ddp, ["head"], {}, ValueError, "model is a DistributedDataParallel: replace first, then"),
     (fsdp, ".*head", {}, ValueError, "0 is a FullyShardedDataParallel: replace first, then"),
     (tiny.mlp, ["0"], {"r": 0}, ValueError, "r must be an int, 1 or more, got 0"),
@@ -247,9 +232,6 @@ def test_a_failure_half_way_changes_nothing(error):
     assert tiny.same(before, tiny.bits(model))
 
 
-# What is saved
-
-
 @ignores_wrappers
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_adapters_are_what_is_saved_and_loaded(merged):
@@ -266,9 +248,6 @@ def test_the_adapters_are_what_is_saved_and_loaded(merged):
     assert_close(tiny.outputs(other), y)
     with pytest.raises(ValueError, match="Sequential has no LoRALinear; replace_linears"):
         lora_state_dict(tiny.mlp())
-
-
-# Under accelerate, and checkpointed
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -11,6 +11,7 @@ from operator import attrgetter
 
 import pytest
 import torch
+from peft_models import Quantised
 from sibling_models import QKV, Block, X, close, nothing_held, pair, results, said_by
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -22,9 +23,6 @@ from fastlora.layers.siblings import FrozenLinear
 from fastlora.operator import plans
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
-
-
-# What may change in between
 
 
 def test_another_stream(together, monkeypatch):
@@ -79,13 +77,6 @@ CHANGES = {  # of a layer with an adapter: each may come at any time
     "bias": lambda v: setattr(v.base_layer, "bias", nn.Parameter(torch.ones(v.out_features))),
     "frozen": lambda v: v.lora_A.requires_grad_(not v.lora_A["default"].weight.requires_grad),
 }
-
-
-# Who looks on
-
-
-class Quantised(nn.Parameter):
-    """As torchao's are: what it computes is its own."""
 
 
 def test_inference_mode_few_tokens_and_what_a_layer_would_refuse(together, monkeypatch):
@@ -165,8 +156,6 @@ def test_keywords(together):
     own, *ours = [[(p.name, p.kind, p.default) for p in each] for each in taken]
     assert ours == [own, own]
 
-
-# Any order
 
 ADAPTED = "0.q", "0.v", "1.k", "1.v"
 

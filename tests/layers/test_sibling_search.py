@@ -2,14 +2,15 @@
 """Siblings are found in models of every kind, and said; what can't be found is said as well."""
 
 import copy
+import functools
 from collections import UserList
 
+import peft_models
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
 from sibling_models import QKV, Block, X, close, results, wrapped
-from test_stacks import ATTENTION, MODELS, loss_of
+from test_stacks import loss_of
 from tiny_models import VOCABULARY, bits, llama, same, vit
 from torch import nn
 
@@ -17,14 +18,10 @@ import fastlora
 from fastlora import patch_peft
 from fastlora.layers.siblings import find
 
-
-def adapted(model, targets="all-linear", **changes):
-    torch.manual_seed(3)
-    asked = {"r": 3, "init_lora_weights": False, "target_modules": targets, **changes}
-    return get_peft_model(model, LoraConfig(**asked))
+adapted = functools.partial(peft_models.wrapped, target_modules="all-linear")
 
 
-@pytest.mark.parametrize("how", [{"x": X}, X, [QKV], [["q", "k", "v"]]], ids=str)
+@pytest.mark.parametrize("how", [{"x": X}, X, [QKV], UserList([list(QKV)])], ids=str)
 def test_ways_to_say_which(how, together):
     plain, model = wrapped(), wrapped()
     report = patch_peft(model, fuse_siblings=how)
@@ -44,42 +41,6 @@ def test_finding_them_leaves_the_model_as_it_was():
     assert same(before, bits(model)) and torch.equal(state, torch.get_rng_state())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
-
-ALONE = ("GPT-2", "Phi3")  # have one layer each for what others have siblings for
-GATED = ("Llama", "Qwen2", "Qwen3", "Gemma", "Gemma3", "Mistral")
-DIFFUSION = {"hidden_states": torch.zeros(1, 4, 8, 8, dtype=torch.float64)}
-DIFFUSION |= dict.fromkeys(("timestep", "class_labels"), torch.tensor([1]))
-
-
-@pytest.fixture
-def float64(monkeypatch):
-    """New tensors are of it, and what transformers would compute in float32."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
-@pytest.mark.parametrize("name", MODELS)
-def test_models(name, float64, together):
-    """PEFT's own losses and gradients: in float64, where rounding hides nothing."""
-    plain = adapted(MODELS[name]().double(), ATTENTION if name == "diffusion" else "all-linear")
-    model = copy.deepcopy(plain)
-    report = patch_peft(model, fuse_siblings=DIFFUSION if name == "diffusion" else True)
-    assert len(report.gated_mlps) == 2 * (name.split()[0] in GATED)
-    found = []
-    for each in (model, plain):
-        loss = loss_of(each, name)
-        grads = torch.autograd.grad(loss, [p for p in each.parameters() if p.requires_grad])
-        found.append((loss.item(), torch.cat([grad.flatten() for grad in grads])))
-    (loss, grads), (plain_loss, plain_grads) = found
-    assert loss == pytest.approx(plain_loss, abs=1e-9)
-    assert (grads - plain_grads).norm() <= 1e-10 * plain_grads.norm()
-    assert bool(together) != (name in ALONE)
-
-
-# What models of transformers say of their inputs
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 SIZES["num_attention_heads"] = 2
@@ -126,11 +87,11 @@ class Says(Block):
 def test_what_a_model_says_need_not_be_batches_of_tensors(monkeypatch):
     own = {"x": X, "scale": torch.tensor(2.0), "twice": True, "other": None}
     monkeypatch.setattr(Says, "dummy_inputs", own, raising=False)
-    report = patch_peft(adapted(Says(), ["q"]), fuse_siblings=True)
+    report = patch_peft(adapted(Says(), target_modules=["q"]), fuse_siblings=True)
     assert [names for _, names in report.siblings] == [QKV]
     monkeypatch.setattr(Says, "dummy_inputs", [X])
     with pytest.raises(ValueError, match="Says says of no input"):
-        patch_peft(adapted(Says(), ["q"]), fuse_siblings=True)
+        patch_peft(adapted(Says(), target_modules=["q"]), fuse_siblings=True)
 
 
 def test_a_model_of_two():
@@ -138,12 +99,12 @@ def test_a_model_of_two():
     bert = {**SIZES, "vocab_size": VOCABULARY, "is_decoder": True, "add_cross_attention": True}
     decoder = transformers.BertLMHeadModel(transformers.BertConfig(**bert))
     model = transformers.VisionEncoderDecoderModel(encoder=vit().vit, decoder=decoder)
-    report = patch_peft(adapted(model, ["q_proj", "query", "key"]), fuse_siblings=True)
+    report = patch_peft(
+        adapted(model, target_modules=["q_proj", "query", "key"]), fuse_siblings=True
+    )
     of_text = ("query", "key", "value"), ("key", "value")
     assert {names for _, names in report.siblings} == {THREE, *of_text}
 
-
-# What can't be found
 
 WRONG = [
     (True, ValueError, r"says of no input .*; give another.*fuse_siblings=\[\('q', 'k', 'v'\)"),
@@ -168,17 +129,12 @@ def test_wrong_ways_to_say_which(how, kind, said):
     assert same(before, bits(model))
 
 
-def test_any_sequence_says_which():
-    report = patch_peft(wrapped(), fuse_siblings=UserList([UserList(QKV)]))
-    assert [names for _, names in report.siblings] == [QKV]
-
-
 def test_an_error_names_only_what_the_model_has():
     model = adapted(vit())
     with pytest.raises(ValueError, match="raised") as error:
         patch_peft(model, fuse_siblings={"input_ids": torch.zeros(1, 2, dtype=torch.long)})
     assert f"fuse_siblings={[THREE]}" in str(error.value)
-    model = adapted(nn.Sequential(nn.Linear(6, 6)), ["0"])
+    model = adapted(nn.Sequential(nn.Linear(6, 6)), target_modules=["0"])
     with pytest.raises(ValueError, match="says of no input") as error:
         patch_peft(model, fuse_siblings=True)
     assert "such as" not in str(error.value)
@@ -196,22 +152,17 @@ def test_one_layer_under_two_names_and_a_sibling_trained_in_full():
     results(model.base_model.model)
 
 
-# Models that are unloaded
-
-
 @pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
 def test_unloaded_models_are_plain(how):
     """No class and no group of ours is left, also of a gated MLP that only down had made one."""
-    plain, patched = (adapted(llama(), ["q_proj", "down_proj"]) for _ in range(2))
+    plain, patched = (adapted(llama(), target_modules=["q_proj", "down_proj"]) for _ in range(2))
     report = patch_peft(patched, fuse_siblings=True)
     assert [names for _, names in report.siblings] == [THREE] * 2
     assert [names for _, names in report.gated_mlps] == [("gate_proj", "up_proj", "down_proj")] * 2
     assert "  siblings: q_proj, k_proj, v_proj x2\n  gated MLP: gate_proj, up" in str(report)
     models = [getattr(model, how)() for model in (plain, patched, copy.deepcopy(patched))]
     for model in models[1:]:
-        assert [type(m) for m in model.modules()] == [type(m) for m in models[0].modules()]
-        for mine, theirs in zip(model.modules(), models[0].modules(), strict=True):
-            assert vars(mine).keys() == vars(theirs).keys()
+        peft_models.same_kinds(model, models[0])
         close([loss_of(model)], [loss_of(models[0])])
     with pytest.raises(ValueError, match=r"holds no LoRALinear .* what was merged runs as a plain"):
         fastlora.explain(models[1])

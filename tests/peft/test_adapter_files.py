@@ -4,6 +4,7 @@
 import builtins
 import copy
 import errno
+import functools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import tiny_models as tiny
 import torch
 from hostile_adapters import CONFIG, WEIGHTS
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft_models import Quantised
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -40,24 +42,14 @@ def lora(*targets, **values):
     )
 
 
-def conv1d(*targets, **values):
-    return lora(*targets, fan_in_fan_out=True, **values)
-
-
-def mixtral():
-    return tiny.decoder("Mixtral", num_local_experts=4)
-
-
-class Quantised(nn.Parameter):
-    """As torchao's are: more than its elements, so that no copy without memory can be made."""
-
-
 def quantised():
+    """No copy without memory can be made of it."""
     model = tiny.mlp()
     model.head.weight = Quantised(model.head.weight.detach())
     return model
 
 
+mixtral = functools.partial(tiny.decoder, "Mixtral", num_local_experts=4)
 PATTERNS = {
     "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 5},
     "alpha_pattern": {r"layers\.0\..*": 2.5},
@@ -69,7 +61,7 @@ CASES = {
     "rslora and dropout": (tiny.llama, lora(use_rslora=True, lora_dropout=0.5)),
     "patterns": (tiny.llama, lora(**PATTERNS)),
     "layers": (tiny.llama, lora(layers_to_transform=[1])),
-    "conv1d": (tiny.gpt2, conv1d("c_attn", "c_proj", "c_fc")),
+    "conv1d": (tiny.gpt2, lora("c_attn", "c_proj", "c_fc", fan_in_fan_out=True)),
     "saved": (tiny.bert, lora("query", **HEADS)),
     "task": (tiny.bert, lora(target_modules="all-linear", task_type="SEQ_CLS")),
     "lora_only": (tiny.bert, lora("query", bias="lora_only")),
@@ -77,10 +69,10 @@ CASES = {
     "lora_bias": (tiny.bert, lora("query", lora_bias=True)),
     "dora": (tiny.llama, lora(use_dora=True)),
     "embedding": (tiny.llama, lora("embed_tokens", "q_proj")),
-    "tied embedding": (tiny.gpt2, conv1d("wte", "c_attn")),
+    "tied embedding": (tiny.gpt2, lora("wte", "c_attn", fan_in_fan_out=True)),
     "saved embeddings": (tiny.llama, lora(modules_to_save=["embed_tokens", "lm_head"])),
     "tokens": (tiny.llama, lora(**TOKENS)),
-    "tied tokens": (tiny.gpt2, conv1d("c_fc", trainable_token_indices=[1, 9])),
+    "tied tokens": (tiny.gpt2, lora("c_fc", trainable_token_indices=[1, 9], fan_in_fan_out=True)),
     "experts": (mixtral, lora("q_proj", target_parameters=["experts.gate_up_proj"])),
     "quantised": (quantised, lora("2", "head")),
     "starts": (tiny.llama, lora(r=4, init_lora_weights="orthogonal")),
@@ -109,12 +101,6 @@ def close(one, other):
     torch.testing.assert_close(tiny.outputs(one), tiny.outputs(other), rtol=1e-4, atol=1e-5)
 
 
-def same_files(one, other):
-    ours, theirs = (load_file(folder / WEIGHTS) for folder in (one, other))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    assert settings(one) == settings(other)
-
-
 def same_bytes(*folders):
     (_,) = {tuple((folder / name).read_bytes() for name in (CONFIG, WEIGHTS)) for folder in folders}
 
@@ -141,7 +127,11 @@ def test_from_peft_to_peft(make, config, tmp_path):
     assert not torch.allclose(tiny.outputs(model), tiny.outputs(make()), atol=1e-3)
     save_adapter(model, tmp_path / "ours")
     model.save_pretrained(tmp_path / "again")
-    same_files(tmp_path / "ours", tmp_path / "again")
+    ours, again = (
+        (load_file(f / WEIGHTS), settings(f)) for f in (tmp_path / "ours", tmp_path / "again")
+    )
+    torch.testing.assert_close(ours[0], again[0], rtol=0, atol=0)
+    assert ours[1] == again[1]
     with safe_open(tmp_path / "ours" / WEIGHTS, "pt") as file:
         assert file.metadata()["format"] == "pt"
     back = load_adapter(make(), tmp_path / "ours", is_trainable=True)
@@ -244,8 +234,6 @@ def test_a_diverged_adapter_is_saved_with_a_warning(tmp_path):
 
 
 # A save that does not end; one that is killed, and a full disk, are in test_faults.py
-
-
 @pytest.mark.parametrize(
     ("call", "number", "error", "kept"),
     [

@@ -20,8 +20,6 @@ import fastlora
 from fastlora import load_adapter, save_adapter
 from fastlora.peft import files, patch
 
-EMBEDDING = f"{P}model.embed_tokens.weight"
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -107,9 +105,6 @@ def test_a_pattern_that_never_ends(changes, folder, monkeypatch):
     assert time.monotonic() - start < 10
 
 
-# What is in the file is what is checked
-
-
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_what_is_written_to_the_file_later_reaches_no_model(bias, tmp_path):
     save_adapter(wrapped(bias=bias, modules_to_save=["1"]), tmp_path)
@@ -189,7 +184,7 @@ def test_other_embeddings_have_to_be_allowed(tmp_path, monkeypatch):
     assert tiny.same(before, tiny.bits(plain))
     loaded = load_adapter(plain, tmp_path, trusted=True)
     torch.testing.assert_close(tiny.outputs(loaded), tiny.outputs(model), rtol=1e-4, atol=1e-5)
-    put(tmp_path, EMBEDDING, torch.zeros(7, 16))
+    put(tmp_path, f"{P}model.embed_tokens.weight", torch.zeros(7, 16))
     with pytest.raises(ValueError, match=r"embed_tokens.weight must be \[40, 16\]"):
         load_adapter(tiny.llama(), tmp_path, trusted=True)
 
@@ -211,9 +206,6 @@ def test_tokens_that_a_model_does_not_have(tmp_path):
     edit(tmp_path, trainable_token_indices=[1, 40])
     with pytest.raises(ValueError, match=r"token 40 is to be trained in .*, which has 40"):
         load_adapter(tiny.llama(), tmp_path)
-
-
-# The folder
 
 
 class Trap:
@@ -238,9 +230,6 @@ def test_what_is_no_file_is_not_opened(name, kind, folder, monkeypatch):
     make[kind]()
     refused(folder, f"no file .*{name}'.* downloads nothing, .* no pickle", FileNotFoundError)
     assert not (folder / "was_run").exists()
-
-
-# The model
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only"])

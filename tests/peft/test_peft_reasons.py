@@ -18,7 +18,7 @@ from peft import get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft_models import X, add, config, layers, pair, run, same, wrapped
+from peft_models import Quantised, Subclass, X, add, config, layers, pair, run, same, wrapped
 from tiny_models import mlp
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -29,14 +29,6 @@ from fastlora.peft import register
 from fastlora.peft.linear import FusedLinear
 
 # What is not fused runs PEFT's own code, and says so
-
-
-class Subclass(nn.Linear):
-    """As quantised layers are: a linear layer of a kind that is not known here."""
-
-
-class Weight(nn.Parameter):
-    pass
 
 
 class Input(torch.Tensor):
@@ -80,8 +72,8 @@ HOOK, PRE_HOOK = nn.Module.register_forward_hook, nn.Module.register_forward_pre
 BF16, LAYER = "torch.bfloat16", ", not PEFT's plain lora.Linear"
 # What is done to the LoRA layer of a model, and the reason.
 CHANGES = [
-    (quantised, f"{KIND}reasons.Subclass{PLAIN}"),
-    (own_weight(Weight), "its weight is a Weight of torch.float32, not a dense float"),
+    (quantised, f"{KIND}peft_models.Subclass{PLAIN}"),
+    (own_weight(Quantised), "its weight is a Quantised of torch.float32, not a dense float"),
     (own_weight(nn.Parameter, torch.int8), "its weight is a Parameter of torch.int8, not a dense"),
     (own_bias, "its base layer's bias is no parameter"),
     (own_forward, "it has a forward set on the object, as accelerate's hooks and X-LoRA do"),
@@ -101,41 +93,41 @@ CHANGES = [
         "adapter 'default' drops by a torch.nn.modules.dropout.AlphaDropout",
     ),
 ]
-# Models, what is asked of PEFT, the reason, and inputs.
+ADALORA = peft.AdaLoraConfig(target_modules=["0"], total_step=10)
+
+
+def made(change, **changes):
+    def make():
+        change(model := wrapped(**changes))
+        return model
+
+    return make
+
+
+def asked(make, **changes):
+    return lambda: get_peft_model(make(), config(target_modules=["0"], **changes))
+
+
+# Models, the reason, and inputs but for X.
 MODELS = [
-    (mlp, {"use_dora": True}, r"'default' is a variant of LoRA \(DoraLinearVariant\)", X),
-    (
-        lambda: mlp().bfloat16(),
-        {"lora_bias": True},
-        f"has a bias of torch.float32 on a base of {BF16}",
-        X.bfloat16(),
+    *(
+        (made(lambda model, of=change: of(layers(model)[0]), target_modules=["0"]), why)
+        for change, why in CHANGES
     ),
-    (lambda: nn.Sequential(nn.Embedding(4, 6)), {}, f"Embedding{LAYER}", torch.tensor([0, 3])),
-    (lambda: nn.Sequential(nn.Conv1d(6, 3, 1)), {}, f"Conv1d{LAYER}", X.T),
+    (asked(mlp, use_dora=True), r"'default' is a variant of LoRA \(DoraLinearVariant\)"),
     (
-        lambda: nn.ModuleDict({"0": nn.MultiheadAttention(6, 2)}),
-        {},
+        asked(lambda: mlp().bfloat16(), lora_bias=True),
+        f"a bias of torch.float32 on a base of {BF16}",
+    ),
+    (asked(lambda: nn.Sequential(nn.Embedding(4, 6))), f"Embedding{LAYER}", torch.tensor([0, 3])),
+    (asked(lambda: nn.Sequential(nn.Conv1d(6, 3, 1))), f"Conv1d{LAYER}", X.T),
+    (
+        asked(lambda: nn.ModuleDict({"0": nn.MultiheadAttention(6, 2)})),
         f"a peft.tuners.lora.layer.MultiheadAttention{LAYER}",
         *(X, X, X),
     ),
+    (lambda: get_peft_model(mlp(), ADALORA), f"a peft.tuners.adalora.layer.SVDLinear{LAYER}"),
 ]
-
-
-def check_not_fused(model, why, fused, *inputs):
-    """PEFT's own code runs, before and after, and the reason is said."""
-    layer = layers(model)[0]
-    dtype = next(layer.get_base_layer().parameters()).dtype
-    inputs = inputs or (X.to(dtype) if dtype.is_floating_point else X,)
-    kinds = [type(module) for module in model.modules()]
-    expected = run(layer, *inputs)
-    with pytest.warns(UserWarning, match=f"fused nothing(?s:.*){why}"):
-        report = patch_peft(model)
-    assert report.fused == [] and len(report.not_fused) == len(layers(model))
-    assert re.search(why, report.not_fused[0][1])
-    assert_as_peft(run(layer, *inputs), expected)
-    assert fused == []
-    unpatch_peft(model)
-    assert [type(module) for module in model.modules()] == kinds
 
 
 def assert_as_peft(found, expected):
@@ -147,25 +139,24 @@ def assert_as_peft(found, expected):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("change", "why"), CHANGES, ids=range(len(CHANGES)))
-def test_what_is_not_fused(change, why, fused):
-    model = wrapped(target_modules=["0"])
-    change(layers(model)[0])
-    check_not_fused(model, why, fused)
-
-
 @pytest.mark.parametrize("case", range(len(MODELS)))
-def test_models_that_are_not_fused(case, fused):
-    make, changes, why, *inputs = MODELS[case]
+def test_what_is_not_fused(case, fused):
+    """PEFT's own code runs, before and after, and the reason is said."""
+    make, why, *inputs = MODELS[case]
     torch.manual_seed(5)
-    model = get_peft_model(make(), config(target_modules=["0"], **changes))
-    check_not_fused(model, why, fused, *inputs)
-
-
-def test_adapters_of_other_methods_are_listed():
-    asked = peft.AdaLoraConfig(target_modules=["0"], total_step=10)
-    with pytest.warns(UserWarning, match=f"a peft.tuners.adalora.layer.SVDLinear{LAYER}"):
-        patch_peft(get_peft_model(mlp(), asked))
+    model = make()
+    layer, kinds = layers(model)[0], [type(module) for module in model.modules()]
+    dtype = next(layer.get_base_layer().parameters()).dtype
+    inputs = inputs or (X.to(dtype) if dtype.is_floating_point else X,)
+    expected = run(layer, *inputs)
+    with pytest.warns(UserWarning, match=f"fused nothing(?s:.*){why}"):
+        report = patch_peft(model)
+    assert report.fused == [] and len(report.not_fused) == len(layers(model))
+    assert re.search(why, report.not_fused[0][1])
+    assert_as_peft(run(layer, *inputs), expected)
+    assert fused == []
+    unpatch_peft(model)
+    assert [type(module) for module in model.modules()] == kinds
 
 
 def test_an_adapter_on_another_device_and_one_inside_another(fused):
@@ -253,19 +244,6 @@ def test_on_the_meta_device_under_autocast():
         assert patch_peft(model).not_fused == []
 
 
-def test_function_transforms(fused):
-    def transformed(model):
-        y, pull = torch.func.vjp(model, X)
-        return y, pull(torch.ones(3, 5))[0], *torch.func.jvp(model, (X,), (X.cos(),))
-
-    plain, model, _ = pair()
-    torch.testing.assert_close(transformed(model), transformed(plain), rtol=1e-4, atol=1e-5)
-    assert len(fused) == 4
-
-
-# What bad input gets: an error, and the model as it was
-
-
 def test_unpatching_a_compiled_model(fused):
     plain, model, _ = pair()
     compiled = torch.compile(model, backend="eager")
@@ -292,14 +270,6 @@ def test_a_release_that_was_not_tested(monkeypatch, version):
 class Chatty(FusedLinear):
     def forward(self, x):
         return super().forward(x)
-
-
-def made(change):
-    def make():
-        change(model := wrapped())
-        return model
-
-    return make
 
 
 def half_chatty(model):
@@ -348,7 +318,6 @@ def test_without_peft(monkeypatch):
 
 
 # PEFT may change
-
 CONTRACT = {
     lora.Linear.forward: "5320b1b104cd75f9",
     lora.LoraLayer._check_forward_args: "e28e56f62b9f79fe",
@@ -357,16 +326,12 @@ CONTRACT = {
 }
 
 
-def code_of(function):
-    """Return a hash of the code without docstring and comments, the same on every Python."""
-    source = re.sub(
-        r'"{3}.*?"{3}', "", textwrap.dedent(inspect.getsource(function)), flags=re.DOTALL
-    )
-    lines = [line.split("#")[0].rstrip() for line in source.splitlines()]
-    return hashlib.sha256("\n".join(filter(None, lines)).encode()).hexdigest()[:16]
-
-
 @pytest.mark.parametrize("function", CONTRACT, ids=lambda function: function.__qualname__)
 def test_what_the_fused_forward_stands_in_for(function):
     """A new hash: read what has changed in PEFT, mend FusedLinear, then note the new one."""
-    assert code_of(function) == CONTRACT[function]
+    source = textwrap.dedent(inspect.getsource(function))
+    # Without docstring and comments it is the same on every Python.
+    source = re.sub(r'"{3}.*?"{3}', "", source, flags=re.DOTALL)
+    lines = [line.split("#")[0].rstrip() for line in source.splitlines()]
+    found = hashlib.sha256("\n".join(filter(None, lines)).encode())
+    assert found.hexdigest()[:16] == CONTRACT[function]

@@ -46,7 +46,6 @@ FROZEN = "overwrite frozen weights of the model: "
 BROKEN = "not a whole safetensors file"
 # Of a config that is good but for this.
 CONFIGS = [
-    ({"r": 10**9}, f"r {INT}1000000000"),
     ({"r": 4097}, f"r {INT}4097"),
     ({"r": 0}, f"r {INT}0"),
     ({"r": True}, f"r {INT}True"),
@@ -76,7 +75,6 @@ CONFIGS = [
     ({"trainable_token_indices": 5}, "trainable_token_indices must be token ids, in"),
     ({"trainable_token_indices": [1]}, "PEFT does not take it"),
     ({"alora_invocation_tokens": "1"}, "alora_invocation_tokens must be a list of token ids"),
-    ({"alora_invocation_tokens": {"a": [1]}}, "alora_invocation_tokens must be a list of token"),
     ({"alora_invocation_tokens": 1}, "alora_invocation_tokens must be a list of token ids"),
     ({"use_dora": True}, r"2 tensors missing \(.*2.lora_magnitude_vector"),
     ({"peft_type": "XLORA"}, "peft_type must be one of LORA, .*, got 'XLORA'"),

@@ -7,10 +7,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from tiny_models import mlp, train_a_little
+from torch import nn
 
 from fastlora import patch_peft
 
 X = torch.linspace(-1, 1, 18).reshape(3, 6)
+
+
+class Quantised(nn.Parameter):
+    """As torchao's are: in a plain nn.Linear, and more than its elements."""
+
+
+class Subclass(nn.Linear):
+    """As quantised layers are: a linear layer of a kind that is not known here."""
 
 
 def config(**changes):
@@ -53,6 +62,12 @@ def same(plain, patched, x=X, **tolerance):
     expected = grads(plain, x)
     assert expected
     torch.testing.assert_close(grads(patched, x), expected, **tolerance)
+
+
+def same_kinds(model, plain):
+    """Assert that modules are of the same classes, and hold what the others do."""
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in plain.modules()]
 
 
 def layers(model):
