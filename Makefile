@@ -18,7 +18,7 @@ export OMP_WAIT_POLICY := passive
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants fuzz long lint figures gpu bench clean
+.PHONY: help demo test mutants executed fuzz long lint figures gpu bench clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -31,6 +31,9 @@ test: $(VENV)/.test ## run the whole test suite
 
 mutants: $(VENV)/.test ## run the tests on broken copies of the code: each has to be noticed
 	@$(RUN) tests/tools/mutants.py $(ARGS)
+
+executed: $(VENV)/.test ## run what kernels compile to on the CPU, 640 cases; ARGS=--broken: break it first
+	@$(RUN) tests/tools/executed.py $(ARGS)
 
 fuzz: $(VENV)/.fuzz ## look for inputs and files that break it, ten minutes for each kind
 	@$(VENV)/bin/pytest tests/operator/test_properties.py --minutes 10

@@ -113,6 +113,9 @@ def is_valid(
         # Both wgmma and mma would read t, and Triton (3.7) makes the ring of its tiles one buffer
         # too short: a copy would overtake the wgmma that still reads the one before.
         on_the_way and major == 9 and m < 64 <= n,
+        # A masked 16-bit x comes to wgmma in registers, and Triton (3.7) sets them again in the
+        # next step while the last product may still read them (triton#9433).
+        shrinks and dropout and major == 9 and kind in ("16", "fp16") and m >= 64,
         # Triton 3.7 multiplies a masked float32 tile of 64 rows in TF32 there, asked or not.
         kind == "32" and major == 10 and masked_rows >= 64,
         # All else spills. 4 warps under masks on sm_100, 8 on sm_120:

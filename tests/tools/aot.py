@@ -4,10 +4,13 @@
 With the tools of Triton's own package, in a process in which the interpreter is off.
 """
 
+import functools
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -16,6 +19,8 @@ from recorder import Call
 from sass import Code
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 # Of a processor, as in ``cuda_occupancy.h``: shared memory (KiB), threads and blocks; and how many
 # of them a chip of that compute capability has.
@@ -67,6 +72,13 @@ def compiled(call: Call, capability: int | str):
     options = {"num_warps": call.config.num_warps, "num_stages": call.config.num_stages}
     source = ASTSource(call.kernel, signature, constexprs, attrs)
     return triton.compile(source, target=target, options=options)
+
+
+@functools.cache
+def binder(kernel, capability: int) -> tuple[Callable, Any]:
+    """Return what makes Triton's own key of a launch's arguments, and what it compiles by."""
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    return create_function_from_signature(kernel.signature, kernel.params, backend), backend
 
 
 def is_constexpr(name: str) -> bool:

@@ -6,14 +6,13 @@ of its own: the interpreter must be off.
 """
 
 import ast
-import functools
 import hashlib
 import itertools
 import json
 import random
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -28,9 +27,6 @@ from fastlora_kernels.four_bits import four_bits
 from fastlora_kernels.gated import ACTIVATIONS
 from joints import Joint, recorded
 from recorder import Call, recording
-from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
 
 # `make figures` compiles everything for every chip and keeps what it found with a hash of the
 # kernels. The test suite compiles a sample, which has to come out as kept, where the matrix
@@ -272,13 +268,6 @@ def faults(
     return [fault for fault, there in found.items() if there] + list(forbidden)
 
 
-@functools.cache
-def binder(kernel) -> Callable:
-    """Return what makes Triton's own key of a launch's arguments."""
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    return create_function_from_signature(kernel.signature, kernel.params, backend)
-
-
 def keys(lengths: Iterable[int], chip: Chip, layer: Joint) -> set[str]:
     """Return Triton's key for each program that forward and backward of such lengths run.
 
@@ -292,7 +281,7 @@ def keys(lengths: Iterable[int], chip: Chip, layer: Joint) -> set[str]:
             gated_backward(y, gated(y, y, "silu"), y, "silu")
         for call in calls + elementwise:
             uses = {"num_warps": call.config.num_warps, "num_stages": call.config.num_stages}
-            _, key, *_ = binder(call.kernel)(*call.values, **uses)
+            _, key, *_ = aot.binder(call.kernel, 90)[0](*call.values, **uses)
             found.add(f"{call.kernel.__name__} {key} {uses}")
     return found
 

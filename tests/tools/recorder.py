@@ -2,7 +2,7 @@
 """Collects what the kernels' launchers would launch on a chip that need not be here."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -24,13 +24,14 @@ class Call(NamedTuple):
 
 
 @contextlib.contextmanager
-def recording(chip: Chip) -> Iterator[list[Call]]:
-    """Collect the launches made inside, as for ``chip``, and run none of them."""
-    calls = []
+def recording(chip: Chip, run: Callable[[Call], Any] | None = None) -> Iterator[list[Call]]:
+    """Collect the launches made inside, as for ``chip``, and only ``run`` runs them."""
+    calls: list[Call] = []
+    run = run or calls.append
 
     def note(self: launch.Launch, *tensors: Any) -> None:
         if not self.empty:
-            calls.append(Call(self.kernel, self.grid, (*tensors, *self.rest), self.config))
+            run(Call(self.kernel, self.grid, (*tensors, *self.rest), self.config))
 
     with (
         patch.object(replay, "RECORDS", False),

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward and backward as a GPU would run them: the compiled PTX, run on a CPU (`make executed`).
+
+Prints a JSON line a case: what ran, the seconds, and what is wrong, by the acceptance rule or by
+what `ptx` watches. In a process of its own: the interpreter must be off.
+"""
+
+import same_sums  # noqa: F401 - before PyTorch
+
+# isort: split
+import functools
+import itertools
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import aot
+import fastlora_kernels
+import torch
+import torch.nn.functional as F
+from acceptance import KINDS, accept, strided
+from covering import covering
+from fastlora_kernels import gated, gated_backward
+from joints import Joint, verify
+from ptx import running
+
+from fastlora.operator import library
+
+# Rows, outputs, inputs: more steps than a pipeline has stages, at every default tile.
+SIZES = {"even": (200, 272, 288), "uneven": (197, 269, 288), "ragged": (197, 269, 283)}
+SIZES |= {"strided": SIZES["even"], "deep": (72, 144, 720)}
+SIBLINGS = 48, 80  # outputs of the second and third projection
+OPTIONS = {
+    "capability": (90, 80),
+    "kind": ("bf16", "bf16-fp32", "fp32", "fp16"),
+    "size": ("even", "ragged", "strided", "uneven"),
+    "rank": (16, 1, 33, 8, 64),
+    "dropout": (0.0, 0.1),
+    "count": (1, 3),
+}
+MODES, PROCESSORS = ("both", "low_rank", "base"), (1, 2, 132)
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS["gelu_tanh"] = functools.partial(F.gelu, approximate="tanh")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem and how it is run; with few processors a program makes many tiles."""
+
+    capability: int
+    kind: str
+    size: str
+    rank: int
+    dropout: float
+    count: int
+    mode: str = "both"
+    processors: int = 1
+    impl: str = "triton"
+
+    def joint(self) -> Joint:
+        M, N, K = SIZES[self.size]
+        M = M // 2 if self.kind == "fp32" else M  # pipelines of two stages, and slow
+        sizes = (N, *SIBLINGS)[: self.count]
+        p = (self.dropout,) * self.count
+        return Joint(M, K, sizes, (self.rank,) * self.count, self.kind, self.mode, p)
+
+    def tensors(self) -> list[dict]:
+        ts = self.joint().tensors()
+        draw = random.Random(repr(self))
+        for of in ts if self.size == "strided" else ():
+            of |= {n: _laid(t, draw) for n, t in of.items() if t is not None and t.dim() > 1}
+        return [{**of, "x": ts[0]["x"]} for of in ts]
+
+    def chip(self):
+        chip = aot.CHIPS[self.capability]
+        return replace(chip, processors=min(self.processors, chip.processors))
+
+    def run(self, configs: dict | None = None, **options) -> running.Executor:
+        """Run forward and backward, check both, and return what ran them."""
+        kernels = fastlora_kernels if self.impl == "triton" else SimpleNamespace(steps=library)
+        with running.executing(self.chip(), **options) as executor:
+            verify(kernels, self.joint(), configs=configs, ts=self.tensors())
+        return executor
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A gated product and its gradients."""
+
+    capability: int
+    kind: str
+    activation: str
+
+    def run(self) -> running.Executor:
+        generator, of = torch.Generator().manual_seed(0), ACTIVATIONS[self.activation]
+        drawn = [torch.randn(33, 45, generator=generator) * scale for scale in (1.0, 3.0, 1.0)]
+        ts = [t.to(KINDS[self.kind][0]) for t in drawn]
+        with running.executing(aot.CHIPS[self.capability]) as executor:
+            found = gated(*ts[1:], self.activation), *gated_backward(*ts, self.activation)
+
+        def expected(dh, gate, up):
+            gate, up = (t.detach().requires_grad_() for t in (gate, up))
+            h = of(gate) * up
+            dgate, dup = torch.autograd.grad(h, (gate, up), dh)
+            return h.detach(), dgate, dup, h.detach()
+
+        plain, exact = expected(*ts), expected(*(t.double() for t in ts))
+        for values in zip(found, plain, exact, strict=True):
+            accept(str(self), *values)
+        return executor
+
+
+def _laid(t: torch.Tensor, draw: random.Random) -> torch.Tensor:
+    """Return ``t`` as it is or laid out in another way."""
+    return draw.choice([t, *(other for _, other in strided(t))])
+
+
+def drawn() -> list:
+    """Return cases in which every two options meet, and of what these leave out one each."""
+    cases = [Case(*row) for row in covering(*OPTIONS.values(), MODES)]
+    cases = [replace(case, processors=PROCESSORS[i % 3]) for i, case in enumerate(cases)]
+    others = (90, "bf16-fp32"), (80, "bf16")
+    cases += [Case(*of, "even", 16, 0.1, 3, impl="library") for of in others]
+    cases += [Case(90, "bf16", "deep", 8, 0.0, 1, processors=132)]
+    cases += [Case(90, kind, "even", 16, 0.0, 1) for kind in ("fp16", "fp16-fp32")]
+    return cases + [Gated(*of) for of in covering((80, 90), ("bf16", "fp32"), tuple(ACTIVATIONS))]
+
+
+def every() -> list:
+    """Return all that the options allow, in turn with other modes and numbers of processors."""
+    turns = itertools.cycle(itertools.product(MODES, PROCESSORS))
+    cases = [Case(*row, *next(turns)) for row in itertools.product(*OPTIONS.values())]
+    return cases + drawn()
+
+
+def reports(cases: list) -> Iterator[dict]:
+    for case in cases:
+        begun, error, executor = time.process_time(), None, None
+        try:
+            executor = case.run()
+        except running.UntriedError:
+            raise
+        except Exception as e:
+            error = "\n".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", ())])
+        seconds = round(time.process_time() - begun, 2)
+        about = {"case": repr(case), "capability": case.capability, "kind": case.kind}
+        about |= {"seconds": seconds, "error": error}
+        about["ran"] = executor.ran if executor else []
+        yield about | {"overwriting": sorted(executor.overwriting) if executor else []}
+
+
+def printed(rows: Iterator[dict]) -> None:
+    """Print rows, or why there are none."""
+    try:
+        for row in rows:
+            print(json.dumps(row), flush=True)
+    except running.UntriedError as error:
+        print(json.dumps({"skipped": str(error)}))
+
+
+if __name__ == "__main__":
+    which, *most = [*sys.argv[1:], "every"]
+    if which == "--broken":
+        import ptx_mistakes  # which takes its cases from here
+
+        ptx_mistakes.main(int(most[0]) if most[0].isdigit() else 3)
+    else:
+        printed(reports({"drawn": drawn, "every": every}[which]()))
