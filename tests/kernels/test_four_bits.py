@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of 4 bits made dense: bit for bit what bitsandbytes makes of them."""
 
+import packed_weights
 import pytest
 import torch
 from covering import covering
@@ -16,21 +17,8 @@ CASES = covering(["nf4", "fp4"], [False, True], DTYPES, SHAPES, [64, 128, 4096])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("shape", [(32, 48), (31, 62)])
 def test_the_formula(shape, nested, device="cpu"):
-    """Every rounding is float32's: a fused multiplication would leave one out."""
-    size = shape[0] * shape[1] // 2
-    packed = torch.randint(256, (size,), dtype=torch.uint8, device=device)
-    code, outer = torch.randn(16, device=device), torch.rand(256, device=device)
-    block = torch.arange(size, device=device) // 8
-    absmax = torch.rand(size, device=device)
-    scales, of = absmax[block], None
-    if nested:
-        absmax = torch.randint(256, (size,), dtype=torch.uint8, device=device)
-        of = outer, torch.rand(size, device=device), 32, torch.rand((), device=device)
-        rounded = outer[absmax.long()] * of[1][torch.arange(size, device=device) // 32]
-        scales = (rounded + of[3])[block]
-    pairs = torch.stack([packed >> 4, packed & 15], 1).long()
-    right = (code[pairs] * scales[:, None]).reshape(shape).to(torch.bfloat16)
-    assert torch.equal(four_bits(packed, shape, torch.bfloat16, code, absmax, 16, of), right)
+    given, right = packed_weights.drawn(shape, nested, torch.bfloat16, device)
+    assert torch.equal(four_bits(*given), right)
 
 
 @pytest.mark.parametrize(("kind", "nested", "dtype", "shape", "blocksize"), CASES)

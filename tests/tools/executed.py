@@ -20,11 +20,13 @@ from types import SimpleNamespace
 
 import aot
 import fastlora_kernels
+import packed_weights
 import torch
 import torch.nn.functional as F
 from acceptance import KINDS, accept, strided
 from covering import covering
 from fastlora_kernels import gated, gated_backward
+from fastlora_kernels.four_bits import four_bits
 from joints import Joint, verify
 from ptx import running
 
@@ -114,6 +116,22 @@ class Gated:
         return executor
 
 
+@dataclass(frozen=True)
+class FourBits:
+    """A weight of 4 bits made dense, bit for bit."""
+
+    capability: int
+    kind: str
+    nested: bool
+
+    def run(self) -> running.Executor:
+        given, right = packed_weights.drawn((31, 78), self.nested, KINDS[self.kind][0])
+        with running.executing(aot.CHIPS[self.capability]) as executor:
+            found = four_bits(*given)
+        assert torch.equal(found, right)
+        return executor
+
+
 def _laid(t: torch.Tensor, draw: random.Random) -> torch.Tensor:
     """Return ``t`` as it is or laid out in another way."""
     return draw.choice([t, *(other for _, other in strided(t))])
@@ -127,7 +145,8 @@ def drawn() -> list:
     cases += [Case(*of, "even", 16, 0.1, 3, impl="library") for of in others]
     cases += [Case(90, "bf16", "deep", 8, 0.0, 1, processors=132)]
     cases += [Case(90, kind, "even", 16, 0.0, 1) for kind in ("fp16", "fp16-fp32")]
-    return cases + [Gated(*of) for of in covering((80, 90), ("bf16", "fp32"), tuple(ACTIVATIONS))]
+    cases += [Gated(*of) for of in covering((80, 90), ("bf16", "fp32"), tuple(ACTIVATIONS))]
+    return cases + [FourBits(*of) for of in covering((80, 90), ("bf16", "fp32"), (False, True))]
 
 
 def every() -> list:

@@ -39,12 +39,12 @@ def ld_param(code: Code, operands: list[str], kind: str) -> Step:
     return step
 
 
-@handles(r"ld\.(global|shared)(?:\.v[24])?\.[bsuf](16|32|64)", "slots", "address")
+@handles(r"ld\.(global|shared(?!.*8$))(?:\.v[24])?\.[bsuf](8|16|32|64)", "slots", "address")
 def load(m: Machine, threads, slots, address, space: str, bits: str) -> None:
     memory = m.memory if space == "global" else m.shared
     found = memory.load(threads, address, int(bits) // 8, len(slots))
     for slot, value in zip(slots, found, strict=True):
-        m.put_at(slot, value, threads)
+        m.put_at(slot, value.astype(WORDS[max(2, value.itemsize)]), threads)
 
 
 @handles(r"st\.(global|shared)(?:\.v[24])?\.[bsuf](16|32|64)", "address", "b{1}s")
