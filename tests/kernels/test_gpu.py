@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels on a real GPU: the acceptance rule at real sizes, every config, the CUDA runtime.
 
-In the order in which a run that is cut off teaches most: a tiny case of every kernel, every config,
-larger problems, the runtime, and last, in processes of their own, what might never end.
+In the order in which a run that is cut off teaches most: what `executed` has run on a CPU, a tiny
+case of every kernel, every config, larger problems, the runtime, and last, in processes of their
+own, what might never end.
 """
 
 import copy
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import executed
 import fastlora_kernels
 import joints
 import pytest
@@ -64,6 +66,16 @@ def candidates(launcher: str, kind: str, ranks: Iterable[int], p: float, chip: c
     rank = stacked(there) if launcher in ("shrink", "da") else max(there)
     count = len(ranks) if launcher in PRODUCTS else len(there)
     return configs.candidates(launcher, kind, rank, dropout, chip, count)
+
+
+# What runs without a GPU from its compiled programs, each for all chips.
+EXECUTED = [case for case in executed.drawn() if isinstance(case, executed.Case)]
+EXECUTED = dict.fromkeys(replace(case, capability=0, processors=0) for case in EXECUTED)
+
+
+@pytest.mark.parametrize("case", EXECUTED, ids=repr)
+def test_first_contact_repeats_what_was_executed(case):
+    verify(case.kernels(), case.joint(), "cuda", ts=case.tensors("cuda"))
 
 
 FORMS = [("portable", kind, 0.0) for kind in ("16", "32", "mixed")] + [("portable", "16", 0.1)]

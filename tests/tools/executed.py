@@ -70,8 +70,11 @@ class Case:
         p = (self.dropout,) * self.count
         return Joint(M, K, sizes, (self.rank,) * self.count, self.kind, self.mode, p)
 
-    def tensors(self) -> list[dict]:
-        ts = self.joint().tensors()
+    def kernels(self) -> SimpleNamespace:
+        return fastlora_kernels if self.impl == "triton" else SimpleNamespace(steps=library)
+
+    def tensors(self, device: str = "cpu") -> list[dict]:
+        ts = self.joint().tensors(device)
         draw = random.Random(repr(self))
         for of in ts if self.size == "strided" else ():
             of |= {n: _laid(t, draw) for n, t in of.items() if t is not None and t.dim() > 1}
@@ -83,9 +86,8 @@ class Case:
 
     def run(self, configs: dict | None = None, **options) -> running.Executor:
         """Run forward and backward, check both, and return what ran them."""
-        kernels = fastlora_kernels if self.impl == "triton" else SimpleNamespace(steps=library)
         with running.executing(self.chip(), **options) as executor:
-            verify(kernels, self.joint(), configs=configs, ts=self.tensors())
+            verify(self.kernels(), self.joint(), configs=configs, ts=self.tensors())
         return executor
 
 
