@@ -191,7 +191,7 @@ def _autocast(given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 
 def _check_types(given: dict) -> None:
     for name, t in given.items():
-        if not isinstance(t, (Tensor, Quantised)):
+        if not isinstance(t, Tensor) and not isinstance(t, Quantised):
             or_none = " or None" if name == "bias" else ""
             raise TypeError(f"{name} must be a Tensor{or_none}, got {type(t).__name__}")
         if t.layout is not torch.strided:
