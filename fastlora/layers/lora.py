@@ -235,10 +235,9 @@ class LoRALinear(nn.Linear):
             why = "is computed: it is parametrized, pruned or weight-normalised"
         elif weight.is_meta or self.lora_A.is_meta:
             why = "is on the meta device: not made yet, or there for a forward alone (offloading)"
-        elif type(weight.data) is not Tensor:
-            why = f"is a {type(weight.data).__name__}, not a plain tensor"
-        elif type(weight) not in PLAIN or weight.dtype not in DTYPES:
-            why = f"is a {type(weight).__name__}, not a plain tensor: it is quantised"
+        elif self._quantised or type(weight) not in PLAIN:
+            but = ", but quantised" if self._quantised else ""
+            why = f"is a {type(weight).__name__}, not a plain tensor{but}"
         elif any(layer._parameters.get("weight") is weight for layer in others):
             why = "is shared with another layer that is merged: unmerge that one first"
         else:

@@ -46,7 +46,11 @@ COPIES = {
         ("merging looks at every layer", "self.merged:\n            _m", "1: _m"),
     ],
     ("lora", f"{LAYER}sharded"): [
-        ("what is sharded is merged", "elif type(weight.data) is not Tensor:", "elif False:"),
+        (
+            "what is sharded is merged",
+            "elif self._quantised or type(weight) not in PLAIN:",
+            "elif False:",
+        ),
     ],
     ("lora", f"{LAYER}safe_merge_refuses_infinities_and_changes_nothing"): [
         ("a safe merge takes what is not finite", "if safe and not", "if False and not"),
