@@ -53,17 +53,21 @@ def quantised(weight: Any, dtype: torch.dtype, module: Any = None) -> "Quantised
 
     ``module`` is the layer that holds it, where some keep what belongs to it.
     """
-    holders = map(_name, type(module).__mro__)  # a weight may lose its class
-    make = next((LINEARS[n] for n in holders if n in LINEARS), KINDS.get(_name(type(weight))))
+    make = _maker(type(weight), type(module))
     if make is None:
         found = f"{type(weight).__name__} of {getattr(weight, 'dtype', None)}"
         return f"is a {found}, not a dense float, nor quantised in a way that is known"
     return make(weight, dtype, module)
 
 
-def _four_bits(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str":
-    from bitsandbytes.functional import dequantize_4bit
+@functools.cache  # each layer call asks
+def _maker(kind: type, holder: type) -> Callable | None:
+    """Return the function below for a weight, by its layer's class first: it may lose its own."""
+    holders = map(_name, holder.__mro__)
+    return next((LINEARS[n] for n in holders if n in LINEARS), KINDS.get(_name(kind)))
 
+
+def _four_bits(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str":
     state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
     if state is None:
         return "is of 4 bits, but its quant_state is missing: load it once more"
@@ -74,6 +78,8 @@ def _four_bits(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str
             return _packed_for_cpu(packed.data, state)
         kernel = _kernel() if packed.is_cuda and packed.nbytes * 2 == state.shape.numel() else None
         if kernel is None:
+            from bitsandbytes.functional import dequantize_4bit
+
             return dequantize_4bit(packed.data, state)
         inner, bytes_of = state.state2, packed.data.view(torch.uint8)
         nested = (inner.code, inner.absmax, inner.blocksize, state.offset) if inner else None
@@ -142,7 +148,12 @@ LINEARS = {
 
 
 def is_linear(module: nn.Module) -> bool:
-    return _name(type(module)) in LINEARS
+    return _is_linear(type(module))
+
+
+@functools.cache
+def _is_linear(kind: type) -> bool:
+    return _name(kind) in LINEARS
 
 
 def _name(kind: type) -> str:
