@@ -14,6 +14,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 # Threads that wait for each other sleep, so that a busy machine does not stall the products.
 # `make bench` measures as users run: it takes the default.
 export OMP_WAIT_POLICY := passive
+# HQQ's setup compiles no kernels for the Python that is first in PATH.
+export DISABLE_CUDA := 1
 # Nothing is written outside the checkout.
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 

@@ -18,7 +18,7 @@ DEMO = ["PyYAML"]
 BENCH = ["pytest-benchmark", *PEFT, "matplotlib"]
 # The model and texts of the examples are packages too, installed without what they depend on.
 EXAMPLES = [*PEFT, "transformers>=4.56"]
-STACKS = ["diffusers", "torchao"]  # what patched models are tested with, beside TRL
+STACKS = ["diffusers", "torchao", "hqq"]  # what patched models are tested with, beside TRL
 TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis"]
 TEST += [*FINETUNE, *DEMO, *STACKS]
 TEST += ["setuptools>=70.1"]  # which builds wheels by itself, as a test does

@@ -78,13 +78,27 @@ def lora_linears(
     return list(run_checked(*checked(x, projections), training, impl))
 
 
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling, p: float) -> Tensor:
+    """Return y [..., N], a frozen layer's output for x [..., K], plus what an adapter makes of x.
+
+    That is written into y, which nothing else may hold. Dtypes as for `lora_linear`.
+    """
+    a, b, scaling = _numbered(a, b, scaling)
+    if x.dtype != y.dtype:  # under autocast
+        x = x.to(y.dtype)
+    there = _unsafe_view(y, (math.prod(y.shape[:-1]), y.shape[-1]))
+    flat, operands = drawn(x, [Projection(None, a, b, there, scaling, p)], p > 0.0)
+    (y,) = run(flat, operands, "auto" if plans.FORCED == "auto" else plans.named("auto", x))
+    return shaped(y, x.shape)
+
+
 def checked(
     x: Tensor, projections: Sequence[Projection], name: str = "projections[{}]: "
 ) -> tuple[Tensor, Sequence[Projection]]:
     """Return x and projections as `run_checked` takes them, or raise as `lora_linears` does."""
     try:
         key = _key(x, projections)
-        if key in _right:
+        if key is not None and key in _right:  # a compiler would guard what has been found right
             return x, projections
     except (AttributeError, TypeError, ValueError):  # not tensors, or their sizes are symbols
         key = None
@@ -156,11 +170,15 @@ def _checked(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:
     _check(given)
     _check_numbers(scaling, dropout_p, x.device)
     weight, a, b, bias = map(given.get, ("weight", "lora_A", "lora_B", "bias"))
-    if isinstance(scaling, Tensor):
-        if a is not None:
-            a, b = with_scaling(a, b, scaling)
-        scaling = 1.0
+    a, b, scaling = _numbered(a, b, scaling)
     return given["x"], Projection(weight, a, b, bias, scaling, dropout_p)
+
+
+def _numbered(a: Tensor | None, b: Tensor | None, scaling: float | Tensor) -> tuple:
+    """Return factors and a number as their scaling, with what a tensor says in the factors."""
+    if not isinstance(scaling, Tensor):
+        return a, b, scaling
+    return (a, b, 1.0) if a is None else (*with_scaling(a, b, scaling), 1.0)
 
 
 def _key(x: Tensor, projections: Sequence[Projection]) -> tuple | None:

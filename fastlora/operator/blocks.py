@@ -50,11 +50,15 @@ def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
 def outputs(x: Tensor, projections: Projections, ss: Each, scaled=None) -> list[Tensor]:
     """Return y [M, N] of each projection from its s: the frozen product added to the low-rank.
 
-    ``scaled`` may hold low-rank products, bias included, that are there already and become y.
+    ``scaled`` may hold low-rank products, bias included, that are there already and become y;
+    without a weight it is added to the bias [M, N], in its place.
     """
     ys = []
     for i, (w, _, b, bias, _, scaling, _) in enumerate(projections):
         y = scaled[i] if scaled else None
+        if w is None:
+            ys.append(product(bias, ss[i], b.t(), bias, scaling))
+            continue
         if ss[i] is None:
             ys.append(F.linear(x, w, bias))
             continue
@@ -96,6 +100,8 @@ def input_grad_and_da(
     Without a dy there is no dx. A mask that both need is drawn once, block after block.
     """
     dx = add_products(None, dys, projections)
+    if dx is None and any(dy is not None for dy in dys):  # there are low-rank products alone
+        dx = x.new_zeros(x.shape)
     if len(projections) == 1:
         (_, a, _, _, seed, _, p), ds = projections[0], dss[0]
         return dx, [None if ds is None else _add_low_rank(dx, x, ds, a, seed, p, needs[0])]
@@ -111,7 +117,7 @@ def input_grad_and_da(
 def add_products(dx: Tensor | None, dys: Each, projections: Projections) -> Tensor | None:
     """Return dx with the product dy w of each projection added to it."""
     for dy, (w, *_) in zip(dys, projections, strict=True):
-        if dy is not None:
+        if dy is not None and w is not None:
             dx = dy @ w if dx is None else dx.addmm_(dy, w)
     return dx
 

@@ -25,6 +25,9 @@ def output(x: Tensor, projection: Operands, observed: bool) -> Tensor:
     ``observed``: a compiler or a transform looks on, which memory that is written twice confuses.
     """
     w, a, b, bias, seed, scaling, p = projection
+    if w is None:
+        y = low_rank(x, a, b, scaling, seed, p).to(x.dtype)
+        return y if bias is None else bias + y
     if a is None:
         return F.linear(x, w, bias)
     x_hat, narrow = x, a.dtype == torch.float16
@@ -41,10 +44,10 @@ def output(x: Tensor, projection: Operands, observed: bool) -> Tensor:
     if a.dtype == x.dtype:
         add = torch.addmm if observed else Tensor.addmm_
         return add(F.linear(x, w, bias), s, b.t(), alpha=scaling)
-    low_rank = F.linear(s * scaling, b)
+    y = F.linear(s * scaling, b)
     if bias is not None:
-        low_rank = low_rank + bias
-    return torch.addmm(low_rank.to(x.dtype), x, w.t())
+        y = y + bias
+    return torch.addmm(y.to(x.dtype), x, w.t())
 
 
 def gradients(

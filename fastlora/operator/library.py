@@ -29,9 +29,10 @@ def outputs(
 ) -> list[Tensor]:
     """Return y [M, N] of each projection: the frozen product added to the low-rank one."""
     there: list[Tensor | None] = [None] * len(projections)
-    mixed = [i for i, s in enumerate(ss) if s is not None and s.dtype != x.dtype]
+    pairs = enumerate(zip(ss, projections, strict=True))
+    mixed = [i for i, (s, p) in pairs if None not in (s, p[0]) and s.dtype != x.dtype]
     if mixed:  # main loops without steps: what is written is scaling · s bᵀ + bias alone
-        few = [(p[0][:, :0], *p[1:]) for p in (projections[i] for i in mixed)]
+        few = [(x.new_empty(len(p[2]), 0), *p[1:]) for p in (projections[i] for i in mixed)]
         found = kernels.outputs(x[:, :0], few, [ss[i] for i in mixed])
         for i, y in zip(mixed, found, strict=True):
             there[i] = y
@@ -48,5 +49,6 @@ def input_grad(
         dx = ds[0] @ few[0].a
     elif there:  # main loops without steps here too
         none = [dys[i][:, :0] for i in there]
-        dx = kernels.input_grad(none, [(p[0][:0], *p[1:]) for p in few], ds)
+        nothing = none[0].new_empty(0, few[0].a.shape[1])
+        dx = kernels.input_grad(none, [(nothing, *p[1:]) for p in few], ds)
     return blocks.add_products(dx, dys, projections)

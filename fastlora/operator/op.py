@@ -170,7 +170,7 @@ def gradients(
             if need_w:
                 grads[i] = dy.t() @ x
             if need_bias:
-                grads[i + 3] = dy.sum(0)
+                grads[i + 3] = dy if projections[i // 4].w is None else dy.sum(0)
         factors.append((need_a, need_b))
         i += 4
     if not some:
@@ -178,7 +178,8 @@ def gradients(
     # With a plan, what was saved beside x is as it was in forward.
     kept = [] if plan else [t for p in projections for t in p[:3] if type(t) is not Quantised]
     observed = not unobserved(x, *dys, *kept)
-    if looked_into(*dys) or (observed and not _alike(projections)):
+    whole = all(isinstance(one.w, Tensor) for one in projections)
+    if looked_into(*dys) or (observed and not (whole and _alike(projections))):
         projections = [one._replace(w=dense(one.w)) for one in projections]
         flags = [need_x, *(flag for a, b in factors for flag in (False, a, b, False))]
         given = _observed, dys, x, projections, flags
@@ -213,6 +214,9 @@ class _Direct(torch.autograd.Function):
     def forward(ctx, x, projections, impl, *_):
         plan = plans.find(impl, x, projections)
         ys, ss = forward(x, projections, impl, plan)
+        for one in projections:
+            if one.w is None:
+                ctx.mark_dirty(one.bias)
         _save(ctx, x, projections, ss, impl, plan)
         need_x, _, _, *flat = ctx.needs_input_grad
         if not need_x and len(ys) > 1:  # of frozen layers nothing that follows is to be kept

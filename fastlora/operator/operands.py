@@ -41,9 +41,10 @@ class Operands(NamedTuple):
     """A projection as implementations take it: checked, and with dropout's seed drawn.
 
     ``a`` and ``b`` are None without an adapter; ``seed`` ([1], int64) is None without dropout.
+    Without ``w`` the bias is [M, N], what y is but for the low-rank part, and becomes y in place.
     """
 
-    w: Tensor
+    w: Tensor | None
     a: Tensor | None
     b: Tensor | None
     bias: Tensor | None
@@ -79,7 +80,7 @@ class Problem(NamedTuple):
         adapted = [p for p in projections if p.a is not None]
         if not adapted:
             return None
-        sizes = [(p.w.shape[0], 0 if p.a is None else p.a.shape[0]) for p in projections]
+        sizes = [(p.w.shape[0], 0) if p.a is None else (*p.b.shape,) for p in projections]
         dropout = any(p.seed is not None for p in adapted)
         return Problem.together(*x.shape, sizes, x.dtype, adapted[0].a.dtype, dropout)
 

@@ -58,13 +58,13 @@ def find(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
     """Return what runs forward and backward on these operands, ``x`` [M, K]: one look-up."""
     m, k = x.shape
     key: list[Any] = [impl, (m - 1).bit_length() if m else 0, k, x.dtype, x.device]
-    for w, a, _, _, seed, _, _ in projections:
+    for w, a, b, _, seed, _, _ in projections:
         if a is None:
             key += w.shape[0], 0
         else:
-            key += w.shape[0], a.shape[0], a.dtype, seed is not None
-        if type(w) is Quantised:
-            key.append(Quantised)
+            key += *b.shape, a.dtype, seed is not None
+        if w is None or type(w) is Quantised:
+            key.append(type(w))
     found, key = _found, tuple(key)
     pair = found.get(key)
     if pair is None:
@@ -80,8 +80,9 @@ def _pair(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
         if impl == "auto" and on_first_use is not None:
             on_first_use(problem, x.device)
         chosen = [choose(op, impl, problem, x.device) for op in OPS]
-    if any(type(w) is Quantised for w, *_ in projections):
-        if impl == "triton":
+    kinds = {type(w) for w, *_ in projections}
+    if Quantised in kinds or type(None) in kinds:
+        if impl == "triton" and Quantised in kinds:
             raise TypeError("impl='triton' reads dense weights, and this one is quantised")
         # One is dense at a time, for a product of the library's.
         chosen = [replace(p, impl="library") if p.impl == "triton" else p for p in chosen]
@@ -106,7 +107,7 @@ def _backward(impl: ModuleType, configs: Mapping, dys: Each, x: Tensor, projecti
 def _usable(configs: Mapping, rows: Each, projections: Projections) -> Mapping | None:
     """Return the configs if Triton can load all 16 bytes at a time, as where they were measured."""
     for t in [*rows, *(t for p in projections for t in p[:3])] if configs else ():
-        if t is not None:
+        if isinstance(t, Tensor):
             strides = t.stride()
             if 1 not in strides or sum(strides) % 16 != 1 or t.data_ptr() % 16:
                 return None

@@ -3,10 +3,12 @@
 
 `quantised` finds out what a weight is by its class's name, so that no library is imported that has
 not made one. Nothing as large as the dense weight outlives a product, also for backward: at the
-sizes of training a product of a dense temporary is as fast as one that reads 4 bits.
+sizes of training a product of a dense temporary is as fast as one that reads 4 bits. Layers whose
+product is another than that of a dense weight are opaque: they are called.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,12 +45,19 @@ class Quantised:
         return len(self.shape)
 
 
+class Opaque:
+    """A frozen layer that alone multiplies by its weight; to its output the rest is added."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        self.layer, self.dtype, self.device = layer, dtype, device
+
+
 def dense(w: Any) -> Any:
     """Return a quantised weight as a tensor [N, K] in its dtype, and all else as it is."""
     return w.dense() if type(w) is Quantised else w
 
 
-def quantised(weight: Any, dtype: torch.dtype, module: Any = None) -> "Quantised | str":
+def quantised(weight: Any, dtype: torch.dtype, module: Any = None) -> "Quantised | Opaque | str":
     """Return a library's weight for products in ``dtype``, or why it is none that is known.
 
     ``module`` is the layer that holds it, where some keep what belongs to it.
@@ -63,8 +72,8 @@ def quantised(weight: Any, dtype: torch.dtype, module: Any = None) -> "Quantised
 @functools.cache  # each layer call asks
 def _maker(kind: type, holder: type) -> Callable | None:
     """Return the function below for a weight, by its layer's class first: it may lose its own."""
-    holders = map(_name, holder.__mro__)
-    return next((LINEARS[n] for n in holders if n in LINEARS), KINDS.get(_name(kind)))
+    known, holders = LINEARS | OPAQUE, map(_name, holder.__mro__)
+    return next((known[n] for n in holders if n in known), KINDS.get(_name(kind)))
 
 
 def _four_bits(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str":
@@ -124,7 +133,7 @@ def _eight_bits(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | st
 
 
 def _torchao(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str":
-    if weight.act_quant_kwargs is not None:
+    if any(getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization")):
         return "quantises x as well, which has no gradient"
     by_rows = getattr(weight, "zero_point", None) is None and weight.scale.shape[1:] == (1,)
 
@@ -134,16 +143,36 @@ def _torchao(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str":
     return Quantised(weight, weight.shape, dtype, make)
 
 
+def _hqq(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str":
+    if not module.ready:
+        return "is HQQ's, but not quantised yet"
+    return Quantised(module.W_q, module.meta["shape"], dtype, lambda _: module.dequantize())
+
+
+def _opaque(weight: Any, dtype: torch.dtype, module: Any) -> "Opaque | str":
+    if getattr(module, "SUPPORTS_TRAINING", True):
+        own = itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
+        return Opaque(module, dtype, next(own).device)
+    return f"is multiplied by a kernel without gradients, that of {type(module).__name__}"
+
+
 KINDS = {
     "bitsandbytes.nn.modules.Params4bit": _four_bits,
     "bitsandbytes.nn.modules.Int8Params": _eight_bits,
     "torchao.quantization.Int8Tensor": _torchao,
     "torchao.quantization.Float8Tensor": _torchao,
+    "torchao.quantization.IntxUnpackedToInt8Tensor": _torchao,
 }
 # Layers of theirs whose forward is the product and nothing else.
 LINEARS = {
     "bitsandbytes.nn.modules.Linear4bit": _four_bits,
     "bitsandbytes.nn.modules.Linear8bitLt": _eight_bits,
+    "hqq.core.quantize.HQQLinear": _hqq,
+}
+# The others, by a base class: they round x too, or multiply by what is packed for one kernel.
+OPAQUE = {
+    "gptqmodel.nn_modules.qlinear.BaseQuantLinear": _opaque,  # GPTQ and AWQ
+    "transformers.integrations.finegrained_fp8.FP8Linear": _opaque,
 }
 
 
@@ -154,6 +183,15 @@ def is_linear(module: nn.Module) -> bool:
 @functools.cache
 def _is_linear(kind: type) -> bool:
     return _name(kind) in LINEARS
+
+
+def is_opaque(module: nn.Module) -> bool:
+    return _is_opaque(type(module))
+
+
+@functools.cache
+def _is_opaque(kind: type) -> bool:
+    return any(_name(of) in OPAQUE for of in kind.__mro__)
 
 
 def _name(kind: type) -> str:

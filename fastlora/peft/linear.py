@@ -50,8 +50,9 @@ class Fused:
         if self._disable_adapters or self.merged_adapters:
             return None
         found = operands(self, x)
-        own_bias = self._modules["base_layer"]._parameters.get("bias")
-        return found if type(found) is tuple and found[1] is own_bias else None
+        if type(found) is not tuple or type(found[0]) is weights.Opaque:
+            return None
+        return found if found[1] is self._modules["base_layer"].bias else None
 
 
 class FusedLinear(Fused, lora.Linear):
@@ -85,6 +86,9 @@ _QUANTISED = {
     "FusedLinear4bit": ("peft.tuners.lora.bnb", "Linear4bit"),
     "FusedLinear8bitLt": ("peft.tuners.lora.bnb", "Linear8bitLt"),
     "FusedTorchaoLoraLinear": ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
+    "FusedHqqLoraLinear": ("peft.tuners.lora.hqq", "HqqLoraLinear"),
+    "FusedGPTQLoraLinear": ("peft.tuners.lora.gptq", "GPTQLoraLinear"),
+    "FusedAwqLoraLinear": ("peft.tuners.lora.awq", "AwqLoraLinear"),
 }
 
 
@@ -133,7 +137,8 @@ def why_not(layer: nn.Module) -> str | None:
     only the base layer to run.
     """
     if not isinstance(layer, Fused) and _stand_in(type(layer)) is None:
-        return f"{_kind(layer)}, not PEFT's plain lora.Linear, nor one of bitsandbytes or torchao"
+        others = "bitsandbytes, torchao, HQQ, GPTQ or AWQ"
+        return f"{_kind(layer)}, not PEFT's plain lora.Linear, nor one of {others}"
     if "forward" in layer.__dict__:
         return "it has a forward set on the object, as accelerate's hooks and X-LoRA do"
     found = operands(layer)
@@ -152,13 +157,18 @@ def operands(
     parts = layer._modules
     base = parts["base_layer"]
     linear = type(base) is nn.Linear
-    theirs = not linear and weights.is_linear(base)
+    opaque = not linear and weights.is_opaque(base)
+    theirs = opaque or (not linear and weights.is_linear(base))
     if not (linear or theirs or _is_plain(base)):
         return f"its base layer is {_kind(base)}, not a plain nn.Linear or Conv1D"
     held, quantised = base._parameters, False
     weight, bias = held.get("weight"), held.get("bias", base)
-    if bias is base:
-        return "its base layer's bias is no parameter"
+    if opaque:
+        bias = None
+    elif bias is base:
+        bias = getattr(base, "bias", None)
+        if not theirs:
+            return "its base layer's bias is no parameter"
     if theirs or not _is_dense(weight):
         weight = _quantised(base, weight, x)
         if type(weight) is str:
@@ -191,7 +201,7 @@ def operands(
         if extra is not None:
             extra = extra * adapter[2]
             bias = extra if bias is None else bias + extra
-    return weight if linear or isinstance(base, nn.Linear) else weight.t(), bias, adapters
+    return weight if linear or not is_conv1d(base) else weight.t(), bias, adapters
 
 
 def _adapter(
@@ -243,14 +253,16 @@ def _adapter(
 
 def _quantised(base: nn.Module, weight: Any, x: Any) -> weights.Quantised | str:
     """Return the weight of a quantised layer for a product as the layer would compute it."""
-    if x is not _LIKE_WEIGHT and not (base.training or torch.is_grad_enabled()):
+    known = x is _LIKE_WEIGHT or base.training or torch.is_grad_enabled()
+    if not (known or weights.is_opaque(base)):
         return "is quantised, and in inference its library multiplies by it as it is"
     like = None if x is _LIKE_WEIGHT else x.dtype
     dtype = getattr(base, "compute_dtype", None)
     if not getattr(base, "compute_type_is_set", False) and like is not None:
         dtype = like
     if dtype is None:  # int8 weights keep none of their own
-        kept = getattr(weight if base.bias is None else base.bias, "dtype", None)
+        bias = getattr(base, "bias", None)
+        kept = getattr(weight if bias is None else bias, "dtype", None)
         dtype = like or (kept if kept in DTYPES else torch.bfloat16)
     return weights.quantised(weight, dtype, base)
 

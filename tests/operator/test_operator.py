@@ -221,8 +221,10 @@ def test_a_scaling_tensor_never_recompiles(inductor):
         return fastlora.lora_linear(**t, scaling=scaling)
 
     compiled = torch.compile(layer, fullgraph=True, backend=inductor)
-    for scaling in (2.0, 1.0, 0.3, 0.0, -5.0):
+    for i, scaling in enumerate((2.0, 1.0, 0.3, 0.0, -5.0)):
         y, right = compiled(torch.tensor(scaling)), layer(scaling)
+        one = torch.ones(1, 71 + i)  # in eager mode, of another size each time
+        fastlora.lora_linear(one, one, one, one[:, :1])
         torch.testing.assert_close(y, right)
         alike(grads(y, t), grads(right, t), rtol=1e-5, atol=1e-4)
     assert inductor.compiles == 1

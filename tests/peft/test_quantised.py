@@ -12,20 +12,31 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations import finegrained_fp8
 
 import fastlora
 from fastlora import patch_peft, unpatch_peft
-from fastlora.operator import weights
+from fastlora.operator import plans, weights
 from fastlora.peft import linear
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
+hqq = pytest.importorskip("hqq.core.quantize", reason="needs hqq")
 
 BNB = ("nf4", "fp4", "int8")
-KINDS = (*BNB, "torchao int8", "torchao float8")
+TORCHAO = {
+    "torchao int8": torchao.Int8WeightOnlyConfig(),
+    "torchao float8": torchao.Float8WeightOnlyConfig(),
+    "torchao int4": torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(32)),
+}
+LINEAR = (*BNB, *TORCHAO)  # an ``nn.Linear`` all the same
+KINDS = (*LINEAR, "hqq")
 NAMES = ("q", "k", "v", "gate", "up", "down")
 X = torch.linspace(-1, 1, 2 * 24 * 64).reshape(2, 24, 64).sin()
 
@@ -53,6 +64,9 @@ class Block(nn.Module):
 
 def quantised(layer: nn.Linear, kind: str) -> nn.Module:
     shape = layer.in_features, layer.out_features, layer.bias is not None
+    if kind == "hqq":
+        how = hqq.BaseQuantizeConfig(nbits=4, group_size=32)
+        return hqq.HQQLinear(layer, how, compute_dtype=layer.weight.dtype, device="cpu")
     if kind == "int8":
         made = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False)
         made.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False)
@@ -65,18 +79,18 @@ def quantised(layer: nn.Linear, kind: str) -> nn.Module:
     return made.to("cpu")
 
 
-def model(kind: str, dtype=torch.float32, **changes):
-    torch.manual_seed(0)
+def model(kind: str, dtype=torch.float32, seed: int = 0, **changes):
+    torch.manual_seed(seed)
     block = Block().to(dtype)
-    if kind in BNB:
+    if kind in TORCHAO:
+        torchao.quantize_(block, TORCHAO[kind])
+    elif kind != "dense":
         for parent in (block, block.mlp):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(parent, name, quantised(child, kind))
+    if kind in BNB:
         block.is_loaded_in_8bit, block.is_loaded_in_4bit = kind == "int8", kind != "int8"
-    elif kind != "dense":
-        how = "Int8WeightOnlyConfig" if kind == "torchao int8" else "Float8WeightOnlyConfig"
-        torchao.quantize_(block, getattr(torchao, how)())
     config = {"target_modules": list(NAMES), "r": 4, "init_lora_weights": False, **changes}
     return get_peft_model(block, LoraConfig(**config))
 
@@ -120,23 +134,25 @@ def dense_of(base: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_further_from_the_truth_than_peft(kind):
     """In bfloat16 under float32 adapters; the truth is of the weights that the library reads."""
-    wrapped, exact = model(kind, torch.bfloat16).train(), model("dense", torch.float64)
-    for path, layer in wrapped.named_modules():
-        if hasattr(layer, "base_layer"):
-            of = exact.get_submodule(path).base_layer
-            of.weight.data = dense_of(layer.base_layer)
-    for name, p in wrapped.named_parameters():
-        if "lora_" in name or "bias" in name:
-            exact.get_parameter(name).data = p.data.double()
-    x = X.bfloat16()
-    right, theirs = (
-        results(exact, x.double()),
-        apart(results(wrapped, x), results(exact, x.double())),
-    )
-    patch_peft(wrapped, fuse_siblings=[("q", "k", "v"), ("gate", "up")])
-    ours = apart(results(wrapped, x), right)
-    assert all(a < 1.5 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
-    assert sum(ours) < 1.1 * sum(theirs)
+    x, ours, theirs = X.bfloat16(), [], []
+    for seed in range(6):  # one result alone scatters by a factor of two
+        wrapped = model(kind, torch.bfloat16, seed).train()
+        exact = model("dense", torch.float64, seed)
+        for path, layer in wrapped.named_modules():
+            if hasattr(layer, "base_layer"):
+                of = exact.get_submodule(path).base_layer
+                of.weight.data = dense_of(layer.base_layer)
+                if of.bias is not None:
+                    of.bias.data = layer.base_layer.bias.detach().double()
+        for name, p in wrapped.named_parameters():
+            if "lora_" in name:
+                exact.get_parameter(name).data = p.data.double()
+        right = results(exact, x.double())
+        theirs.append(apart(results(wrapped, x), right))
+        patch_peft(wrapped, fuse_siblings=[("q", "k", "v"), ("gate", "up")])
+        ours.append(apart(results(wrapped, x), right))
+    ours, theirs = (torch.tensor(each).square().mean(0).sqrt() for each in (ours, theirs))
+    assert (ours < 1.7 * theirs).all() and ours.sum() < 1.1 * theirs.sum(), ours / theirs
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("nf4", "few"), *((kind, "many") for kind in KINDS)])
@@ -240,7 +256,7 @@ def test_shards_of_fsdp2(tmp_path):
 # Without PEFT
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LINEAR)
 def test_layers_without_peft(kind):
     wrapped = model(kind)
     right, adapters = results(wrapped), [p for p in wrapped.parameters() if p.requires_grad]
@@ -300,24 +316,134 @@ def test_why_a_layer_is_not_fused():
 # The operator
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LINEAR)
 def test_the_operator_takes_quantised_weights(kind):
+    layer = nn.Sequential(nn.Linear(64, 32, bias=False))
     if kind in BNB:
-        w = quantised(nn.Linear(64, 32, bias=False), kind).weight
+        w = quantised(layer[0], kind).weight
     else:
-        block = Block()
-        torchao.quantize_(block, torchao.Int8WeightOnlyConfig())
-        w = block.k.weight
-    x, a, b = X.clone().requires_grad_(), torch.randn(4, 64), torch.randn(32, 4).requires_grad_()
-    whole = weights.dense(weights.quantised(w, torch.float32))
-    for impl in ("auto", "blocks", "library", "eager", "reference"):
-        found, right = (
-            torch.autograd.grad((fastlora.lora_linear(x, of, a, b, impl=impl) ** 2).sum(), [x, b])
-            for of in (w, whole)
-        )
-        assert max(apart(found, right)) < 1e-6
-    assert torch.equal(F.linear(X, weights.quantised(w, torch.float32)), F.linear(X, whole))
+        torchao.quantize_(layer, TORCHAO[kind])
+        w = layer[0].weight
+    a, b = torch.randn(4, 64), torch.randn(32, 4).requires_grad_()
+    for dtype in (torch.float32, torch.bfloat16):
+        whole, x = weights.dense(weights.quantised(w, dtype)), X.to(dtype).requires_grad_()
+        for impl in ("auto", "blocks", "library", "eager", "reference"):
+            found = []
+            for of in (w, whole):
+                torch.manual_seed(1)
+                given = {"dropout_p": 0.3, "training": dtype == torch.bfloat16, "impl": impl}
+                y = fastlora.lora_linear(x, of, a, b, **given)
+                found.append(torch.autograd.grad((y.float() ** 2).sum(), [x, b]))
+            assert max(apart(*found)) < 1e-6
+        assert torch.equal(F.linear(x, weights.quantised(w, dtype)), F.linear(x, whole))
+    x = X
     with pytest.raises(TypeError, match="impl='triton' reads dense weights"):
         fastlora.lora_linear(x, w, a, b, impl="triton")
     with pytest.raises(ValueError, match=r"lora_A must be \[R, 64\]"):
         fastlora.lora_linear(x, w, a[:, :3], b)
+
+
+# Layers that alone multiply by their weight
+
+
+class Packed(nn.Module):
+    """As gptqmodel's layers are, to which that class's name is given."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        for name in ("weight", "bias"):
+            self.register_buffer(name, getattr(layer, name).detach())
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+Packed.__module__, Packed.__qualname__ = "gptqmodel.nn_modules.qlinear", "BaseQuantLinear"
+
+
+def opaque(kind: str, dtype: torch.dtype, **changes) -> lora.LoraLayer:
+    layer, config = nn.Linear(64, 48, dtype=dtype), LoraConfig(init_lora_weights=False, **changes)
+    kinds = {"gptq": GPTQLoraLinear, "awq": AwqLoraLinear, "fp8": lora.Linear}
+    if kind == "fp8":
+        base = finegrained_fp8.FP8Linear(64, 48, (16, 32), has_bias=True)
+        base.weight.data = layer.weight.detach().to(base.weight.dtype)
+        base.weight_scale_inv.data = torch.rand(3, 2) + 0.5
+        base.bias.data = layer.bias.detach()
+    else:
+        base = Packed(layer)
+    base.requires_grad_(False)
+    made = kinds[kind](base, "default", config, r=4, lora_alpha=8)
+    made.lora_A.float(), made.lora_B.float()  # as `get_peft_model` does
+    return made
+
+
+@pytest.fixture
+def fp8_products(monkeypatch):
+    """Where FP8's kernel is not: x is rounded as it would round it."""
+
+    def product(x, w, scales, size, bias, *rest):
+        wide = finegrained_fp8._dequantize_fp8_weight(w, scales, size, x.dtype)
+        return F.linear(x.to(w.dtype).to(x.dtype), wide, bias)
+
+    monkeypatch.setattr(finegrained_fp8, "fp8_linear", product)
+
+
+@pytest.mark.usefixtures("fp8_products")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["fp8", "gptq", "awq"])
+def test_the_rest_is_added_to_what_an_opaque_layer_makes(kind, dtype, fused):
+    layer, x = opaque(kind, dtype), X.to(dtype)
+    right, alone = results(layer, x), layer.base_layer(x)
+    assert patch_peft(layer).not_fused == []
+    found = results(layer, x)
+    assert max(apart(found, right)) < (1e-6 if dtype == torch.float32 else 0.01) and len(fused) == 1
+    with torch.no_grad():  # here it is fused too
+        assert apart([layer(x)], right[:1]) < [0.01] and len(fused) == 2
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), alone)
+
+
+@pytest.mark.usefixtures("fp8_products")
+@pytest.mark.parametrize("impl", ["auto", "library"])
+@pytest.mark.parametrize("several", [False, True])
+def test_an_opaque_layer_keeps_no_dropped_input(impl, several, monkeypatch):
+    """Its adapters' gradients are those of what was dropped: y is linear in B, and db its slope."""
+    monkeypatch.setattr(plans, "FORCED", impl)
+    layer, x = opaque("gptq", torch.float32, lora_dropout=0.5), X.clone().requires_grad_()
+    if several:
+        config = LoraConfig(init_lora_weights=False, lora_dropout=0.5)
+        layer.update_layer("more", 3, 8, config)
+        layer.set_adapter(["default", "more"])
+    patch_peft(layer)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    given = {x.data_ptr(), layer.base_layer.weight.data_ptr()}
+    wide = [t for t in kept if t.numel() >= x.numel() and t.data_ptr() not in given]
+    assert not wide and len(kept) > 3
+    b = layer.lora_B["default"].weight
+    torch.manual_seed(3)
+    before = layer(x)
+    (db,) = torch.autograd.grad(before.sum(), b)
+    with torch.no_grad():
+        b[0, 0] += 1.0
+    torch.manual_seed(3)
+    torch.testing.assert_close((layer(x) - before).sum(), db[0, 0], rtol=1e-3, atol=1e-2)
+
+
+def test_an_opaque_layer_that_does_not_differentiate_is_left_to_peft():
+    layer = opaque("gptq", torch.float32)
+    layer.base_layer.SUPPORTS_TRAINING = False
+    assert "multiplied by a kernel without gradients" in patch_peft(layer).not_fused[0][1]
+
+
+def test_gradients_of_an_opaque_layer_are_differentiable():
+    layer, x = opaque("awq", torch.float64), X.double()[:, :3].clone().requires_grad_()
+    layer.double()
+    patch_peft(layer)
+    assert torch.autograd.gradgradcheck(layer, x)
+    tangents = torch.func.jvp(layer, (x,), (x,))[1]
+    torch.testing.assert_close(tangents, layer(x) - layer(torch.zeros_like(x)))
+    y = torch.compile(layer, backend="aot_eager")(x)
+    torch.testing.assert_close(y, layer(x))

@@ -95,14 +95,14 @@ COPIES = {
     ("lora", "layers/test_sibling_circumstances.py::test_keywords"): [
         ("the layer has its own name for its input", *INPUT),
     ],
-    ("active", f"{DRAWN_AGAIN} {OTHER_MASK}"): [
-        ("two adapters drop the same", "new_seed(x.device)", "torch.ones(1).long()"),
+    ("../functional", f"{DRAWN_AGAIN} {OTHER_MASK}"): [
+        ("two adapters drop the same", "new_seed(x.device) if", "torch.ones(1).long() if"),
     ],
-    ("active", DRAWN_AGAIN): [
-        ("several adapters keep what they drop", "if transformed() else", "if True else"),
+    ("../operator/op", DRAWN_AGAIN): [
+        ("several adapters keep what they drop", 'if impl == "eager" or (', "if not whole or ("),
     ],
-    ("active", "operator/test_batched_gradients.py::test_per_sample_gradients"): [
-        ("adapters that drop know no transforms", "if transformed() else", "if 0 else"),
+    ("../operator/op", "layers/test_active.py::test_compiles_in_one_graph"): [
+        ("several adapters do not compile", "(transformed() or not whole)", "transformed()"),
     ],
     ("siblings", f"{CIRCUMSTANCES}any_order"): [
         ("siblings of another tensor are handed out", "_held.x is x and ", ""),

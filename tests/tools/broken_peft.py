@@ -33,7 +33,7 @@ COPIES = {
         "inference multiplies by dense weights": "base.training or torch.is_grad_enabled() => 1",
     },
     ("linear", f"{QUANTISED}checkpointing_draws_the_same_elements"): {
-        "a pass without gradients is PEFT's": "(base.training or torch.is_grad => (torch.is_grad",
+        "a pass without gradients is PEFT's": "or base.training or torch => or torch",
     },
     ("linear", f"{QUANTISED}under_autocast_outputs_have_peft_s_dtype"): {
         "autocast decides the dtype of outputs": "        autocast = False => ",
@@ -47,7 +47,20 @@ COPIES = {
     ("../operator/weights", f"{QUANTISED}why_a_layer_is_not_fused"): {
         "scales that are lost are none": "    if scales is None: =>     if False:",
         "a state that is lost is none": "    if state is None: =>     if False:",
-        "a product without gradient is taken": "weight.act_quant_kwargs is not None => False",
+        "a product without gradient is taken": "if any(getattr(weight, name, None) => if any(0",
+    },
+    ("../operator/weights", f"{QUANTISED}an_opaque_layer_that_does_not_differentiate_is_left_to_peft"): {
+        "a kernel without gradients is taken": 'getattr(module, "SUPPORTS_TRAINING", True) => 1',
+    },
+    ("../operator/op", f"{QUANTISED}the_rest_is_added_to_what_an_opaque_layer_makes"): {
+        "an opaque output gets a bias's gradient": "dy if projections[i // 4].w is => dy if 0 is",
+    },
+    ("../operator/blocks", f"{QUANTISED}the_rest_is_added_to_what_an_opaque_layer_makes"): {
+        "what an opaque layer made is lost": "append(product(bias, ss[i], b.t(), bias => "
+        "append(product(bias, ss[i], b.t(), None",
+    },
+    ("../operator/library", f"{QUANTISED}the_operator_takes_quantised_weights"): {
+        "a quantised weight is cut": "x.new_empty(len(p[2]), 0) => p[0][:, :0]",
     },
     ("patch", f"{REASONS}what_is_refused"): {
         "a compiled model is patched": '"_orig_mod" in part._modules or part._ => 0 and part._',
