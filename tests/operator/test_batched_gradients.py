@@ -80,6 +80,8 @@ def per_sample(made, x, randomness):
 @pytest.mark.parametrize("names", [["one"], ["one", "two"]], ids=len)
 @pytest.mark.parametrize(("p", "randomness"), [(0.0, "error"), (0.5, "same"), (0.5, "different")])
 def test_per_sample_gradients(names, p, randomness):
+    if randomness == "different" and torch.__version__.startswith("2.8."):
+        pytest.skip("PyTorch 2.8 has no vmap of views of another dtype")
     x = torch.randn(64, 8)
     found = per_sample(model(names, p, True), x, randomness)
     right = per_sample(model(names, p, False), x, randomness)

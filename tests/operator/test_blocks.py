@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from acceptance import (
     KINDS,
     RANKS,
@@ -71,6 +72,8 @@ def test_strides(body, name, kind):
     for _, laid in strided(t[name]):
         if name in "ab" and isinstance(body, Eager):
             continue  # "auto" does not take it for them
+        if name == "x" and F.linear(laid, t["w"]).isnan().any():
+            pytest.skip("PyTorch's own product reads past such rows on this processor")
         verify(body, case, {**t, name: laid})
 
 

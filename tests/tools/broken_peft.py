@@ -7,6 +7,7 @@ HOSTILE, FILES = "peft/test_hostile_adapters.py::test_", "peft/test_adapter_file
 FUSED, REASONS = "peft/test_peft.py::test_", "peft/test_peft_reasons.py::test_"
 QUANTISED = "peft/test_quantised.py::test_"
 LEFT = "layers/test_sibling_search.py::test_unloaded_models_are_plain"
+UNDIFFERENTIATED = f"{QUANTISED}an_opaque_layer_that_does_not_differentiate_is_left_to_peft"
 SHARDED = "commands/test_launch.py::test_sharded_processes_come_to_what_one_comes_to"
 LOAD = "PeftModel.from_pretrained(model, checked, adapter_name, is_trainable)"
 
@@ -49,7 +50,7 @@ COPIES = {
         "a state that is lost is none": "    if state is None: =>     if False:",
         "a product without gradient is taken": "if any(getattr(weight, name, None) => if any(0",
     },
-    ("../operator/weights", f"{QUANTISED}an_opaque_layer_that_does_not_differentiate_is_left_to_peft"): {
+    ("../operator/weights", UNDIFFERENTIATED): {
         "a kernel without gradients is taken": 'getattr(module, "SUPPORTS_TRAINING", True) => 1',
     },
     ("../operator/op", f"{QUANTISED}the_rest_is_added_to_what_an_opaque_layer_makes"): {
