@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.operator import plans
+from fastlora.operator.weights import quantised
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Problem:
         return torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
 
 
-def _nf4(linear: nn.Linear) -> nn.Module:
+def nf4(linear: nn.Linear) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     weight, has_bias = linear.weight, linear.bias is not None
@@ -82,7 +83,7 @@ def _int8(linear: nn.Linear) -> nn.Module:
     return model[0]
 
 
-QUANTISED = {"dense": lambda linear: linear, "nf4": _nf4, "int8": _int8}
+QUANTISED = {"dense": lambda linear: linear, "nf4": nf4, "int8": _int8}
 
 
 class Frozen(nn.Module):
@@ -145,33 +146,38 @@ class LoraLib(Frozen):
 
 
 class Addmm(Frozen):
-    """Library products into one output, by hand, as Unsloth and Axolotl do it: no dropout."""
+    """Library products into one output, by hand, as Unsloth and Axolotl do it: no dropout.
+
+    A quantised weight is made dense for each product.
+    """
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.a, self.b = problem.factors()
-        self.scaling = problem.scaling
+        self.scaling, self.quantised = problem.scaling, problem.weights != "dense"
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Addmm.apply(x, self.linear.weight, self.linear.bias, self.a, self.b, self.scaling)
+        w = self.linear.weight
+        w = quantised(w, x.dtype, self.linear) if self.quantised else w
+        return _Addmm.apply(x, w, self.linear.bias, self.a, self.b, self.scaling)
 
 
 class _Addmm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias, a, b, scaling):
-        ctx.save_for_backward(x, w, a, b)
-        ctx.scaling = scaling
+        ctx.save_for_backward(x, a, b)
+        ctx.scaling, ctx.w = scaling, w
         y = F.linear(x, w, bias)
         return y.addmm_(x @ a.t().to(x.dtype), b.t().to(x.dtype), alpha=scaling)
 
     @staticmethod
     def backward(ctx, dy):
-        x, w, a, b = ctx.saved_tensors
+        x, a, b = ctx.saved_tensors
         a, b, c = a.to(x.dtype), b.to(x.dtype), ctx.scaling
         dyb = dy @ b
         da = (dyb.t() @ x) * c
         db = (dy.t() @ (x @ a.t())) * c
-        dx = (dy @ w).addmm_(dyb, a, alpha=c)
+        dx = (dy @ ctx.w).addmm_(dyb, a, alpha=c)
         return dx, None, None, da, db, None
 
 
@@ -278,7 +284,7 @@ def cannot(way: str, problem: Problem) -> str | None:
     if way in ("loralib", "LoRAFusion schedule") and problem.adapter != problem.dtype:
         return "has adapters in the base's dtype only"
     reads_dense = "fastlora triton", "fastlora eager", "loralib", "LoRAFusion schedule"
-    if problem.weights != "dense" and way.startswith((*reads_dense, "addmm", "PEFT compiled")):
+    if problem.weights != "dense" and way.startswith((*reads_dense, "PEFT compiled")):
         return "is for dense weights"
     few = plans.is_few(problem.M * problem.K, torch.device(problem.device))
     if way == "fastlora eager" and not few:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from baselines import nf4
 from measure import Turns, free_memory, peak_bytes, ratio, sharing
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,9 +27,12 @@ SMOLLM2 = {
     "vocab_size": 49152,
     "tie_word_embeddings": True,
 }
-# Architectures with random weights; transformers' own default is Llama-2-7B.
-MODELS = {"SmolLM2-135M": SMOLLM2, "Llama-2-7B": {}}
-ON_CPU = ("SmolLM2-135M",)
+# Architectures with random weights; transformers' own default is Llama-2-7B. Those whose linear
+# layers have 4 bits are named so.
+NF4 = ", NF4"
+MODELS = {"SmolLM2-135M": SMOLLM2, f"SmolLM2-135M{NF4}": SMOLLM2, "Llama-2-7B": {}}
+MODELS[f"Llama-2-7B{NF4}"] = {}
+ON_CPU = ("SmolLM2-135M", f"SmolLM2-135M{NF4}")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Problem:
 def problems(device: str) -> Iterator[Problem]:
     """Yield what ``make bench`` measures on ``device``."""
     for name in ON_CPU if device == "cpu" else MODELS:
-        for batch in BATCHES:
+        for batch in (BATCHES[0], BATCHES[-1]) if name.endswith(NF4) else BATCHES:
             yield Problem(name, batch, device)
 
 
@@ -62,9 +66,16 @@ def make(name: str, device: torch.device) -> nn.Module:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            return LlamaForCausalLM(LlamaConfig(**MODELS[name])).train().requires_grad_(False)
+            model = LlamaForCausalLM(LlamaConfig(**MODELS[name])).train().requires_grad_(False)
     finally:
         torch.set_default_dtype(torch.float32)
+    if name.endswith(NF4):
+        for parent in list(model.model.modules()):
+            for child, layer in parent.named_children():
+                if isinstance(layer, nn.Linear):
+                    setattr(parent, child, nf4(layer))
+        model.is_loaded_in_4bit = True
+    return model
 
 
 def peft(model: nn.Module) -> nn.Module:

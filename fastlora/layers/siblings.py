@@ -24,7 +24,7 @@ from fastlora.layers.gated import Layer, may_differ, may_share, projections_of
 from fastlora.layers.report import PatchReport
 from fastlora.layers.sample_inputs import samples_for
 from fastlora.operator import op
-from fastlora.operator.weights import Quantised
+from fastlora.operator.weights import Quantised, is_linear
 
 # True: an input by what the model says of itself (transformers); or one; or names of children.
 How = bool | Tensor | Mapping[str, Any] | Sequence[Sequence[str]]
@@ -313,6 +313,9 @@ def _traced(model: nn.Module, examples: Sequence[Any], places: Places) -> list[t
         after.enter_context(torch.random.fork_rng([where] if where.type == "cuda" else []))
         after.enter_context(torch.no_grad())
         model.eval()
+        for module in model.modules():
+            if is_linear(module):  # else bitsandbytes packs its weight for inference, for good
+                module.training = True
         for example in examples:
             given = example if isinstance(example, Mapping) else {"": example}
             given = {k: v.to(where) if isinstance(v, Tensor) else v for k, v in given.items()}

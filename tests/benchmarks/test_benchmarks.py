@@ -394,7 +394,11 @@ def test_few_tokens_on_a_gpu_are_timed_with_the_host_too(tiny, tmp_path, monkeyp
     assert "Steps begin on an idle GPU" in report.markdown(result)
 
 
-def test_models_share_their_frozen_weights(tiny, monkeypatch):
+@pytest.mark.parametrize("name", ["model", "model, NF4"])
+def test_models_share_their_frozen_weights(name, tiny, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    monkeypatch.setattr(end_to_end, "MODELS", {name: end_to_end.MODELS["model"]})
+    monkeypatch.setattr(end_to_end, "ON_CPU", (name,))
     bases, make = [], end_to_end.make
     monkeypatch.setattr(end_to_end, "make", lambda *of: bases.append(make(*of)) or bases[-1])
     measuring, ways, models = end_to_end.Measure(), list(end_to_end.WAYS), set()
@@ -406,5 +410,6 @@ def test_models_share_their_frozen_weights(tiny, monkeypatch):
     assert len(models) == len(ways)  # they served both batch sizes
     assert_shared(base, models)
     assert all(m.get_output_embeddings().weight is base.lm_head.weight for m in models)
-    fresh = make("model", torch.device("cpu")).state_dict()
+    assert ("4bit" in str(base.model)) == ("NF4" in name) == ("4bit" in repr(models))
+    fresh = make(name, torch.device("cpu")).state_dict()
     assert all(torch.equal(t, fresh[name]) for name, t in base.state_dict().items())

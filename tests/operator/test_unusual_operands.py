@@ -61,7 +61,7 @@ def test_infinities_stay_under_float32_adapters(impl, base, exact, rows):
     """A float32 factor goes to tensor cores as terms; none may be zero, or of another sign."""
     if rows > 8 and impl == "triton":
         rows = 100  # the interpreter takes long
-    # Of a rank that PyTorch's own product on a CPU with AMX pads, infinities become NaN there.
+    # Other ranks PyTorch's own product pads on a CPU with AMX, and makes NaN of infinities.
     w, a, b = torch.rand(128, 16).to(base), torch.rand(8, 16) + 0.1, torch.rand(128, 8) + 0.1
     if exact:
         a, b = torch.full_like(a, 0.25), torch.full_like(b, -0.5)

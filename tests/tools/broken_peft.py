@@ -42,6 +42,9 @@ COPIES = {
     ("../operator/op", f"{QUANTISED}one_weight_is_dense_at_a_time_and_none_is_kept"): {
         "a dense weight is kept for few tokens": "x.is_cpu and whole and => x.is_cpu and",
     },
+    ("../layers/siblings", f"{QUANTISED}the_search_for_siblings_packs_nothing"): {
+        "a search for siblings changes weights": "if is_linear(module): => if False:",
+    },
     ("../operator/weights", f"{QUANTISED}a_weight_that_was_packed_for_inference_has_gradients"): {
         "a packed weight is read as it was": '"packing_format_for_cpu", False) => "packed", False)',
     },
