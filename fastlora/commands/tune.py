@@ -2,7 +2,9 @@
 """``python -m fastlora tune``: measures a model's layers or shapes, says what was fastest."""
 
 import contextlib
+import importlib.util
 import itertools
+import math
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -63,6 +65,12 @@ def run(s: Namespace) -> None:
     if not done:
         raise UserError(f"nothing could be measured on {where}")
     print(explain(done, device=where))
+    if importlib.util.find_spec("bitsandbytes"):
+        n, k = max(((p.N, p.K) for p in done), key=math.prod)
+        found = tuning.tune_four_bits(n, k, dtypes[0], where, print, s.seconds)
+        said = ", ".join(f"{way} {1e6 * time:.1f} us" for way, time in sorted(found.items()))
+        if found:
+            print(f"4 bits made dense, {n} x {k}: {said}")
     print(f"kept in {file}" if file else "not kept: it held for this process only")
 
 

@@ -24,10 +24,21 @@ from fastlora.operator.operands import Problem
 # Of a problem: median seconds by implementation, for "forward" and "backward", and in "configs" the
 # fields of the Config that was the fastest in each of the kernels' steps ("shrink", "outputs", …).
 Row = dict[str, dict[str, Any]]
+# Of `FourBits`: "forward" alone.
 _loaded: dict[str, dict[str, Row]] = {}  # by device and what `str` makes of a bucketed problem
 
 
-def find(problem: Problem, device: torch.device) -> Row | None:
+class FourBits:
+    """What makes a weight of 4 bits dense, in the place of a problem."""
+
+    def bucketed(self) -> "FourBits":
+        return self
+
+    def __str__(self) -> str:
+        return "4 bits made dense"
+
+
+def find(problem: Problem | FourBits, device: torch.device) -> Row | None:
     """Return what was measured of the problem's bucket, or None."""
     return known(device).get(str(problem.bucketed()))
 
@@ -48,7 +59,7 @@ def known(device: torch.device) -> dict[str, Row]:
     return _loaded[name]
 
 
-def add(found: dict[Problem, Row], device: torch.device) -> Path | None:
+def add(found: dict[Problem | FourBits, Row], device: torch.device) -> Path | None:
     """Use ``found`` in plans made from now on, and keep it; None, with a warning, where it can't.
 
     What other processes have kept meanwhile stays, unless it is of the same problem.

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastlora.operator import steps
 from fastlora.operator.operands import OPS, Each, Operands, Problem, Projections
-from fastlora.operator.weights import Quantised
 
 IMPLEMENTATIONS = ("auto", "triton", "library", "blocks", "eager", "reference")
 # From when Python starts: what "auto" takes, and whether problems are measured on first use.
@@ -63,7 +62,7 @@ def find(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
             key += w.shape[0], 0
         else:
             key += *b.shape, a.dtype, seed is not None
-        if w is None or type(w) is Quantised:
+        if not isinstance(w, Tensor):
             key.append(type(w))
     found, key = _found, tuple(key)
     pair = found.get(key)
@@ -80,9 +79,9 @@ def _pair(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
         if impl == "auto" and on_first_use is not None:
             on_first_use(problem, x.device)
         chosen = [choose(op, impl, problem, x.device) for op in OPS]
-    kinds = {type(w) for w, *_ in projections}
-    if Quantised in kinds or type(None) in kinds:
-        if impl == "triton" and Quantised in kinds:
+    others = [w for w, *_ in projections if not isinstance(w, Tensor)]
+    if others:
+        if impl == "triton" and any(w is not None for w in others):
             raise TypeError("impl='triton' reads dense weights, and this one is quantised")
         # One is dense at a time, for a product of the library's.
         chosen = [replace(p, impl="library") if p.impl == "triton" else p for p in chosen]

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fastlora.operator import measured, plans, steps
+from fastlora.operator import measured, plans, steps, weights
 from fastlora.operator.operands import OPS, Operands, Problem
 
 Step = Callable[[], Iterable[None]]
@@ -59,6 +59,34 @@ def tune(
             kept = measured.add({problem: found}, device)
             plans.forget()
         yield problem, found, kept
+
+
+def tune_four_bits(
+    N: int, K: int, dtype: torch.dtype, device: torch.device, say: Say, seconds: float
+) -> dict[str, float]:
+    """Measure what makes an NF4 weight [N, K] dense, and keep it; return seconds by way."""
+    from bitsandbytes.functional import quantize_4bit
+
+    def step(make: Callable) -> Iterator[None]:
+        make(*quantised)
+        yield
+
+    def failed(way: str, error: Exception) -> None:
+        _leave_out(say, f"4 bits, {way}", error)
+
+    try:
+        weight = torch.randn(N, K, device=device).to(dtype)
+        quantised = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    except Exception as error:  # where bitsandbytes is for other devices, say
+        failed("library", error)
+        return {}
+    ways = {way: partial(step, make) for way, make in weights.FOUR_BITS.items()}
+    rounds = interleaved(ways, device, seconds, failed=failed)
+    if found := {way: median(t for (t,) in each) for way, each in rounds.items()}:
+        row = {"forward": found, "backward": {}, "configs": {}}
+        measured.add({measured.FourBits(): row}, device)
+        weights.fastest.cache_clear()
+    return found
 
 
 def tune_on_first_use(problem: Problem, device: torch.device) -> None:

@@ -85,27 +85,40 @@ def _four_bits(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str
         # A call without gradients on a CPU packs it anew, for which the library has no inverse.
         if getattr(state, "packing_format_for_cpu", False):
             return _packed_for_cpu(packed.data, state)
-        kernel = _kernel() if packed.is_cuda and packed.nbytes * 2 == state.shape.numel() else None
-        if kernel is None:
-            from bitsandbytes.functional import dequantize_4bit
-
-            return dequantize_4bit(packed.data, state)
-        inner, bytes_of = state.state2, packed.data.view(torch.uint8)
-        nested = (inner.code, inner.absmax, inner.blocksize, state.offset) if inner else None
-        how = tuple(state.shape), state.dtype, state.code, state.absmax, state.blocksize
-        return kernel(bytes_of, *how, nested)
+        whole = packed.nbytes * 2 == state.shape.numel()
+        return FOUR_BITS[fastest(packed.device) if whole else "library"](packed.data, state)
 
     return Quantised(weight, state.shape, dtype, make)
 
 
+def _by_bitsandbytes(packed: Tensor, state: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(packed, state)
+
+
+def _by_kernel(packed: Tensor, state: Any) -> Tensor:
+    from fastlora_kernels.four_bits import four_bits
+
+    inner, how = state.state2, (state.code, state.absmax, state.blocksize)
+    nested = (inner.code, inner.absmax, inner.blocksize, state.offset) if inner else None
+    return four_bits(packed.view(torch.uint8), tuple(state.shape), state.dtype, *how, nested)
+
+
+# What makes a weight of 4 bits dense, by the same bits.
+FOUR_BITS = {"library": _by_bitsandbytes, "triton": _by_kernel}
+
+
 @functools.cache
-def _kernel() -> Callable | None:
-    """Return our own kernel, None where Triton is missing or broken."""
-    try:
-        from fastlora_kernels.four_bits import four_bits
-    except Exception:  # it may raise anything while it is imported
-        return None
-    return four_bits
+def fastest(device: torch.device) -> str:
+    """Return which of them is taken: what was measured, or our kernel where that runs on a GPU."""
+    from fastlora.operator import measured, plans
+
+    if plans.triton_unusable(device):
+        return "library"
+    row = measured.find(measured.FourBits(), device)
+    default = "triton" if device.type == "cuda" else "library"
+    return min(row["forward"], key=row["forward"].get) if row else default
 
 
 def _packed_for_cpu(packed: Tensor, state: Any) -> Tensor:

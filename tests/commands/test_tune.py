@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastlora tune` and `fastlora info`: what they measure, say and refuse."""
 
+from importlib.util import find_spec
+
 import pytest
 from measuring import CPU, PROBLEM, timings
 from tiny_models import llama
@@ -21,6 +23,7 @@ def test_the_command_measures_shapes(capsys):
     problem = PROBLEM._replace(M=16)
     assert f"{problem}, on cpu\n  forward   blocks    measured on this machine: " in printed
     assert f"kept in {measured.path_of(CPU)}" in printed
+    assert "\n4 bits made dense, 48 x 32: library " in printed or not find_spec("bitsandbytes")
     assert measured.find(problem, CPU) is not None
 
 
