@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastlora.layers.active import stacked
+from fastlora.layers.active import ALL, stacked
 from fastlora.layers.lora import LoRALinear, default_adapter_dtype
 from fastlora.layers.siblings import FrozenLinear
 from fastlora.operator import plans
@@ -129,5 +129,5 @@ def _running(module: nn.Module) -> Operands | None:
         return None
     weight, _, adapters = found
     # Of several that drop the operator takes the first.
-    (a, b, _, p), *_ = stacked(weight.dtype, adapters) or [(None, None, 1.0, 0.0)]
+    (a, b, _, p, _), *_ = stacked(weight.dtype, adapters) or [(None, None, 1.0, 0.0, ALL)]
     return Operands(weight, a, b, None, a if p else None, 1.0, p)

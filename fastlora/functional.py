@@ -2,7 +2,7 @@
 """`lora_linear`: checks its arguments, then calls the operator."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 
 from fastlora.operator import plans
 from fastlora.operator.dropout import new_seed
-from fastlora.operator.eager import reference
+from fastlora.operator.eager import references
 from fastlora.operator.op import PLAIN, run
 from fastlora.operator.operands import Operands, Projection, with_scaling
 from fastlora.operator.steps import exactly
@@ -61,7 +61,12 @@ def lora_linear(
 
 
 def lora_linears(
-    x: Tensor, projections: Sequence[Projection], *, training: bool = False, impl: str = "auto"
+    x: Tensor,
+    projections: Sequence[Projection],
+    *,
+    segments: Sequence[int] | None = None,
+    training: bool = False,
+    impl: str = "auto",
 ) -> list[Tensor]:
     """Return what `lora_linear` does for each of several projections of one x, such as q, k and v.
 
@@ -69,31 +74,62 @@ def lora_linears(
     adapter at all. x is read once for all of them where that is faster, and its gradient is added
     up as it is made. Each drops its own elements of x.
 
+    ``segments`` [G + 1] cuts the rows of x (all leading dimensions flattened), from 0 to their
+    number: the rows from segments[g] on meet the adapter g of each projection, in one product with
+    the weight. ``lora_A`` [G, R, K] and ``lora_B`` [G, N, R] are then stacked, or sequences of G
+    whose ranks may differ and which may hold None, for no adapter; ``scaling`` and ``dropout_p``
+    are of all or sequences of G. A segment may have no rows: its gradients are zero. What a row
+    drops depends on its number alone.
+
     Shapes: ``x`` [..., K]; a list of [..., N], one for each projection, each a tensor of its own.
     Dtypes, ``training``, ``impl`` and errors as for `lora_linear`; an error says which projection
     is wrong.
     """
     if not len(projections):
         raise ValueError("projections must hold at least one, got none")
+    if segments is not None:
+        projections = list(_by_segment(x, projections, list(map(int, segments))))
     return list(run_checked(*checked(x, projections), training, impl))
 
 
-def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling, p: float) -> Tensor:
-    """Return y [..., N], a frozen layer's output for x [..., K], plus what an adapter makes of x.
+def _by_segment(
+    x: Tensor, projections: Sequence[Projection], ends: list[int]
+) -> Iterator[Projection]:
+    """Yield each projection without an adapter, then its adapters with their rows as weights."""
+    rows, G = math.prod(x.shape[:-1]), len(ends) - 1
+    if G < 1 or ends[0] != 0 or ends[-1] != rows or ends != sorted(ends):
+        of = f"the rows of x {tuple(x.shape)}"
+        raise ValueError(f"segments must rise from 0 to {rows}, {of}, got {ends!r:.100}")
+    for i, one in enumerate(projections):
+        yield Projection(one.weight, bias=one.bias)
+        each = []
+        for name, given in zip(Projection._fields[1:], one[1:], strict=True):
+            if name == "bias":
+                continue
+            several = isinstance(given, Sequence) or (isinstance(given, Tensor) and given.dim() > 0)
+            if several and len(given) != G:
+                raise ValueError(f"projections[{i}]: {name} must be of {G}, got {len(given)}")
+            each.append(given if several else [given] * G)
+        for start, end, a, b, scaling, p in zip(ends, ends[1:], *each, strict=False):
+            if a is not None or b is not None:
+                yield Projection(slice(start, end), a, b, None, scaling, p)
+
+
+def add_low_rank(y: Tensor, x: Tensor, adapters: Sequence[Projection]) -> Tensor:
+    """Return y [..., N], a frozen layer's output for x [..., K], plus what adapters make of x.
 
     That is written into y, which nothing else may hold. Dtypes as for `lora_linear`.
     """
-    a, b, scaling = _numbered(a, b, scaling)
     if x.dtype != y.dtype:  # under autocast
         x = x.to(y.dtype)
-    there = _unsafe_view(y, (math.prod(y.shape[:-1]), y.shape[-1]))
-    flat, operands = drawn(x, [Projection(None, a, b, there, scaling, p)], p > 0.0)
+    there = Projection(None, bias=_unsafe_view(y, (math.prod(y.shape[:-1]), y.shape[-1])))
+    flat, operands = drawn(x, [there, *map(_numbered, adapters)], training=True)
     (y,) = run(flat, operands, "auto" if plans.FORCED == "auto" else plans.named("auto", x))
     return shaped(y, x.shape)
 
 
 def checked(
-    x: Tensor, projections: Sequence[Projection], name: str = "projections[{}]: "
+    x: Tensor, projections: Sequence[Projection], name: str = "projections[{}]{}"
 ) -> tuple[Tensor, Sequence[Projection]]:
     """Return x and projections as `run_checked` takes them, or raise as `lora_linears` does."""
     try:
@@ -102,13 +138,20 @@ def checked(
             return x, projections
     except (AttributeError, TypeError, ValueError):  # not tensors, or their sizes are symbols
         key = None
-    found = []
-    for i, projection in enumerate(projections):
+    found, i, weight = [], -1, None
+    for projection in projections:
+        rows = projection[0]
+        if type(rows) is not slice:
+            i += 1
+        elif weight is not None:  # one more adapter of the projection before
+            projection = projection._replace(weight=weight)
         try:
             x, one = _checked(x, projection)
         except (TypeError, ValueError) as error:
-            raise type(error)(name.format(i) + str(error)) from None
-        found.append(one)
+            of = f", rows {rows.start} to {rows.stop}: " if type(rows) is slice else ": "
+            raise type(error)(name.format(i, of) + str(error)) from None
+        weight = one.weight
+        found.append(one._replace(weight=rows) if type(rows) is slice else one)
     if key is not None:
         _right.add(key)
     return x, found
@@ -122,7 +165,7 @@ def run_checked(
         impl = plans.named(impl, x)
     flat, operands = drawn(x, projections, training)
     if impl == "reference":
-        ys = [exactly(x.device, reference, flat, *one) for one in operands]
+        ys = exactly(x.device, references, flat, operands)
     else:
         ys = run(flat, operands, impl)
     return ys if flat is x else [shaped(y, x.shape) for y in ys]
@@ -132,9 +175,15 @@ def drawn(
     x: Tensor, projections: Sequence[Projection], training: bool
 ) -> tuple[Tensor, list[Operands]]:
     """Return x as [M, K] and each projection with a seed where it drops."""
-    operands = []
+    operands, of_rows = [], None
     for w, a, b, bias, scaling, p in projections:
-        seed = new_seed(x.device) if training and p and a is not None else None
+        seed = None
+        if training and p and a is not None:
+            by_number = type(w) is slice and w.start is not None
+            seed = of_rows if by_number and of_rows is not None else new_seed(x.device)
+            of_rows = seed if by_number else None
+        elif type(w) is not slice:
+            of_rows = None
         operands.append(Operands(w, a, b, bias, seed, scaling, p))
     shape = x.shape
     return x if len(shape) == 2 else x.reshape(math.prod(shape[:-1]), shape[-1]), operands
@@ -149,7 +198,7 @@ def shaped(y: Tensor, shape: torch.Size) -> Tensor:
 
 
 _SIZES = {"weight": "NK", "lora_A": "RK", "lora_B": "NR", "bias": "N"}
-_WEIGHTS = {*PLAIN, Quantised}  # as the operator takes them
+_WEIGHTS = {*PLAIN, Quantised, slice}  # as the operator takes them
 # Dtypes, sizes, devices and layouts of arguments that were found right.
 _right: set[tuple] = set()
 
@@ -170,15 +219,15 @@ def _checked(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:
     _check(given)
     _check_numbers(scaling, dropout_p, x.device)
     weight, a, b, bias = map(given.get, ("weight", "lora_A", "lora_B", "bias"))
-    a, b, scaling = _numbered(a, b, scaling)
-    return given["x"], Projection(weight, a, b, bias, scaling, dropout_p)
+    return given["x"], _numbered(Projection(weight, a, b, bias, scaling, dropout_p))
 
 
-def _numbered(a: Tensor | None, b: Tensor | None, scaling: float | Tensor) -> tuple:
-    """Return factors and a number as their scaling, with what a tensor says in the factors."""
-    if not isinstance(scaling, Tensor):
-        return a, b, scaling
-    return (a, b, 1.0) if a is None else (*with_scaling(a, b, scaling), 1.0)
+def _numbered(one: Projection) -> Projection:
+    """Return a projection whose scaling is a number: what a tensor says goes into the factors."""
+    if not isinstance(one.scaling, Tensor):
+        return one
+    a, b = one[1:3] if one.lora_A is None else with_scaling(*one[1:3], one.scaling)
+    return one._replace(lora_A=a, lora_B=b, scaling=1.0)
 
 
 def _key(x: Tensor, projections: Sequence[Projection]) -> tuple | None:
@@ -192,7 +241,8 @@ def _key(x: Tensor, projections: Sequence[Projection]) -> tuple | None:
         if not (-LARGEST <= scaling <= LARGEST and 0.0 <= p <= 1.0):
             return None
         for t in tensors:
-            key += (None,) if t is None else (t.dtype, t.size(), t.device, t.layout)
+            there = t is not None and type(t) is not slice
+            key += (t.dtype, t.size(), t.device, t.layout) if there else (type(t),)
     return tuple(key)
 
 

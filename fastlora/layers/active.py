@@ -1,43 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several adapters on one frozen layer: their low-rank paths add up."""
+"""What a layer's active adapters are to the operator: they add up, for all rows or for some."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastlora.functional import add_low_rank, lora_linear
-from fastlora.operator.operands import with_scaling
+from fastlora.functional import add_low_rank, checked, run_checked
+from fastlora.operator.operands import Projection, with_scaling
 from fastlora.operator.weights import Opaque
 
-# lora_A [R, K], lora_B [N, R], scaling, and the dropout's probability: 0 where none is drawn now.
-Adapter = tuple[Tensor, Tensor, "float | Tensor", float]
+# lora_A [R, K], lora_B [N, R], scaling, the dropout's probability: 0 where none is drawn now; and
+# the rows of x, all leading dimensions flattened, that it is for.
+Adapter = tuple[Tensor, Tensor, "float | Tensor", float, slice]
+ALL = slice(None)
+# Weight [N, K], bias [N] and the active adapters.
+Layer = tuple[Tensor, "Tensor | None", Sequence[Adapter]]
 
 
 def lora_sum(
     x: Tensor, weight: Tensor | Opaque, bias: Tensor | None, adapters: Sequence[Adapter]
 ) -> Tensor:
-    """Return ``x Wᵀ + bias + Σ scaling · dropout(x) Aᵀ Bᵀ`` over one adapter or more.
+    """Return ``x Wᵀ + bias + Σ scaling · dropout(x) Aᵀ Bᵀ`` over adapters.
 
     Shapes, dtypes and errors as for `lora_linear`; each adapter drops its own elements of x.
     """
-    first, *others = adapters = stacked(weight.dtype, adapters)
     if type(weight) is Opaque:
-        y, others = weight.layer(x), adapters
+        y = weight.layer(x)
         y = y if bias is None else y + bias
-    else:
-        a, b, scaling, p = first
-        y = lora_linear(x, weight, a, b, bias, scaling=scaling, dropout_p=p, training=p > 0.0)
-    for a, b, scaling, p in others:
-        y = add_low_rank(y, x, a, b, scaling, p)
-    return y
+        return add_low_rank(y, x, [_projection(a) for a in stacked(weight.dtype, adapters)])
+    ready = checked(x, projections_of([(weight, bias, adapters)]), "")
+    return run_checked(*ready, training=True)[0]
+
+
+def projections_of(layers: Sequence[Layer | None]) -> list[Projection]:
+    """Return layers as projections, followed by adapters beside the first; TypeError for None."""
+    found = []
+    for weight, bias, adapters in layers:
+        several = stacked(weight.dtype, adapters)
+        if several and several[0][4] == ALL:
+            (a, b, scaling, p, _), *several = several
+            found.append(Projection(weight, a, b, bias, scaling, p))
+        else:
+            found.append(Projection(weight, bias=bias))
+        found += map(_projection, several)
+    return found
+
+
+def _projection(adapter: Adapter) -> Projection:
+    a, b, scaling, p, rows = adapter
+    return Projection(rows, a, b, None, scaling, p)
 
 
 def stacked(base: torch.dtype, adapters: Sequence[Adapter]) -> Sequence[Adapter]:
-    """Return one adapter of the ranks' sum that adds what ``adapters`` do; them where any drops."""
-    if len(adapters) < 2 or any(p for *_, p in adapters):
+    """Return one adapter of the ranks' sum that adds what ``adapters`` do, where it can.
+
+    It cannot where one drops, or is for some of the rows.
+    """
+    if len(adapters) < 2 or any(p or rows != ALL for *_, p, rows in adapters):
         return adapters
     dtype = base if all(a.dtype == base for a, *_ in adapters) else torch.float32
-    scaled = [with_scaling(a.to(dtype), b.to(dtype), scaling) for a, b, scaling, _ in adapters]
+    scaled = [with_scaling(a.to(dtype), b.to(dtype), scaling) for a, b, scaling, *_ in adapters]
     a, b = zip(*scaled, strict=True)
-    return [(torch.cat(a), torch.cat(b, dim=1), 1.0, 0.0)]
+    return [(torch.cat(a), torch.cat(b, dim=1), 1.0, 0.0, ALL)]

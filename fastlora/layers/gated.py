@@ -22,13 +22,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastlora import functional
-from fastlora.layers.active import Adapter, stacked
+from fastlora.layers.active import projections_of
 from fastlora.operator import eager, op, plans
-from fastlora.operator.operands import Operands, Projection
-from fastlora.operator.weights import Quantised
-
-# What `sibling_operands` of a layer returns: weight [N, K], bias [N] and the active adapters.
-Layer = tuple[Tensor, "Tensor | None", Sequence[Adapter]]
+from fastlora.operator.operands import Operands
 
 _CALL, _aten = nn.Module.__call__, torch.ops.aten
 # By name: the function, its keywords, and its gradient from that of its result and its input.
@@ -62,46 +58,40 @@ def may_differ(member: nn.Module) -> bool:
     return bool(hooks) or "forward" in member.__dict__
 
 
-def projections_of(layers: Sequence[Layer | None]) -> list[Projection]:
-    """Return layers as projections; raise TypeError if one is off, ValueError if it can be none."""
-    found = []
-    for weight, bias, adapters in layers:
-        ((a, b, *rest),) = stacked(weight.dtype, adapters) or [(None, None)]
-        found.append(Projection(weight, a, b, bias, *rest))
-    return found
-
-
 def run(x: Tensor, projections: Sequence[Operands], activation: str, impl: str = "auto") -> Tensor:
     """Return y [M, N] for x [M, K] and the projections gate and up [F, K] and down [N, F].
 
     Backward makes act(gate(x)) · up(x) again. Only for what `op.unobserved` allows.
     """
-    g, u = op.run(x, projections[:2], impl)
+    _, _, last = (i for i, one in enumerate(projections) if type(one.w) is not slice)
+    (g, u), down = op.run(x, projections[:last], impl), projections[last:]
     apply = super(torch.autograd.Function, _GatedMLP).apply  # without preparing for transforms
-    own = [None if type(t) is Quantised else t for t in projections[2][:4]]
-    return apply(g, u, activation, impl, projections[2], *own)
+    own = [t if isinstance(t, Tensor) else None for one in down for t in one[:4]]
+    return apply(g, u, activation, impl, down, *own)
 
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, g, u, activation, impl, down, *_):
-        (y,), (s,) = op.forward(_product(g, u, activation, _kernels(g, impl)), [down], impl)
-        own, kept = down.w if type(down.w) is Quantised else None, down[:5]
-        ctx.rest = activation, impl, own, down[5:]
-        ctx.save_for_backward(g, u, s, *kept if own is None else (None, *kept[1:]))
+        (y,), ss = op.forward(_product(g, u, activation, _kernels(g, impl)), down, impl)
+        op.save(ctx, (g, u), down, ss, impl)
+        ctx.set_materialize_grads(True)
+        ctx.activation = activation
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        (activation, impl, own, numbers), (g, u, s, w, *kept) = ctx.rest, ctx.saved_tensors
+        (g, u), down, ss, impl, _ = op.saved(ctx, 2)
+        activation = ctx.activation
         need_g, need_u, _, _, _, *needs = ctx.needs_input_grad
-        down, again = Operands(own or w, *kept, *numbers), op.looked_into(dy)
+        again = op.looked_into(dy)
         need_h = need_g or need_u
         kernels = None if again else _kernels(g, impl)
-        read = down.a is not None or any(needs)  # whose gradients alone read what down was given
+        # Their gradients alone read what down was given.
+        read = any(one.a is not None for one in down) or any(needs)
         with torch.set_grad_enabled(again):
             h = _product(g, u, activation, kernels) if read or again else g
-        dh, grads = op.gradients([dy], h, [down], [s], impl, need_h, needs)
+        dh, grads = op.gradients([dy], h, down, ss, impl, need_h, needs)
         del h
         act, how, act_backward = ACTIVATIONS[activation]
         if not need_h:
@@ -238,18 +228,18 @@ def _output(module: nn.Module, x: Tensor) -> Tensor | None:
     if not names or not all(map(_is_layer, members)):
         return None
     try:
-        projections = projections_of([member.sibling_operands(x) for member in members])
-        wide, checked = functional.checked(x, projections[:2])
-        inner = wide.new_empty(1, checked[0].weight.shape[0])
-        _, last = functional.checked(inner, projections[2:])
+        *first, down = [member.sibling_operands(x) for member in members]
+        wide, checked = functional.checked(x, projections_of(first))
+        gate, up = (one for one in checked if type(one.weight) is not slice)
+        inner = wide.new_empty(1, gate.weight.shape[0])
+        _, last = functional.checked(inner, projections_of([down]))
     except (TypeError, ValueError):  # alone each says what is wrong with it, or takes it
         return None
     impl = "auto" if plans.FORCED == "auto" else plans.named("auto", x)
-    same_size = checked[0].weight.shape[0] == checked[1].weight.shape[0]
-    several = (*checked, *last)
-    tensors = [t for p in several for t in p[:4] if type(t) is not Quantised]
+    same_size = gate.weight.shape[0] == up.weight.shape[0]
+    tensors = [t for p in (*checked, *last) for t in p[:4] if isinstance(t, Tensor)]
     if impl in ("eager", "reference") or not (same_size and op.unobserved(wide, *tensors)):
         return None
-    wide, ready = functional.drawn(wide, several, training=True)
+    wide, ready = functional.drawn(wide, [*checked, *last], training=True)
     y = run(wide, ready, activation, impl)
     return y if x.dim() == 2 else functional.shaped(y, x.shape)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.functional import DTYPES, LARGEST
-from fastlora.layers.active import lora_sum
-from fastlora.layers.siblings import FrozenLinear, Group, Layer, handed
+from fastlora.layers.active import ALL, Layer, lora_sum
+from fastlora.layers.siblings import FrozenLinear, Group, handed
 from fastlora.operator import weights
 from fastlora.operator.eager import low_rank
 from fastlora.operator.op import PLAIN
@@ -162,7 +162,7 @@ class LoRALinear(nn.Linear):
             return F.linear(input, self._oriented(), self.bias)
         if type(found[0]) is weights.Quantised and not (self.training or torch.is_grad_enabled()):
             # In inference its library multiplies by it as it is.
-            y, ((a, b, scaling, _),) = super().forward(input), found[2]
+            y, ((a, b, scaling, *_),) = super().forward(input), found[2]
             return y + low_rank(input, a, b, scaling, None, 0.0).to(y.dtype)
         return lora_sum(input, *found)
 
@@ -174,7 +174,7 @@ class LoRALinear(nn.Linear):
         if not isinstance(dropout, (nn.Dropout, nn.Identity)):
             raise TypeError(f"lora_dropout must be an nn.Dropout, got {type(dropout).__name__}")
         p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        weight, adapter = self._oriented(), (self.lora_A, self.lora_B, self.scaling, p)
+        weight, adapter = self._oriented(), (self.lora_A, self.lora_B, self.scaling, p, ALL)
         if self._quantised or type(weight) not in PLAIN:
             found = weights.quantised(weight, x.dtype, self)
             if type(found) is not str:

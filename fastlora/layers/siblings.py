@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from fastlora import functional
 from fastlora.layers import gated
+from fastlora.layers.active import Layer, projections_of
 from fastlora.layers.classes import rebased
-from fastlora.layers.gated import Layer, may_differ, may_share, projections_of
+from fastlora.layers.gated import may_differ, may_share
 from fastlora.layers.report import PatchReport
 from fastlora.layers.sample_inputs import samples_for
 from fastlora.operator import op

@@ -37,27 +37,30 @@ def shrink(x: Tensor, projections: Projections) -> tuple[Each, None]:
         _, a, _, _, seed, _, p = projections[0]
         return [None if a is None else _shrink(x, a, seed, p)], None
     ss = [None] * len(projections)
-    for same, *of in _stacks(projections):
-        _put(ss, same, _shrink(x, *of), projections, 1)
+    for same, rows, *of in _stacks(projections):
+        _put(ss, same, _shrink(_part(x, rows), *of), projections, 1)
     return ss, None
 
 
-def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    s = _joined([x_hat @ a.t() for _, x_hat, _ in _blocks(x, a.dtype, seed, p)])
+def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float, begin: int = 0) -> Tensor:
+    s = _joined([x_hat @ a.t() for _, x_hat, _ in _blocks(x, a.dtype, seed, p, begin=begin)])
     return s if seed is None else s.mul_(kept_scale(p))
 
 
 def outputs(x: Tensor, projections: Projections, ss: Each, scaled=None) -> list[Tensor]:
     """Return y [M, N] of each projection from its s: the frozen product added to the low-rank.
 
-    ``scaled`` may hold low-rank products, bias included, that are there already and become y;
-    without a weight it is added to the bias [M, N], in its place.
+    ``scaled`` may hold low-rank products, bias included, that are there already and become y.
     """
     ys = []
     for i, (w, _, b, bias, _, scaling, _) in enumerate(projections):
         y = scaled[i] if scaled else None
+        if type(w) is slice:
+            part = ys[-1][w]
+            product(part, ss[i], b.t(), part, scaling)
+            continue
         if w is None:
-            ys.append(product(bias, ss[i], b.t(), bias, scaling))
+            ys.append(bias)
             continue
         if ss[i] is None:
             ys.append(F.linear(x, w, bias))
@@ -104,11 +107,13 @@ def input_grad_and_da(
         dx = x.new_zeros(x.shape)
     if len(projections) == 1:
         (_, a, _, _, seed, _, p), ds = projections[0], dss[0]
-        return dx, [None if ds is None else _add_low_rank(dx, x, ds, a, seed, p, needs[0])]
+        of = a, seed, p
+        return dx, [None if ds is None else _add_low_rank(dx, x, ds, *of, need_a=needs[0])]
     das = [None] * len(projections)
-    for same, *of in _stacks(projections, dss):
+    for same, rows, *of in _stacks(projections, dss):
         ds, need_a = _joined([dss[i] for i in same], 1), any(needs[i] for i in same)
-        da = _add_low_rank(dx, x, ds, *of, need_a)
+        part = None if dx is None else _part(dx, rows)
+        da = _add_low_rank(part, _part(x, rows), ds, *of, need_a=need_a)
         if need_a:
             _put(das, same, da, projections, 0)
     return dx, [da if need else None for da, need in zip(das, needs, strict=True)]
@@ -117,23 +122,27 @@ def input_grad_and_da(
 def add_products(dx: Tensor | None, dys: Each, projections: Projections) -> Tensor | None:
     """Return dx with the product dy w of each projection added to it."""
     for dy, (w, *_) in zip(dys, projections, strict=True):
-        if dy is not None and w is not None:
+        if dy is not None and w is not None and type(w) is not slice:
             dx = dy @ w if dx is None else dx.addmm_(dy, w)
     return dx
 
 
 def _stacks(projections: Projections, dss: Each | None = None) -> list[tuple]:
-    """Return which adapters (that have a ds) go stacked along the rank, their a, seed and p.
+    """Return which adapters (that have a ds) go stacked along the rank, their rows, a, seed and p.
 
-    Those that drop nothing do, if they are of one dtype.
+    And the number of the first row. Those of the same rows that drop nothing do, if they are of one
+    dtype.
     """
     found: dict = {}
-    for i, (_, a, _, _, seed, _, _) in enumerate(projections):
+    for i, (w, a, _, _, seed, _, _) in enumerate(projections):
         if a is not None and (dss is None or dss[i] is not None):
-            found.setdefault(a.dtype if seed is None else i, []).append(i)
+            rows = w if type(w) is slice else None
+            at = (0, None) if rows is None else (rows.start or 0, rows.stop)
+            same = found.setdefault((a.dtype if seed is None else i, *at), (rows, []))
+            same[1].append(i)
     return [
-        (same, _joined([projections[i].a for i in same]), *projections[same[0]][4::2])
-        for same in found.values()
+        (same, rows, _joined([projections[i].a for i in same]), *projections[same[0]][4::2], at)
+        for (_, at, _), (rows, same) in found.items()
     ]
 
 
@@ -151,7 +160,9 @@ def _put(found: list, same: list[int], whole: Tensor, projections: Projections, 
         found[i] = part
 
 
-def _add_low_rank(dx, x, ds, a, seed, p: float, need_a: bool) -> Tensor | None:
+def _add_low_rank(
+    dx: Tensor | None, x, ds, a, seed, p: float, begin: int = 0, *, need_a: bool
+) -> Tensor | None:
     """Add dropout'(ds a) to ``dx`` where there is one; return da [R, K] if it is asked for."""
     if seed is None and dx is not None:
         product(dx, ds, a, dx)
@@ -161,7 +172,7 @@ def _add_low_rank(dx, x, ds, a, seed, p: float, need_a: bool) -> Tensor | None:
     da, left, right = None, ds, a
     if dx is not None:
         left, right = _in_dtype(ds, a, dx)
-    for rows, x_hat, ones in _blocks(x, a.dtype, seed, p, need_a):
+    for rows, x_hat, ones in _blocks(x, a.dtype, seed, p, need_a, begin):
         if need_a:
             da = _added(da, _part(ds, rows).t() @ x_hat)
         if dx is not None:
@@ -231,23 +242,24 @@ def _terms(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(
-    x: Tensor, dtype: torch.dtype, seed: Tensor | None = None, p: float = 0.0, read: bool = True
+    x: Tensor, dtype: torch.dtype, seed: Tensor | None = None, p=0.0, read=True, begin: int = 0
 ) -> Iterable[tuple[slice | None, Tensor | None, Tensor | None]]:
     """Return the rows of each block, x there in ``dtype`` with dropout, and the mask in x's dtype.
 
     Both tensors are overwritten by the next block. The mask is ones and zeros (`kept_ones`): what
     is not a number stays so when it is dropped, and kept elements are not scaled. Without
     ``read`` the mask alone. No rows stand for all: views would take longer than small products.
+    Dropout's rows begin with number ``begin``.
     """
     if seed is None and (dtype == x.dtype or len(_rows(x)) == 1):
         return ((None, x if dtype == x.dtype else x.to(dtype), None),)
-    return _several(x, dtype, seed, p, read)
+    return _several(x, dtype, seed, p, read, begin)
 
 
-def _several(x, dtype, seed, p, read):
+def _several(x, dtype, seed, p, read, begin):
     rows, K = _rows(x), x.shape[1]
-    size = rows[0].stop
-    masks = [None] * len(rows) if seed is None else kept_ones(seed, x.shape, p, x.dtype, size)
+    drawn = seed, x.shape, p, x.dtype, rows[0].stop, begin
+    size, masks = rows[0].stop, [None] * len(rows) if seed is None else kept_ones(*drawn)
     dropped = x.new_empty(size, K) if read and seed is not None else None
     wide = x.new_empty(size, K, dtype=dtype) if read and dtype != x.dtype else None
     for here, ones in zip(rows, masks, strict=True):

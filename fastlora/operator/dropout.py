@@ -56,16 +56,19 @@ _ONE_BITS = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
 
 
 def kept_ones(
-    seed: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype, rows: int
+    seed: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype, rows: int, begin: int = 0
 ) -> Iterator[Tensor]:
     """Yield the mask of an [M, K] input as ones (kept) and zeros, ``rows`` of them at a time.
 
+    Its rows are those from ``begin`` on of what the seed was drawn for.
     All are drawn in the same memory. On a CPU 16-bit integers are several times as fast as
     comparisons and Booleans, which PyTorch does not vectorise, and as conversions.
     """
     (M, K), lowest = shape, lowest_kept(p)
     groups = -(-K // GROUP)
     start = torch.arange(rows * groups, device=seed.device).mul_(GAMMA).add_(seed)
+    if begin:
+        start.add_(_signed(begin * groups * GAMMA % (1 << 64)))
     z, other = torch.empty_like(start), torch.empty_like(start)
     for first in range(0, max(1, M), max(1, rows)):
         if first:

@@ -19,15 +19,32 @@ from fastlora.operator.dropout import keep_mask, kept_ones, kept_scale
 from fastlora.operator.operands import Each, Operands, Projections
 
 
+def outputs(x: Tensor, projections: Projections, observed: bool) -> list[Tensor]:
+    """Return y [M, N] of each projection of x [M, K]; ``observed`` as for `output`."""
+    ys: list[Tensor] = []
+    for one in projections:
+        if type(one.w) is slice:
+            ys[-1] = _joined(ys[-1], x, one)
+        else:
+            ys.append(one.bias if one.w is None else output(x, one, observed))
+    return ys
+
+
+def _joined(y: Tensor | None, x: Tensor, one: Operands) -> Tensor:
+    """Return y [M, N] with one more adapter for some of its rows; no y is zeros, for gradients."""
+    rows, (_, a, b, _, seed, scaling, p) = one.w, one
+    y = x.new_zeros(x.shape[0], b.shape[0]) if y is None else y
+    begin, end, _ = rows.indices(x.shape[0])
+    part = y[rows] + low_rank(x[rows], a, b, scaling, seed, p, begin).to(y.dtype)
+    return torch.slice_scatter(y, part, 0, begin, end)
+
+
 def output(x: Tensor, projection: Operands, observed: bool) -> Tensor:
     """Return y [M, N] of a projection of x [M, K].
 
     ``observed``: a compiler or a transform looks on, which memory that is written twice confuses.
     """
     w, a, b, bias, seed, scaling, p = projection
-    if w is None:
-        y = low_rank(x, a, b, scaling, seed, p).to(x.dtype)
-        return y if bias is None else bias + y
     if a is None:
         return F.linear(x, w, bias)
     x_hat, narrow = x, a.dtype == torch.float16
@@ -58,7 +75,7 @@ def gradients(
     They are differentiable again where grad mode is on. ``needs``: a flag for x, then for w, a, b
     and bias of each projection; the result has a gradient or None for each.
     """
-    inputs = [x, *(t for one in projections for t in one[:4])]
+    inputs = [x, *(None if type(t) is slice else t for one in projections for t in one[:4])]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # An alias for each: x may depend on the others, and two of them may be one tensor.
@@ -68,6 +85,8 @@ def gradients(
             if not aliases[i].requires_grad:  # what a hook has unpacked
                 aliases[i].requires_grad_()
         made = [Operands(*flat[4 * i : 4 * i + 4], *p[4:]) for i, p in enumerate(projections)]
+        pairs = zip(made, projections, strict=True)
+        made = [one._replace(w=p.w) if type(p.w) is slice else one for one, p in pairs]
         ys = function(x, made)
     pairs = [(y, dy) for y, dy in zip(ys, dys, strict=True) if dy is not None]
     found: list[Tensor | None] = [None] * len(inputs)
@@ -80,16 +99,33 @@ def gradients(
     return found
 
 
+def references(x: Tensor, projections: Projections) -> list[Tensor]:
+    """Return the reference's y [M, N] of each projection of x [M, K]."""
+    ys: list[Tensor] = []
+    for one in projections:
+        if type(one.w) is slice:
+            ys[-1] = _joined(ys[-1], x, one)
+        else:
+            ys.append(reference(x, *one))
+    return ys
+
+
 def reference(x, w, a, b, bias=None, seed=None, scaling=1.0, p: float = 0.0) -> Tensor:
     """Return ``x wᵀ + bias + scaling · dropout(x) aᵀ bᵀ`` [..., N] for x [..., K], as PEFT does."""
     y = F.linear(x, w, bias)
     return y if a is None else (y + low_rank(x, a, b, scaling, seed, p)).to(x.dtype)
 
 
-def low_rank(x: Tensor, a: Tensor, b: Tensor, scaling, seed: Tensor | None, p: float) -> Tensor:
-    """Return ``scaling · dropout(x) aᵀ bᵀ`` [..., N] in the adapters' dtype."""
+def low_rank(
+    x: Tensor, a: Tensor, b: Tensor, scaling, seed: Tensor | None, p: float, begin: int = 0
+) -> Tensor:
+    """Return ``scaling · dropout(x) aᵀ bᵀ`` [..., N] in the adapters' dtype.
+
+    Dropout's rows begin with number ``begin``.
+    """
     x_hat = x.to(a.dtype)
     if seed is not None:
-        keep = keep_mask(seed, range(x.shape[:-1].numel()), x.shape[-1], p)
+        rows = range(begin, begin + x.shape[:-1].numel())
+        keep = keep_mask(seed, rows, x.shape[-1], p)
         x_hat = x_hat * keep.view(x.shape).to(a.dtype) * kept_scale(p)
     return F.linear(F.linear(x_hat, a), b) * scaling

@@ -29,8 +29,8 @@ def outputs(
 ) -> list[Tensor]:
     """Return y [M, N] of each projection: the frozen product added to the low-rank one."""
     there: list[Tensor | None] = [None] * len(projections)
-    pairs = enumerate(zip(ss, projections, strict=True))
-    mixed = [i for i, (s, p) in pairs if None not in (s, p[0]) and s.dtype != x.dtype]
+    mixed = [i for i, s in enumerate(ss) if s is not None and s.dtype != x.dtype]
+    mixed = [i for i in mixed if type(projections[i][0]) is not slice]  # whose y is there
     if mixed:  # main loops without steps: what is written is scaling · s bᵀ + bias alone
         few = [(x.new_empty(len(p[2]), 0), *p[1:]) for p in (projections[i] for i in mixed)]
         found = kernels.outputs(x[:, :0], few, [ss[i] for i in mixed])

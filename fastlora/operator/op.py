@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from fastlora.operator import eager, plans
-from fastlora.operator.operands import Each, Operands, Projections, with_scaling
+from fastlora.operator.operands import Each, Operands, Projections, spread, with_scaling
 from fastlora.operator.steps import exactly
 from fastlora.operator.weights import Quantised, dense
 
@@ -106,7 +106,7 @@ def _backward_fake(dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A,
 def _setup_context(ctx, inputs, output):
     x, *rest, impl = inputs
     ctx.mark_non_differentiable(*output[1])
-    _save(ctx, x, _projections(*rest), _or_none(output[1]), impl)
+    save(ctx, [x], _projections(*rest), _or_none(output[1]), impl)
 
 
 def _autograd(ctx, dys, _):
@@ -132,10 +132,11 @@ if not hasattr(torch.ops.fastlora, "lora_linears"):
 # Gradients
 
 
-def _save(ctx, x, projections, ss, impl, plan=None) -> None:
-    kept, numbers = [x, *ss], []
+def save(ctx, inputs: Sequence[Tensor], projections, ss: Each, impl: str, plan=None) -> None:
+    """Keep for backward what `saved` returns; weights that are no tensors as they are."""
+    kept, numbers = [*inputs, *ss], []
     for w, a, b, _, seed, scaling, p in projections:
-        own = type(w) is Quantised
+        own = type(w) is Quantised or type(w) is slice
         kept += None if own else w, a, b, seed
         numbers.append((w if own else None, scaling, p))
     ctx.rest = impl, plan, numbers
@@ -143,15 +144,22 @@ def _save(ctx, x, projections, ss, impl, plan=None) -> None:
     ctx.save_for_backward(*kept)
 
 
-def _grads(ctx, dys, need_x, needs) -> tuple[Tensor | None, Each]:
+def saved(ctx, count: int) -> tuple:
+    """Return ``count`` inputs, projections without biases, each one's s, impl and plan."""
     impl, plan, numbers = ctx.rest
-    x, *kept = ctx.saved_tensors
+    tensors = ctx.saved_tensors  # once: checkpoints make them again
+    inputs, kept = tensors[:count], tensors[count:]
     at, projections = len(numbers), []
     for own, scaling, p in numbers:
         w, a, b, seed = kept[at : at + 4]
         projections.append(Operands(own or w, a, b, None, seed, scaling, p))
         at += 4
-    return gradients(dys, x, projections, kept[: len(numbers)], impl, need_x, needs, plan)
+    return inputs, projections, kept[: len(numbers)], impl, plan
+
+
+def _grads(ctx, dys, need_x, needs) -> tuple[Tensor | None, Each]:
+    (x,), projections, ss, impl, plan = saved(ctx, 1)
+    return gradients(dys, x, projections, ss, impl, need_x, needs, plan)
 
 
 def gradients(
@@ -163,6 +171,7 @@ def gradients(
     ``plan``: what forward ran by, where it is known.
     """
     dx, grads, factors, some, i = None, [None] * len(needs), [], False, 0
+    outer, dys = dys, spread(dys, projections) if 4 * len(dys) < len(needs) else dys
     for dy in dys:
         need_w, need_a, need_b, need_bias = needs[i : i + 4]
         if dy is None:
@@ -178,13 +187,13 @@ def gradients(
     if not some:
         return dx, grads
     # With a plan, what was saved beside x is as it was in forward.
-    kept = [] if plan else [t for p in projections for t in p[:3] if type(t) is not Quantised]
+    kept = [] if plan else [t for p in projections for t in p[:3] if isinstance(t, Tensor)]
     observed = not unobserved(x, *dys, *kept)
     whole = all(isinstance(one.w, Tensor) for one in projections)
     if looked_into(*dys) or (observed and not (whole and _alike(projections))):
         projections = [one._replace(w=dense(one.w)) for one in projections]
         flags = [need_x, *(flag for a, b in factors for flag in (False, a, b, False))]
-        given = _observed, dys, x, projections, flags
+        given = _observed, outer, x, projections, flags
         dx, *flat = exactly(x.device, eager.gradients, *given)
         da, db = flat[1::4], flat[2::4]
     elif observed:
@@ -202,7 +211,7 @@ def gradients(
 
 
 def _observed(x: Tensor, projections: Projections) -> list[Tensor]:
-    return [eager.output(x, one, observed=True) for one in projections]
+    return eager.outputs(x, projections, observed=True)
 
 
 def _alike(projections: Projections) -> bool:
@@ -219,11 +228,15 @@ class _Direct(torch.autograd.Function):
         for one in projections:
             if one.w is None:
                 ctx.mark_dirty(one.bias)
-        _save(ctx, x, projections, ss, impl, plan)
+        save(ctx, [x], projections, ss, impl, plan)
         need_x, _, _, *flat = ctx.needs_input_grad
         if not need_x and len(ys) > 1:  # of frozen layers nothing that follows is to be kept
-            pairs = zip(ys, _split(flat, 4), strict=True)
-            ctx.mark_non_differentiable(*(y for y, needs in pairs if not any(needs)))
+            trained, at = [False] * len(ys), -1
+            for one, needs in zip(projections, _split(flat, 4), strict=True):
+                at += type(one.w) is not slice
+                trained[at] |= any(needs)
+            frozen = [y for y, some in zip(ys, trained, strict=True) if not some]
+            ctx.mark_non_differentiable(*frozen)
         return tuple(ys)
 
     @staticmethod
@@ -253,7 +266,7 @@ def run(x: Tensor, projections: Projections, impl: str) -> Sequence[Tensor]:
     if impl == "auto" and not observed and x.is_cpu and whole and _is_few(x, projections):
         impl = "eager"
     if impl == "eager" or (observed and (transformed() or not whole)):
-        return [exactly(x.device, eager.output, x, one, observed) for one in projections]
+        return exactly(x.device, eager.outputs, x, projections, observed)
     if observed:
         if not _alike(projections):
             projections = [_scaled(one) for one in projections]

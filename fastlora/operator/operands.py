@@ -41,16 +41,31 @@ class Operands(NamedTuple):
     """A projection as implementations take it: checked, and with dropout's seed drawn.
 
     ``a`` and ``b`` are None without an adapter; ``seed`` ([1], int64) is None without dropout.
-    Without ``w`` the bias is [M, N], what y is but for the low-rank part, and becomes y in place.
+    Without ``w`` the bias [M, N] is y but for the adapters that follow, which are added in place. A
+    slice as ``w`` is one more adapter of the projection before, for those rows of it.
     """
 
-    w: Tensor | None
+    w: Tensor | slice | None
     a: Tensor | None
     b: Tensor | None
     bias: Tensor | None
     seed: Tensor | None
     scaling: float
     p: float
+
+    def width(self) -> int:
+        """Return the columns of the output of a projection without an adapter."""
+        return self.bias.shape[1] if self.w is None else self.w.shape[0]
+
+
+def spread(each: Each, projections: Sequence[Operands]) -> Each:
+    """Return what there is of each output, such as dy [M, N], for each projection: its rows."""
+    found, outputs, of = [], iter(each), None
+    for w, *_ in projections:
+        if type(w) is not slice:
+            of = next(outputs)
+        found.append(of[w] if type(w) is slice and of is not None else of)
+    return found
 
 
 Projections = Sequence[Operands]
@@ -80,7 +95,7 @@ class Problem(NamedTuple):
         adapted = [p for p in projections if p.a is not None]
         if not adapted:
             return None
-        sizes = [(p.w.shape[0], 0) if p.a is None else (*p.b.shape,) for p in projections]
+        sizes = [(p.width(), 0) if p.a is None else (*p.b.shape,) for p in projections]
         dropout = any(p.seed is not None for p in adapted)
         return Problem.together(*x.shape, sizes, x.dtype, adapted[0].a.dtype, dropout)
 

@@ -57,9 +57,10 @@ def find(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
     """Return what runs forward and backward on these operands, ``x`` [M, K]: one look-up."""
     m, k = x.shape
     key: list[Any] = [impl, (m - 1).bit_length() if m else 0, k, x.dtype, x.device]
-    for w, a, b, _, seed, _, _ in projections:
+    for one in projections:
+        w, a, b, _, seed, _, _ = one
         if a is None:
-            key += w.shape[0], 0
+            key += one.width(), 0
         else:
             key += *b.shape, a.dtype, seed is not None
         if not isinstance(w, Tensor):
@@ -80,8 +81,12 @@ def _pair(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
             on_first_use(problem, x.device)
         chosen = [choose(op, impl, problem, x.device) for op in OPS]
     others = [w for w, *_ in projections if not isinstance(w, Tensor)]
-    if others:
-        if impl == "triton" and any(w is not None for w in others):
+    if any(type(w) is slice and w.start is not None for w in others):
+        if impl in ("triton", "library"):
+            raise TypeError(f"impl={impl!r} takes no segments; use 'blocks'")
+        chosen = [replace(p, impl="blocks") for p in chosen]
+    elif others:
+        if impl == "triton" and any(w is not None and type(w) is not slice for w in others):
             raise TypeError("impl='triton' reads dense weights, and this one is quantised")
         # One is dense at a time, for a product of the library's.
         chosen = [replace(p, impl="library") if p.impl == "triton" else p for p in chosen]

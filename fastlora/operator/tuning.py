@@ -77,8 +77,8 @@ def tune_four_bits(
     try:
         weight = torch.randn(N, K, device=device).to(dtype)
         quantised = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    except Exception as error:  # where bitsandbytes is for other devices, say
-        failed("library", error)
+    except Exception as unusable:  # it may be for other devices
+        failed("library", unusable)
         return {}
     ways = {way: partial(step, make) for way, make in weights.FOUR_BITS.items()}
     rounds = interleaved(ways, device, seconds, failed=failed)

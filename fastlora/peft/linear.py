@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as module_hooks
 
 from fastlora.functional import DTYPES
-from fastlora.layers.active import Adapter, lora_sum
+from fastlora.layers.active import ALL, Adapter, Layer, lora_sum
 from fastlora.layers.lora import is_conv1d
-from fastlora.layers.siblings import FrozenLinear, Group, Layer, handed, separate
+from fastlora.layers.siblings import FrozenLinear, Group, handed, separate
 from fastlora.operator import weights
 from fastlora.operator.op import PLAIN
 
@@ -248,7 +248,7 @@ def _adapter(
     if not scales:
         return f"is scaled by {scaling!r:.60}, no finite number"
     p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-    return (a, b, scaling, p), extra
+    return (a, b, scaling, p, ALL), extra
 
 
 def _quantised(base: nn.Module, weight: Any, x: Any) -> weights.Quantised | str:

@@ -96,7 +96,7 @@ COPIES = {
         ("the layer has its own name for its input", *INPUT),
     ],
     ("../functional", f"{DRAWN_AGAIN} {OTHER_MASK}"): [
-        ("two adapters drop the same", "new_seed(x.device) if", "torch.ones(1).long() if"),
+        ("two adapters drop the same", "else new_seed(x.device)", "else torch.ones(1).long()"),
     ],
     ("../operator/op", DRAWN_AGAIN): [
         ("several adapters keep what they drop", 'if impl == "eager" or (', "if not whole or ("),

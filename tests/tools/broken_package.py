@@ -11,7 +11,7 @@ AUTOCAST = f"{UNUSUAL}autocast_casts_what_pytorch_s_casts {UNUSUAL}autocast_leav
 LOCKED = "while time.monotonic() < until:"
 SHAPED = "return _unsafe_view(y, (*shape[:-1], y.shape[1]))"
 CAST = "_CAST = (torch.float32, torch.bfloat16, torch.float16)"
-SCALED = "(*with_scaling(a, b, scaling), 1.0)"
+SCALED = "with_scaling(*one[1:3], one.scaling)"
 NEW_NAME = 'f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"'
 APART = "temporary_of(path) for path in writes"
 
@@ -35,7 +35,7 @@ COPIES = {
         (
             "a scaling becomes part of the compiled graph",
             SCALED,
-            "(a, b * scaling if scaling != 1 else b, 1.0)",
+            "(one[1], one[2] * one.scaling if one.scaling != 1 else one[2])",
         ),
     ],
     ("functional", f"{UNUSUAL}outputs_are_no_views"): [
