@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastlora
 from fastlora.flops import FORMULAS
 
-BATCHES = (1, 2, 4, 7, 8)
+BATCHES = (8, 1, 2, 4)
 TOKENS = {"cpu": 64, "cuda": 1024}
 DROPOUT = 0.05
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": DROPOUT, "target_modules": "all-linear"}
@@ -54,7 +54,7 @@ class Problem:
 def problems(device: str) -> Iterator[Problem]:
     """Yield what ``make bench`` measures on ``device``."""
     for name in ON_CPU if device == "cpu" else MODELS:
-        for batch in (BATCHES[0], BATCHES[-1]) if name.endswith(NF4) else BATCHES:
+        for batch in BATCHES[: 1 if name.endswith(NF4) else None]:
             yield Problem(name, batch, device)
 
 

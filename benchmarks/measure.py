@@ -253,13 +253,19 @@ def _memory(step: Step) -> dict[str, int]:
 
 def kept_bytes(layer: nn.Module, x: Tensor) -> int:
     """Return what ``layer`` keeps for backward beside its own parameters."""
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+
+    def storages(t: Tensor) -> dict[int, int]:
+        """Return the bytes of each storage, also of the tensors that a quantised one is made of."""
+        inner = getattr(t, "__tensor_flatten__", None)
+        parts = [getattr(t, name) for name in inner()[0]] if inner else [t]
+        each = [part.untyped_storage() for part in parts]
+        return {storage.data_ptr(): storage.nbytes() for storage in each}
+
     kept: dict[int, int] = {}
+    own = {at for p in layer.parameters() for at in storages(p)}
 
     def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept.update({at: size for at, size in storages(t).items() if at not in own})
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

@@ -354,9 +354,10 @@ def draw_memory(result: dict, path: Path) -> None:
         for way in ("fastlora", "fastlora, siblings", "PEFT"):
             rows = [r for r in result["end_to_end"] if (r["model"], r["way"]) == (model, way)]
             if rows:
-                at = [(r["batch"], r["peak_bytes"] / 2**20) for r in rows]
+                at = sorted((r["batch"], r["peak_bytes"] / 2**20) for r in rows)
                 label, colour = f"{way}, {model}", DECODER_COLOURS[way]
-                axes.plot(*zip(*at, strict=True), "o-", color=colour, label=label)
+                marks = "s" if model.endswith("NF4") else "o-"
+                axes.plot(*zip(*at, strict=True), marks, color=colour, label=label)
     axes.set_ylim(bottom=0)
     tokens = result["end_to_end"][0]["tokens"]
     axes.set_xlabel(f"rows of {tokens} tokens in a batch", color=INK)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ROWS = 256  # of a weight, made dense at a time on a CPU
+
 
 class Quantised:
     """A weight [N, K] in the place of a dense tensor, for which PyTorch's functions get that."""
@@ -148,12 +150,25 @@ def _eight_bits(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | st
 def _torchao(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str":
     if any(getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization")):
         return "quantises x as well, which has no gradient"
-    by_rows = getattr(weight, "zero_point", None) is None and weight.scale.shape[1:] == (1,)
-
-    def make(w: Tensor) -> Tensor:  # the same bits as `dequantize`, in less than half the time
-        return w.qdata.to(w.dtype).mul_(w.scale) if by_rows else w.dequantize()
-
+    by_rows = weight.scale.shape == (len(weight), 1)
+    make = _by_rows if by_rows else lambda w: w.dequantize()
     return Quantised(weight, weight.shape, dtype, make)
+
+
+def _by_rows(w: Tensor) -> Tensor:
+    """Return what torchao's `dequantize` does where each row has a scale, in a quarter of its time.
+
+    A block of rows at a time, which on a CPU stays in the cache while it is float32.
+    """
+    out, zeros = w.qdata.new_empty(w.shape, dtype=w.dtype), getattr(w, "zero_point", None)
+    size = ROWS if w.qdata.is_cpu else len(out)
+    for start in range(0, len(out), size):
+        rows = slice(start, start + size)
+        part = w.qdata[rows].float()
+        if zeros is not None:
+            part -= zeros[rows]
+        out[rows] = part.mul_(w.scale[rows])
+    return out
 
 
 def _hqq(weight: Any, dtype: torch.dtype, module: Any) -> "Quantised | str":

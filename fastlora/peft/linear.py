@@ -18,6 +18,7 @@ from fastlora.layers.lora import is_conv1d
 from fastlora.layers.siblings import FrozenLinear, Group, handed, separate
 from fastlora.operator import weights
 from fastlora.operator.op import PLAIN
+from fastlora.peft.by_sample import Block, Runs, runs_of
 
 _DROPOUTS = (nn.Identity, nn.Dropout)
 _LIKE_WEIGHT = object()
@@ -32,9 +33,14 @@ class Fused:
     """
 
     _siblings: Group | None = None
+    _by_sample: Block | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return [..., out] for x [..., in], in the dtype of the base layer's output."""
+        if self._by_sample is not None or "adapter_names" in kwargs:
+            y = _mixed(self, x, *args, **kwargs)
+            if y is not None:
+                return y
         if not (args or kwargs or self._disable_adapters or self.merged_adapters):
             if self._siblings is not None:
                 y = handed(self, x)
@@ -49,10 +55,42 @@ class Fused:
         """Return what `siblings` computes with, None while PEFT's own code has to run."""
         if self._disable_adapters or self.merged_adapters:
             return None
-        found = operands(self, x)
+        block = self._by_sample
+        found = operands(self, x, None if block is None else block.runs(x))
         if type(found) is not tuple or type(found[0]) is weights.Opaque:
             return None
         return found if found[1] is self._modules["base_layer"].bias else None
+
+
+@torch.compiler.disable
+def _mixed(layer: Fused, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    """Return what a layer whose samples differ in adapters makes of x, None for PEFT's code."""
+    block, names = layer._by_sample, kwargs.pop("adapter_names", None)
+    if block is not None and block.ended and torch._C._current_graph_task_id() == -1:
+        layer._by_sample = block = None  # this is no checkpoint of the block's
+    if args or kwargs or layer._disable_adapters or layer.merged_adapters:
+        if block is not None and not layer._disable_adapters:
+            why = "merged adapters" if layer.merged_adapters else "other arguments than x"
+            raise ValueError(f"adapters_by_sample(): a layer has {why}")
+        return None
+    if names is not None:
+        layer._check_forward_args(x, adapter_names=names)
+        each = x.shape[1:-1].numel()
+        runs = runs_of([None if n == "__base__" else n for n in names], [each] * len(names))
+    elif block is None:
+        return None
+    else:
+        if layer._siblings is not None:
+            y = handed(layer, x)
+            if y is not None:
+                return y
+        runs = block.runs(x)
+    found = operands(layer, x, runs)
+    if type(found) is tuple:
+        return lora_sum(x, *found)
+    if names is None:
+        raise ValueError(f"adapters_by_sample(): adapters cannot be mixed in a layer: {found}")
+    return None
 
 
 class FusedLinear(Fused, lora.Linear):
@@ -146,11 +184,12 @@ def why_not(layer: nn.Module) -> str | None:
 
 
 def operands(
-    layer: lora.Linear, x: Any = _LIKE_WEIGHT
+    layer: lora.Linear, x: Any = _LIKE_WEIGHT, runs: Runs | None = None
 ) -> str | tuple[Tensor, Tensor | None, list[Adapter]]:
     """Return weight [N, K], bias [N] and active adapters, or why PEFT's own code has to run.
 
-    For an input ``x``, or one of the weight's dtype and device. Each call of the layer pays for
+    For an input ``x``, or one of the weight's dtype and device; with ``runs`` not the active ones,
+    but those that are named for their rows. Each call of the layer pays for
     this: members are read from their dictionaries, as the way through a module's attributes would
     take longer than the operator does.
     """
@@ -190,6 +229,8 @@ def operands(
         return f"its weight is {dtype}, its bias {bias.dtype}"
     active, adapters = layer._active_adapter, []
     factors = parts["lora_A"]._modules
+    if runs is not None:
+        return _of_runs(layer, weight, bias, runs, autocast)
     for name in (active,) if isinstance(active, str) else active:
         if name not in factors:
             continue
@@ -202,6 +243,23 @@ def operands(
             extra = extra * adapter[2]
             bias = extra if bias is None else bias + extra
     return weight if linear or not is_conv1d(base) else weight.t(), bias, adapters
+
+
+def _of_runs(layer: lora.Linear, weight: Any, bias: Tensor | None, runs: Runs, autocast: bool):
+    """Return what `operands` does for adapters of some rows each."""
+    known, adapters = {}, []
+    for name, rows in runs:
+        if name not in layer.lora_A:  # None, for the base, or of other layers
+            continue
+        if name not in known:
+            known[name] = _adapter(layer, name, weight, autocast)
+        found = known[name]
+        if type(found) is str:
+            return f"adapter {name!r} {found}"
+        if found[1] is not None:
+            return f"adapter {name!r} has a bias"
+        adapters.append((*found[0][:4], rows))
+    return weight.t() if is_conv1d(layer.base_layer) else weight, bias, adapters
 
 
 def _adapter(

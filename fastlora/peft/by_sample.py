@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters mixed in one batch: `adapters_by_sample`, for training as for inference."""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlora.layers.classes import unwrapped
+
+# Adapters by name, None for the base alone, with the rows that they are for.
+Runs = Sequence[tuple["str | None", slice]]
+
+
+class Block:
+    """What each fused layer of a model reads while `adapters_by_sample` lasts."""
+
+    def __init__(self, names: Sequence[str | None], lengths: Sequence[int] | None) -> None:
+        self.names, self.lengths, self.ended, self.checkpointed = names, lengths, False, False
+        self._runs: dict[torch.Size, Runs] = {}
+
+    def runs(self, x: Tensor) -> Runs:
+        """Return the runs of rows of x [..., K], all leading dimensions flattened."""
+        if self.ended:
+            raise RuntimeError(
+                "a checkpoint is computed again after adapters_by_sample() has ended: backward has "
+                "to be inside of its block too"
+            )
+        # Outside of a checkpoint there are no such hooks, and training has gradients.
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        self.checkpointed |= hooks is not None or not torch.is_grad_enabled()
+        found = self._runs.get(x.shape[:-1])
+        if found is None:
+            found = self._runs[x.shape[:-1]] = runs_of(self.names, self._sizes(x))
+        return found
+
+    def _sizes(self, x: Tensor) -> Sequence[int]:
+        *lead, _ = x.shape
+        count, rows = len(self.names), math.prod(lead)
+        if self.lengths is not None:
+            if sum(self.lengths) != rows:
+                raise ValueError(
+                    f"adapters_by_sample() was given lengths of {sum(self.lengths)} tokens in all, "
+                    f"and a layer gets {rows} in {tuple(x.shape)}"
+                )
+            return self.lengths
+        # Those of a sample's beams are together.
+        beams = lead[0] % count == 0 and len(lead) > 1 and not torch.is_grad_enabled()
+        if lead[0] == count or beams:
+            return [rows // count] * count
+        raise ValueError(
+            f"adapters_by_sample() was given {count} names, and a layer gets {tuple(x.shape)}, "
+            "whose first dimension is not that of the samples; lengths= of tokens may be given"
+        )
+
+
+def runs_of(names: Sequence[str | None], sizes: Sequence[int]) -> Runs:
+    """Return names with their rows, those of neighbours of one name together."""
+    found, end = [], 0
+    for name, group in itertools.groupby(zip(names, sizes, strict=True), lambda pair: pair[0]):
+        start, end = end, end + sum(size for _, size in group)
+        found.append((name, slice(start, end)))
+    return found
+
+
+@contextlib.contextmanager
+def adapters_by_sample(
+    model: nn.Module, names: Sequence[str | None], *, lengths: Sequence[int] | None = None
+) -> Iterator[None]:
+    """Have each sample of a batch meet an adapter of its own, in training and in inference.
+
+    ``model`` is one that `patch_peft` has patched. ``names`` holds an adapter's name for each
+    sample, the first dimension of what its layers get, or None for the base alone; with ``lengths``
+    for each run of so many tokens, in a batch that is packed or has no such dimension. Samples of
+    one adapter next to each other are cheaper than scattered ones. The frozen weights are read once
+    for all of them; dropout, autocast, siblings and gated MLPs are as outside of the block, and
+    under ``torch.compile`` the layers run in eager mode. Which adapters train is PEFT's:
+    ``model.set_requires_grad(["a", "b"])``.
+
+    Where checkpoints compute again in backward, backward has to be inside of the block as well.
+    Raises ValueError or TypeError for names that no adapter has, for lengths that do not go with
+    them, and for models whose adapters can't be mixed: not patched, merged, or with parts beside
+    fused layers, such as DoRA or ``modules_to_save``. Layers raise where what they get is of
+    another number of samples.
+    """
+    layers = _checked(unwrapped(model), names, lengths)
+    block, before = Block(tuple(names), lengths), [layer._by_sample for layer in layers]
+    try:
+        for layer in layers:
+            layer._by_sample = block
+        yield
+    finally:
+        block.ended = True
+        for layer, own in zip(layers, before, strict=True):
+            # It stays where a checkpoint may still ask for it, until the next forward.
+            layer._by_sample = block if own is None and block.checkpointed else own
+
+
+def _checked(model: nn.Module, names: Sequence, lengths: Sequence[int] | None) -> list[nn.Module]:
+    """Return the fused layers, or raise as `adapters_by_sample` does."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    from fastlora.peft.linear import Fused, operands
+
+    if isinstance(names, str) or not all(n is None or isinstance(n, str) for n in names):
+        raise TypeError(f"names must hold a str or None for each sample, got {names!r:.100}")
+    if not len(names):
+        raise ValueError("names must hold one for each sample, got none")
+    if lengths is not None and (len(lengths) != len(names) or min(lengths) < 0):
+        of = f"a number of tokens for each of {len(names)} names"
+        raise ValueError(f"lengths must hold {of}, got {lengths!r:.100}")
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer)}
+    fused = [layer for layer in layers.values() if isinstance(layer, Fused)]
+    if not fused:
+        raise ValueError(f"{type(model).__name__} has no fused layer: patch_peft() comes first")
+    wanted = {name for name in names if name is not None}
+    known = {name for layer in layers.values() for name in _adapters(layer)}
+    if wanted - known:
+        raise ValueError(
+            f"names must be of adapters ({', '.join(sorted(known))}), got {sorted(wanted - known)}"
+        )
+    for path, layer in layers.items():
+        own = sorted(wanted & _adapters(layer))
+        why = f"is a {type(layer).__name__}, not fused"
+        if layer.merged_adapters:
+            why = "has merged adapters: unmerge_adapter() first"
+        elif isinstance(layer, Fused):
+            found = operands(layer, runs=[(name, slice(0, 0)) for name in own])
+            why = found if isinstance(found, str) else None
+        if why is not None and (own or layer.merged_adapters):
+            raise ValueError(f"adapters cannot be mixed in this model: {path} {why}")
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and wanted & set(module._adapters):
+            raise ValueError(
+                f"adapters cannot be mixed in this model: {path} is trained in full "
+                "(modules_to_save), or its tokens are, for one adapter at a time"
+            )
+    return fused
+
+
+def _adapters(layer: nn.Module) -> set[str]:
+    return {*layer.lora_A, *layer.lora_embedding_A}
+
+
+def losses_by_adapter(
+    logits: Tensor, labels: Tensor, names: Sequence[str | None], ignore_index: int = -100
+) -> dict[str | None, Tensor]:
+    """Return by adapter the mean cross-entropy of its own tokens, as if it had trained alone.
+
+    ``logits`` [B, T, V] of a causal model, ``labels`` [B, T] as transformers takes them: those of
+    the same positions, which are shifted here, ``ignore_index`` where there is none. ``names``: an
+    adapter's for each of the B samples. The sum of the values trains all of them at once.
+    """
+    losses = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(),
+        labels[:, 1:].flatten(),
+        ignore_index=ignore_index,
+        reduction="none",
+    ).view(len(labels), -1)
+    counts, found = (labels[:, 1:] != ignore_index).sum(1), {}
+    for name in dict.fromkeys(names):
+        of = [i for i, other in enumerate(names) if other == name]
+        found[name] = losses[of].sum() / counts[of].sum()
+    return found
