@@ -87,6 +87,14 @@ def test_adapters_of_rank_1_learn_sentiment(run):
     assert before < majority < after - 0.1
 
 
+def test_four_tasks_learn_from_the_same_batches(run):
+    said = run("mixed_adapters.py", "--steps", "3", "--held-out", "10", needs=NEEDS)
+    assert "37 of 37 LoRA layers fused" in said
+    assert len(numbers(r"(\S+) of 10 texts right", said)) == 4
+    apart = numbers(r"logits at most (\S+) apart", said)
+    assert len(apart) == 4 and max(apart) < 1e-4
+
+
 def test_adapters_are_switched_saved_loaded_and_merged(run, tmp_path):
     said = run("adapters.py", "--steps", "10", "--held-out", "50", needs=NEEDS)
     found = re.findall(r"(?m)^(.+?) +accuracy on sentiment (\S+), on question (\S+)$", said)

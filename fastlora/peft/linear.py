@@ -15,10 +15,10 @@ from torch.nn.modules.module import _has_any_global_hook as module_hooks
 from fastlora.functional import DTYPES
 from fastlora.layers.active import ALL, Adapter, Layer, lora_sum
 from fastlora.layers.lora import is_conv1d
+from fastlora.layers.mixed import Block, Runs, runs_of
 from fastlora.layers.siblings import FrozenLinear, Group, handed, separate
 from fastlora.operator import weights
 from fastlora.operator.op import PLAIN
-from fastlora.peft.by_sample import Block, Runs, runs_of
 
 _DROPOUTS = (nn.Identity, nn.Dropout)
 _LIKE_WEIGHT = object()

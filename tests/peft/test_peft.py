@@ -242,7 +242,8 @@ def test_arguments_reach_the_base_layer_and_peft(fused):
     with pytest.raises(TypeError, match="factor"):
         layers(model)[0](X, factor=3.0)
     of_rows = {"adapter_names": ["default", "__base__", "default"]}
-    assert torch.equal(model.eval()(X, **of_rows), plain.eval()(X, **of_rows)) and fused == []
+    torch.testing.assert_close(model.eval()(X, **of_rows), plain.eval()(X, **of_rows))
+    assert len(fused) == 2
 
 
 def llama_s_loss(model, length):

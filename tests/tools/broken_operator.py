@@ -85,6 +85,39 @@ COPIES = {
     ("eager", "batched_gradients::a_batch_of_adapters_on_one_x"): [
         ("y is written to under vmap", "torch.addmm if observed else Tensor", "Tensor"),
     ],
+    ("blocks", "segments::what_a_row_drops_depends_on_its_number"): [
+        (
+            "a segment's mask begins at its own first row",
+            "rows[0].stop, begin\n",
+            "rows[0].stop, 0\n",
+        ),
+    ],
+    ("blocks", "segments::as_a_loop"): [
+        (
+            "a segment's gradient is of the first rows",
+            "(part, _part(x, rows), ds",
+            "(part, x[: len(ds)], ds",
+        ),
+        (
+            "a segment reads the first rows",
+            "_shrink(_part(x, rows), *of)",
+            "_shrink(x[: rows.stop - rows.start if rows else None], *of)",
+        ),
+    ],
+    ("operands", "segments::as_a_loop"): [
+        (
+            "a segment gets the gradient of the first rows",
+            "of[w] if type(w)",
+            "of[: w.stop - w.start] if type(w)",
+        ),
+    ],
+    ("eager", "segments::what_a_row_drops_depends_on_its_number"): [
+        (
+            "an eager segment's mask begins at its own first row",
+            "range(begin, begin +",
+            "range(0, 0 +",
+        ),
+    ],
     ("dropout", "batched_gradients::per_sample_gradients"): [
         ("a seed for each sample meets a mask for all", " + seed, None, ", ".add_(seed), None, "),
     ],

@@ -5,6 +5,8 @@ from broken_copies import Mutant
 
 HOSTILE, FILES = "peft/test_hostile_adapters.py::test_", "peft/test_adapter_files.py::test_"
 FUSED, REASONS = "peft/test_peft.py::test_", "peft/test_peft_reasons.py::test_"
+BY_SAMPLE = "peft/test_by_sample.py::test_"
+OUTSIDE = f"{BY_SAMPLE}a_checkpoint_outside_of_the_block_is_an_error"
 QUANTISED = "peft/test_quantised.py::test_"
 LEFT = "layers/test_sibling_search.py::test_unloaded_models_are_plain"
 UNDIFFERENTIATED = f"{QUANTISED}an_opaque_layer_that_does_not_differentiate_is_left_to_peft"
@@ -64,6 +66,24 @@ COPIES = {
     },
     ("../operator/library", f"{QUANTISED}the_operator_takes_quantised_weights"): {
         "a quantised weight is cut": "x.new_empty(len(p[2]), 0) => p[0][:, :0]",
+    },
+    ("../layers/mixed", f"{BY_SAMPLE}as_each_sample_alone"): {
+        "runs of rows overlap": "start, end = end, end + => start, end = max(end - 1, 0), end +",
+    },
+    ("../layers/mixed", f"{BY_SAMPLE}wrong_names"): {
+        "any number of samples is taken": "and not torch.is_grad_enabled() => or True",
+    },
+    ("../layers/mixed", OUTSIDE): {
+        "a checkpoint may ask after the block": "        if self.ended: =>         if False:",
+    },
+    ("by_sample", OUTSIDE): {
+        "checkpoints do not find the block": "block if own is None and => None if own is None and",
+    },
+    ("by_sample", f"{BY_SAMPLE}losses_are_those_of_each_adapter_alone"): {
+        "losses are of all tokens": ".sum() / counts[of].sum() => .sum() / counts.sum()",
+    },
+    ("linear", f"{BY_SAMPLE}as_each_sample_alone"): {
+        "every name is the first one": "found = known[name] => found = [*known.values()][0]",
     },
     ("patch", f"{REASONS}what_is_refused"): {
         "a compiled model is patched": '"_orig_mod" in part._modules or part._ => 0 and part._',
