@@ -46,7 +46,7 @@ def test_under_peft(capsys, tmp_path, monkeypatch):
     words = set(re.findall(r"(model|fastlora)\.(\w+)\(", table))
     assert len(words) > 8 and all(hasattr(names[of], word) for of, word in words)
     names = given()
-    patch, registered = blocks("docs/peft.md")
+    patch, registered, mixed = blocks("docs/peft.md")
     exec(patch, names)
     assert [capsys.readouterr().out] == blocks("docs/peft.md", "")
     table = (ROOT / "docs/peft.md").read_text().partition("| PEFT's call |")[2]
@@ -59,6 +59,11 @@ def test_under_peft(capsys, tmp_path, monkeypatch):
     exec(f"from peft import LoraConfig, get_peft_model\n{registered}", names)
     again = names["get_peft_model"](given()["model"], names["config"])
     assert len(fastlora.patch_peft(again).fused) == 4
+    ids = torch.arange(20).view(4, 5)
+    again = peft.get_peft_model(given()["model"], names["config"], adapter_name="support")
+    again.add_adapter("sales", names["config"])
+    exec(mixed, {"fastlora": fastlora, "model": again, "input_ids": ids, "labels": ids})
+    assert all(p.grad is not None for p in again.parameters() if p.requires_grad)
 
 
 def test_layers_and_the_operator(tmp_path, monkeypatch):

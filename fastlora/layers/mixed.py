@@ -35,7 +35,7 @@ class Block:
         return found
 
     def _sizes(self, x: Tensor) -> Sequence[int]:
-        *lead, _ = x.shape
+        lead = x.shape[:-1] or (1,)
         count, rows = len(self.names), math.prod(lead)
         if self.lengths is not None:
             if sum(self.lengths) != rows:

@@ -32,16 +32,15 @@ def adapters_by_sample(
     another number of samples.
     """
     layers = _checked(unwrapped(model), names, lengths)
-    block, before = Block(tuple(names), lengths), [layer._by_sample for layer in layers]
+    block = Block(tuple(names), lengths)
     try:
         for layer in layers:
             layer._by_sample = block
         yield
     finally:
         block.ended = True
-        for layer, own in zip(layers, before, strict=True):
-            # It stays where a checkpoint may still ask for it, until the next forward.
-            layer._by_sample = block if own is None and block.checkpointed else own
+        for layer in layers:  # it stays where a checkpoint may ask for it, until the next forward
+            layer._by_sample = block if block.checkpointed else None
 
 
 def _checked(model: nn.Module, names: Sequence, lengths: Sequence[int] | None) -> list[nn.Module]:
@@ -62,6 +61,8 @@ def _checked(model: nn.Module, names: Sequence, lengths: Sequence[int] | None) -
     fused = [layer for layer in layers.values() if isinstance(layer, Fused)]
     if not fused:
         raise ValueError(f"{type(model).__name__} has no fused layer: patch_peft() comes first")
+    if any(layer._by_sample is not None and not layer._by_sample.ended for layer in fused):
+        raise ValueError("adapters_by_sample() is inside of another block of the same model")
     wanted = {name for name in names if name is not None}
     known = {name for layer in layers.values() for name in _adapters(layer)}
     if wanted - known:
@@ -98,8 +99,11 @@ def losses_by_adapter(
 
     ``logits`` [B, T, V] of a causal model, ``labels`` [B, T] as transformers takes them: those of
     the same positions, which are shifted here, ``ignore_index`` where there is none. ``names``: an
-    adapter's for each of the B samples. The sum of the values trains all of them at once.
+    adapter's for each of the B samples, else ValueError. The sum of the values trains all of them.
     """
+    if not len(names) == len(labels) == len(logits):
+        sizes = f"{len(names)} names, {len(labels)} rows of labels and {len(logits)} of logits"
+        raise ValueError(f"names, labels and logits must be of as many samples, got {sizes}")
     losses = F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(),
         labels[:, 1:].flatten(),

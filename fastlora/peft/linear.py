@@ -55,7 +55,7 @@ class Fused:
         """Return what `siblings` computes with, None while PEFT's own code has to run."""
         if self._disable_adapters or self.merged_adapters:
             return None
-        block = self._by_sample
+        block = _block(self)
         found = operands(self, x, None if block is None else block.runs(x))
         if type(found) is not tuple or type(found[0]) is weights.Opaque:
             return None
@@ -65,9 +65,7 @@ class Fused:
 @torch.compiler.disable
 def _mixed(layer: Fused, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """Return what a layer whose samples differ in adapters makes of x, None for PEFT's code."""
-    block, names = layer._by_sample, kwargs.pop("adapter_names", None)
-    if block is not None and block.ended and torch._C._current_graph_task_id() == -1:
-        layer._by_sample = block = None  # this is no checkpoint of the block's
+    block, names = _block(layer), kwargs.pop("adapter_names", None)
     if args or kwargs or layer._disable_adapters or layer.merged_adapters:
         if block is not None and not layer._disable_adapters:
             why = "merged adapters" if layer.merged_adapters else "other arguments than x"
@@ -91,6 +89,14 @@ def _mixed(layer: Fused, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     if names is None:
         raise ValueError(f"adapters_by_sample(): adapters cannot be mixed in a layer: {found}")
     return None
+
+
+def _block(layer: Fused) -> Block | None:
+    """Return the block of `adapters_by_sample` that a layer is in, or whose checkpoint it is."""
+    block = layer._by_sample
+    if block is not None and block.ended and torch._C._current_graph_task_id() == -1:
+        layer._by_sample = block = None
+    return block
 
 
 class FusedLinear(Fused, lora.Linear):
@@ -209,7 +215,7 @@ def operands(
         if not theirs:
             return "its base layer's bias is no parameter"
     if theirs or not _is_dense(weight):
-        weight = _quantised(base, weight, x)
+        weight = _quantised(base, weight, x, getattr(layer, "_by_sample", None) is not None)
         if type(weight) is str:
             return f"its weight {weight}"
         quantised = True
@@ -309,9 +315,9 @@ def _adapter(
     return (a, b, scaling, p, ALL), extra
 
 
-def _quantised(base: nn.Module, weight: Any, x: Any) -> weights.Quantised | str:
+def _quantised(base: nn.Module, weight: Any, x: Any, mixed: bool) -> weights.Quantised | str:
     """Return the weight of a quantised layer for a product as the layer would compute it."""
-    known = x is _LIKE_WEIGHT or base.training or torch.is_grad_enabled()
+    known = mixed or x is _LIKE_WEIGHT or base.training or torch.is_grad_enabled()
     if not (known or weights.is_opaque(base)):
         return "is quantised, and in inference its library multiplies by it as it is"
     like = None if x is _LIKE_WEIGHT else x.dtype

@@ -136,9 +136,11 @@ def test_checkpoints(reentrant, p):
     close(*found)
 
 
+@pytest.mark.parametrize("siblings", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpoint_outside_of_the_block_is_an_error(reentrant):
+def test_a_checkpoint_outside_of_the_block_is_an_error(reentrant, siblings):
     model = mixed()
+    patch_peft(model, fuse_siblings=siblings)
     model.enable_input_require_grads()
     options = {"use_reentrant": reentrant}
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -220,6 +222,8 @@ def test_quantised_weights_autocast_and_compiled_models():
         base.is_loaded_in_4bit = make is packed
         model = mixed(base, targets=["0"], dtype=torch.float32)
         right = alone(model, lambda i, model=model: model(x[i : i + 1]))
+        with torch.no_grad(), adapters_by_sample(model.eval(), NAMES):
+            torch.testing.assert_close(model(x), right)
         with adapters_by_sample(model, NAMES):
             found = model(x)
             compiled = torch.compile(model, backend="eager")(x)
@@ -266,6 +270,12 @@ def test_wrong_names(names, more, error, message):
 
 def test_models_that_cannot_mix():
     names = ["a"] * 6
+    with adapters_by_sample(model := mixed(), names):
+        inner = adapters_by_sample(model, names)
+        with pytest.raises(ValueError, match="inside of another block of the same model"), inner:
+            pass
+    with pytest.raises(ValueError, match="got 2 names, 6 rows of labels and 6 of logits"):
+        losses_by_adapter(model(input_ids=IDS).logits, IDS, ["a", "b"])
     with (
         pytest.raises(ValueError, match="has no fused layer: patch_peft"),
         adapters_by_sample(wrapped(), names),

@@ -33,7 +33,7 @@ COPIES = {
         "dropout goes on in evaluation": "if dropout.training and type => if type",
     },
     ("linear", f"{QUANTISED}inference_is_the_librarys"): {
-        "inference multiplies by dense weights": "base.training or torch.is_grad_enabled() => 1",
+        "inference multiplies by dense weights": "mixed or x is => 1 or x is",
     },
     ("linear", f"{QUANTISED}checkpointing_draws_the_same_elements"): {
         "a pass without gradients is PEFT's": "or base.training or torch => or torch",
@@ -77,7 +77,7 @@ COPIES = {
         "a checkpoint may ask after the block": "        if self.ended: =>         if False:",
     },
     ("by_sample", OUTSIDE): {
-        "checkpoints do not find the block": "block if own is None and => None if own is None and",
+        "checkpoints do not find the block": "block if block.checkpointed else => 0 or",
     },
     ("by_sample", f"{BY_SAMPLE}losses_are_those_of_each_adapter_alone"): {
         "losses are of all tokens": ".sum() / counts[of].sum() => .sum() / counts.sum()",
