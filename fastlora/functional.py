@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """`lora_linear`: checks its arguments, then calls the operator."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastlora.operator import plans
+from fastlora.operator import eager, plans
 from fastlora.operator.dropout import new_seed
-from fastlora.operator.eager import references
 from fastlora.operator.op import PLAIN, run
 from fastlora.operator.operands import Operands, Projection, with_scaling
 from fastlora.operator.steps import exactly
@@ -97,7 +98,8 @@ def _by_segment(
 ) -> Iterator[Projection]:
     """Yield each projection without an adapter, then its adapters with their rows as weights."""
     rows, G = math.prod(x.shape[:-1]), len(ends) - 1
-    if G < 1 or ends[0] != 0 or ends[-1] != rows or ends != sorted(ends):
+    falls = any(start > end for start, end in itertools.pairwise(ends))
+    if G < 1 or ends[0] != 0 or ends[-1] != rows or falls:
         of = f"the rows of x {tuple(x.shape)}"
         raise ValueError(f"segments must rise from 0 to {rows}, {of}, got {ends!r:.100}")
     for i, one in enumerate(projections):
@@ -165,7 +167,7 @@ def run_checked(
         impl = plans.named(impl, x)
     flat, operands = drawn(x, projections, training)
     if impl == "reference":
-        ys = exactly(x.device, references, flat, operands)
+        ys = exactly(x.device, eager.outputs, flat, operands, True, True)
     else:
         ys = run(flat, operands, impl)
     return ys if flat is x else [shaped(y, x.shape) for y in ys]
@@ -175,18 +177,38 @@ def drawn(
     x: Tensor, projections: Sequence[Projection], training: bool
 ) -> tuple[Tensor, list[Operands]]:
     """Return x as [M, K] and each projection with a seed where it drops."""
-    operands, of_rows = [], None
+    operands, of_rows, segmented = [], None, False
     for w, a, b, bias, scaling, p in projections:
-        seed = None
+        seed, some_rows = None, type(w) is slice and w.start is not None
         if training and p and a is not None:
-            by_number = type(w) is slice and w.start is not None
-            seed = of_rows if by_number and of_rows is not None else new_seed(x.device)
-            of_rows = seed if by_number else None
+            seed = of_rows if some_rows and of_rows is not None else new_seed(x.device)
+            of_rows = seed if some_rows else None
         elif type(w) is not slice:
             of_rows = None
+        segmented |= some_rows
         operands.append(Operands(w, a, b, bias, seed, scaling, p))
+    if segmented and not is_compiling():
+        operands = _together(operands)
     shape = x.shape
     return x if len(shape) == 2 else x.reshape(math.prod(shape[:-1]), shape[-1]), operands
+
+
+def _together(operands: list[Operands]) -> list[Operands]:
+    """Return operands in which neighbouring segments of one size are one, with stacked factors."""
+
+    def kind(numbered: tuple[int, Operands]) -> Any:
+        i, (w, a, _, _, _, scaling, p) = numbered
+        size = w.stop - w.start if type(w) is slice and w.start is not None else 0
+        return (w.start - size * i, size, a.shape, a.dtype, scaling, p) if size else i
+
+    found = []
+    for _, group in itertools.groupby(enumerate(operands), kind):
+        first, *others = (one for _, one in group)
+        if others:
+            a, b = (torch.stack([first[j], *(one[j] for one in others)]) for j in (1, 2))
+            first = first._replace(w=slice(first.w.start, others[-1].w.stop), a=a, b=b)
+        found.append(first)
+    return found
 
 
 def shaped(y: Tensor, shape: torch.Size) -> Tensor:

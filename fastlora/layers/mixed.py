@@ -22,10 +22,8 @@ class Block:
     def runs(self, x: Tensor) -> Runs:
         """Return the runs of rows of x [..., K], all leading dimensions flattened."""
         if self.ended:
-            raise RuntimeError(
-                "a checkpoint is computed again after adapters_by_sample() has ended: backward has "
-                "to be inside of its block too"
-            )
+            why = "backward has to be inside of its block too"
+            raise RuntimeError(f"a checkpoint runs again after adapters_by_sample(): {why}")
         # Outside of a checkpoint there are no such hooks, and training has gradients.
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         self.checkpointed |= hooks is not None or not torch.is_grad_enabled()

@@ -8,7 +8,7 @@ Nothing as wide as x or y is kept for backward beyond x itself: dropout is drawn
 seed. What needs a temporary goes through it a block of rows at a time, in the same memory.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,8 @@ def shrink(x: Tensor, projections: Projections) -> tuple[Each, None]:
 
 
 def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float, begin: int = 0) -> Tensor:
-    s = _joined([x_hat @ a.t() for _, x_hat, _ in _blocks(x, a.dtype, seed, p, begin=begin)])
+    of = _blocks(x, a.dtype, seed, p, begin=begin, whole=a.dim() > 2)
+    s = _joined([_flat(_each(x_hat, a) @ a.mT) for _, x_hat, _ in of])
     return s if seed is None else s.mul_(kept_scale(p))
 
 
@@ -56,8 +57,8 @@ def outputs(x: Tensor, projections: Projections, ss: Each, scaled=None) -> list[
     for i, (w, _, b, bias, _, scaling, _) in enumerate(projections):
         y = scaled[i] if scaled else None
         if type(w) is slice:
-            part = ys[-1][w]
-            product(part, ss[i], b.t(), part, scaling)
+            part = _each(ys[-1][w], b)
+            product(part, _each(ss[i], b), b.mT, part, scaling)
             continue
         if w is None:
             ys.append(bias)
@@ -82,16 +83,17 @@ def ds_db(
     for i, (dy, (_, _, b, _, _, scaling, _)) in enumerate(zip(dys, projections, strict=True)):
         if dy is None or b is None:
             continue
-        parts, db, short = [], None, dy.shape[0] * b.itemsize <= SHORT
-        for rows, dy_rows, _ in _blocks(dy, b.dtype):
+        parts, db, short = [], None, _each(dy, b).shape[-2] * b.itemsize <= SHORT
+        for rows, dy_rows, _ in _blocks(dy, b.dtype, whole=b.dim() > 2):
+            dy_rows = _each(dy_rows, b)
             if need_ds[i]:
-                parts.append(_scaled(dy_rows, b, scaling))
+                parts.append(_flat(_scaled(dy_rows, b, scaling)))
             if need_db[i]:
-                s = _part(ss[i], rows)
+                s = _each(_part(ss[i], rows), b)
                 left, right = (dy_rows, s) if short else (s, dy_rows)
-                db = _added(db, _scaled(left.t(), right, scaling))
+                db = _added(db, _scaled(left.mT, right, scaling))
         dss[i] = _joined(parts) if parts else None
-        dbs[i] = db if db is None or short else db.t().contiguous()
+        dbs[i] = db if db is None or short else db.mT.contiguous()
     return dss, dbs
 
 
@@ -115,7 +117,7 @@ def input_grad_and_da(
         part = None if dx is None else _part(dx, rows)
         da = _add_low_rank(part, _part(x, rows), ds, *of, need_a=need_a)
         if need_a:
-            _put(das, same, da, projections, 0)
+            _put(das, same, da, projections, -2)
     return dx, [da if need else None for da, need in zip(das, needs, strict=True)]
 
 
@@ -138,11 +140,11 @@ def _stacks(projections: Projections, dss: Each | None = None) -> list[tuple]:
         if a is not None and (dss is None or dss[i] is not None):
             rows = w if type(w) is slice else None
             at = (0, None) if rows is None else (rows.start or 0, rows.stop)
-            same = found.setdefault((a.dtype if seed is None else i, *at), (rows, []))
-            same[1].append(i)
+            of = a.dtype if seed is None else i, a.shape[:-2]
+            found.setdefault((*at, of), (rows, []))[1].append(i)
     return [
-        (same, rows, _joined([projections[i].a for i in same]), *projections[same[0]][4::2], at)
-        for (_, at, _), (rows, same) in found.items()
+        (same, rows, _joined([projections[i].a for i in same], -2), *projections[same[0]][4::2], at)
+        for (at, *_), (rows, same) in found.items()
     ]
 
 
@@ -155,7 +157,7 @@ def _put(found: list, same: list[int], whole: Tensor, projections: Projections, 
     if len(same) == 1:
         found[same[0]] = whole
         return
-    sizes = [projections[i].a.shape[0] for i in same]
+    sizes = [projections[i].a.shape[-2] for i in same]
     for i, part in zip(same, torch.split_with_sizes_copy(whole, sizes, dim), strict=True):
         found[i] = part
 
@@ -165,18 +167,20 @@ def _add_low_rank(
 ) -> Tensor | None:
     """Add dropout'(ds a) to ``dx`` where there is one; return da [R, K] if it is asked for."""
     if seed is None and dx is not None:
-        product(dx, ds, a, dx)
+        part = _each(dx, a)
+        product(part, _each(ds, a), a, part)
         dx = None
     if dx is None and not need_a:
         return None
-    da, left, right = None, ds, a
+    da, left, right = None, _each(ds, a), a
     if dx is not None:
-        left, right = _in_dtype(ds, a, dx)
-    for rows, x_hat, ones in _blocks(x, a.dtype, seed, p, need_a, begin):
+        left, right = _in_dtype(left, a, dx)
+    for rows, x_hat, ones in _blocks(x, a.dtype, seed, p, need_a, begin, a.dim() > 2):
         if need_a:
-            da = _added(da, _part(ds, rows).t() @ x_hat)
+            da = _added(da, _each(_part(ds, rows), a).mT @ _each(x_hat, a))
         if dx is not None:
-            dx[rows].addcmul_((left[rows] @ right).to(dx.dtype), ones, value=kept_scale(p))
+            part = _flat(left[rows] @ right).to(dx.dtype)
+            dx[rows].addcmul_(part, ones, value=kept_scale(p))
     if da is not None and seed is not None:
         da.mul_(kept_scale(p))
     return da if da is None or da.dtype == a.dtype else da.to(a.dtype)
@@ -191,8 +195,21 @@ def _added(total: Tensor | None, part: Tensor) -> Tensor:
 
 def _scaled(left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """Return ``alpha · left @ right``, scaled before it is rounded: float16 might overflow."""
-    out = left.new_empty(left.shape[0], right.shape[1])
-    return out.addmm_(left, right, beta=0, alpha=alpha)
+    out = left.new_empty(*left.shape[:-1], right.shape[-1])
+    return _add_of(out)(out, left, right, beta=0, alpha=alpha)
+
+
+def _add_of(out: Tensor) -> Callable:
+    return Tensor.addmm_ if out.dim() == 2 else Tensor.baddbmm_
+
+
+def _each(t: Tensor, factors: Tensor) -> Tensor:
+    """Return rows as they are, or [G, m, …] for G stacked factors: m for each of them."""
+    return t if factors.dim() == 2 else t.unflatten(0, (len(factors), -1))
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.flatten(0, 1)
 
 
 def product(
@@ -206,9 +223,10 @@ def product(
         left, right = _in_dtype(left, right, out)
     if left.dtype == out.dtype:
         if plus is None or plus is out:
-            return out.addmm_(left, right, beta=0 if plus is None else 1, alpha=alpha)
+            return _add_of(out)(out, left, right, beta=0 if plus is None else 1, alpha=alpha)
         return torch.addmm(plus, left, right, alpha=alpha, out=out)
-    for rows in _rows(out):  # float32 factors under float16, or few elements
+    # Float32 factors under float16, or few elements.
+    for rows in _rows(out) if out.dim() == 2 else [slice(None)]:
         part = (left[rows] @ right).mul_(alpha)
         if plus is not None:
             part += plus[rows] if plus is out else plus
@@ -226,7 +244,8 @@ def _in_dtype(left: Tensor, right: Tensor, out: Tensor) -> tuple[Tensor, Tensor]
         return left, right
     high, low = _terms(left)
     right_high, right_low = _terms(right)
-    return torch.cat([high, high, low], dim=1), torch.cat([right_high, right_low, right_high])
+    left, right = (high, high, low), (right_high, right_low, right_high)
+    return torch.cat(left, dim=-1), torch.cat(right, dim=-2)
 
 
 def _terms(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,22 +261,28 @@ def _terms(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(
-    x: Tensor, dtype: torch.dtype, seed: Tensor | None = None, p=0.0, read=True, begin: int = 0
+    x: Tensor,
+    dtype: torch.dtype,
+    seed: Tensor | None = None,
+    p=0.0,
+    read=True,
+    begin=0,
+    whole=False,
 ) -> Iterable[tuple[slice | None, Tensor | None, Tensor | None]]:
     """Return the rows of each block, x there in ``dtype`` with dropout, and the mask in x's dtype.
 
     Both tensors are overwritten by the next block. The mask is ones and zeros (`kept_ones`): what
     is not a number stays so when it is dropped, and kept elements are not scaled. Without
     ``read`` the mask alone. No rows stand for all: views would take longer than small products.
-    Dropout's rows begin with number ``begin``.
+    Dropout's rows begin with number ``begin``. ``whole``: all rows are one block.
     """
-    if seed is None and (dtype == x.dtype or len(_rows(x)) == 1):
+    if seed is None and (dtype == x.dtype or whole or len(_rows(x)) == 1):
         return ((None, x if dtype == x.dtype else x.to(dtype), None),)
-    return _several(x, dtype, seed, p, read, begin)
+    return _several(x, dtype, seed, p, read, begin, whole)
 
 
-def _several(x, dtype, seed, p, read, begin):
-    rows, K = _rows(x), x.shape[1]
+def _several(x, dtype, seed, p, read, begin, whole):
+    rows, K = [slice(0, len(x))] if whole else _rows(x), x.shape[1]
     drawn = seed, x.shape, p, x.dtype, rows[0].stop, begin
     size, masks = rows[0].stop, [None] * len(rows) if seed is None else kept_ones(*drawn)
     dropped = x.new_empty(size, K) if read and seed is not None else None

@@ -19,12 +19,14 @@ from fastlora.operator.dropout import keep_mask, kept_ones, kept_scale
 from fastlora.operator.operands import Each, Operands, Projections
 
 
-def outputs(x: Tensor, projections: Projections, observed: bool) -> list[Tensor]:
+def outputs(x: Tensor, projections: Projections, observed: bool, naive=False) -> list[Tensor]:
     """Return y [M, N] of each projection of x [M, K]; ``observed`` as for `output`."""
     ys: list[Tensor] = []
     for one in projections:
         if type(one.w) is slice:
             ys[-1] = _joined(ys[-1], x, one)
+        elif naive:
+            ys.append(reference(x, *one))
         else:
             ys.append(one.bias if one.w is None else output(x, one, observed))
     return ys
@@ -99,17 +101,6 @@ def gradients(
     return found
 
 
-def references(x: Tensor, projections: Projections) -> list[Tensor]:
-    """Return the reference's y [M, N] of each projection of x [M, K]."""
-    ys: list[Tensor] = []
-    for one in projections:
-        if type(one.w) is slice:
-            ys[-1] = _joined(ys[-1], x, one)
-        else:
-            ys.append(reference(x, *one))
-    return ys
-
-
 def reference(x, w, a, b, bias=None, seed=None, scaling=1.0, p: float = 0.0) -> Tensor:
     """Return ``x wᵀ + bias + scaling · dropout(x) aᵀ bᵀ`` [..., N] for x [..., K], as PEFT does."""
     y = F.linear(x, w, bias)
@@ -128,4 +119,6 @@ def low_rank(
         rows = range(begin, begin + x.shape[:-1].numel())
         keep = keep_mask(seed, rows, x.shape[-1], p)
         x_hat = x_hat * keep.view(x.shape).to(a.dtype) * kept_scale(p)
+    if a.dim() > 2:  # stacked: each for as many rows
+        return ((x_hat.unflatten(0, (len(a), -1)) @ a.mT @ b.mT) * scaling).flatten(0, 1)
     return F.linear(F.linear(x_hat, a), b) * scaling

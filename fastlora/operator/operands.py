@@ -42,7 +42,8 @@ class Operands(NamedTuple):
 
     ``a`` and ``b`` are None without an adapter; ``seed`` ([1], int64) is None without dropout.
     Without ``w`` the bias [M, N] is y but for the adapters that follow, which are added in place. A
-    slice as ``w`` is one more adapter of the projection before, for those rows of it.
+    slice as ``w`` is one more adapter of the projection before, for those rows of it; or several,
+    ``a`` and ``b`` stacked, each for as many of the rows.
     """
 
     w: Tensor | slice | None
@@ -95,7 +96,7 @@ class Problem(NamedTuple):
         adapted = [p for p in projections if p.a is not None]
         if not adapted:
             return None
-        sizes = [(p.width(), 0) if p.a is None else (*p.b.shape,) for p in projections]
+        sizes = [(p.width(), 0) if p.a is None else (*p.b.shape[-2:],) for p in projections]
         dropout = any(p.seed is not None for p in adapted)
         return Problem.together(*x.shape, sizes, x.dtype, adapted[0].a.dtype, dropout)
 

@@ -10,7 +10,7 @@ product is another than that of a dense weight are opaque: they are called.
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +47,12 @@ class Quantised:
         return len(self.shape)
 
 
-class Opaque:
+class Opaque(NamedTuple):
     """A frozen layer that alone multiplies by its weight; to its output the rest is added."""
 
-    def __init__(self, layer: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        self.layer, self.dtype, self.device = layer, dtype, device
+    layer: nn.Module
+    dtype: torch.dtype
+    device: torch.device
 
 
 def dense(w: Any) -> Any:
@@ -205,21 +206,17 @@ OPAQUE = {
 
 
 def is_linear(module: nn.Module) -> bool:
-    return _is_linear(type(module))
-
-
-@functools.cache
-def _is_linear(kind: type) -> bool:
-    return _name(kind) in LINEARS
+    return _held(type(module))[0]
 
 
 def is_opaque(module: nn.Module) -> bool:
-    return _is_opaque(type(module))
+    return _held(type(module))[1]
 
 
 @functools.cache
-def _is_opaque(kind: type) -> bool:
-    return any(_name(of) in OPAQUE for of in kind.__mro__)
+def _held(kind: type) -> tuple[bool, bool]:
+    """Return whether a layer's class is one of `LINEARS`, and whether it is of `OPAQUE`."""
+    return _name(kind) in LINEARS, any(_name(of) in OPAQUE for of in kind.__mro__)
 
 
 def _name(kind: type) -> str:

@@ -66,11 +66,10 @@ class Fused:
 def _mixed(layer: Fused, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """Return what a layer whose samples differ in adapters makes of x, None for PEFT's code."""
     block, names = _block(layer), kwargs.pop("adapter_names", None)
-    if args or kwargs or layer._disable_adapters or layer.merged_adapters:
-        if block is not None and not layer._disable_adapters:
-            why = "merged adapters" if layer.merged_adapters else "other arguments than x"
-            raise ValueError(f"adapters_by_sample(): a layer has {why}")
+    if layer._disable_adapters or (block is None and (args or kwargs or layer.merged_adapters)):
         return None
+    if args or kwargs or layer.merged_adapters:
+        raise ValueError("adapters_by_sample(): a layer is merged, or has other arguments than x")
     if names is not None:
         layer._check_forward_args(x, adapter_names=names)
         each = x.shape[1:-1].numel()
@@ -78,10 +77,9 @@ def _mixed(layer: Fused, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     elif block is None:
         return None
     else:
-        if layer._siblings is not None:
-            y = handed(layer, x)
-            if y is not None:
-                return y
+        y = None if layer._siblings is None else handed(layer, x)
+        if y is not None:
+            return y
         runs = block.runs(x)
     found = operands(layer, x, runs)
     if type(found) is tuple:

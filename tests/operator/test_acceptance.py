@@ -23,14 +23,14 @@ CASES = [
     Case(100, 64, 150, 5, kind="bf16-fp32", mode="low_rank"),
     Case(100, 64, 150, 5, kind="bf16", bias=False),
 ]
-MASKED = "addcmul_((left[rows] @ right).to(dx.dtype), ones, value=kept_scale(p))"
+MASKED = "addcmul_(part, ones, value=kept_scale(p))"
 
 # What, and the line as it is => as it would be wrong.
 BLOCKS = {
     "1 / (1 - p) forgotten in s": "s if seed is None else s.mul_(kept_scale(p)) => s",
     "1 / (1 - p) forgotten in dx": ", value=kept_scale(p)) => )",
     "1 / (1 - p) forgotten in da": "da.mul_(kept_scale(p)) => pass",
-    "dx not masked": f"{MASKED} => add_((left[rows] @ right).to(dx.dtype), alpha=kept_scale(p))",
+    "dx not masked": f"{MASKED} => add_(part, alpha=kept_scale(p))",
     "float32 factors rounded to 16 bits": ".bfloat16), rest => .bfloat16), rest.zero_()",
     "scaling forgotten": "None else 1, alpha=alpha) => None else 1)",
     "scaling forgotten where there is a bias": "right, alpha=alpha, out=out) => right, out=out)",
@@ -38,11 +38,11 @@ BLOCKS = {
     "bias of many rows dropped": "F.linear(x, w, bias).addmm_ => F.linear(x, w).addmm_",
     "ds and db not scaled": "left, right, beta=0, alpha=alpha) => left, right, beta=0)",
     "base product forgotten": "ys.append(y.addmm_(x, w.t())) => ys.append(y)",
-    "low-rank part of dx forgotten": "product(dx, ds, a, dx) => pass",
+    "low-rank part of dx forgotten": "product(part, _each(ds, a), a, part) => pass",
     "db of the last block alone": "db = _added(db, _scaled( => db = (_scaled(",
-    "da of the last block alone": "da = _added(da, _part( => da = (_part(",
+    "da of the last block alone": "da = _added(da, _each( => da = (_each(",
     "few elements not scaled": "@ right).mul_(alpha) => @ right)",
-    "s from 16 bits": "x_hat @ a.t() for => (x_hat.bfloat16() @ a.t().bfloat16()).to(a.dtype) for",
+    "s from 16 bits": "_each(x_hat, a) @ a.mT => (x_hat.bfloat16() @ a.bfloat16().mT).to(a.dtype)",
     "bias dropped": "shape[0]), ss[i], b.t(), bias => shape[0]), ss[i], b.t(), None",
     "bias of few elements dropped": "+= plus[rows] if plus is out else plus => += 0",
 }

@@ -12,28 +12,38 @@ import fastlora
 from fastlora import Projection
 from fastlora.operator.dropout import keep_mask, kept_scale
 
-ENDS = [0, 5, 5, 12, 13, 30]  # one without rows
-RANKS = [4, 2, None, 3, 8]  # and one without an adapter
-SCALINGS = [0.5, 2.0, 1.0, -0.7, 0.3]
-DROPOUT = [0.3, 0.3, 0.5, 0.0, 0.6]
+# By how rows are cut: ends, ranks (None: no adapter), scalings, dropout; one has no rows.
+CUTS = {
+    "ragged": (
+        [0, 5, 5, 12, 13, 30],
+        [4, 2, None, 3, 8],
+        [0.5, 2.0, 1.0, -0.7, 0.3],
+        [0.3, 0.3, 0.5, 0.0, 0.6],
+    ),
+    # Neighbours of one kind go in one batch of products.
+    "alike": ([0, 6, 12, 18, 24, 30], [4, 4, None, 4, 4], [0.5] * 5, [0.3] * 5),
+}
+ENDS = CUTS["ragged"][0]
 K = 24
 WIDTHS = (16, 8)
+each_cut = pytest.mark.parametrize("cut", CUTS)
 
 
-def problem(dtype=torch.float64, adapter=None, widths=WIDTHS, p=False):
+def problem(dtype=torch.float64, adapter=None, widths=WIDTHS, p=False, cut="ragged", times=1):
     """Return x and projections whose adapters differ by segment."""
-    x, projections = torch.randn(2, 15, K).to(dtype).requires_grad_(), []
+    _, ranks, scalings, dropout = CUTS[cut]
+    x, projections = torch.randn(2, 15 * times, K).to(dtype).requires_grad_(), []
     for n in widths:
         each = [
-            (None, None) if r is None else (torch.randn(r, K) / 5, torch.randn(n, r)) for r in RANKS
+            (None, None) if r is None else (torch.randn(r, K) / 5, torch.randn(n, r)) for r in ranks
         ]
         a, b = (
             [None if t is None else t.to(adapter or dtype).requires_grad_() for t in of]
             for of in zip(*each, strict=True)
         )
         weight, bias = torch.randn(n, K).to(dtype) / 5, torch.randn(n).to(dtype)
-        drops = DROPOUT if p else 0.0
-        projections.append(Projection(weight, a, b, bias, SCALINGS, drops))
+        drops = dropout if p else 0.0
+        projections.append(Projection(weight, a, b, bias, scalings, drops))
     return x, projections
 
 
@@ -41,12 +51,12 @@ def trained(projections):
     return [t for one in projections for of in one[1:3] for t in of if t is not None]
 
 
-def loop(x, projections, seeds=None):
+def loop(x, projections, seeds=None, ends=ENDS):
     """Return the formula's outputs, segment by segment."""
     flat, ys = x.reshape(-1, K), []
     for i, (w, a, b, bias, c, p) in enumerate(projections):
         parts = []
-        for g, (start, end) in enumerate(itertools.pairwise(ENDS)):
+        for g, (start, end) in enumerate(itertools.pairwise(ends)):
             rows = flat[start:end]
             y = F.linear(rows, w, bias)
             if a[g] is not None:
@@ -67,37 +77,47 @@ def results(ys, x, projections):
 
 @pytest.mark.parametrize("impl", ["auto", "blocks", "eager", "reference"])
 @pytest.mark.parametrize("widths", [(16,), WIDTHS])
-def test_as_a_loop(impl, widths):
-    x, projections = problem(widths=widths)
-    right = results(loop(x, projections), x, projections)
-    ys = fastlora.lora_linears(x, projections, segments=ENDS, impl=impl)
+@each_cut
+def test_as_a_loop(cut, impl, widths):
+    (x, projections), ends = problem(widths=widths, cut=cut), CUTS[cut][0]
+    right = results(loop(x, projections, ends=ends), x, projections)
+    ys = fastlora.lora_linears(x, projections, segments=ends, impl=impl)
     found = results(ys, x, projections)
     for one, expected in zip(found, right, strict=True):
         torch.testing.assert_close(one, expected)
-    assert not found[len(ys) + 2].any()  # a's of the segment without rows
+    assert not found[len(ys) + 2].any() or cut != "ragged"  # a's of the segment without rows
 
 
 @pytest.mark.parametrize("impl", ["blocks", "eager"])
-def test_what_a_row_drops_depends_on_its_number(impl, monkeypatch):
-    x, projections = problem(p=True)
+@each_cut
+def test_what_a_row_drops_depends_on_its_number(cut, impl, monkeypatch):
+    (x, projections), ends = problem(p=True, cut=cut), CUTS[cut][0]
     seeds, made = [torch.tensor([7]), torch.tensor([8])], []
     monkeypatch.setattr(
         "fastlora.functional.new_seed", lambda _: made.append(0) or seeds[len(made) - 1]
     )
-    ys = fastlora.lora_linears(x, projections, segments=ENDS, training=True, impl=impl)
-    found, right = results(ys, x, projections), results(loop(x, projections, seeds), x, projections)
+    ys = fastlora.lora_linears(x, projections, segments=ends, training=True, impl=impl)
+    found, right = (
+        results(ys, x, projections),
+        results(loop(x, projections, seeds, ends), x, projections),
+    )
     assert len(made) == len(projections)
     for one, expected in zip(found, right, strict=True):
         torch.testing.assert_close(one, expected)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "adapter"), [(torch.bfloat16, torch.float32), (torch.float32, None)]
+    ("dtype", "adapter"), [(torch.bfloat16, torch.float32), (torch.bfloat16, None)]
 )
-def test_acceptance_rule(dtype, adapter):
-    x, projections = problem(dtype, adapter)
-    ys = fastlora.lora_linears(x, projections, segments=ENDS)
-    found, plain = results(ys, x, projections), results(loop(x, projections), x, projections)
+@each_cut
+def test_acceptance_rule(cut, dtype, adapter):
+    x, projections = problem(dtype, adapter, cut=cut, times=8)
+    ends = [8 * end for end in CUTS[cut][0]]
+    ys = fastlora.lora_linears(x, projections, segments=ends)
+    found, plain = (
+        results(ys, x, projections),
+        results(loop(x, projections, ends=ends), x, projections),
+    )
     wide = x.detach().double().requires_grad_()
 
     def doubled(t):
@@ -107,7 +127,7 @@ def test_acceptance_rule(dtype, adapter):
         Projection(w.double(), list(map(doubled, a)), list(map(doubled, b)), bias.double(), c, p)
         for w, a, b, bias, c, p in projections
     ]
-    exact = results(loop(wide, exact), wide, exact)
+    exact = results(loop(wide, exact, ends=ends), wide, exact)
     for i, values in enumerate(zip(found, plain, exact, strict=True)):
         accept(str(i), *values)
 
@@ -134,9 +154,10 @@ def test_stacked_factors_and_one_adapter_for_several_segments():
     torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_second_derivatives_and_transforms():
-    x, projections = problem(widths=(4,))
-    flat, ends = x.detach()[:, :4].reshape(-1, K).requires_grad_(), [0, 1, 3, 4, 6, 8]
+@pytest.mark.parametrize(("cut", "ends"), [("ragged", [0, 1, 3, 4, 6, 8]), ("alike", [*range(6)])])
+def test_second_derivatives_and_transforms(cut, ends):
+    x, projections = problem(widths=(4,), cut=cut)
+    flat = x.detach().reshape(-1, K)[: ends[-1]].clone().requires_grad_()
 
     def layer(x, *factors):
         half = len(factors) // 2

@@ -98,6 +98,14 @@ COPIES = {
     ("../functional", f"{DRAWN_AGAIN} {OTHER_MASK}"): [
         ("two adapters drop the same", "else new_seed(x.device)", "else torch.ones(1).long()"),
     ],
+    ("../functional", "operator/test_segments.py::test_as_a_loop"): [
+        ("segments that are no neighbours go together", "(w.start - size * i, size,", "(size,"),
+        (
+            "an adapter is for all of its kind",
+            "(one[j] for one in others)",
+            "(first[j] for _ in others)",
+        ),
+    ],
     ("../operator/op", DRAWN_AGAIN): [
         ("several adapters keep what they drop", 'if impl == "eager" or (', "if not whole or ("),
     ],

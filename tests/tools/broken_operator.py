@@ -141,15 +141,15 @@ COPIES = {
     ("blocks", "unusual_operands::float16_is_scaled_before_it_overflows"): [
         (
             "float16 products are scaled when they are rounded",
-            "return out.addmm_(left, right, beta=0, alpha=alpha)\n\n",
+            "return _add_of(out)(out, left, right, beta=0, alpha=alpha)\n\n",
             "return (left @ right).mul_(alpha)\n\n",
         ),
     ],
     ("blocks", "unusual_operands::what_is_kept_by_dropout_is_not_scaled_early"): [
         (
             "what dropout keeps is scaled in ds",
-            "((left[rows] @ right).to(dx.dtype), ones, value=kept_scale(p))",
-            "((left[rows] * kept_scale(p)) @ right, ones)",
+            "(part, ones, value=kept_scale(p))",
+            "(((left[rows] * kept_scale(p)) @ right).to(dx.dtype), ones)",
         ),
     ],
     ("blocks", "unusual_operands::many_rows_of_a_tiny_layer_take_few_calls"): [

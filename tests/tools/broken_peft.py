@@ -62,7 +62,7 @@ COPIES = {
         "an opaque output gets a bias's gradient": "dy if projections[i // 4].w is => dy if 0 is",
     },
     ("../operator/blocks", f"{QUANTISED}the_rest_is_added_to_what_an_opaque_layer_makes"): {
-        "what an opaque layer made is lost": "ss[i], b.t(), part => ss[i], b.t(), None",
+        "what an opaque layer made is lost": "b.mT, part, scaling => b.mT, None, scaling",
     },
     ("../operator/library", f"{QUANTISED}the_operator_takes_quantised_weights"): {
         "a quantised weight is cut": "x.new_empty(len(p[2]), 0) => p[0][:, :0]",
