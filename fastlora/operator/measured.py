@@ -28,7 +28,7 @@ Row = dict[str, dict[str, Any]]
 _loaded: dict[str, dict[str, Row]] = {}  # by device and what `str` makes of a bucketed problem
 
 
-class FourBits(str):
+class FourBits:
     """What makes a weight of 4 bits dense, in the place of a problem."""
 
     def bucketed(self) -> str:

@@ -7,11 +7,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft_models import wrapped
 from torch import nn
+from torch.testing import assert_close
 
 import fastlora
 from fastlora import adapters_by_sample, losses_by_adapter, patch_peft
 
 NAMES = ["a", "b", None, "b", "a", "c"]
+THEIRS = [name or "__base__" for name in NAMES]  # as PEFT takes them
 IDS = torch.arange(6 * 7).reshape(6, 7) % tiny_models.VOCABULARY
 
 
@@ -37,10 +39,9 @@ def trained(model):
 def grads(model, total):
     """Return gradients by parameter, zero where there is none."""
     named = trained(model)
-    found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
-    zeros = map(torch.zeros_like, named.values())
-    pairs = zip(named, found, zeros, strict=True)
-    return {name: zero if g is None else g for name, g, zero in pairs}
+    of = total, list(named.values())
+    found = torch.autograd.grad(*of, allow_unused=True, materialize_grads=True)
+    return dict(zip(named, found, strict=True))
 
 
 def alone(model, forward, names=NAMES):
@@ -59,12 +60,6 @@ def alone(model, forward, names=NAMES):
 
 def weighted(y):
     return (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum()
-
-
-def close(found, right, **tolerance):
-    assert found.keys() == right.keys()
-    for name, one in right.items():
-        torch.testing.assert_close(found[name], one, **tolerance)
 
 
 MODELS = {
@@ -99,14 +94,12 @@ def test_as_each_sample_alone(kind, siblings, fused):
     fused.clear()
     with adapters_by_sample(model, NAMES):
         found = model(**given).logits
-    torch.testing.assert_close(found, right)
-    close(grads(model, weighted(found)), expected, rtol=1e-6, atol=1e-8)
+    assert_close(found, right)
+    assert_close(grads(model, weighted(found)), expected, rtol=1e-6, atol=1e-8)
     assert fused or siblings
     with torch.no_grad():  # and the block leaves nothing behind
         model.set_adapter("b")
-        torch.testing.assert_close(
-            model(**{k: v[1:2] for k, v in given.items()}).logits, right[1:2].detach()
-        )
+        assert_close(model(**{k: v[1:2] for k, v in given.items()}).logits, right[1:2].detach())
 
 
 def test_layers_share_their_x_here_too(together):
@@ -133,7 +126,7 @@ def test_checkpoints(reentrant, p):
             model.zero_grad()
             weighted(y).backward()
         found.append({n: p.grad for n, p in trained(model).items()})
-    close(*found)
+    assert_close(*found)
 
 
 @pytest.mark.parametrize("siblings", [False, True])
@@ -164,9 +157,9 @@ def test_losses_are_those_of_each_adapter_alone():
         of = [i for i, other in enumerate(names) if other == name]
         model.set_adapter(name)
         own = model(input_ids=IDS[of], labels=labels[of]).loss
-        torch.testing.assert_close(losses[name].double(), own.double(), rtol=1e-5, atol=1e-6)
+        assert_close(losses[name].double(), own.double(), rtol=1e-5, atol=1e-6)
         right = {n: g for n, g in grads(model, own).items() if f".{name}." in n}
-        close({n: found[n] for n in right}, right, rtol=1e-4, atol=1e-6)
+        assert_close({n: found[n] for n in right}, right, rtol=1e-4, atol=1e-6)
 
 
 def test_runs_of_tokens():
@@ -178,8 +171,8 @@ def test_runs_of_tokens():
         found = model(x)
     parts = x.split(lengths)
     right = alone(model, lambda i: model(parts[i]), names)
-    torch.testing.assert_close(found, right)
-    close(grads(model, weighted(found)), grads(model, weighted(right)))
+    assert_close(found, right)
+    assert_close(grads(model, weighted(found)), grads(model, weighted(right)))
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -189,22 +182,20 @@ def test_generating(beams):
     given |= {"attention_mask": torch.ones_like(IDS[:, :3]), "pad_token_id": 0}
     with adapters_by_sample(model, NAMES):
         found = model.generate(**given)
-    names = [name or "__base__" for name in NAMES]
-    assert torch.equal(found, model.generate(**given, adapter_names=names))
+    assert torch.equal(found, model.generate(**given, adapter_names=THEIRS))
     fastlora.unpatch_peft(model)
-    assert torch.equal(found, model.generate(**given, adapter_names=names))
+    assert torch.equal(found, model.generate(**given, adapter_names=THEIRS))
 
 
 def test_pefts_own_way_is_fused(fused):
     model = mixed().eval()
-    names = [name or "__base__" for name in NAMES]
     with torch.no_grad():
-        found = model(input_ids=IDS, adapter_names=names).logits
+        found = model(input_ids=IDS, adapter_names=THEIRS).logits
         assert len(fused) == 14
         with pytest.raises(ValueError, match="Length of `adapter_names` should be the same"):
-            model(input_ids=IDS, adapter_names=names[1:])
+            model(input_ids=IDS, adapter_names=THEIRS[1:])
         fastlora.unpatch_peft(model)
-        torch.testing.assert_close(found, model(input_ids=IDS, adapter_names=names).logits)
+        assert_close(found, model(input_ids=IDS, adapter_names=THEIRS).logits)
 
 
 def test_quantised_weights_autocast_and_compiled_models():
@@ -223,17 +214,15 @@ def test_quantised_weights_autocast_and_compiled_models():
         model = mixed(base, targets=["0"], dtype=torch.float32)
         right = alone(model, lambda i, model=model: model(x[i : i + 1]))
         with torch.no_grad(), adapters_by_sample(model.eval(), NAMES):
-            torch.testing.assert_close(model(x), right)
+            assert_close(model(x), right)
         with adapters_by_sample(model, NAMES):
             found = model(x)
             compiled = torch.compile(model, backend="eager")(x)
             with torch.autocast("cpu", torch.bfloat16):
                 rounded = None if make is packed else model(x)
-        torch.testing.assert_close(found, right)
-        torch.testing.assert_close(compiled, right)
-        assert rounded is None or rounded.dtype == torch.bfloat16
+        assert_close([found, compiled], [right] * 2)
         if rounded is not None:
-            torch.testing.assert_close(rounded.float(), right, rtol=0.05, atol=0.05)
+            assert_close(rounded, right.bfloat16(), rtol=0.05, atol=0.05)
 
 
 WRONG = [

@@ -7,9 +7,10 @@ HOSTILE, FILES = "peft/test_hostile_adapters.py::test_", "peft/test_adapter_file
 FUSED, REASONS = "peft/test_peft.py::test_", "peft/test_peft_reasons.py::test_"
 BY_SAMPLE = "peft/test_by_sample.py::test_"
 OUTSIDE = f"{BY_SAMPLE}a_checkpoint_outside_of_the_block_is_an_error"
+OPAQUE = "peft/test_opaque.py::test_"
 QUANTISED = "peft/test_quantised.py::test_"
 LEFT = "layers/test_sibling_search.py::test_unloaded_models_are_plain"
-UNDIFFERENTIATED = f"{QUANTISED}an_opaque_layer_that_does_not_differentiate_is_left_to_peft"
+UNDIFFERENTIATED = f"{OPAQUE}an_opaque_layer_that_does_not_differentiate_is_left_to_peft"
 SHARDED = "commands/test_launch.py::test_sharded_processes_come_to_what_one_comes_to"
 LOAD = "PeftModel.from_pretrained(model, checked, adapter_name, is_trainable)"
 
@@ -58,10 +59,10 @@ COPIES = {
     ("../operator/weights", UNDIFFERENTIATED): {
         "a kernel without gradients is taken": 'getattr(module, "SUPPORTS_TRAINING", True) => 1',
     },
-    ("../operator/op", f"{QUANTISED}the_rest_is_added_to_what_an_opaque_layer_makes"): {
+    ("../operator/op", f"{OPAQUE}the_rest_is_added_to_what_an_opaque_layer_makes"): {
         "an opaque output gets a bias's gradient": "dy if projections[i // 4].w is => dy if 0 is",
     },
-    ("../operator/blocks", f"{QUANTISED}the_rest_is_added_to_what_an_opaque_layer_makes"): {
+    ("../operator/blocks", f"{OPAQUE}the_rest_is_added_to_what_an_opaque_layer_makes"): {
         "what an opaque layer made is lost": "b.mT, part, scaling => b.mT, None, scaling",
     },
     ("../operator/library", f"{QUANTISED}the_operator_takes_quantised_weights"): {
