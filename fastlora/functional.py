@@ -4,7 +4,6 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from fastlora.operator import eager, plans
 from fastlora.operator.dropout import new_seed
 from fastlora.operator.op import PLAIN, run
 from fastlora.operator.operands import Operands, Projection, with_scaling
+from fastlora.operator.segments import stacked, together
 from fastlora.operator.steps import exactly
 from fastlora.operator.weights import Quantised, quantised
 
@@ -125,8 +125,9 @@ def add_low_rank(y: Tensor, x: Tensor, adapters: Sequence[Projection]) -> Tensor
     if x.dtype != y.dtype:  # under autocast
         x = x.to(y.dtype)
     there = Projection(None, bias=_unsafe_view(y, (math.prod(y.shape[:-1]), y.shape[-1])))
-    flat, operands = drawn(x, [there, *map(_numbered, adapters)], training=True)
-    (y,) = run(flat, operands, "auto" if plans.FORCED == "auto" else plans.named("auto", x))
+    impl = "auto" if plans.FORCED == "auto" else plans.named("auto", x)
+    flat, operands = drawn(x, [there, *map(_numbered, adapters)], True, impl)
+    (y,) = run(flat, operands, impl)
     return shaped(y, x.shape)
 
 
@@ -165,7 +166,7 @@ def run_checked(
     """Return y [..., N] of each projection of x [..., K] once everything is checked."""
     if impl != "auto" or plans.FORCED != "auto":
         impl = plans.named(impl, x)
-    flat, operands = drawn(x, projections, training)
+    flat, operands = drawn(x, projections, training, impl)
     if impl == "reference":
         ys = exactly(x.device, eager.outputs, flat, operands, True, True)
     else:
@@ -174,7 +175,7 @@ def run_checked(
 
 
 def drawn(
-    x: Tensor, projections: Sequence[Projection], training: bool
+    x: Tensor, projections: Sequence[Projection], training: bool, impl: str = "auto"
 ) -> tuple[Tensor, list[Operands]]:
     """Return x as [M, K] and each projection with a seed where it drops."""
     operands, of_rows, segmented = [], None, False
@@ -187,28 +188,13 @@ def drawn(
             of_rows = None
         segmented |= some_rows
         operands.append(Operands(w, a, b, bias, seed, scaling, p))
-    if segmented and not is_compiling():
-        operands = _together(operands)
     shape = x.shape
-    return x if len(shape) == 2 else x.reshape(math.prod(shape[:-1]), shape[-1]), operands
-
-
-def _together(operands: list[Operands]) -> list[Operands]:
-    """Return operands in which neighbouring segments of one size are one, with stacked factors."""
-
-    def kind(numbered: tuple[int, Operands]) -> Any:
-        i, (w, a, _, _, _, scaling, p) = numbered
-        size = w.stop - w.start if type(w) is slice and w.start is not None else 0
-        return (w.start - size * i, size, a.shape, a.dtype, scaling, p) if size else i
-
-    found = []
-    for _, group in itertools.groupby(enumerate(operands), kind):
-        first, *others = (one for _, one in group)
-        if others:
-            a, b = (torch.stack([first[j], *(one[j] for one in others)]) for j in (1, 2))
-            first = first._replace(w=slice(first.w.start, others[-1].w.stop), a=a, b=b)
-        found.append(first)
-    return found
+    flat = x if len(shape) == 2 else x.reshape(math.prod(shape[:-1]), shape[-1])
+    if segmented and not is_compiling():
+        impl = impl if impl != "auto" else plans.default(x.dtype, x.device)[0]
+        kernels = impl in ("triton", "library")
+        operands = stacked(operands, len(flat)) if kernels else together(operands)
+    return flat, operands
 
 
 def shaped(y: Tensor, shape: torch.Size) -> Tensor:

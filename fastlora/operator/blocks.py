@@ -61,7 +61,7 @@ def outputs(x: Tensor, projections: Projections, ss: Each, scaled=None) -> list[
             product(part, _each(ss[i], b), b.mT, part, scaling)
             continue
         if w is None:
-            ys.append(bias)
+            ys.append(bias if y is None else bias.add_(y))
             continue
         if ss[i] is None:
             ys.append(F.linear(x, w, bias))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.operator.dropout import keep_mask, kept_ones, kept_scale
-from fastlora.operator.operands import Each, Operands, Projections
+from fastlora.operator.operands import Each, Operands, Projections, Segments
 
 
 def outputs(x: Tensor, projections: Projections, observed: bool, naive=False) -> list[Tensor]:
@@ -25,6 +25,10 @@ def outputs(x: Tensor, projections: Projections, observed: bool, naive=False) ->
     for one in projections:
         if type(one.w) is slice:
             ys[-1] = _joined(ys[-1], x, one)
+        elif type(one.scaling) is Segments:
+            frozen = one._replace(a=None, b=None, seed=None)
+            (y,) = outputs(x, [frozen], observed, naive)
+            ys.append(_joined(y, x, one._replace(w=slice(None))))
         elif naive:
             ys.append(reference(x, *one))
         else:
@@ -114,6 +118,11 @@ def low_rank(
 
     Dropout's rows begin with number ``begin``.
     """
+    if type(scaling) is Segments:
+        ends, *numbers = scaling
+        each = zip(ends, ends[1:], a, b, *numbers, strict=False)
+        parts = [low_rank(x[i:j], a, b, c, seed if p else None, p, i) for i, j, a, b, c, p in each]
+        return torch.cat(parts)
     x_hat = x.to(a.dtype)
     if seed is not None:
         rows = range(begin, begin + x.shape[:-1].numel())

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Mapping
 
 from fastlora_kernels import steps as kernels
+from fastlora_kernels.lists import Segments
 from torch import Tensor
 
 from fastlora.operator import blocks
@@ -26,29 +27,35 @@ def outputs(
     ss: Each,
     scaled: None = None,
     configs: Mapping | None = None,
+    segments: Segments | None = None,
 ) -> list[Tensor]:
     """Return y [M, N] of each projection: the frozen product added to the low-rank one."""
     there: list[Tensor | None] = [None] * len(projections)
-    mixed = [i for i, s in enumerate(ss) if s is not None and s.dtype != x.dtype]
+    mixed = [i for i, s in enumerate(ss) if s is not None and (segments or s.dtype != x.dtype)]
     mixed = [i for i in mixed if type(projections[i][0]) is not slice]  # whose y is there
     if mixed:  # main loops without steps: what is written is scaling · s bᵀ + bias alone
-        few = [(x.new_empty(len(p[2]), 0), *p[1:]) for p in (projections[i] for i in mixed)]
-        found = kernels.outputs(x[:, :0], few, [ss[i] for i in mixed])
+        few, own = [], segments and (segments[0], [segments[1][i] for i in mixed])
+        for w, a, b, bias, *rest in (projections[i] for i in mixed):
+            few.append((x.new_empty(b.shape[-2], 0), a, b, None if w is None else bias, *rest))
+        found = kernels.outputs(x[:, :0], few, [ss[i] for i in mixed], segments=own)
         for i, y in zip(mixed, found, strict=True):
             there[i] = y
     return blocks.outputs(x, projections, ss, there)
 
 
 def input_grad(
-    dys: Each, projections: Projections, dss: Each, configs: Mapping | None = None
-) -> Tensor | None:
+    dys: Each, projections: Projections, dss: Each,
+    configs: Mapping | None = None, segments: Segments | None = None,
+) -> Tensor | None:  # fmt: skip
     """Return dx [M, K]: every product dy w added to the sum of dropout'(ds a)."""
     dx, there = None, [i for i, ds in enumerate(dss) if ds is not None]
     few, ds = [projections[i] for i in there], [dss[i] for i in there]
-    if len(there) == 1 and few[0].seed is None and ds[0].dtype == dys[there[0]].dtype:
+    plain = len(there) == 1 and few[0].seed is None and ds[0].dtype == dys[there[0]].dtype
+    if plain and not segments:
         dx = ds[0] @ few[0].a
     elif there:  # main loops without steps here too
         none = [dys[i][:, :0] for i in there]
-        nothing = none[0].new_empty(0, few[0].a.shape[1])
-        dx = kernels.input_grad(none, [(nothing, *p[1:]) for p in few], ds)
+        nothing = none[0].new_empty(0, few[0].a.shape[-1])
+        own = segments and (segments[0], [segments[1][i] for i in there])
+        dx = kernels.input_grad(none, [(nothing, *p[1:]) for p in few], ds, segments=own)
     return blocks.add_products(dx, dys, projections)

@@ -21,7 +21,14 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from fastlora.operator import eager, plans
-from fastlora.operator.operands import Each, Operands, Projections, spread, with_scaling
+from fastlora.operator.operands import (
+    Each,
+    Operands,
+    Projections,
+    Segments,
+    spread,
+    with_scaling,
+)
 from fastlora.operator.steps import exactly
 from fastlora.operator.weights import Quantised, dense
 
@@ -189,7 +196,7 @@ def gradients(
     # With a plan, what was saved beside x is as it was in forward.
     kept = [] if plan else [t for p in projections for t in p[:3] if isinstance(t, Tensor)]
     observed = not unobserved(x, *dys, *kept)
-    whole = all(isinstance(one.w, Tensor) for one in projections)
+    whole = all(isinstance(p.w, Tensor) and type(p.scaling) is not Segments for p in projections)
     if looked_into(*dys) or (observed and not (whole and _alike(projections))):
         projections = [one._replace(w=dense(one.w)) for one in projections]
         flags = [need_x, *(flag for a, b in factors for flag in (False, a, b, False))]
@@ -258,7 +265,8 @@ def run(x: Tensor, projections: Projections, impl: str) -> Sequence[Tensor]:
     """Return y of each projection, by the shortest way that gives what the operator does."""
     flat: list[Tensor | None] = []
     whole = True
-    for w, a, b, bias, _, _, _ in projections:
+    for w, a, b, bias, _, scaling, _ in projections:
+        whole = whole and type(scaling) is not Segments
         if not isinstance(w, Tensor):  # compiled code would be guarded by a class of ours
             whole, w = False, None
         flat += w, a, b, bias

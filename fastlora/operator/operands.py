@@ -37,13 +37,22 @@ def with_scaling(a: Tensor, b: Tensor, scaling: float | Tensor) -> tuple[Tensor,
     return a, b * scaling
 
 
+class Segments(NamedTuple):
+    """How rows are cut, [G + 1], and the scaling and dropout of each of G stacked adapters."""
+
+    ends: tuple[int, ...]
+    scalings: tuple[float, ...]
+    p: tuple[float, ...]
+
+
 class Operands(NamedTuple):
     """A projection as implementations take it: checked, and with dropout's seed drawn.
 
     ``a`` and ``b`` are None without an adapter; ``seed`` ([1], int64) is None without dropout.
     Without ``w`` the bias [M, N] is y but for the adapters that follow, which are added in place. A
     slice as ``w`` is one more adapter of the projection before, for those rows of it; or several,
-    ``a`` and ``b`` stacked, each for as many of the rows.
+    ``a`` and ``b`` stacked, each for as many of the rows. With `Segments` in the place of a scaling
+    the projection's own are stacked.
     """
 
     w: Tensor | slice | None
@@ -51,7 +60,7 @@ class Operands(NamedTuple):
     b: Tensor | None
     bias: Tensor | None
     seed: Tensor | None
-    scaling: float
+    scaling: float | Segments
     p: float
 
     def width(self) -> int:

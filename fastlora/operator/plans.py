@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastlora.operator import steps
-from fastlora.operator.operands import OPS, Each, Operands, Problem, Projections
+from fastlora.operator.dropout import kept_scale, lowest_kept
+from fastlora.operator.operands import OPS, Each, Operands, Problem, Projections, Segments
 
 IMPLEMENTATIONS = ("auto", "triton", "library", "blocks", "eager", "reference")
 # From when Python starts: what "auto" takes, and whether problems are measured on first use.
@@ -81,13 +82,16 @@ def _pair(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
             on_first_use(problem, x.device)
         chosen = [choose(op, impl, problem, x.device) for op in OPS]
     others = [w for w, *_ in projections if not isinstance(w, Tensor)]
+    if impl == "triton" and any(w is not None and type(w) is not slice for w in others):
+        raise TypeError("impl='triton' reads dense weights, and this one is quantised")
+    if any(type(one.scaling) is Segments for one in projections):
+        name = "library" if impl == "auto" or None in others else impl
+        module = importlib.import_module(MODULES[name])
+        directions = _stacks_forward, _stacks_backward
+        return Pair(*(functools.partial(direction, module) for direction in directions))
     if any(type(w) is slice and w.start is not None for w in others):
-        if impl in ("triton", "library"):
-            raise TypeError(f"impl={impl!r} takes no segments; use 'blocks'")
         chosen = [replace(p, impl="blocks") for p in chosen]
     elif others:
-        if impl == "triton" and any(w is not None and type(w) is not slice for w in others):
-            raise TypeError("impl='triton' reads dense weights, and this one is quantised")
         # One is dense at a time, for a product of the library's.
         chosen = [replace(p, impl="library") if p.impl == "triton" else p for p in chosen]
     return Pair(*map(_running, (_forward, _backward), chosen))
@@ -106,6 +110,33 @@ def _forward(impl: ModuleType, configs: Mapping, x: Tensor, projections: Project
 def _backward(impl: ModuleType, configs: Mapping, dys: Each, x: Tensor, projections, *rest):
     configs = _usable(configs, [x, *dys], projections)
     return steps.backward(impl, dys, x, projections, *rest, configs)
+
+
+def _stacks_forward(impl: ModuleType, x: Tensor, projections: Projections):
+    projections, segments = _segmented(x, projections)
+    return steps.forward(impl, x, projections, None, segments)
+
+
+def _stacks_backward(impl: ModuleType, dys: Each, x: Tensor, projections: Projections, *rest):
+    projections, segments = _segmented(x, projections)
+    return steps.backward(impl, dys, x, projections, *rest, None, segments)
+
+
+def _segmented(x: Tensor, projections: Projections) -> tuple[list[Operands], tuple]:
+    """Return projections without their `Segments`, and those as the kernels take them."""
+    offsets, numbers, found = None, [None] * len(projections), list(projections)
+    for i, one in enumerate(projections):
+        if type(one.scaling) is Segments:
+            offsets, numbers[i] = _on(x.device, one.scaling)
+            found[i] = one._replace(scaling=1.0)
+    return found, (offsets, numbers)
+
+
+@functools.lru_cache(1024)  # so that no layer after the first waits for the device
+def _on(device: torch.device, of: Segments) -> tuple[Tensor, Tensor]:
+    numbers = of.scalings, tuple(map(kept_scale, of.p)), tuple(map(lowest_kept, of.p))
+    numbers = torch.tensor(numbers, dtype=torch.float32, device=device)
+    return torch.tensor(of.ends, dtype=torch.int32, device=device), numbers
 
 
 def _usable(configs: Mapping, rows: Each, projections: Projections) -> Mapping | None:

@@ -9,19 +9,21 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora_kernels import lists
 from fastlora_kernels.configs import Chip, Config, cdiv
 from fastlora_kernels.dropout import keep_scales, keep_tile
 from fastlora_kernels.ds_db import split
 from fastlora_kernels.launch import Launch, default_of, empty
-from fastlora_kernels.locate import filled, lengths, locate, number_of, pointer_of, stacked
+from fastlora_kernels.locate import locate, number_of, pointer_of
+from fastlora_kernels.segments import masks_of, rows_of
 from fastlora_kernels.sums import add_up
 from fastlora_kernels.tiles import dot, triton_dtype
 
 
-@triton.jit(do_not_specialize=["tiles_r", "steps", "keep_froms"])
+@triton.jit(do_not_specialize=["tiles_r", "steps", "keep_froms", "G"])
 def da_kernel(
-    x_ptr, ds_ptrs, seed_ptrs, part_ptrs,
-    M, K, ranks, tiles_r, steps,
+    x_ptr, ds_ptrs, seed_ptrs, part_ptrs, offsets_ptr, number_ptrs,
+    M, K, ranks, tiles_r, steps, G,
     stride_xm, stride_xk,
     keep_froms,
     TOGETHER: tl.constexpr, HAS_DROPOUT: tl.constexpr, ACC: tl.constexpr,
@@ -30,8 +32,12 @@ def da_kernel(
     # Neighbours read the same elements of x.
     first_k = tl.program_id(0) // tiles_r * BLOCK_K
     split = tl.program_id(1)
-    first_row = split * steps * BLOCK_M
-    end = min(first_row + steps * BLOCK_M, M)
+    first_row, end, g = rows_of(split, M, offsets_ptr, G, steps * BLOCK_M)
+    if offsets_ptr is not None:
+        if first_row >= end:
+            return
+        scales, keep_froms = masks_of(number_ptrs, g, G, ACC)
+    end = min(first_row + steps * BLOCK_M, end)
     offs_k = first_k + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     columns = offs_k.to(tl.int64)
@@ -47,6 +53,8 @@ def da_kernel(
             seed_ptrs = (pointer_of(of, seed_ptrs),)
         ranks = (number_of(of, ranks, tl.int32),)
         keep_froms = (number_of(of, keep_froms, tl.int32),)
+        if offsets_ptr is not None:
+            scales = (number_of(of, scales, ACC),)
     offs_r = offs_r.to(tl.int64)
     sums = ()
     for _ in tl.static_range(len(ds_ptrs)):
@@ -54,7 +62,7 @@ def da_kernel(
     for m in range(first_row, end, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         rows = offs_m.to(tl.int64)
-        mask_m = offs_m < M
+        mask_m = offs_m < end
         # Loaded the other way round: through tl.trans it would lose its cp.async pipeline.
         x_ptrs = x_ptr + columns[:, None] * stride_xk + rows[None, :] * stride_xm
         x = tl.load(x_ptrs, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
@@ -72,28 +80,34 @@ def da_kernel(
     for i in tl.static_range(len(ds_ptrs)):
         # Partial sums are [R, K] for each split.
         part_ptr = part_ptrs[i] + split.to(tl.int64) * K * ranks[i]
+        part = sums[i]
+        if offsets_ptr is not None:
+            part *= scales[i]
         mask = mask_k[:, None] & (offs_r < ranks[i])[None, :]
-        tl.store(part_ptr + (columns[:, None] + offs_r[None, :] * K), sums[i], mask=mask)
+        tl.store(part_ptr + (columns[:, None] + offs_r[None, :] * K), part, mask=mask)
 
 
-def da(x, ds, seeds, p, config: Config | None = None):
+def da(x, ds, seeds, p, config: Config | None = None, segments=None):
     """Return da of one to four adapters in one pass over x: `steps.da` says what that is."""
-    (M, K), ranks, count = x.shape, lengths(ds, 1), len(ds)
-    dropout, room = any(seed is not None for seed in seeds), stacked(ranks)
+    (M, K), ranks, count = x.shape, lists.lengths(ds, 1), len(ds)
+    offsets, numbers, G = lists.numbers_of(segments)
+    dropout, room = any(seed is not None for seed in seeds), lists.stacked(ranks)
     config = config or default_of("da", (x,), (x,), room, ds[0].dtype, dropout, count)()
     together = count > 1 and room <= config.block_r
     block_r = room // count if together else config.rank_tile(max(ranks))
     tiles_r = 1 if together else sum(cdiv(r, block_r) for r in ranks)
-    splits, steps = split(M, K, config, Chip.of(x.device).processors, tiles_r)
+    splits, steps = split(M, K, config, Chip.of(x.device).processors, tiles_r, G)
     acc = torch.promote_types(x.dtype, torch.float32)
     scales, keep_froms = keep_scales(seeds, p)
     launch = Launch(
         *(da_kernel, (cdiv(K, config.block_n) * tiles_r, splits), config),
-        *(M, K, ranks, tiles_r, steps, *x.stride(), keep_froms),
+        *(M, K, ranks, tiles_r, steps, G, *x.stride(), keep_froms),
         *(together, dropout, triton_dtype(x.dtype), config.block_m, config.block_n, block_r),
     )
     parts = tuple(empty(x, splits, r, K, dtype=acc) for r in ranks)
-    launch(x, ds, seeds if together else filled(seeds), parts)
-    found = tuple(empty(ds[0], r, K) for r in ranks)
-    add_up(parts, found, scales)
+    launch(x, ds, seeds if together else lists.filled(seeds), parts, offsets, numbers)
+    found = tuple(empty(ds[0], *(G,)[:G], r, K) for r in ranks)
+    if G:  # scaled already
+        scales = (1.0,) * count
+    add_up(parts, found, scales, offsets, [steps * config.block_m if G else 0] * count)
     return found

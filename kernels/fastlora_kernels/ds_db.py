@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora_kernels import lists
 from fastlora_kernels.configs import ON_THE_WAY_RANK, Chip, Config, cdiv
 from fastlora_kernels.launch import Launch, default_of, empty
+from fastlora_kernels.segments import rows_of, scalings_of, stack_at
 from fastlora_kernels.sums import add_up
 from fastlora_kernels.tiles import dot, triton_dtype
 
@@ -19,12 +21,12 @@ from fastlora_kernels.tiles import dot, triton_dtype
 PROGRAMS = 2
 
 
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit(do_not_specialize=["steps", "G"])
 def ds_db_kernel(
-    dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr,
-    M, N, R, steps,
+    dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, offsets_ptr, number_ptrs,
+    M, N, R, steps, G,
     stride_dym, stride_dyn,
-    stride_br, stride_bn,
+    strides_bg, stride_br, stride_bn,
     stride_on,
     NEED_DS: tl.constexpr, NEED_DB: tl.constexpr, ON_THE_WAY: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -37,7 +39,13 @@ def ds_db_kernel(
     offs_r = tl.program_id(0) % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     ranks = offs_r.to(tl.int64)
-    first_row = split * steps * BLOCK_M
+    first_row, end, g = rows_of(split, M, offsets_ptr, G, steps * BLOCK_M)
+    if offsets_ptr is not None:
+        if first_row >= end:
+            return
+        (b_ptr,) = stack_at((b_ptr,), g, strides_bg)
+        (scale,) = scalings_of(number_ptrs, g, ACC)
+    end = min(first_row + steps * BLOCK_M, end)
 
     if NEED_DB and (not NEED_DS or ON_THE_WAY or tile < tiles_n):
         # dyᵀ s of a column tile, over the rows of the split.
@@ -49,9 +57,9 @@ def ds_db_kernel(
             b_ptrs = b_ptr + columns[:, None] * stride_bn + ranks[None, :] * stride_br
             b = tl.load(b_ptrs, mask=mask_nr, other=0.0)
         db = tl.zeros((BLOCK_N, BLOCK_R), dtype=ACC)
-        for m in range(first_row, min(first_row + steps * BLOCK_M, M), BLOCK_M):
+        for m in range(first_row, end, BLOCK_M):
             offs_m = m + tl.arange(0, BLOCK_M)
-            mask_m = offs_m < M
+            mask_m = offs_m < end
             rows = offs_m.to(tl.int64)
             # Loaded the other way round: through tl.trans it would lose its cp.async pipeline.
             dy_ptrs = dy_ptr + columns[:, None] * stride_dyn + rows[None, :] * stride_dym
@@ -62,8 +70,12 @@ def ds_db_kernel(
             if ON_THE_WAY:
                 ds = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
                 ds = dot(tl.trans(dy), b, ds)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_R]
+                if offsets_ptr is not None:
+                    ds *= scale
                 row = tile.to(tl.int64) * M + rows
                 tl.store(ds_ptr + row[:, None] * R + ranks[None, :], ds, mask=mask_mr)
+        if offsets_ptr is not None:
+            db *= scale
         db_ptrs = db_ptr + split.to(tl.int64) * N * R
         db_ptrs += columns[:, None] * stride_on + ranks[None, :]
         tl.store(db_ptrs, db, mask=mask_nr)
@@ -73,7 +85,7 @@ def ds_db_kernel(
             tile -= tiles_n
         chunk = tile // steps
         offs_m = first_row + tile % steps * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
+        mask_m = offs_m < end
         rows = offs_m.to(tl.int64)
         mask_mr = mask_m[:, None] & mask_r[None, :]
         ds = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
@@ -86,64 +98,78 @@ def ds_db_kernel(
             b_ptrs = b_ptr + columns[:, None] * stride_bn + ranks[None, :] * stride_br
             b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
             ds = dot(dy, b, ds)  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_R]
+        if offsets_ptr is not None:
+            ds *= scale
         row = chunk.to(tl.int64) * M + rows
         tl.store(ds_ptr + row[:, None] * R + ranks[None, :], ds, mask=mask_mr)
 
 
-def split(M: int, columns: int, config: Config, processors: int, tiles_r: int = 1) -> tuple:
+def split(
+    M: int, columns: int, config: Config, processors: int, tiles_r: int = 1, G: int = 0
+) -> tuple:
     """Return into how many splits the rows go, and the row tiles of each.
 
-    Each column tile has ``tiles_r`` programs in every split.
+    Each column tile has ``tiles_r`` programs in every split. A split is of one segment of ``G``.
     """
     tiles = tiles_r * cdiv(columns, config.block_n)
     blocks = max(1, cdiv(M, config.block_m))
     wanted = max(1, min(blocks, PROGRAMS * processors // max(1, tiles)))
     steps = cdiv(blocks, wanted)
-    return cdiv(blocks, steps), steps
+    return lists.count_of(M, G, steps * config.block_m) if G else cdiv(blocks, steps), steps
 
 
-def ds_db(dy, s, b, scalings, need_ds, need_db, config: Config | None = None):
+def ds_db(
+    dy, s, b, scalings, need_ds, need_db,
+    config: Config | None = None, segments=None,
+):  # fmt: skip
     """Return ds and db of one to four projections: `steps.ds_db` says what they are.
 
     A launch reads a dy for both, one more adds the float32 partial sums of all up.
     """
-    found, parts, outs, scales = ([None] * len(dy), [None] * len(dy)), [], [], []
+    found, parts, outs, scales, rows = ([None] * len(dy), [None] * len(dy)), [], [], [], []
     for i, needs in enumerate(zip(need_ds, need_db, strict=True)):
         if any(needs):
-            made = _partial_sums(dy[i], s[i], b[i], *needs, config)
-            for of, part in zip(found, made, strict=True):
+            own = segments and (segments[0], segments[1][i : i + 1])
+            *made, of_part = _partial_sums(dy[i], s[i], b[i], *needs, config, own)
+            for of, part, of_one in zip(found, made, (0, of_part), strict=True):
                 if part is not None:
-                    of[i] = empty(b[i], *part.shape[1:])
+                    of[i] = empty(b[i], *(b[i].shape if of_one else part.shape[1:]))
                     parts.append(part)
                     outs.append(of[i])
-                    scales.append(float(scalings[i]))
+                    scales.append(1.0 if segments else float(scalings[i]))
+                    rows.append(of_one)
     if parts:
-        add_up(parts, outs, scales)
+        add_up(parts, outs, scales, segments and segments[0], rows)
     return found
 
 
 def _partial_sums(
-    dy: Tensor, s: Tensor, b: Tensor, need_ds: bool, need_db: bool, config: Config | None
-) -> list[Tensor | None]:
-    """Return the partial sums of ds [parts, M, R] and of db [parts, N, R], unscaled."""
-    (M, N), R = dy.shape, b.shape[1]
+    dy: Tensor, s: Tensor, b: Tensor, need_ds: bool, need_db: bool,
+    config: Config | None, segments: lists.Segments | None,
+) -> tuple[Tensor | None, Tensor | None, int]:  # fmt: skip
+    """Return the partial sums of ds [parts, M, R] and of db [parts, N, R].
+
+    And, with segments, by which they are scaled already, of how many rows one of db is; else 0.
+    """
+    (M, N), R = dy.shape, b.shape[-1]
+    offsets, numbers, G = lists.numbers_of(segments)
     config = config or default_of("ds_db", (dy,), (dy,), R, b.dtype, False)()
     block_r = config.rank_tile(R)
     tiles_r, tiles_n = cdiv(R, block_r), cdiv(N, config.block_n)
     on_the_way = need_ds and need_db and R <= ON_THE_WAY_RANK
     # Programs of their own for ds are as many again, each of as many tiles.
     kinds = 2 if need_ds and need_db and not on_the_way else 1
-    splits, steps = split(M, N, config, Chip.of(dy.device).processors, kinds * tiles_r)
+    splits, steps = split(M, N, config, Chip.of(dy.device).processors, kinds * tiles_r, G)
     chunks = tiles_n if on_the_way else cdiv(tiles_n, steps)
     tiles = (tiles_n if need_db else 0) + (steps * chunks if need_ds and not on_the_way else 0)
     launch = Launch(
         *(ds_db_kernel, (tiles * tiles_r, splits), config),
-        *(M, N, R, steps, *dy.stride(), *b.stride()[::-1], R),
+        *(M, N, R, steps, G, *dy.stride(), lists.strides((b,), 3)[0], *b.stride()[:-3:-1], R),
         *(need_ds, need_db, on_the_way, triton_dtype(dy.dtype)),
         *(config.block_m, config.block_n, block_r),
     )
     acc = torch.promote_types(dy.dtype, torch.float32)
     shapes = (need_ds, (chunks, M, R)), (need_db, (splits, N, R))
     made = [empty(dy, *shape, dtype=acc) if needed else None for needed, shape in shapes]
-    launch(dy, s, b, *made)
-    return made
+    launch(dy, s, b, *made, offsets, numbers)
+    return *made, steps * config.block_m if G else 0

@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora_kernels import lists
 from fastlora_kernels.configs import Chip, Config, cdiv
 from fastlora_kernels.dropout import keep_scales, keep_tile
 from fastlora_kernels.launch import Launch, default_of, empty, noted
-from fastlora_kernels.locate import alike, filled, lengths, number_of, pointer_of, strides
+from fastlora_kernels.locate import number_of, pointer_of
 from fastlora_kernels.outputs import readable, runnable
+from fastlora_kernels.segments import masks_of, row_tiles, rows_of, stack_at
 from fastlora_kernels.tiles import (
     add_low_rank,
     add_product,
@@ -29,13 +31,13 @@ from fastlora_kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["keep_froms"])
+@triton.jit(do_not_specialize=["keep_froms", "G"])
 def input_grad_kernel(
-    dx_ptr, dy_ptrs, w_ptrs, ds_ptrs, a_ptrs, seed_ptrs,
-    M, K, sizes, ranks,
+    dx_ptr, dy_ptrs, w_ptrs, ds_ptrs, a_ptrs, seed_ptrs, offsets_ptr, number_ptrs,
+    M, K, sizes, ranks, G,
     strides_dym, strides_dyn,
     strides_wn, strides_wk,
-    strides_ar, strides_ak,
+    strides_ag, strides_ar, strides_ak,
     scales, keep_froms,
     HAS_LOW_RANK: tl.constexpr, HAS_DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, ACC: tl.constexpr,
     COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -43,8 +45,15 @@ def input_grad_kernel(
 ):  # fmt: skip
     # As in a product: BLOCK_N columns of the result, BLOCK_K of what is summed over.
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
-    pid_m, pid_k = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    tiles_m = row_tiles(M, offsets_ptr, G, BLOCK_M)
+    pid_m, pid_k = tile_of(tl.program_id(0), tiles_m, tl.cdiv(K, BLOCK_N), GROUP_M)
+    first_m, end, g = rows_of(pid_m, M, offsets_ptr, G, BLOCK_M)
+    if offsets_ptr is not None:
+        if first_m >= end:
+            return
+        a_ptrs = stack_at(a_ptrs, g, strides_ag)
+        scales, keep_froms = masks_of(number_ptrs, g, G, ACC)
+    offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = wrapped(offs_m, M)
     columns = wrapped(offs_k, K)
@@ -72,7 +81,7 @@ def input_grad_kernel(
         of_dy = number_of(i, strides_dym, tl.int64), number_of(i, strides_dyn, tl.int64)
         of_w = number_of(i, strides_wk, tl.int64), number_of(i, strides_wn, tl.int64)
         acc = add_product(acc, dy_ptr, w_ptr, rows, columns, N, *of_dy, *of_w, EVEN_N, BLOCK_K)
-    mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+    mask = (offs_m < end)[:, None] & (offs_k < K)[None, :]
     tl.store(dx_ptr + rows[:, None] * K + offs_k[None, :], acc.to(dtype), mask=mask)
 
 
@@ -139,20 +148,20 @@ def persistent_input_grad_kernel(
         store_tile(dx_desc, rest_desc, first_m, first_k, acc, dtype, HALVES)
 
 
-def input_grad(dy, w, ds, a, seeds, p, config: Config | None = None):
+def input_grad(dy, w, ds, a, seeds, p, config: Config | None = None, segments=None):
     """Return dx of one to four projections, in one launch: `steps.input_grad` says what that is.
 
     ds and a are of one dtype and both None for a projection without an adapter.
     """
-    K, several, ranks = w[0].shape[1], len(w) > 1, lengths(a, 0)
+    K, several, ranks, whole = w[0].shape[1], len(w) > 1, lists.lengths(a, -2), segments is None
     there, bf16 = [t for t in a if t is not None], dy[0].dtype == torch.bfloat16
     dropout = any(seed is not None for seed in seeds)
     adapter = there[0].dtype if there else dy[0].dtype
     asked = dy, w, max(1, *ranks), adapter, dropout, len(w), (len(dy[0]), (K,))
     default = default_of("input_grad", *asked)
-    even, by_rows = K * dy[0].element_size() % 16 == 0, w[0].stride(1) == 1
+    even, by_rows = whole and K * dy[0].element_size() % 16 == 0, w[0].stride(1) == 1
     # The ds and a are one more dy and w; of several they are copied into one.
-    folds = not dropout and adapter == dy[0].dtype and sum(ranks) % 8 == 0
+    folds = whole and not dropout and adapter == dy[0].dtype and sum(ranks) % 8 == 0
     folds = folds and (not there or (by_rows and (several or readable(there[0]))))
     suited = even and all(map(readable, dy)) and all(readable(t, by_rows) for t in w)
     # Masks and float32 terms of several would need a second tile beside the accumulator, and come
@@ -160,26 +169,29 @@ def input_grad(dy, w, ds, a, seeds, p, config: Config | None = None):
     suited = suited and (folds or bf16 or not several)
     config = runnable(config, default, even, suited, folds or several)
     if not config.tma:
-        return _portable(dy, w, ds, a, seeds, p, config)
+        return _portable(dy, w, ds, a, seeds, p, config, segments)
     low_rank = "rest" if several and not folds else "fold"
     if there and not several:
         low_rank = config.low_rank if folds else "first"
     return _persistent(dy, w, ds, a, seeds, p, config, low_rank, default(even=False))
 
 
-def _portable(dy, w, ds, a, seeds, p, config: Config):
-    (M, _), K, sizes, ranks = dy[0].shape, w[0].shape[1], lengths(dy, 1), lengths(a, 0)
-    scales, keep_froms = map(alike, keep_scales(seeds, p))
+def _portable(dy, w, ds, a, seeds, p, config: Config, segments):
+    (M, _), K, sizes, ranks = dy[0].shape, w[0].shape[1], lists.lengths(dy, 1), lists.lengths(a, -2)
+    offsets, numbers, G = lists.numbers_of(segments)
+    scales, keep_froms = map(lists.alike, keep_scales(seeds, p))
+    tiles = lists.count_of(M, G, config.block_m) * cdiv(K, config.block_n)
     launch = Launch(
-        *(input_grad_kernel, (cdiv(M, config.block_m) * cdiv(K, config.block_n),), config),
-        *(M, K, sizes, ranks, *strides(dy), *strides(w), *strides(a), scales, keep_froms),
+        *(input_grad_kernel, (tiles,), config),
+        *(M, K, sizes, ranks, G, *lists.strides(dy), *lists.strides(w), *lists.strides(a, 3)),
+        *(scales, keep_froms),
         *(any(ranks), any(seed is not None for seed in seeds)),
         *(all(n % config.block_k == 0 for n in sizes), triton_dtype(dy[0].dtype), len(dy)),
         *(config.block_m, config.block_n, config.block_k),
         *(config.rank_tile(max(1, *ranks)), config.group_m),
     )
     dx = empty(dy[0], M, K)
-    launch(dx, dy, w, filled(ds), filled(a), filled(seeds))
+    launch(dx, dy, w, lists.filled(ds), lists.filled(a), lists.filled(seeds), offsets, numbers)
     return dx
 
 
@@ -201,7 +213,7 @@ def _persistent(dy, w, ds, a, seeds, p, config: Config, low_rank: str, portable:
     tiles = cdiv(M, config.block_m) * cdiv(K, config.block_n)
     launch = Launch(
         *(persistent_input_grad_kernel, (min(tiles, Chip.of(w[0].device).processors),), config),
-        *(M, K, lengths(dys, 1), R),
+        *(M, K, lists.lengths(dys, 1), R),
         *(tuple(t.stride(0) for t in dys), tuple(t.stride(0 if by_rows else 1) for t in ws)),
         *(*strides_a, scales[0], keep_froms[0]),
         *(low_rank, by_rows, first and seeds[0] is not None),

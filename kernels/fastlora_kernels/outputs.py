@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora_kernels import lists
 from fastlora_kernels.configs import MOST_UNEVEN, Chip, Config, cdiv
 from fastlora_kernels.launch import Launch, default_of, empty
-from fastlora_kernels.locate import alike, filled, lengths, locate, number_of, pointer_of, strides
+from fastlora_kernels.locate import locate, number_of, pointer_of
+from fastlora_kernels.segments import row_tiles, rows_of, scalings_of, stack_at
 from fastlora_kernels.tiles import (
     add_low_rank,
     add_product,
@@ -25,13 +27,13 @@ from fastlora_kernels.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def outputs_kernel(
-    x_ptr, w_ptrs, s_ptrs, b_ptrs, bias_ptrs, y_ptrs,
-    M, sizes, K, ranks, bias_sizes, tiles_n,
+    x_ptr, w_ptrs, s_ptrs, b_ptrs, bias_ptrs, y_ptrs, offsets_ptr, number_ptrs,
+    M, sizes, K, ranks, bias_sizes, tiles_n, G,
     stride_xm, stride_xk,
     strides_wn, strides_wk,
-    strides_bn, strides_br,
+    strides_bg, strides_bn, strides_br,
     strides_bias,
     scales,
     HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, ACC: tl.constexpr,
@@ -39,10 +41,17 @@ def outputs_kernel(
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = y_ptrs[0].dtype.element_ty
-    pid_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
+    tiles_m = row_tiles(M, offsets_ptr, G, BLOCK_M)
+    pid_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     i, pid_n = locate(tile_n, sizes, BLOCK_N)
     N = number_of(i, sizes, tl.int32)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_m, end, g = rows_of(pid_m, M, offsets_ptr, G, BLOCK_M)
+    if offsets_ptr is not None:
+        if first_m >= end:
+            return
+        b_ptrs = stack_at(b_ptrs, g, strides_bg)
+        scales = scalings_of(number_ptrs, g, ACC)
+    offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = wrapped(offs_m, M)
     columns = wrapped(offs_n, N)
@@ -64,7 +73,7 @@ def outputs_kernel(
         mask_bias = offs_n < number_of(i, bias_sizes, tl.int32)
         acc += tl.load(bias_tile, mask=mask_bias, other=0.0).to(ACC)[None, :]
     y_tile = pointer_of(i, y_ptrs) + rows[:, None] * N + offs_n[None, :]
-    tl.store(y_tile, acc.to(dtype), mask=(offs_m < M)[:, None] & mask_n[None, :])
+    tl.store(y_tile, acc.to(dtype), mask=(offs_m < end)[:, None] & mask_n[None, :])
 
 
 @triton.jit
@@ -172,18 +181,19 @@ def runnable(config: Config | None, default, even: bool, suited: bool, folds: bo
     return config
 
 
-def _config(x, w, b, config: Config | None, scaled: bool) -> Config:
+def _config(x, w, b, config: Config | None, scaled: bool, whole: bool = True) -> Config:
     """Return what `outputs` runs with; ``scaled``: s needs no scaling, so that a fold may read it.
 
-    s comes from a launcher of ours: contiguous, at a multiple of 16 bytes.
+    s comes from a launcher of ours: contiguous, at a multiple of 16 bytes. Rows that are not
+    ``whole`` are segments, for the portable kernel, which spills with the widest tiles then.
     """
     adapters, by_rows = [t for t in b if t is not None], w[0].stride(1) == 1
     dtype = adapters[0].dtype if adapters else x.dtype
-    rank, result = max(1, *lengths(b, 1)), (len(x), lengths(w, 0))
+    rank, result = max(1, *lists.lengths(b, -1)), (len(x), lists.lengths(w, 0))
     default = default_of("outputs", (x,), w, rank, dtype, False, len(w), result)
-    even = all(n * x.element_size() % 16 == 0 for n in lengths(w, 0))
+    even = whole and all(n * x.element_size() % 16 == 0 for n in lists.lengths(w, 0))
     suited = even and readable(x) and all(readable(t, by_rows) for t in w)
-    folds = scaled and dtype == x.dtype
+    folds = whole and scaled and dtype == x.dtype
     folds = folds and all(t.shape[1] % 8 == 0 and readable(t, by_rows) for t in adapters)
     return runnable(config, default, even, suited, folds)
 
@@ -197,38 +207,41 @@ def scaled_before(x, w, b, scalings: tuple[float, ...], config: Config | None) -
     return scaling if chosen.tma and chosen.low_rank == "fold" else None
 
 
-def outputs(x, w, s, b, biases, scalings, config: Config | None = None):
+def outputs(x, w, s, b, biases, scalings, config: Config | None = None, segments=None):
     """Return y of one to four projections, in one launch: `steps.outputs` says what that is.
 
     s and b are of one dtype and each None without an adapter, and so are the biases.
     """
-    (M, K), sizes, ranks = x.shape, lengths(w, 0), lengths(b, 1)
-    scales = alike([float(c) for c, r in zip(scalings, ranks, strict=True) if r] or [1.0])
+    (M, K), sizes, ranks = x.shape, lists.lengths(w, 0), lists.lengths(b, -1)
+    scales = lists.alike([float(c) for c, r in zip(scalings, ranks, strict=True) if r] or [1.0])
     if len(scales) > 1:
         scales = tuple(map(float, scalings))
     has_bias = any(t is not None for t in biases)
-    config = _config(x, w, b, config, scales == (1.0,))
+    config = _config(x, w, b, config, scales == (1.0,), segments is None)
+    offsets, numbers, G = lists.numbers_of(segments)
     tiles_n = sum(cdiv(n, config.block_n) for n in sizes)
-    tiles = cdiv(M, config.block_m) * tiles_n
-    shared = M, sizes, K, ranks, lengths(biases, 0), tiles_n
-    rest = *strides(b), strides(biases)[0], scales
+    tiles = lists.count_of(M, G, config.block_m) * tiles_n
+    shared = M, sizes, K, ranks, lists.lengths(biases, 0), tiles_n
+    of_b, rest = lists.strides(b, 3), (lists.strides(biases)[0], scales)
     blocks = config.block_m, config.block_n, config.block_k
     block_r = config.rank_tile(max(1, *ranks))
     if config.tma:
         by_rows = w[0].stride(1) == 1
         launch = Launch(
             *(persistent_outputs_kernel, (min(tiles, Chip.of(x.device).processors),), config),
-            *(*shared, x.stride(0), tuple(t.stride(0 if by_rows else 1) for t in w), *rest),
+            *(*shared, x.stride(0), tuple(t.stride(0 if by_rows else 1) for t in w)),
+            *(*of_b[1:], *rest),
             *(config.low_rank if any(ranks) else None, by_rows, has_bias),
             *(*blocks, min(block_r, 32), config.group_m, 2 if config.block_n > 128 else 1),
         )
     else:
         launch = Launch(
             *(outputs_kernel, (tiles,), config),
-            *(*shared, *x.stride(), *strides(w), *rest),
+            *(*shared, G, *x.stride(), *lists.strides(w), *of_b, *rest),
             *(any(ranks), has_bias, K % config.block_k == 0, triton_dtype(x.dtype)),
             *(*blocks, block_r, config.group_m),
         )
     y = tuple(empty(x, M, n) for n in sizes)
-    launch(x, w, filled(s), filled(b), filled(biases), y)
+    of_rows = () if config.tma else (offsets, numbers)
+    launch(x, w, lists.filled(s), lists.filled(b), lists.filled(biases), y, *of_rows)
     return y

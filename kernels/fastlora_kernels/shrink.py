@@ -6,30 +6,38 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from fastlora_kernels import lists
 from fastlora_kernels.configs import Config, cdiv
 from fastlora_kernels.dropout import keep_scales, keep_tile
 from fastlora_kernels.launch import Launch, default_of, empty
-from fastlora_kernels.locate import filled, lengths, locate, number_of, pointer_of, stacked, strides
+from fastlora_kernels.locate import locate, number_of, pointer_of
 from fastlora_kernels.outputs import scaled_before
+from fastlora_kernels.segments import masks_of, rows_of, stack_at
 from fastlora_kernels.tiles import dot, triton_dtype, wrapped
 
 
-@triton.jit(do_not_specialize=["keep_froms"])
+@triton.jit(do_not_specialize=["keep_froms", "G"])
 def shrink_kernel(
-    x_ptr, a_ptrs, seed_ptrs, s_ptrs, scaled_ptrs,
-    M, K, ranks, tiles_r,
+    x_ptr, a_ptrs, seed_ptrs, s_ptrs, scaled_ptrs, offsets_ptr, number_ptrs,
+    M, K, ranks, tiles_r, G,
     stride_xm, stride_xk,
-    strides_ar, strides_ak,
+    strides_ag, strides_ar, strides_ak,
     scales, factor, keep_froms,
     TOGETHER: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SCALED: tl.constexpr,
     EVEN_K: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # Neighbours read the same rows of x.
-    offs_m = tl.program_id(0) // tiles_r * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_m, end, g = rows_of(tl.program_id(0) // tiles_r, M, offsets_ptr, G, BLOCK_M)
+    if offsets_ptr is not None:
+        if first_m >= end:
+            return
+        a_ptrs = stack_at(a_ptrs, g, strides_ag)
+        scales, keep_froms = masks_of(number_ptrs, g, G, ACC)
+    offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     rows = wrapped(offs_m, M)
-    mask_m = offs_m < M
+    mask_m = offs_m < end
     x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
     step_x = tl.cast(BLOCK_K, tl.int64) * stride_xk
 
@@ -90,7 +98,7 @@ def shrink_kernel(
             tl.store(scaled_ptrs[i] + offs, s.to(x_ptr.dtype.element_ty), mask=mask)
 
 
-def shrink(x, a, seeds, p, config: Config | None = None, *into: Any):
+def shrink(x, a, seeds, p, config: Config | None = None, *into: Any, segments=None):
     """Return s of one to four adapters in one launch, and what of it `outputs` may read scaled.
 
     The second, in the dtype of x and rounded once, is None unless the product ``into`` which it
@@ -98,16 +106,17 @@ def shrink(x, a, seeds, p, config: Config | None = None, *into: Any):
     program multiplies each tile of x by all; above it neighbouring programs read the same rows.
     """
     factor = scaled_before(x, *into) if into else None
-    (M, K), ranks, count = x.shape, lengths(a, 0), len(a)
-    dropout, room = any(seed is not None for seed in seeds), stacked(ranks)
+    (M, K), ranks, count = x.shape, lists.lengths(a, -2), len(a)
+    offsets, numbers, G = lists.numbers_of(segments)
+    dropout, room = any(seed is not None for seed in seeds), lists.stacked(ranks)
     config = config or default_of("shrink", (x,), a, room, a[0].dtype, dropout, count)()
     together = room <= config.block_r
     block_r = room // count if together else config.rank_tile(max(ranks))
     tiles_r = 1 if together else sum(cdiv(r, block_r) for r in ranks)
     scales, keep_froms = keep_scales(seeds, p)
     launch = Launch(
-        *(shrink_kernel, (cdiv(M, config.block_m) * tiles_r,), config),
-        *(M, K, ranks, tiles_r, *x.stride(), *strides(a)),
+        *(shrink_kernel, (lists.count_of(M, G, config.block_m) * tiles_r,), config),
+        *(M, K, ranks, tiles_r, G, *x.stride(), *lists.strides(a, 3)),
         # A factor that is not used would be one more argument: on sm_120 a program then spills.
         *(scales, factor, keep_froms),
         *(together, dropout, factor is not None, K % config.block_k == 0, triton_dtype(x.dtype)),
@@ -115,5 +124,5 @@ def shrink(x, a, seeds, p, config: Config | None = None, *into: Any):
     )
     s = tuple(empty(a[0], M, r) for r in ranks)
     scaled = None if factor is None else tuple(empty(x, M, r) for r in ranks)
-    launch(x, a, seeds if together else filled(seeds), s, scaled)
+    launch(x, a, seeds if together else lists.filled(seeds), s, scaled, offsets, numbers)
     return s, scaled

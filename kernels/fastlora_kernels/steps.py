@@ -5,6 +5,12 @@
 int64), scaling and dropout's p, tensors of any strides; a and b are None without an adapter, seed
 without dropout. Adapters are of the dtype of x or float32. Lists may be of any length. ``configs``
 may hold one for each step, by the step's name; others take their default.
+
+With ``segments`` a and b are stacks [G, R, K] and [G, N, R], each of whose G is for a run of rows,
+and so are da and db. They are the offsets [G + 1], int32, from 0 to M, and for each projection its
+numbers, [3, G] in float32: scalings, 1 / (1 - p), and the least of the 16 bits drawn that is kept,
+65536 p - 32768. The projection's own scaling and p do not count then. Dropout's rows are numbered
+from the first of all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +21,11 @@ from torch import Tensor
 from fastlora_kernels import da as da_of
 from fastlora_kernels import ds_db as ds_db_of
 from fastlora_kernels import input_grad as input_grad_of
+from fastlora_kernels import lists
 from fastlora_kernels import outputs as outputs_of
 from fastlora_kernels import shrink as shrink_of
 from fastlora_kernels.configs import Config
 from fastlora_kernels.launch import noted
-from fastlora_kernels.locate import MOST
 from fastlora_kernels.replay import replayed
 
 Projections = Sequence[tuple]
@@ -31,8 +37,9 @@ _THE_ONE = [(0,)]
 
 @replayed
 def shrink(
-    x: Tensor, projections: Projections, configs: Configs = NO_CONFIGS, *, for_outputs: bool = True
-) -> tuple[Maybe, Maybe | None]:
+    x: Tensor, projections: Projections, configs: Configs = NO_CONFIGS,
+    segments: lists.Segments | None = None, *, for_outputs: bool = True,
+) -> tuple[Maybe, Maybe | None]:  # fmt: skip
     """Return s_i = dropout_i(x) a_iᵀ [M, R_i] in a's dtype, contiguous, None without an adapter.
 
     Second, the same times the scaling for `outputs`, or None where that scales s itself, or s is
@@ -43,8 +50,9 @@ def shrink(
         w, a, b, _, seeds, scalings, p = _columns(projections, few)
         # What `outputs` folds in has to be scaled before. Float16 might overflow then.
         into = w, b, scalings, configs.get("outputs")
-        into = into if for_outputs and a[0].dtype == x.dtype == torch.bfloat16 else ()
-        found, made = shrink_of.shrink(x, a, seeds, p, configs.get("shrink"), *into)
+        folds = for_outputs and segments is None and a[0].dtype == x.dtype == torch.bfloat16
+        of = configs.get("shrink"), *(into if folds else ())
+        found, made = shrink_of.shrink(x, a, seeds, p, *of, segments=_own(segments, few))
         _put(found, ss, few)
         if made is not None:
             _put(made, scaled, few)
@@ -54,7 +62,7 @@ def shrink(
 @replayed
 def outputs(
     x: Tensor, projections: Projections, ss: Maybe, scaled: Maybe | None = None,
-    configs: Configs = NO_CONFIGS,
+    configs: Configs = NO_CONFIGS, segments: lists.Segments | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Return y_i = x w_iᵀ + scaling_i · s_i b_iᵀ + bias_i [M, N_i] in the dtype of x.
 
@@ -66,7 +74,8 @@ def outputs(
         s = _taken(ss, few)
         if scaled is not None and all(scaled[i] is not None or ss[i] is None for i in few):
             s, scalings = _taken(scaled, few), (1.0,) * len(few)
-        _put(outputs_of.outputs(x, w, s, b, biases, scalings, configs.get("outputs")), ys, few)
+        of = w, s, b, biases, scalings, configs.get("outputs")
+        _put(outputs_of.outputs(x, *of, _own(segments, few)), ys, few)
     return ys
 
 
@@ -74,7 +83,7 @@ def outputs(
 def ds_db(
     dys: Maybe, projections: Projections, ss: Maybe,
     need_ds: Sequence[bool], need_db: Sequence[bool],
-    configs: Configs = NO_CONFIGS,
+    configs: Configs = NO_CONFIGS, segments: lists.Segments | None = None,
 ) -> tuple[Maybe, Maybe]:  # fmt: skip
     """Return ds_i = scaling_i · dy_i b_i [M, R_i] and db_i = scaling_i · dy_iᵀ s_i [N_i, R_i].
 
@@ -85,7 +94,7 @@ def ds_db(
         _, _, b, _, _, scalings, _ = _columns(projections, few)
         needs = _taken(need_ds, few), _taken(need_db, few)
         of = _taken(dys, few), _taken(ss, few), b, scalings, *needs
-        ds, db = ds_db_of.ds_db(*of, configs.get("ds_db"))
+        ds, db = ds_db_of.ds_db(*of, configs.get("ds_db"), _own(segments, few))
         _put(ds, dss, few)
         _put(db, dbs, few)
     return dss, dbs
@@ -93,14 +102,15 @@ def ds_db(
 
 @replayed
 def input_grad(
-    dys: Maybe, projections: Projections, dss: Maybe, configs: Configs = NO_CONFIGS
-) -> Tensor | None:
+    dys: Maybe, projections: Projections, dss: Maybe,
+    configs: Configs = NO_CONFIGS, segments: lists.Segments | None = None,
+) -> Tensor | None:  # fmt: skip
     """Return dx = Σ (dy_i w_i + dropout_i'(ds_i a_i)) [M, K]; None where no dy is there."""
     dx = None
     for few in _groups(projections, dys):
         w, a, _, _, seeds, _, p = _columns(projections, few)
         of = _taken(dys, few), w, _taken(dss, few), a, seeds, p
-        part = input_grad_of.input_grad(*of, configs.get("input_grad"))
+        part = input_grad_of.input_grad(*of, configs.get("input_grad"), _own(segments, few))
         dx = part if dx is None else noted(Tensor.add_, dx, part)
     return dx
 
@@ -108,7 +118,7 @@ def input_grad(
 @replayed
 def da(
     x: Tensor, projections: Projections, dss: Maybe, needs: Sequence[bool],
-    configs: Configs = NO_CONFIGS,
+    configs: Configs = NO_CONFIGS, segments: lists.Segments | None = None,
 ) -> Maybe:  # fmt: skip
     """Return da_i = ds_iᵀ dropout_i(x) [R_i, K] in the dtype of ds, None where not needed.
 
@@ -118,7 +128,8 @@ def da(
     asked = [ds if need else None for ds, need in zip(dss, needs, strict=True)]
     for few in _groups(projections, asked, adapted=True):
         _, _, _, _, seeds, _, p = _columns(projections, few)
-        _put(da_of.da(x, _taken(dss, few), seeds, p, configs.get("da")), das, few)
+        of = seeds, p, configs.get("da"), _own(segments, few)
+        _put(da_of.da(x, _taken(dss, few), *of), das, few)
     return das
 
 
@@ -140,7 +151,8 @@ def _groups(
     frozen = found.pop(None, [])
     first, *others = found.values() or [[]]
     first = first if adapted else first + frozen
-    return [same[i : i + MOST] for same in (first, *others) for i in range(0, len(same), MOST)]
+    most = lists.MOST
+    return [same[i : i + most] for same in (first, *others) for i in range(0, len(same), most)]
 
 
 def _columns(projections: Projections, few: Sequence[int]) -> tuple[tuple, ...]:
@@ -148,6 +160,10 @@ def _columns(projections: Projections, few: Sequence[int]) -> tuple[tuple, ...]:
     if len(few) == 1:
         return tuple([(value,) for value in projections[few[0]]])
     return tuple(zip(*[projections[i] for i in few], strict=True))
+
+
+def _own(segments: lists.Segments | None, few: Sequence[int]) -> lists.Segments | None:
+    return None if segments is None else (segments[0], _taken(segments[1], few))
 
 
 def _taken(values: Sequence, few: Sequence[int]) -> tuple:

@@ -27,7 +27,7 @@ import test_gated_kernels
 import torch
 import triton
 from fastlora_kernels import configs
-from fastlora_kernels.locate import stacked
+from fastlora_kernels.lists import stacked
 from joints import Joint, run, same, verify
 
 import fastlora

@@ -18,7 +18,7 @@ from fastlora_kernels import configs, ds_db, launch, steps
 from fastlora_kernels.configs import Chip
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from joints import Joint, expected, recorded, run, same, verify, verify_exactly
+from joints import Joint, expected, poisoned, recorded, run, same, verify, verify_exactly
 from recorder import recording
 
 from fastlora.operator.dropout import keep_mask
@@ -53,6 +53,12 @@ def cases() -> list[tuple[Joint, int]]:
     # One projection in every dtype and mode.
     for kind, mode, p in itertools.product(KINDS, MODES, (0.0, 0.3)):
         found.append((Joint(33, 70, (50,), (5,), kind, mode, (p,), biases=(p > 0,)), 0))
+    # Rows that are cut, into one segment, more than a tile has rows, and some without any.
+    cuts = (0, 70), (0, 0, 37, 37, 40, 70, 70), tuple(range(0, 71, 2))
+    shapes = ((50,), (5,)), ((40, 20, 33), (17, 0, 3)), ((24, 33), (40, 64))
+    for kind, (sizes, ranks), p, ends in covering(list(KINDS), shapes, DROPOUTS, cuts):
+        joint = Joint(70, 40, sizes, ranks, kind, "low_rank", p, seed=len(found), ends=ends)
+        found.append((joint, len(found) % 5))
     return found
 
 
@@ -79,7 +85,8 @@ def test_lists_of_any_length_and_adapters_of_two_dtypes():
     ]
     ts = [joint.tensors()[0] for joint in of_one]
     pairs = [(joint, {**t, "x": ts[0]["x"]}) for joint, t in zip(of_one, ts, strict=True)]
-    many = SimpleNamespace(projections=lambda ts: [j.projections([t])[0] for j, t in pairs])
+    each = [j.projections([t])[0] for j, t in pairs]
+    many = SimpleNamespace(projections=lambda _: each, segments=lambda _: None)
     results, dx = run(fastlora_kernels, many, [t for _, t in pairs])
     alone = [run(fastlora_kernels, j, [t]) for j, t in pairs]
     parts = torch.stack([part for _, part in alone])
@@ -118,13 +125,15 @@ def test_a_launch_has_pointers_of_one_type(chip):
     kind=st.sampled_from(list(KINDS)),
     p=st.tuples(*[st.sampled_from([0.0, 0.5])] * 3),  # 1 / (1 - p) is an integer
     turned=st.sets(st.sampled_from(NAMES)),
+    cuts=st.lists(st.integers(0, 70), max_size=5),
 )
-@example(m=1, k=1, each=[(1, 1)], kind="bf16", p=(0.5,), turned=set())
-@example(m=65, k=64, each=[(1, 2), (5, 17)], kind="fp16-fp32", p=(0.5, 0.0), turned=set())
+@example(m=1, k=1, each=[(1, 1)], kind="bf16", p=(0.5,), turned=set(), cuts=[])
+@example(m=65, k=64, each=[(1, 2), (5, 17)], kind="fp16-fp32", p=(0.5, 0.0), turned=set(), cuts=[])
 @settings(max_examples=15, derandomize=True, deadline=None)
-def test_small_integers_are_exact(m, k, each, kind, p, turned):
-    joint = Joint(m, k, *zip(*each, strict=True), kind, dropout_p=p)
-    verify_exactly(joint, lambda name, t: t.t().contiguous().t() if name in turned else t)
+def test_small_integers_are_exact(m, k, each, kind, p, turned, cuts):
+    ends = (0, *sorted(min(m, cut) for cut in cuts), m) if cuts else ()
+    joint = Joint(m, k, *zip(*each, strict=True), kind, dropout_p=p, ends=ends)
+    verify_exactly(joint, lambda name, t: t.mT.contiguous().mT if name in turned else t)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +144,8 @@ def test_small_integers_are_exact(m, k, each, kind, p, turned):
         (Joint(80, 20, (150,), (16,), "fp16-fp32", dropout_p=(0.2,)), 100),
         (Joint(40, 20, (300,), (40,), "bf16", dropout_p=(0.2,)), 100),
         (Joint(80, 80, (20, 12), (16, 40), "bf16", dropout_p=(0.2,)), 16),
+        (Joint(90, 80, (20, 12), (16, 40), "fp32", ends=(0, 3, 3, 80, 90)), 16),
+        (Joint(300, 33, (40,), (4,), "bf16", dropout_p=(0.1,), ends=(0, 290, 300)), 2),
     ],
     ids=str,
 )
@@ -210,6 +221,38 @@ def test_a_bad_row_stays_one_row(sizes, ranks):
         for now, was, row in (*pairs, (dx, clean_dx, 9)):
             assert (now != was).any(1).nonzero().flatten().tolist() == [row]
             assert not now[row].isfinite().any()
+
+
+@pytest.mark.parametrize("step", ["shrink", "outputs", "input_grad"])
+def test_a_program_writes_no_row_of_the_next_segment(step):
+    """Which would come later here, where programs run one after the other."""
+    joint = Joint(50, 20, (24,), (4,), ends=(0, 7, 50))
+    ts = joint.tensors()
+    of, x, dys = joint.projections(ts), ts[0]["x"], [t["dy"] for t in ts]
+    ss, _ = steps.shrink(x, of, segments=joint.segments("cpu"))
+
+    def first(call):
+        call.kernel[(1,)](*call.values, num_warps=4, num_stages=1)
+
+    given = {"shrink": (x, of), "outputs": (x, of, ss), "input_grad": (dys, of, ss)}[step]
+    with recording(Chip.of(x.device), first), poisoned() as made:
+        getattr(steps, step)(*given, segments=joint.segments("cpu"))
+    columns = slice(0, 16) if step == "input_grad" else slice(None)
+    assert not made[0][:7, columns].isnan().any() and made[0][7:].isnan().all()
+
+
+def test_a_bad_adapter_stays_in_its_segment():
+    joint = Joint(50, 20, (24, 10), (4, 3), dropout_p=(0.2,), ends=(0, 7, 33, 50))
+    ts = joint.tensors()
+    clean, clean_dx = run(fastlora_kernels, joint, ts)
+    ts[0]["a"][1], ts[1]["b"][1] = torch.nan, torch.inf
+    results, dx = run(fastlora_kernels, joint, ts)
+    for now, was in zip([*results, {"dx": dx}], [*clean, {"dx": clean_dx}], strict=True):
+        for name, value in now.items():
+            rows = [1] if name.startswith("lora") else range(7, 33)
+            others = [i for i in range(len(value)) if i not in rows]
+            assert torch.equal(value[others], was[name][others])
+            assert name[0] in "sl" or not value[rows].isfinite().all(1).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -65,6 +65,9 @@ BOOL = "selp.b32 %r9, 1, 0, %p1;"
         (f"cvt.rn.bf16.f32 %rs9, 0f3F818000; {HALF}", 0x3F82),
         (f"cvt.rn.bf16.f32 %rs9, 0f7F800001; {HALF}", 0x7FFF),
         (f"cvt.rn.bf16.f32 %rs9, 0f7F7FFFFF; {HALF}", 0x7F80),
+        ("cvt.rzi.s32.f32 %r9, 0fC02CCCCD;", 0xFFFFFFFE),  # -2.7
+        ("cvt.rzi.s32.f32 %r9, 0f4F800000;", 0x7FFFFFFF),  # 2^32
+        ("cvt.rzi.s32.f32 %r9, 0f7FC00000;", 0),
         (f"cvt.rn.f16.f32 %rs9, 0f477FF000; {HALF}", 0x7C00),
         (f"cvt.rn.f16.f32 %rs9, 0f477FEFFF; {HALF}", 0x7BFF),
         (f"cvt.rn.f16.f32 %rs9, 0f33000000; {HALF}", 0),

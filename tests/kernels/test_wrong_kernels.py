@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import fastlora_kernels
 import pytest
-from joints import Joint, load, verify
+from joints import Joint, load, poisoned, verify
 from test_persistent import QKV, both, tiled
 
 # The first projection is the largest: what is taken for another is then still read inside of a
@@ -25,6 +25,7 @@ FOLD_HALVES = replace(QKV, K=64, sizes=(136, 128), ranks=(40, 8), mode="low_rank
 FOLD_REST = replace(
     QKV, K=136, sizes=(16, 8), ranks=(8, 8), mode="low_rank", dropout_p=(0.5,), biases=(True,) * 2
 )
+CUT = Joint(70, 40, (24, 20), (5, 3), "fp32", "low_rank", (0.3, 0.1), ends=(0, 5, 40, 40, 70))
 FIRST = Joint(50, 152, (104,), (5,), "bf16", "low_rank", (0.3,))
 FIRST_OF_3 = replace(QKV, ranks=(3, 5, 33), scaling=None, mode="low_rank")
 CONFIGS = {FOLD: tiled(), FOLD_HALVES: HALVES, FOLD_REST: HALVES}
@@ -112,15 +113,15 @@ COPIES = {
         "da of the first ds": "tl.load(ds_ptrs[i] + offs => tl.load(ds_ptrs[0] + offs",
     },
     ((LONG,), "da.py"): {
-        "da of the first split": "first_row = split * steps * BLOCK_M => first_row = 0",
+        "da of the first split": "rows_of(split, M => rows_of(0, M",
     },
     ((LONG,), "sums.py"): {
         "da not scaled": "tl.cast(number_of(i, scales, ACC), ACC) => 1.0",
-        "partial sum lost": "in range(parts): => in range(parts - 1):",
+        "partial sum lost": "(first, first + parts): => (first, first + parts - 1):",
     },
     ((SHRINK,), "ds_db.py"): {
         "ds of the wrong sign": "dot(tl.trans(dy), b, ds) => dot(tl.trans(dy), -b, ds)",
-        "rows of later splits lost": "(first_row + steps * BLOCK_M, M) => (steps * BLOCK_M, M)",
+        "rows of later splits lost": "(first_row + steps * BLOCK_M, end) => (steps * BLOCK_M, end)",
     },
     ((HIGH,), "ds_db.py"): {
         "ds of the wrong sign at a high rank": "dot(dy, b, ds) => dot(dy, -b, ds)",
@@ -133,6 +134,32 @@ COPIES = {
         "db in bfloat16 before the sum": (
             f"tl.store(db_ptrs, db, mask => tl.store(db_ptrs, db{ROUNDED}, mask"
         ),
+    },
+    # Rows that are cut.
+    ((CUT,), "segments.py"): {
+        "the last row of a segment lost": "offsets_ptr + g + 1) => offsets_ptr + g + 1) - 1",
+        "the segment before": "// BLOCK + middle > tile => // BLOCK + middle >= tile",
+        "factors of the first segment": "offset = g.to(tl.int64) * => offset = 0 *",
+        "scaling of the first segment": "tl.load(number_ptrs[i] + g) => tl.load(number_ptrs[i])",
+        "1 / (1 - p) of the first segment": "number_ptrs[i] + G + g => number_ptrs[i] + G",
+        "dropout of the first segment": "number_ptrs[i] + 2 * G + g => number_ptrs[i] + 2 * G",
+    },
+    ((CUT,), "shrink.py"): {
+        "mask by a tile's own rows": "offs_m, k, K, => offs_m - first_m, k, K,"
+    },
+    ((CUT,), "ds_db.py"): {
+        "db of the next segment's rows": (
+            "            mask_m = offs_m < end =>             mask_m = offs_m < M"
+        ),
+        "db not scaled by its segment": "            db *= scale =>             pass",
+    },
+    ((CUT,), "da.py"): {
+        "da of the next segment's rows": "mask_m = offs_m < end => mask_m = offs_m < M",
+        "da not scaled by its segment": "            part *= scales[i] =>             pass",
+    },
+    ((CUT,), "sums.py"): {
+        "partial sums of another segment": "first = start // rows + g => first = start // rows",
+        "gradients of the first segment alone": "out_ptr += g * size => pass",
     },
     # The persistent programs of sm_90 and later.
     ((FOLD, FOLD_HALVES), "outputs.py"): {
@@ -186,7 +213,7 @@ COPIES = {
         "dy of the second again": "w_from, n = dys[i], ws[i] => w_from, n = dys[1], ws[i]",
         "step not from the start": "(step - ends[i - 1]) * BLOCK_K => step * BLOCK_K",
         "one step late": "if step >= ends[i - 1]: => if step > ends[i - 1]:",
-        "low-rank terms not masked": "folds = not dropout and  => folds = ",
+        "low-rank terms not masked": "whole and not dropout and  => whole and ",
         "tile of another row": "dy_from.load([first_m, n]) => dy_from.load([0, n])",
     },
 }
@@ -205,7 +232,7 @@ def config_of(joint: Joint) -> dict | None:
 def test_a_wrong_kernel_is_refused(name, tmp_path):
     problems, *changed = MUTANTS[name]
     mutant = load(tmp_path, f"mutant_{list(MUTANTS).index(name)}", *changed)
-    with pytest.raises(AssertionError):
+    with poisoned(), pytest.raises(AssertionError):
         for joint in problems:
             verify(mutant, joint, configs=config_of(joint))
 

@@ -27,6 +27,7 @@ ENDS = CUTS["ragged"][0]
 K = 24
 WIDTHS = (16, 8)
 each_cut = pytest.mark.parametrize("cut", CUTS)
+KERNELS = dict.fromkeys(("library", "triton"), torch.float32)  # which take no float64
 
 
 def problem(dtype=torch.float64, adapter=None, widths=WIDTHS, p=False, cut="ragged", times=1):
@@ -70,27 +71,34 @@ def loop(x, projections, seeds=None, ends=ENDS):
     return ys
 
 
+def close(found, right, impl):
+    near = {"rtol": 1e-4, "atol": 1e-4} if impl in KERNELS else {}
+    torch.testing.assert_close(found, right, **near)
+
+
 def results(ys, x, projections):
     total = sum((y.double() * torch.linspace(-1, 2, y.numel()).view_as(y)).sum() for y in ys)
     return [*ys, *torch.autograd.grad(total, [x, *trained(projections)])]
 
 
-@pytest.mark.parametrize("impl", ["auto", "blocks", "eager", "reference"])
+@pytest.mark.parametrize("impl", ["auto", "blocks", "eager", "reference", *KERNELS])
 @pytest.mark.parametrize("widths", [(16,), WIDTHS])
 @each_cut
 def test_as_a_loop(cut, impl, widths):
-    (x, projections), ends = problem(widths=widths, cut=cut), CUTS[cut][0]
+    x, projections = problem(KERNELS.get(impl, torch.float64), widths=widths, cut=cut)
+    ends = CUTS[cut][0]
     right = results(loop(x, projections, ends=ends), x, projections)
     ys = fastlora.lora_linears(x, projections, segments=ends, impl=impl)
     found = results(ys, x, projections)
-    torch.testing.assert_close(found, right)
+    close(found, right, impl)
     assert not found[len(ys) + 2].any() or cut != "ragged"  # a's of the segment without rows
 
 
-@pytest.mark.parametrize("impl", ["blocks", "eager"])
+@pytest.mark.parametrize("impl", ["blocks", "eager", *KERNELS])
 @each_cut
 def test_what_a_row_drops_depends_on_its_number(cut, impl, monkeypatch):
-    (x, projections), ends = problem(p=True, cut=cut), CUTS[cut][0]
+    x, projections = problem(KERNELS.get(impl, torch.float64), p=True, cut=cut)
+    ends = CUTS[cut][0]
     seeds, made = [torch.tensor([7]), torch.tensor([8])], []
     monkeypatch.setattr(
         "fastlora.functional.new_seed", lambda _: made.append(0) or seeds[len(made) - 1]
@@ -101,17 +109,18 @@ def test_what_a_row_drops_depends_on_its_number(cut, impl, monkeypatch):
         results(loop(x, projections, seeds, ends), x, projections),
     )
     assert len(made) == len(projections)
-    torch.testing.assert_close(found, right)
+    close(found, right, impl)
 
 
 @pytest.mark.parametrize(
     ("dtype", "adapter"), [(torch.bfloat16, torch.float32), (torch.bfloat16, None)]
 )
+@pytest.mark.parametrize("impl", ["auto", *KERNELS])
 @each_cut
-def test_acceptance_rule(cut, dtype, adapter):
+def test_acceptance_rule(cut, impl, dtype, adapter):
     x, projections = problem(dtype, adapter, cut=cut, times=8)
     ends = [8 * end for end in CUTS[cut][0]]
-    ys = fastlora.lora_linears(x, projections, segments=ends)
+    ys = fastlora.lora_linears(x, projections, segments=ends, impl=impl)
     found, plain = (
         results(ys, x, projections),
         results(loop(x, projections, ends=ends), x, projections),
@@ -197,7 +206,3 @@ def test_a_wrong_adapter_is_named():
         ValueError, match=r"projections\[1\], rows 12 to 13: lora_B must be \[8, 3\]"
     ):
         fastlora.lora_linears(x, projections, segments=ENDS)
-    x, projections = problem(torch.float32)
-    for impl in ("triton", "library"):
-        with pytest.raises(TypeError, match=f"impl='{impl}' takes no segments; use 'blocks'"):
-            fastlora.lora_linears(x, projections, segments=ENDS, impl=impl)

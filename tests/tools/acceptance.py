@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastlora.operator.dropout import keep_mask
-from fastlora.operator.eager import reference
+from fastlora.operator.eager import low_rank, reference
 
 # The plain result that others are held against has to be as good as its dtype lets it be.
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -45,6 +44,19 @@ class Case:
     scaling: float = 0.7
     seed: int = 0
     bias: bool = True
+    ends: tuple[int, ...] = ()  # of segments, each with an adapter, a scaling and a dropout
+
+    def segments(self) -> list[tuple[slice, float, float]]:
+        """Return the rows of each segment, its scaling and its dropout's probability."""
+        ends = self.ends or (0, self.M)
+        return [
+            (slice(start, end), self.scaling * (1 + g % 3) / 2, self.dropout_p * (g % 4 != 1))
+            for g, (start, end) in enumerate(itertools.pairwise(ends))
+        ]
+
+    def stack(self) -> tuple[int, ...]:
+        """Return how the factors are stacked: [G] of them, or not."""
+        return (len(self.ends) - 1,) if self.ends else ()
 
     def tensors(self, device: str = "cpu") -> dict[str, Tensor | None]:
         """Draw x, w, a, b, bias, dy and the dropout seed; both paths of y are about as large."""
@@ -58,8 +70,10 @@ class Case:
         t = {
             "x": draw(self.M, self.K, scale=1.0, dtype=base),
             "w": draw(self.N, self.K, scale=self.K**-0.5, dtype=base) * (self.mode != "low_rank"),
-            "a": draw(self.R, self.K, scale=self.K**-0.5, dtype=adapter),
-            "b": draw(self.N, self.R, scale=self.R**-0.5 / self.scaling, dtype=adapter)
+            "a": draw(*self.stack(), self.R, self.K, scale=self.K**-0.5, dtype=adapter),
+            "b": draw(
+                *self.stack(), self.N, self.R, scale=self.R**-0.5 / self.scaling, dtype=adapter
+            )
             * (self.mode != "base"),
             "bias": draw(self.N, scale=1.0, dtype=base) * (self.mode != "low_rank"),
             "dy": draw(self.M, self.N, scale=1.0, dtype=base),
@@ -97,14 +111,16 @@ def oracle(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
 def plain(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """Return what the plain torch formula and autograd give in the inputs' dtypes."""
     x, a, b = (t[n].detach().clone().requires_grad_() for n in "xab")
-    y = reference(x, t["w"], a, b, t["bias"], t["seed"], case.scaling, case.dropout_p)
+    if case.ends:
+        y, parts = torch.nn.functional.linear(x, t["w"], t["bias"]), []
+        for g, (rows, scaling, p) in enumerate(case.segments()):
+            seed = t["seed"] if p else None
+            part = low_rank(x[rows], a[g], b[g], scaling, seed, p, rows.start)
+            parts.append((y[rows] + part).to(y.dtype))
+        y = torch.cat(parts)
+    else:
+        y = reference(x, t["w"], a, b, t["bias"], t["seed"], case.scaling, case.dropout_p)
     return dict(zip(NAMES, (y.detach(), *torch.autograd.grad(y, (x, a, b), t["dy"])), strict=True))
-
-
-def mask_of(case: Case, t: dict[str, Tensor | None]) -> Tensor | None:
-    if t["seed"] is None:
-        return None
-    return keep_mask(t["seed"], range(case.M), case.K, case.dropout_p)
 
 
 def accept(name: str, result: Tensor, plain_result: Tensor, exact: Tensor) -> None:
@@ -154,13 +170,14 @@ def small_cases(kinds=tuple(KINDS)) -> list[Case]:
 
 def strided(t):
     """Yield tensors equal to ``t`` that lie differently in memory."""
-    yield "transposed", t.t().contiguous().t()
-    wide = torch.full((t.shape[0], 2 * t.shape[1] + 3), torch.nan, dtype=t.dtype)
-    wide[:, 1::2][:, : t.shape[1]] = t
-    yield "every second column", wide[:, 1::2][:, : t.shape[1]]
-    rows = torch.full((3 * t.shape[0], t.shape[1] + 5), torch.nan, dtype=t.dtype)
-    rows[::3, 2:-3] = t
-    yield "every third row", rows[::3, 2:-3]
+    yield "transposed", t.mT.contiguous().mT
+    *rows, columns = t.shape
+    wide = torch.full((*rows, 2 * columns + 3), torch.nan, dtype=t.dtype)
+    wide[..., 1::2][..., :columns] = t
+    yield "every second column", wide[..., 1::2][..., :columns]
+    rows = torch.full((3 * rows[0], *rows[1:], columns + 5), torch.nan, dtype=t.dtype)
+    rows[::3, ..., 2:-3] = t
+    yield "every third row", rows[::3, ..., 2:-3]
     flat = torch.full((t.numel() + 1,), torch.nan, dtype=t.dtype)
     flat[1:] = t.flatten()
     yield "misaligned", flat[1:].view_as(t)

@@ -98,7 +98,13 @@ COPIES = {
     ("../functional", f"{DRAWN_AGAIN} {OTHER_MASK}"): [
         ("two adapters drop the same", "else new_seed(x.device)", "else torch.ones(1).long()"),
     ],
-    ("../functional", "operator/test_segments.py::test_as_a_loop"): [
+    ("../operator/segments", "operator/test_segments.py::test_as_a_loop"): [
+        (
+            "a rank is taken for the widest",
+            "F.pad(one.b, (0, missing))",
+            "F.pad(one.b, (missing, 0))",
+        ),
+        ("a segment without rows counts", "last -= one.w.start == one.w.stop", "last -= 1"),
         ("segments that are no neighbours go together", "(w.start - size * i, size,", "(size,"),
         (
             "an adapter is for all of its kind",

@@ -66,7 +66,7 @@ COPIES = {
         "what an opaque layer made is lost": "b.mT, part, scaling => b.mT, None, scaling",
     },
     ("../operator/library", f"{QUANTISED}the_operator_takes_quantised_weights"): {
-        "a quantised weight is cut": "x.new_empty(len(p[2]), 0) => p[0][:, :0]",
+        "a quantised weight is cut": "x.new_empty(b.shape[-2], 0) => w[:, :0]",
     },
     ("../layers/mixed", f"{BY_SAMPLE}as_each_sample_alone"): {
         "runs of rows overlap": "start, end = end, end + => start, end = max(end - 1, 0), end +",

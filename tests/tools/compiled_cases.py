@@ -60,6 +60,7 @@ ASKED = {
 # The problems for which several projections are compiled too: for all chips by `make figures`, else
 # for sm_90.
 JOINT = (EVEN, ("even", "bf16", 128), MIXED, FLOAT32, RAGGED)
+SEGMENTED = (EVEN, MIXED, FLOAT32)  # and for which rows are cut, of one projection and of several
 ELEMENTWISE = ("sum_", "gated_", "four_")  # kernels without a matrix product
 # What no program may have in its PTX.
 FORBIDDEN = {
@@ -80,9 +81,12 @@ def calls(
     """
     (M, N, K), found = SIZES[size], []
     joint = joint and which == "default" and (size, kind, r) in JOINT
-    for sizes, p in itertools.product([(N,), (N, N // 4, N // 4)][: 1 + joint], (0.0, 0.1)):
-        ranks, p_of_each = (r,) * len(sizes), (p,) * len(sizes)
-        problem = Joint(M, K, sizes, ranks, kind, "both", p_of_each, (True,) * 3, scaling=0.5)
+    cuts = [(), (0, M // 3, M)] if joint and (size, kind, r) in SEGMENTED else [()]
+    several = [(N,), (N, N // 4, N // 4)][: 1 + joint]
+    for sizes, p, ends in itertools.product(several, (0.0, 0.1), cuts):
+        ranks, drops = (r,) * len(sizes), (p,) * len(sizes)
+        biases = (True,) * 3
+        problem = Joint(M, K, sizes, ranks, kind, "both", drops, biases, scaling=0.5, ends=ends)
         chosen: list[dict[str, Config]] = [{}]
         if which == "every":
             chosen = [
@@ -167,6 +171,8 @@ def program_name(call: Call, problem: str) -> str:
     count = max(len(value) for value in (*call.values, ()) if isinstance(value, tuple))
     if count > 1:
         variant.append(f"of {count}")
+    if call.args.get("offsets_ptr") is not None:
+        variant.append("segments")
     for name, value in call.args.items():
         if isinstance(value, tuple) and len(value) == 1:
             (value,) = value

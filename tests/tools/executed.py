@@ -34,7 +34,8 @@ from fastlora.operator import library
 
 # Rows, outputs, inputs: more steps than a pipeline has stages, at every default tile.
 SIZES = {"even": (200, 272, 288), "uneven": (197, 269, 288), "ragged": (197, 269, 283)}
-SIZES |= {"strided": SIZES["even"], "deep": (72, 144, 720)}
+SIZES |= {"strided": SIZES["even"], "deep": (72, 144, 720), "cut": (150, 144, 152)}
+CUTS = {"cut": (0, 37, 37, 70, 150)}  # a segment has no rows, others end within a tile
 SIBLINGS = 48, 80  # outputs of the second and third projection
 OPTIONS = {
     "capability": (90, 80),
@@ -68,7 +69,9 @@ class Case:
         M = M // 2 if self.kind == "fp32" else M  # pipelines of two stages, and slow
         sizes = (N, *SIBLINGS)[: self.count]
         p = (self.dropout,) * self.count
-        return Joint(M, K, sizes, (self.rank,) * self.count, self.kind, self.mode, p)
+        ends = tuple(min(M, end) for end in CUTS.get(self.size, ()))
+        ranks = (self.rank,) * self.count
+        return Joint(M, K, sizes, ranks, self.kind, self.mode, p, ends=ends)
 
     def kernels(self) -> SimpleNamespace:
         return fastlora_kernels if self.impl == "triton" else SimpleNamespace(steps=library)
@@ -146,6 +149,8 @@ def drawn() -> list:
     others = (90, "bf16-fp32"), (80, "bf16")
     cases += [Case(*of, "even", 16, 0.1, 3, impl="library") for of in others]
     cases += [Case(90, "bf16", "deep", 8, 0.0, 1, processors=132)]
+    of = OPTIONS["capability"], OPTIONS["kind"], ["cut"], (16, 33), *list(OPTIONS.values())[4:]
+    cases += [Case(*row, mode="low_rank", processors=9) for row in covering(*of)]
     cases += [Case(90, kind, "even", 16, 0.0, 1) for kind in ("fp16", "fp16-fp32")]
     cases += [Gated(*of) for of in covering((80, 90), ("bf16", "fp32"), tuple(ACTIVATIONS))]
     return cases + [FourBits(*of) for of in covering((80, 90), ("bf16", "fp32"), (False, True))]

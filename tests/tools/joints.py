@@ -4,21 +4,25 @@
 Every projection is a problem of its own; dx is the sum of theirs. A list of one is the plain layer.
 """
 
+import contextlib
 import importlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import fastlora_kernels
 import torch
-from acceptance import KINDS, Case, accept, integers, mask_of, oracle, plain
+from acceptance import KINDS, Case, accept, integers, oracle, plain
 from fastlora_kernels.dropout import kept_scale
+from fastlora_kernels.lists import Segments
 from recorder import Call, recording
 
 from fastlora.operator import steps
+from fastlora.operator.dropout import keep_mask
 from fastlora.operator.operands import Operands
 
 PACKAGE = Path(fastlora_kernels.__file__).parent
@@ -39,6 +43,7 @@ class Joint:
     biases: tuple[bool, ...] = (True, False, True, True)
     seed: int = 0
     scaling: float | None = None  # None: another one for each
+    ends: tuple[int, ...] = ()  # of segments
 
     def cases(self) -> list[Case]:
         """Return the projections one by one; where there is no adapter, its B is zero."""
@@ -50,6 +55,7 @@ class Joint:
                 scaling=0.7 - 0.1 * i if self.scaling is None else self.scaling,
                 seed=10 * self.seed + i,
                 bias=self.biases[i],
+                ends=self.ends,
             )
             for i, (n, r) in enumerate(zip(self.sizes, self.ranks, strict=True))
         ]
@@ -65,7 +71,8 @@ class Joint:
         x, found = base.new_empty(self.M, self.K), []
         for case in self.cases():
             t = {"x": x, "w": x.new_empty(case.N, case.K), "dy": x.new_empty(case.M, case.N)}
-            t |= {"a": adapter.new_empty(case.R, case.K), "b": adapter.new_empty(case.N, case.R)}
+            for name, shape in (("a", (case.R, case.K)), ("b", (case.N, case.R))):
+                t[name] = adapter.new_empty(*case.stack(), *shape)
             t["bias"] = x.new_empty(case.N) if case.bias else None
             t["seed"] = x.new_empty(1, dtype=torch.int64) if case.dropout_p else None
             found.append(t)
@@ -81,13 +88,25 @@ class Joint:
             for case, t, r in zip(self.cases(), ts, self.ranks, strict=True)
         ]
 
+    def segments(self, device: str) -> Segments | None:
+        """Return what the five steps take beside projections whose factors are stacked."""
+        if not self.ends:
+            return None
+        numbers = []
+        for case, r in zip(self.cases(), self.ranks, strict=True):
+            each = [(c, kept_scale(p), 65536 * p - 32768) for _, c, p in case.segments()]
+            found = torch.tensor(each, dtype=torch.float32).t().contiguous().to(device)
+            numbers.append(found if r else None)
+        return torch.tensor(self.ends, dtype=torch.int32, device=device), numbers
+
 
 def run(kernels: ModuleType, joint: Joint, ts: list[dict], configs: dict | None = None) -> Found:
     """Return by projection what the five steps make: y, s and gradients; and dx."""
     x, dys, needs = ts[0]["x"], [t["dy"] for t in ts], [(True, True)] * len(ts)
     projections = joint.projections(ts)
-    ys, ss = steps.forward(kernels.steps, x, projections, configs)
-    dx, das, dbs = steps.backward(kernels.steps, dys, x, projections, ss, True, needs, configs)
+    of = configs, joint.segments(x.device)
+    ys, ss = steps.forward(kernels.steps, x, projections, *of)
+    dx, das, dbs = steps.backward(kernels.steps, dys, x, projections, ss, True, needs, *of)
     results = [{"y": y} for y in ys]
     for result, s, da, db in zip(results, ss, das, dbs, strict=True):
         if s is not None:
@@ -107,10 +126,14 @@ def expected(joint: Joint, ts: list[dict], how: Callable) -> Found:
     found = [how(case, t) for case, t in zip(joint.cases(), ts, strict=True)]
     for case, t, of_one in zip(joint.cases(), ts, found, strict=True):
         wide = torch.float64 if how is oracle else t["a"].dtype
-        x_hat = t["x"].to(wide)
-        if t["seed"] is not None:
-            x_hat = x_hat * mask_of(case, t) * kept_scale(case.dropout_p)
-        of_one["s"] = x_hat @ t["a"].to(wide).t()
+        parts, a = [], t["a"].to(wide)
+        for g, (rows, _, p) in enumerate(case.segments()):
+            x_hat = t["x"][rows].to(wide)
+            if t["seed"] is not None:
+                keep = keep_mask(t["seed"], range(rows.start, rows.stop), case.K, p)
+                x_hat = x_hat * keep * kept_scale(p)
+            parts.append(x_hat @ (a[g] if case.ends else a).t())
+        of_one["s"] = torch.cat(parts)
     dx = found[0]["x"]
     for of_one in found[1:]:
         dx = dx + of_one["x"]
@@ -161,6 +184,20 @@ def same(found: Found, other: Found) -> None:
     assert torch.equal(found[1], other[1]), "dx"
     for one, two in zip(found[0], other[0], strict=True):
         assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[list[torch.Tensor]]:
+    """Fill what is allocated inside with NaN: what is never written may be right by chance."""
+    made: list[torch.Tensor] = []
+
+    def filled(t, *shape, make=torch.Tensor.new_empty, **options):
+        found = make(t, *shape, **options)
+        made.append(found.fill_(torch.nan) if found.is_floating_point() else found)
+        return found
+
+    with patch.object(torch.Tensor, "new_empty", filled):
+        yield made
 
 
 def load(folder: Path, name: str, file: str, right: str, wrong: str) -> ModuleType:

@@ -144,6 +144,13 @@ def _converted(*mods: str) -> Made:
             return high << np.uint32(16) | low
 
         return Made(function, (kind, kind), to)
+    if (how, to, kind) == (["rzi"], "s32", "f32"):
+        ends = np.iinfo(np.int32)  # beyond which it stays, and what is not a number is zero
+
+        def cut(v):
+            return np.nan_to_num(v.astype(np.float64)).clip(ends.min, ends.max).astype(np.int32)
+
+        return Made(cut, (kind,), to)
     if (how != ["rn"] if narrower else how) or (real[1] and not real[0]):
         raise UnknownError(f"cvt.{'.'.join(mods)}")
     if to == "bf16":
