@@ -63,10 +63,8 @@ def replace_linears(
         able = counted(name for name, m in others if unsupported(m) is None)
         able = f"what could be replaced: {able or 'nothing'}"
         raise ValueError(f"names={names!r:.300} replaces nothing: {report}\n  {able}")
-    groups = []
-    if fuse_siblings is not False:
-        adapted = [m for m in model.modules() if id(m) in old or isinstance(m, LoRALinear)]
-        groups = siblings.find(model, fuse_siblings, adapted)
+    adapted = [m for m in model.modules() if id(m) in old or isinstance(m, LoRALinear)]
+    groups = siblings.find(model, fuse_siblings, adapted)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         new = {key: LoRALinear.from_linear(module, **same) for key, module in old.items()}
@@ -129,9 +127,8 @@ def _selected(model: nn.Module, names: Which) -> tuple[list[tuple[str, nn.Module
             raise ValueError(f"names={names!r:.200} is no regular expression: {error}") from None
         return [each for each in named if pattern.fullmatch(each[0])], []
     if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
-        raise TypeError(
-            f"names must be a list of names, a regular expression or a function, got {names!r:.100}"
-        )
+        right = "a list of names, a regular expression or a function"
+        raise TypeError(f"names must be {right}, got {names!r:.100}")
     ends = tuple(f".{name}" for name in names)
     unknown = [end[1:] for end in ends if not any(f".{name}".endswith(end) for name, _ in named)]
     return [each for each in named if f".{each[0]}".endswith(ends)], unknown

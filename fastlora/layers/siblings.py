@@ -186,6 +186,8 @@ def find(model: nn.Module, how: How, adapted: Collection[nn.Module]) -> list[Fou
     They are children of one module, also plain ``nn.Linear`` ones, that are called with the same
     tensor each time. ``how`` is `patch_peft`'s ``fuse_siblings``, with its errors.
     """
+    if how is False:
+        return []
     adapted = set(adapted)
     inside = {m for layer in adapted for m in layer.modules() if m is not layer}  # PEFT's own
     places: Places = {}
@@ -260,7 +262,7 @@ def make(groups: Sequence[Found], report: PatchReport) -> None:
 
 
 def separate(model: nn.Module) -> None:
-    """Take every group in ``model`` apart: each layer computes alone, as before `make`."""
+    """Give what stands for a module of another class that class again; no layer has siblings."""
     ours = [(m, k) for m in model.modules() for k in type(m).__mro__ if "_stands_for" in vars(k)]
     kinds = [rebased(type(module), kind, kind._stands_for) for module, kind in ours]
     for (module, _), kind in zip(ours, kinds, strict=True):
@@ -333,10 +335,8 @@ def _traced(model: nn.Module, examples: Sequence[Any], places: Places) -> list[t
                 alike[parent, layer.in_features].append(name)
             names = [tuple(several[:3]) for several in alike.values() if len(several) > 1][:1]
             advice = f", or the children's names, such as fuse_siblings={names}" if names else ""
-            what = (
-                f"{type(model).__name__} {what}; give another, a tensor or a mapping of arguments"
-            )
-            raise ValueError(f"fuse_siblings: {what}{advice}") from error
+            advice = f"give another, a tensor or a mapping of arguments{advice}"
+            raise ValueError(f"fuse_siblings: {type(model).__name__} {what}; {advice}") from error
     groups = dict.fromkeys(map(tuple, seen.values()))
     times = Counter(itertools.chain(*groups))
     return [g for g in groups if len(g) > 1 and all(times[layer] == 1 for layer in g)]

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """`FusedLinear`: PEFT's LoRA layer with the fused forward; else PEFT's code."""
 
+import functools
 import importlib
 import math
 from typing import Any
 
 import torch
 from peft.tuners import lora
-from peft.tuners.lora.model import LoraModel
-from peft.tuners.mixed.model import MixedModel
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as module_hooks
 
 from fastlora.functional import DTYPES
 from fastlora.layers.active import ALL, Adapter, Layer, lora_sum
+from fastlora.layers.gated import may_differ
 from fastlora.layers.lora import is_conv1d
 from fastlora.layers.mixed import Block, Runs, runs_of
 from fastlora.layers.siblings import FrozenLinear, Group, handed, separate
@@ -97,10 +97,6 @@ def _block(layer: Fused) -> Block | None:
     return block
 
 
-class FusedLinear(Fused, lora.Linear):
-    """PEFT's ``lora.Linear``."""
-
-
 class _Fusing:
     """For PEFT's tuners: new layers are fused, and the model is plain once it is unloaded."""
 
@@ -113,54 +109,46 @@ class _Fusing:
         return model
 
 
-class FusedModel(_Fusing, LoraModel):
-    """What a ``PeftModel`` of LoRA holds; PEFT's becomes one, and again PEFT's, by its class."""
-
-
-class FusedMixedModel(_Fusing, MixedModel):
-    """What a ``PeftMixedModel`` holds, likewise."""
-
-
-# PEFT's classes, and those that stand in for them.
-STAND_INS = {lora.Linear: FusedLinear, LoraModel: FusedModel, MixedModel: FusedMixedModel}
-# Those around quantised layers, by the name of what stands in: their libraries may not be there.
-_QUANTISED = {
-    "FusedLinear4bit": ("peft.tuners.lora.bnb", "Linear4bit"),
-    "FusedLinear8bitLt": ("peft.tuners.lora.bnb", "Linear8bitLt"),
-    "FusedTorchaoLoraLinear": ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
-    "FusedHqqLoraLinear": ("peft.tuners.lora.hqq", "HqqLoraLinear"),
-    "FusedGPTQLoraLinear": ("peft.tuners.lora.gptq", "GPTQLoraLinear"),
-    "FusedAwqLoraLinear": ("peft.tuners.lora.awq", "AwqLoraLinear"),
+# What stands in for which class of PEFT's, by names: that may need a library that is not there.
+_STAND_INS = {
+    "FusedModel": (_Fusing, "peft.tuners.lora.model", "LoraModel"),
+    "FusedMixedModel": (_Fusing, "peft.tuners.mixed.model", "MixedModel"),
+    "FusedLinear": (Fused, "peft.tuners.lora.layer", "Linear"),
+    "FusedLinear4bit": (Fused, "peft.tuners.lora.bnb", "Linear4bit"),
+    "FusedLinear8bitLt": (Fused, "peft.tuners.lora.bnb", "Linear8bitLt"),
+    "FusedTorchaoLoraLinear": (Fused, "peft.tuners.lora.torchao", "TorchaoLoraLinear"),
+    "FusedHqqLoraLinear": (Fused, "peft.tuners.lora.hqq", "HqqLoraLinear"),
+    "FusedGPTQLoraLinear": (Fused, "peft.tuners.lora.gptq", "GPTQLoraLinear"),
+    "FusedAwqLoraLinear": (Fused, "peft.tuners.lora.awq", "AwqLoraLinear"),
 }
 
 
+@functools.cache
 def __getattr__(name: str) -> type:  # by which pickle finds them too
-    if name not in _QUANTISED:
+    if name not in _STAND_INS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, kind = _QUANTISED[name]
+    ours, module, kind = _STAND_INS[name]
     own = getattr(importlib.import_module(module), kind)
-    if own not in STAND_INS:
-        about = {"__module__": __name__, "__doc__": f"PEFT's ``{kind}``."}
-        STAND_INS[own] = type(name, (Fused, own), about)
-    return STAND_INS[own]
+    about = {"__module__": __name__, "__doc__": f"PEFT's ``{kind}``.", "_stands_for": own}
+    return type(name, (ours, own), about)
 
 
 def _stand_in(kind: type) -> type | None:
-    """Return the fused class of a layer of PEFT's, None for one that has none."""
-    names = [n for n, of in _QUANTISED.items() if of == (kind.__module__, kind.__qualname__)]
-    return __getattr__(*names) if names else {lora.Linear: FusedLinear}.get(kind)
+    """Return the class that stands in for one of PEFT's, None for one that has none."""
+    own = [kind.__module__, kind.__qualname__]
+    return next((__getattr__(name) for name, (_, *of) in _STAND_INS.items() if of == own), None)
 
 
-def fuse(layer: nn.Module) -> nn.Module:
-    """Have a layer of PEFT's run the fused forward where it can; return it."""
-    fused = _stand_in(type(layer))
+def fuse(module: nn.Module) -> nn.Module:
+    """Have a layer or a tuner of PEFT's run the fused code where it can; return it."""
+    fused = _stand_in(type(module))
     if fused is not None:
-        layer.__class__ = fused
-        base = layer.base_layer
-        if type(base) is FrozenLinear:  # it takes its place among its siblings
+        module.__class__ = fused
+        base = module._modules.get("base_layer")
+        if type(base) is FrozenLinear:  # the layer takes its place among its siblings
             base.__class__ = nn.Linear
-            layer._siblings = vars(base).pop("_siblings", None)
-    return layer
+            module._siblings = vars(base).pop("_siblings", None)
+    return module
 
 
 def registered_layer(
@@ -204,7 +192,7 @@ def operands(
     theirs = opaque or (not linear and weights.is_linear(base))
     if not (linear or theirs or _is_plain(base)):
         return f"its base layer is {_kind(base)}, not a plain nn.Linear or Conv1D"
-    held, quantised = base._parameters, False
+    held = base._parameters
     weight, bias = held.get("weight"), held.get("bias", base)
     if opaque:
         bias = None
@@ -212,11 +200,11 @@ def operands(
         bias = getattr(base, "bias", None)
         if not theirs:
             return "its base layer's bias is no parameter"
-    if theirs or not _is_dense(weight):
+    quantised = theirs or not _is_dense(weight)
+    if quantised:
         weight = _quantised(base, weight, x, getattr(layer, "_by_sample", None) is not None)
         if type(weight) is str:
             return f"its weight {weight}"
-        quantised = True
     if _is_observed(base) or module_hooks():
         return "its base layer has hooks, or a forward of its own, and would not be called"
     dtype, device = weight.dtype, weight.device
@@ -351,8 +339,7 @@ def _suits(x: Any, dtype: torch.dtype, device: torch.device, autocast: bool) -> 
 
 def _is_observed(m: nn.Module) -> bool:
     """Return whether someone would see that ``m`` itself is not called."""
-    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    return bool(hooks or "forward" in m.__dict__)
+    return bool(m._forward_hooks or may_differ(m))
 
 
 def _kind(module: nn.Module) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fastlora.layers import siblings
-from fastlora.layers.classes import rebased, unwrapped
+from fastlora.layers.classes import unwrapped
 from fastlora.layers.report import PatchReport
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def patch_peft(model: nn.Module, *, fuse_siblings: siblings.How = False) -> Patc
     check_release()
     from peft.tuners.lora import LoraLayer
 
-    from fastlora.peft.linear import STAND_INS, fuse, why_not
+    from fastlora.peft.linear import fuse, why_not
 
     model = check_not_compiled(model)
     modules = model.named_modules()
@@ -56,16 +56,11 @@ def patch_peft(model: nn.Module, *, fuse_siblings: siblings.How = False) -> Patc
     reasons = {name: why_not(layer) for name, layer in layers.items()}
     fused = [name for name, why in reasons.items() if why is None]
     report = PatchReport(fused, [(name, why) for name, why in reasons.items() if why is not None])
-    groups = []
-    if fuse_siblings is not False:
-        groups = siblings.find(model, fuse_siblings, [layers[name] for name in fused])
+    groups = siblings.find(model, fuse_siblings, [layers[name] for name in fused])
     if not fused:  # before anything is changed, as a warning may be an error
         warnings.warn(f"patch_peft() fused nothing\n{report}", stacklevel=2)
-    for layer in layers.values():
-        fuse(layer)
-    for module in model.modules():  # the tuners that hold them
-        if type(module) in STAND_INS:
-            module.__class__ = STAND_INS[type(module)]
+    for module in model.modules():  # the layers, and the tuners that hold them
+        fuse(module)
     siblings.make(groups, report)
     return report
 
@@ -77,19 +72,7 @@ def unpatch_peft(model: nn.Module) -> None:
     layer a class of its own, it gets the one that they would have given PEFT's.
     """
     check_release()
-    from fastlora.peft.linear import STAND_INS
-
-    model = unwrapped(model)
-    kinds = {
-        kind: rebased(kind, fused, own)
-        for kind in {type(module) for module in model.modules()}
-        for own, fused in STAND_INS.items()
-        if issubclass(kind, fused)
-    }
-    siblings.separate(model)
-    for module in model.modules():
-        if type(module) in kinds:
-            module.__class__ = kinds[type(module)]
+    siblings.separate(unwrapped(model))
 
 
 def register(config: LoraConfig) -> LoraConfig:
@@ -131,7 +114,6 @@ def check_not_compiled(model: nn.Module) -> nn.Module:
     plain = unwrapped(model)
     for part in (model, *plain.modules()):
         if "_orig_mod" in part._modules or part._compiled_call_impl is not None:
-            raise ValueError(
-                f"{type(part).__name__} is compiled: patch the model first, then compile it"
-            )
+            kind = type(part).__name__
+            raise ValueError(f"{kind} is compiled: patch the model first, then compile it")
     return plain
