@@ -24,7 +24,8 @@ def replace_files(writes: dict[Path, Callable[[BinaryIO], object]]) -> None:
 
     Whoever locks the folder finds all as they were or all replaced.
     """
-    temporary = {path: temporary_of(path) for path in writes}
+    own = f"{os.getpid()}.{secrets.token_hex(4)}"  # nobody else writes to such files
+    temporary = {path: path.with_name(f".{path.name}.{own}.tmp") for path in writes}
     first = next(iter(temporary.values()))
     for path in writes:
         if path.is_dir():
@@ -55,11 +56,6 @@ def replace_files(writes: dict[Path, Callable[[BinaryIO], object]]) -> None:
             for left in path.parent.glob(f".{path.name}.*.tmp"):
                 if time.time() - left.stat().st_mtime > ABANDONED:
                     left.unlink()
-
-
-def temporary_of(path: Path) -> Path:
-    """Return a name beside ``path`` that nobody else takes."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager

@@ -289,9 +289,8 @@ def unsupported(module: nn.Module) -> str | None:
     if not (isinstance(module, nn.Linear) or is_conv1d(module)):
         return f"must be an nn.Linear or a transformers Conv1D, got {kind.__name__}"
     quantised = weights.is_linear(module)
-    known = is_conv1d(module) or kind.forward in (nn.Linear.forward, FrozenLinear.forward)
-    known = known or quantised
-    if not known or "forward" in vars(module):  # on the object: as accelerate's hooks set one
+    plain = is_conv1d(module) or kind.forward in (nn.Linear.forward, FrozenLinear.forward)
+    if not (plain or quantised) or "forward" in vars(module):  # as accelerate's hooks set one
         return f"is a {kind.__name__} with a forward of its own, not that of nn.Linear"
     if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
         return "belongs to nn.MultiheadAttention, which reads its weight and never calls it"

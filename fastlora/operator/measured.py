@@ -121,9 +121,8 @@ def device_name(device: torch.device) -> str:
 
 def driver() -> str:
     """Return the version of NVIDIA's kernel driver, "unknown" where the system does not say."""
-    return (
-        _said("/proc/driver/nvidia/version", r"Kernel Module.*?(\d+\.\d+(?:\.\d+)?)") or "unknown"
-    )
+    release = r"Kernel Module.*?(\d+\.\d+(?:\.\d+)?)"
+    return _said("/proc/driver/nvidia/version", release) or "unknown"
 
 
 def _said(file: str, pattern: str) -> str | None:

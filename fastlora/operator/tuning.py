@@ -71,18 +71,15 @@ def tune_four_bits(
         make(*quantised)
         yield
 
-    def failed(way: str, error: Exception) -> None:
-        _leave_out(say, f"4 bits, {way}", error)
-
     try:
         weight = torch.randn(N, K, device=device).to(dtype)
         quantised = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     except Exception as unusable:  # it may be for other devices
-        failed("library", unusable)
+        _leave_out(say, "4 bits, library", unusable)
         return {}
     ways = {way: partial(step, make) for way, make in weights.FOUR_BITS.items()}
-    rounds = interleaved(ways, device, seconds, failed=failed)
-    if found := {way: median(t for (t,) in each) for way, each in rounds.items()}:
+    medians = _medians("4 bits", ways, device, say, seconds)
+    if found := {way: phases[0] for way, phases in medians.items()}:
         row = {"forward": found, "backward": {}, "configs": {}}
         measured.add({measured.FourBits(): row}, device)
         weights.fastest.cache_clear()
@@ -134,27 +131,31 @@ def _measure(problem: Problem, device: torch.device, say: Say, seconds: float):
         step(*given[name], configs=configs)
         yield
 
-    def medians(what: Any, ways: dict[Any, Step], lasting: float, with_host: bool = False):
-        """Return the median of each phase by those of the ways to do ``what`` that can run."""
-
-        def failed(way: Any, error: Exception) -> None:
-            _leave_out(say, f"{what}, {way}", error)
-
-        rounds = interleaved(ways, device, lasting, with_host=with_host, failed=failed)
-        return {way: list(map(median, zip(*each, strict=True))) for way, each in rounds.items()}
-
     configs, ways = {}, {}
     for name, listed in plans.candidates(problem, device).items():
         by_config = {config: partial(alone, name, {name: config}) for config in listed}
-        if found := medians(name, by_config, CONFIG_SECONDS if len(listed) > 1 else 0.0):
+        lasting = CONFIG_SECONDS if len(listed) > 1 else 0.0
+        if found := _medians(name, by_config, device, say, lasting):
             configs[name] = min(found, key=found.get)
     for impl in plans.usable_implementations(problem.dtype, device):
         module = import_module(plans.MODULES[impl])
         ways[impl] = partial(both, module, None if impl == "blocks" else configs)
-    found = medians(problem, ways, seconds, host_counts(problem.M, device))
+    found = _medians(problem, ways, device, say, seconds, host_counts(problem.M, device))
     row = {op: {impl: times[i] for impl, times in found.items()} for i, op in enumerate(OPS)}
     row["configs"] = {name: asdict(config) for name, config in configs.items()}
     return row if found else None
+
+
+def _medians(
+    what: Any, ways: dict, device: torch.device, say: Say, seconds: float, with_host: bool = False
+) -> dict[Any, list[float]]:
+    """Return the median of each phase by those of the ways to do ``what`` that can run."""
+
+    def failed(way: Any, error: Exception) -> None:
+        _leave_out(say, f"{what}, {way}", error)
+
+    rounds = interleaved(ways, device, seconds, with_host=with_host, failed=failed)
+    return {way: list(map(median, zip(*each, strict=True))) for way, each in rounds.items()}
 
 
 def _leave_out(say: Say, what: Any, error: Exception) -> None:

@@ -12,8 +12,7 @@ LOCKED = "while time.monotonic() < until:"
 SHAPED = "return _unsafe_view(y, (*shape[:-1], y.shape[1]))"
 CAST = "_CAST = (torch.float32, torch.bfloat16, torch.float16)"
 SCALED = "with_scaling(*one[1:3], one.scaling)"
-NEW_NAME = 'f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"'
-APART = "temporary_of(path) for path in writes"
+APART = 'path.with_name(f".{path.name}.{own}.tmp") for path in writes'
 
 # By file and the tests that must notice: what, right, wrong.
 COPIES = {
@@ -58,7 +57,7 @@ COPIES = {
         ("processes that save at once mix their files", LOCKED, "while False:"),
     ],
     ("files", f"{FAULTS}a_file_replaced_while_another_process_replaces_it"): [
-        ("processes write to one temporary file", NEW_NAME, 'f".{path.name}.tmp"'),
+        ("processes write to one temporary file", APART, APART.replace(".{own}", "")),
     ],
     ("files", "test_faults.py"): [
         ("a file has its name before it is whole", APART, "path for path in writes"),
