@@ -299,12 +299,10 @@ def unsupported(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None or "bias" not in module._parameters:
         return "computes its weight or bias (parametrized, pruned, weight-normalised)"
-    if quantised or type(weight.data) is not Tensor:
-        found = weights.quantised(weight, torch.float32, module)
-        return f"has a weight that {found}" if type(found) is str else None
-    if weight.dtype not in DTYPES:
-        return f"has a weight of {type(weight.data).__name__} {weight.dtype}, not a dense float"
-    return None
+    if not quantised and type(weight.data) is Tensor and weight.dtype in DTYPES:
+        return None
+    found = weights.quantised(weight, torch.float32, module)
+    return f"has a weight that {found}" if type(found) is str else None
 
 
 @functools.cache

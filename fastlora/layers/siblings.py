@@ -273,12 +273,11 @@ def separate(model: nn.Module) -> None:
 
 
 def _named(model: nn.Module, how: Any, places: Places) -> list[tuple]:
-    def holds(values: Any, kind: type) -> bool:
-        listed = isinstance(values, Sequence) and not isinstance(values, str)
-        return listed and all(isinstance(value, kind) for value in values)
+    def listed(values: Any) -> bool:
+        return isinstance(values, Sequence) and not isinstance(values, str)
 
-    right = holds(how, Sequence) and all(holds(names, str) for names in how)
-    flat = [*itertools.chain(*how)] if right else []
+    flat = [*itertools.chain(*how)] if listed(how) and all(map(listed, how)) else []
+    flat = flat if all(isinstance(name, str) for name in flat) else []
     if not flat or len({*flat}) < len(flat) or any(len(names) < 2 for names in how):
         raise (ValueError if flat else TypeError)(
             "fuse_siblings must be True, an example input (a tensor or a mapping of keyword "
@@ -313,12 +312,10 @@ def _traced(model: nn.Module, examples: Sequence[Any], places: Places) -> list[t
             after.callback(layer.register_forward_pre_hook(called, with_kwargs=True).remove)
         for module in model.modules():
             after.callback(setattr, module, "training", module.training)
+            # In evaluation bitsandbytes packs its weight for inference, for good.
+            module.training = is_linear(module)
         after.enter_context(torch.random.fork_rng([where] if where.type == "cuda" else []))
         after.enter_context(torch.no_grad())
-        model.eval()
-        for module in model.modules():
-            if is_linear(module):  # else bitsandbytes packs its weight for inference, for good
-                module.training = True
         for example in examples:
             given = example if isinstance(example, Mapping) else {"": example}
             given = {k: v.to(where) if isinstance(v, Tensor) else v for k, v in given.items()}

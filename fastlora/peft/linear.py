@@ -192,14 +192,11 @@ def operands(
     theirs = opaque or (not linear and weights.is_linear(base))
     if not (linear or theirs or _is_plain(base)):
         return f"its base layer is {_kind(base)}, not a plain nn.Linear or Conv1D"
-    held = base._parameters
-    weight, bias = held.get("weight"), held.get("bias", base)
-    if opaque:
-        bias = None
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias", base)
+    if theirs:
+        bias = None if opaque else getattr(base, "bias", None)
     elif bias is base:
-        bias = getattr(base, "bias", None)
-        if not theirs:
-            return "its base layer's bias is no parameter"
+        return "its base layer's bias is no parameter"
     quantised = theirs or not _is_dense(weight)
     if quantised:
         weight = _quantised(base, weight, x, getattr(layer, "_by_sample", None) is not None)
@@ -290,11 +287,10 @@ def _adapter(
     scaling = layer.scaling.get(name)
     if type(scaling) is int:
         scaling = float(scaling)
-    if type(scaling) is float:  # PEFT also takes arrays, and numbers of NumPy
-        scales = -math.inf < scaling < math.inf
-    else:
-        scales = type(scaling) in PLAIN and scaling.dim() == 0
-        scales = scales and scaling.device.type in (device.type, "cpu")
+    if type(scaling) in PLAIN:
+        scales = scaling.dim() == 0 and scaling.device.type in (device.type, "cpu")
+    else:  # PEFT also takes arrays, and numbers of NumPy
+        scales = type(scaling) is float and -math.inf < scaling < math.inf
     if not scales:
         return f"is scaled by {scaling!r:.60}, no finite number"
     p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
@@ -307,9 +303,8 @@ def _quantised(base: nn.Module, weight: Any, x: Any, mixed: bool) -> weights.Qua
     if not (known or weights.is_opaque(base)):
         return "is quantised, and in inference its library multiplies by it as it is"
     like = None if x is _LIKE_WEIGHT else x.dtype
-    dtype = getattr(base, "compute_dtype", None)
-    if not getattr(base, "compute_type_is_set", False) and like is not None:
-        dtype = like
+    own = getattr(base, "compute_dtype", None)
+    dtype = own if getattr(base, "compute_type_is_set", False) else like or own
     if dtype is None:  # int8 weights keep none of their own
         bias = getattr(base, "bias", None)
         kept = getattr(weight if bias is None else bias, "dtype", None)

@@ -46,7 +46,7 @@ COPIES = {
         "a dense weight is kept for few tokens": "x.is_cpu and whole and => x.is_cpu and",
     },
     ("../layers/siblings", f"{QUANTISED}the_search_for_siblings_packs_nothing"): {
-        "a search for siblings changes weights": "if is_linear(module): => if False:",
+        "a search for siblings changes weights": "= is_linear(module) => = False",
     },
     ("../operator/weights", f"{QUANTISED}a_weight_that_was_packed_for_inference_has_gradients"): {
         "a packed weight is read as it was": '"packing_format_for_cpu", False) => "packed", False)',
