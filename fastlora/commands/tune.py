@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from fastlora.commands import shared
 from fastlora.commands.models import adapted, empty_model
 from fastlora.commands.shared import DTYPES, UserError, number
-from fastlora.operator import measured, plans
+from fastlora.operator import measured, plans, tuning
 from fastlora.operator.operands import Problem
 
 DROPOUT = {"both": (False, True), "on": (True,), "off": (False,)}
@@ -36,7 +36,6 @@ def run(s: Namespace) -> None:
     from tqdm import tqdm
 
     from fastlora.explain import explain
-    from fastlora.operator import tuning
 
     if bool(s.model) == bool(s.shapes):
         raise UserError("give either --model or --shapes")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fastlora.files import locked, replace_files
 from fastlora.functional import DTYPES
 from fastlora.layers.classes import unwrapped
+from fastlora.peft import patch
 from fastlora.peft.config import MAX_BYTES, check_patterns, parsed
 from fastlora.peft.rehearsal import rehearsed, unchanged_on_error
 
@@ -55,15 +56,12 @@ def load_adapter(
     is not one for this model, is damaged, or asks for what is not supported; the model is then as
     it was. Warns where the config is not the one that the weights were saved with.
     """
-    from fastlora.peft.patch import check_release, patch_peft
-
-    check_release()
-    from peft import PeftModel
+    peft = patch.check_release()
     from safetensors.torch import save_file
 
     _check_model(model, adapter_name)
     folder = Path(folder)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     own = {_plain_name(k): t for k, t in base.state_dict().items() if isinstance(t, Tensor)}
     with locked(folder, shared=True), _opened(folder) as weights:
         path, data = _find_config(folder, _hash_in(weights))
@@ -82,22 +80,20 @@ def load_adapter(
     with unchanged_on_error(model, changed), tempfile.TemporaryDirectory() as checked:
         save_file(tensors, Path(checked) / WEIGHTS_FILE, metadata={"format": "pt"})
         (Path(checked) / CONFIG_FILE).write_text(json.dumps(values), encoding="utf-8")
-        if isinstance(model, PeftModel):
+        if isinstance(model, peft.PeftModel):
             loaded = model
             loaded.load_adapter(checked, adapter_name, is_trainable)
         else:
-            loaded = PeftModel.from_pretrained(model, checked, adapter_name, is_trainable)
+            loaded = peft.PeftModel.from_pretrained(model, checked, adapter_name, is_trainable)
         _check_arrived(loaded, adapter_name, tensors)
         if values["peft_type"] == "LORA":
-            patch_peft(loaded)
+            patch.patch_peft(loaded)
     return loaded
 
 
 def _check_model(model: nn.Module, adapter_name: str) -> None:
     """Raise for what PEFT could not load an adapter into, or only by halves."""
     from peft import PeftMixedModel, PeftModel
-
-    from fastlora.peft.patch import check_not_compiled
 
     if not isinstance(adapter_name, str):
         raise TypeError(f"adapter_name must be a str, got {type(adapter_name).__name__}")
@@ -108,7 +104,7 @@ def _check_model(model: nn.Module, adapter_name: str) -> None:
         )
     if unwrapped(model) is not model or isinstance(model, PeftMixedModel):
         raise TypeError(f"model must be plain or a PeftModel, got {type(model).__name__}")
-    check_not_compiled(model)
+    patch.check_not_compiled(model)
     if any(map(_is_shard, model.parameters())):
         raise ValueError("model is sharded: load the adapter first, then shard it")
     if not hasattr(model, "hf_device_map") and any(p.is_meta for p in model.parameters()):

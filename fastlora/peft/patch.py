@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -82,20 +83,19 @@ def register(config: LoraConfig) -> LoraConfig:
     one, such as a quantised layer, is left to PEFT. The registration is not saved with the config.
     Raises as `patch_peft`, and TypeError for anything but PEFT's ``LoraConfig``.
     """
-    check_release()
-    from peft import LoraConfig
+    peft = check_release()
     from transformers.pytorch_utils import Conv1D
 
     from fastlora.peft.linear import registered_layer
 
-    if not isinstance(config, LoraConfig):
+    if not isinstance(config, peft.LoraConfig):
         raise TypeError(f"config must be a peft.LoraConfig, got {type(config).__name__}")
     config._register_custom_module(dict.fromkeys((nn.Linear, Conv1D), registered_layer))
     return config
 
 
-def check_release() -> None:
-    """Raise where there is no PEFT, or one whose layers were not tested."""
+def check_release() -> ModuleType:
+    """Return PEFT; raise where there is none, or one whose layers were not tested."""
     try:
         import peft
     except ImportError as error:
@@ -107,6 +107,7 @@ def check_release() -> None:
             f"PEFT {peft.__version__} was not tested with this fastlora, whose fused layers stand "
             f"in for those of {first} up to before {end}"
         )
+    return peft
 
 
 def check_not_compiled(model: nn.Module) -> nn.Module:

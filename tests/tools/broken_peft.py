@@ -141,7 +141,7 @@ COPIES = {
         "the config's name decides, not its hash": ".hexdigest() == wanted: => .hexdigest():",
     },
     ("files", f"{FILES}from_peft_to_peft"): {
-        "what is loaded is not patched": "            patch_peft(loaded) =>             pass",
+        "what is loaded is not patched": "patch.patch_peft(loaded) => pass",
         "a loaded adapter trains unasked": f"{LOAD} => {LOAD.replace('is_trainable', 'True')}",
     },
     ("files", f"{FILES}a_merged_or_compiled_model_saves_the_same"): {
