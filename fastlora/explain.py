@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastlora.layers.active import ALL, stacked
+from fastlora.functional import drawn
+from fastlora.layers.active import Layer, projections_of
 from fastlora.layers.lora import LoRALinear, default_adapter_dtype
 from fastlora.layers.siblings import FrozenLinear
 from fastlora.operator import plans
-from fastlora.operator.operands import OPS, Operands, Problem
+from fastlora.operator.operands import OPS, Problem
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,13 @@ def _of_module(model: nn.Module, tokens: Iterable[int]) -> list[tuple[torch.devi
             continue
         layers = [layer for layer in map(_running, members) if layer is not None]
         for size in tokens if layers else ():
-            w = layers[0].w
-            x = torch.empty(size, w.shape[1], dtype=w.dtype, device="meta")
+            w, _, adapters = layers[0]
+            K = adapters[0][0].shape[1] if adapters else w.shape[1]  # an opaque weight has no shape
+            x = torch.empty(size, K, dtype=w.dtype, device="meta")
             # Each runs alone where one of them is off, and for few tokens.
             alone = len(layers) < len(members) or plans.is_few(x.numel(), w.device)
             rows = [[layer] for layer in layers] if alone else [layers]
-            posed = [Problem.of(x, row) for row in rows]
+            posed = [Problem.of(*drawn(x, projections_of(row), training=True)) for row in rows]
             found += [(w.device, problem) for problem in posed if problem is not None]
     if not found:
         raise ValueError(
@@ -118,16 +120,11 @@ def _of_module(model: nn.Module, tokens: Iterable[int]) -> list[tuple[torch.devi
     return found
 
 
-def _running(module: nn.Module) -> Operands | None:
+def _running(module: nn.Module) -> Layer | None:
     """Return what a layer's operator takes, None where it is off or no layer of ours."""
     found = None
     if isinstance(module, (FrozenLinear, LoRALinear)):
         found = module.sibling_operands(module.weight)
     elif (peft := sys.modules.get("fastlora.peft.linear")) and isinstance(module, peft.Fused):
         found = not (module.merged or module.disable_adapters) and peft.operands(module)
-    if not isinstance(found, tuple):
-        return None
-    weight, _, adapters = found
-    # Of several that drop the operator takes the first.
-    (a, b, _, p, _), *_ = stacked(weight.dtype, adapters) or [(None, None, 1.0, 0.0, ALL)]
-    return Operands(weight, a, b, None, a if p else None, 1.0, p)
+    return found if isinstance(found, tuple) else None

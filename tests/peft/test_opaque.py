@@ -12,7 +12,7 @@ from results import X, apart, results
 from torch import nn
 from transformers.integrations import finegrained_fp8
 
-from fastlora import patch_peft
+from fastlora import explain, patch_peft
 from fastlora.operator import plans
 
 
@@ -66,6 +66,7 @@ def test_the_rest_is_added_to_what_an_opaque_layer_makes(kind, dtype, fused):
     layer, x = opaque(kind, dtype), X.to(dtype)
     right, alone = results(layer, x), layer.base_layer(x)
     assert patch_peft(layer).not_fused == []
+    assert [problem[:4] for _, problem in explain(layer, 7).plans] == [(7, 48, 64, 4)]
     found = results(layer, x)
     assert max(apart(found, right)) < (1e-6 if dtype == torch.float32 else 0.01) and len(fused) == 1
     with torch.no_grad():  # here it is fused too
