@@ -154,8 +154,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., out] for input [..., in] in its dtype; see `fastlora.lora_linear`."""
-        y = handed(self, input)
-        if y is not None:
+        if (y := handed(self, input)) is not None:
             return y
         found = self.sibling_operands(input)
         if found is None:

@@ -37,15 +37,12 @@ class Fused:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return [..., out] for x [..., in], in the dtype of the base layer's output."""
-        if self._by_sample is not None or "adapter_names" in kwargs:
-            y = _mixed(self, x, *args, **kwargs)
-            if y is not None:
-                return y
+        mixed = self._by_sample is not None or "adapter_names" in kwargs
+        if mixed and (y := _mixed(self, x, *args, **kwargs)) is not None:
+            return y
         if not (args or kwargs or self._disable_adapters or self.merged_adapters):
-            if self._siblings is not None:
-                y = handed(self, x)
-                if y is not None:
-                    return y
+            if self._siblings is not None and (y := handed(self, x)) is not None:
+                return y
             found = operands(self, x)
             if type(found) is tuple and found[2]:
                 return lora_sum(x, *found)
