@@ -143,12 +143,10 @@ def _miss(left: list[str]) -> None:
         group.said = True
         rest = tuple(name for name in group.names if name not in left)
         advice = f"; fuse_siblings={[rest]} leaves them out" if len(rest) > 1 else ""
-        warnings.warn(
-            f"{', '.join(left)}: computed beside {group.names[0]!r} and not called with its input, "
-            f"{_MISSES} times; that is lost time: {', '.join(group.names)} run alone from now on, "
-            f"with checkpoints once there are none{advice}",
-            stacklevel=2,
-        )
+        what = f"computed beside {group.names[0]!r} and not called with its input, {_MISSES} times"
+        these, all_of = (", ".join(names) for names in (left, group.names))
+        then = f"{all_of} run alone from now on, with checkpoints once there are none{advice}"
+        warnings.warn(f"{these}: {what}; that is lost time: {then}", stacklevel=2)
     if _held.circumstances[:3] == (True, None, -1):  # no checkpoint may have to repeat this
         for member in members:
             vars(member).pop("_siblings", None)

@@ -23,8 +23,8 @@ _NAMES = f"a list of at most {_MAX_NAMES} names of at most {_MAX_NAME} character
 # PEFT's methods whose configs hold nothing but the values below.
 _METHODS = ("LORA", "IA3", "LOHA", "LOKR", "HRA", "LN_TUNING")
 _NOTHING = (None, False, {}, [], "")
-# Others change the model's frozen weights.
 _STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_START = f"one of {', '.join(map(repr, _STARTS))}, as others change the model's frozen weights"
 # Keys that nothing depends on: where code and models are to be had, how weights started, and what
 # is refused or chosen at run time.
 _ORIGIN = ("auto_mapping", "base_model_name_or_path", "peft_type", "peft_version", "revision")
@@ -68,11 +68,7 @@ _RULES = (
     ("True or False", lambda v: type(v) is bool, _SWITCHES),
     ("an int", _is_int, "decompose_factor"),
     ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only"), "bias"),
-    (
-        f"one of {', '.join(map(repr, _STARTS))}, as others change the model's frozen weights",
-        lambda v: type(v) in (bool, str) and v in _STARTS,
-        "init_lora_weights",
-    ),
+    (_START, lambda v: type(v) in (bool, str) and v in _STARTS, "init_lora_weights"),
     (f"a pattern or {_NAMES}", lambda v: isinstance(v, str) or _are_names(v), _CHOICES),
     (_NAMES, _are_names, "modules_to_save? target_parameters?"),
     (
@@ -111,10 +107,8 @@ def parsed(data: bytes) -> dict[str, Any]:
         elif key not in (*KNOWN, *_ORIGIN, *_STARTED, *_IDLE) and value not in _NOTHING:
             refused.append(f"{key if key.isidentifier() else repr(key)!s:.60}={value!r:.40}")
     if refused:
-        raise ValueError(
-            f"load_adapter() does not support {', '.join(sorted(refused)):.500}; "
-            "PEFT may load it, where you trust the file"
-        )
+        listed, cure = ", ".join(sorted(refused)), "PEFT may load it, where you trust the file"
+        raise ValueError(f"load_adapter() does not support {listed:.500}; {cure}")
     return kept
 
 

@@ -98,10 +98,8 @@ def _check_model(model: nn.Module, adapter_name: str) -> None:
     if not isinstance(adapter_name, str):
         raise TypeError(f"adapter_name must be a str, got {type(adapter_name).__name__}")
     if "." in adapter_name or adapter_name in "lora_" or hasattr(nn.ModuleDict(), adapter_name):
-        raise ValueError(
-            "adapter_name must be non-empty, without '.', no part of 'lora_' and no method of a "
-            f"dict, got {adapter_name!r}"
-        )
+        right = "non-empty, without '.', no part of 'lora_' and no method of a dict"
+        raise ValueError(f"adapter_name must be {right}, got {adapter_name!r}")
     if unwrapped(model) is not model or isinstance(model, PeftMixedModel):
         raise TypeError(f"model must be plain or a PeftModel, got {type(model).__name__}")
     patch.check_not_compiled(model)
@@ -151,10 +149,8 @@ def _find_config(folder: Path, wanted: str | None) -> tuple[Path, bytes]:
         with _opened(folder) as now:  # where the system has no locks
             if _hash_in(now) != wanted:
                 raise ValueError(f"{str(folder)!r} got another adapter meanwhile: load it again")
-        warnings.warn(
-            f"{str(config)!r} is not the config that the weights beside it were saved with",
-            stacklevel=3,
-        )
+        edited = f"{str(config)!r} is not the config that the weights beside it were saved with"
+        warnings.warn(edited, stacklevel=3)
     return config, data
 
 
@@ -186,10 +182,9 @@ def _read(
     needless = {k for k in likes if ".original_module." in k or ".modules_to_save." in k}
     missing, unexpected = likes.keys() - needless - keys, keys - likes.keys() - copies
     if missing or unexpected:
-        raise ValueError(
-            f"it is not for this model and {CONFIG_FILE}: {len(missing)} tensors missing "
-            f"({_few(missing)}), {len(unexpected)} unexpected ({_few(unexpected)})"
-        )
+        less = f"{len(missing)} tensors missing ({_few(missing)})"
+        more = f"{len(unexpected)} unexpected ({_few(unexpected)})"
+        raise ValueError(f"it is not for this model and {CONFIG_FILE}: {less}, {more}")
     taken = sorted(keys & likes.keys())
     for key in taken:
         must, shape = list(likes[key].shape), weights.get_slice(key).get_shape()

@@ -50,10 +50,8 @@ def patch_peft(model: nn.Module, *, fuse_siblings: siblings.How = False) -> Patc
     modules = model.named_modules()
     layers = {name or "the layer": m for name, m in modules if isinstance(m, LoraLayer)}
     if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no LoRA layer of PEFT's; patch_peft() comes after "
-            "get_peft_model() or PeftModel.from_pretrained()"
-        )
+        cure = "patch_peft() comes after get_peft_model() or PeftModel.from_pretrained()"
+        raise ValueError(f"{type(model).__name__} has no LoRA layer of PEFT's; {cure}")
     reasons = {name: why_not(layer) for name, layer in layers.items()}
     fused = [name for name, why in reasons.items() if why is None]
     report = PatchReport(fused, [(name, why) for name, why in reasons.items() if why is not None])
@@ -102,11 +100,9 @@ def check_release() -> ModuleType:
         raise ImportError("PEFT is needed: pip install 'fastlora-kernels[peft]'") from error
     release = tuple(map(int, re.findall(r"\d+", peft.__version__)[:2]))
     if not TESTED[0] <= release < TESTED[1]:
-        first, end = (".".join(map(str, release)) for release in TESTED)
-        raise RuntimeError(
-            f"PEFT {peft.__version__} was not tested with this fastlora, whose fused layers stand "
-            f"in for those of {first} up to before {end}"
-        )
+        those = " up to before ".join(".".join(map(str, release)) for release in TESTED)
+        what = f"PEFT {peft.__version__} was not tested with this fastlora"
+        raise RuntimeError(f"{what}, whose fused layers stand in for those of {those}")
     return peft
 
 

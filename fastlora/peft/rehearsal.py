@@ -58,10 +58,9 @@ def _check_sizes(name: str, layer: nn.Module, adapter: str, trusted: bool) -> No
             a, b = (getattr(part[adapter], of) for part in (down, up))
             r, width = layer.r[adapter], min(a.numel() // a.shape[0], b.numel() // b.shape[1])
             if r > width:
-                raise ValueError(
-                    f"r={r} for {name!r} is more than {width}, the smaller side of its weight; "
-                    "pass trusted=True where you trust the file"
-                )
+                most = f"{width}, the smaller side of its weight"
+                cure = "pass trusted=True where you trust the file"
+                raise ValueError(f"r={r} for {name!r} is more than {most}; {cure}")
     tokens = getattr(layer, "token_indices", {}).get(adapter)
     if tokens and max(tokens) >= (count := layer.get_base_layer().weight.shape[0]):
         raise ValueError(f"token {max(tokens)} is to be trained in {name!r}, which has {count}")
