@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from baselines import nf4
 from measure import Turns, free_memory, peak_bytes, ratio, sharing
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
@@ -47,6 +47,10 @@ class Problem:
         return f"{self.name}, batch {self.batch}"
 
     @property
+    def model(self) -> str:
+        return self.name
+
+    @property
     def tokens(self) -> int:
         return TOKENS[self.device]
 
@@ -78,11 +82,11 @@ def make(name: str, device: torch.device) -> nn.Module:
     return model
 
 
-def peft(model: nn.Module) -> nn.Module:
+def peft(model: nn.Module, adapter: str = "default") -> nn.Module:
     """Return ``model`` with PEFT's adapters."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(**LORA))
+    return get_peft_model(model, LoraConfig(**LORA), adapter)
 
 
 def ours(model: nn.Module) -> nn.Module:
@@ -112,10 +116,12 @@ class Measure:
     Its frozen weights are there once: the ways differ in their modules and adapters.
     """
 
+    ways, baseline, counts_flops = WAYS, "PEFT", True
+
     def __init__(self) -> None:
         self.name: str | None = None
         self.base: nn.Module | None = None
-        self.models: dict[str, nn.Module] = {}
+        self.models: dict[Callable, nn.Module] = {}
 
     def __call__(self, problem: Problem, ways: list[str], seconds: float) -> list[dict]:
         """Return a row for each way, with the error of one that failed.
@@ -123,25 +129,27 @@ class Measure:
         Steps begin on an idle GPU: a user waits for Python too.
         """
         device, tokens = torch.device(problem.device), problem.batch * problem.tokens
-        if problem.name != self.name:
-            self._take(problem.name, device)
+        if problem.model != self.name:
+            self._take(problem.model, device)
         shape = problem.batch, problem.tokens
         ids = torch.randint(0, self.base.config.vocab_size, shape, device=device)
         turns = Turns(device)
         for way in ways:
-            turns.join(way, lambda way=way: _step(self._model(way), ids))
+            turns.join(way, lambda way=way: self.step(way, problem, ids), run=False)
         rounds = turns.rounds(seconds, with_host=True)
         times = {way: [t for (t,) in found] for way, found in rounds.items()}
+        baseline = times.get(self.baseline)
         for way, mine in times.items():
             median = statistics.median(mine)
             turns.rows[way] |= {
                 "step_s": median,
                 "tokens_s": tokens / median,
-                "ratio_to_peft": ratio(mine, times["PEFT"]) if "PEFT" in times else None,
+                "ratio_to_peft": baseline and ratio(mine, baseline),
             }
         for way in turns.rows:
             turns.note(way, lambda step: {"peak_bytes": peak_bytes(step, device)})
-            turns.note(way, lambda step: {"flops_per_token": _flops(step) / tokens})
+            if self.counts_flops:
+                turns.note(way, lambda step: {"flops_per_token": _flops(step) / tokens})
         return list(turns.rows.values())
 
     def _take(self, name: str, device: torch.device) -> None:
@@ -151,23 +159,25 @@ class Measure:
         self.name = name
 
     def _model(self, way: str) -> nn.Module:
-        if way not in self.models:
-            self.models[way] = WAYS[way](sharing(self.base))
-        return self.models[way]
+        make = self.ways[way]
+        if make not in self.models:
+            self.models[make] = make(sharing(self.base))
+        return self.models[make]
+
+    def step(self, way: str, problem: Problem, ids: Tensor) -> Callable[[], Iterator[None]]:
+        """Return what ``way`` does with a batch of ``problem``."""
+        model = self._model(way)
+        trained = [p for p in model.parameters() if p.requires_grad]
+
+        def step() -> Iterator[None]:
+            loss = model(input_ids=ids, labels=ids).loss
+            torch.autograd.grad(loss, trained)
+            yield
+
+        return step
 
 
 def _flops(step: Callable[[], Iterator[None]]) -> int:
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         list(step())
     return counter.get_total_flops()
-
-
-def _step(model: nn.Module, ids: torch.Tensor):
-    trained = [p for p in model.parameters() if p.requires_grad]
-
-    def step():
-        loss = model(input_ids=ids, labels=ids).loss
-        torch.autograd.grad(loss, trained)
-        yield
-
-    return step

@@ -93,12 +93,18 @@ class Turns:
         self.steps: dict[str, Callable[[], Iterator[None]]] = {}
         self.rows: dict[str, dict] = {}
 
-    def join(self, way: str, make: Callable[[], Callable[[], Iterator[None]]]) -> None:
-        """Run the step that ``make()`` returns once, and give ``way`` a row."""
+    def join(
+        self, way: str, make: Callable[[], Callable[[], Iterator[None]]], run: bool = True
+    ) -> None:
+        """Give ``way`` a row and the step that ``make()`` returns, which is ``run`` once.
+
+        `rounds` runs it as well before the first that is timed: enough for a step of seconds.
+        """
         self.rows[way] = {"way": way}
         try:
             self.steps[way] = make()
-            list(self.steps[way]())
+            if run:
+                list(self.steps[way]())
         except Exception as error:
             self._failed(way, error)
 
@@ -147,19 +153,19 @@ def free_memory() -> None:
 def by_phase(rounds: dict[str, list[tuple]]) -> dict[str, dict[str, dict]]:
     """Return for each way and phase percentiles in seconds and the ratio to the frozen layer.
 
-    The ratio is None where that was not measured. ``rounds`` are those of forward and backward.
+    The ratio is None where that was not measured. ``rounds`` are those of forward and backward, or
+    of forward alone.
     """
     times = {
         way: {
-            "forward": [f for f, _ in found],
-            "backward": [b for _, b in found],
-            "both": [f + b for f, b in found],
+            **dict(zip(PHASES, zip(*found, strict=True), strict=False)),
+            "both": [sum(phases) for phases in found],
         }
         for way, found in rounds.items()
     }
     frozen = times.get("frozen", {})
     return {
-        way: {phase: _percentiles(mine[phase], frozen.get(phase)) for phase in PHASES}
+        way: {phase: _percentiles(mine[phase], frozen.get(phase)) for phase in mine}
         for way, mine in times.items()
     }
 

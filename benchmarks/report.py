@@ -17,6 +17,7 @@ PHASES = ("forward", "backward", "both")
 TIMES = ("forward", "ratio", "backward", "ratio", "both", "ratio")
 COLUMNS = (*TIMES, "of peak", "of copy", "kept", "peak")
 DECODER_COLUMNS = ("kept", "peak", "launches")
+MIXED_COLUMNS = (*TIMES, "by PEFT's", "peak")
 MODEL_COLUMNS = ("tokens", "s a step", "by PEFT's", "tokens/s", "peak MiB", "GFLOP a token")
 MOST_OF_ERROR = 120  # characters in a table; the JSON file has the whole line
 COLOURS = {
@@ -50,7 +51,7 @@ def write(path: Path, pictures: bool = True) -> None:
 
 
 def markdown(result: dict) -> str:
-    """Return the tables: a section for each problem, and one for whole models.
+    """Return the tables: a section for each problem, and one for all of each other kind.
 
     A run that was interrupted lacks what it did not come to.
     """
@@ -89,6 +90,10 @@ def markdown(result: dict) -> str:
         lines += decoders(result["decoder_layers"])
     if result.get("end_to_end"):
         lines += models(result["end_to_end"], "cuda" in machine)
+    if result.get("mixed_layers"):
+        lines += mixed_layers(result["mixed_layers"])
+    if result.get("mixed_models"):
+        lines += mixed_models(result["mixed_models"])
     missing = sorted(set(COLOURS) - {row["way"] for row in rows})
     if missing and result.get("problems"):
         lines += ["", f"Not measured on this machine: {', '.join(missing)}."]
@@ -143,7 +148,12 @@ def models(rows: list[dict], on_gpu: bool) -> list[str]:
     lines += ["Random weights, bf16, r = 16 on every linear, dropout 0.05."]
     if on_gpu:
         lines[-1] += " Steps begin on an idle GPU: the time that Python takes to issue them counts."
-    lines += ["", *_head(MODEL_COLUMNS, " model | batch | ", "---|---:|---")]
+    return [*lines, "", *_steps(rows, "batch")]
+
+
+def _steps(rows: list[dict], by: str) -> list[str]:
+    """Return a table of steps of models, which differ in what ``by`` names."""
+    lines = _head(MODEL_COLUMNS, f" model | {by} | ", "---|---:|---")
     for row in rows:
         cells = [
             _cell(row, "tokens", str),
@@ -153,9 +163,42 @@ def models(rows: list[dict], on_gpu: bool) -> list[str]:
             _cell(row, "peak_bytes", lambda size: f"{size / 2**20:.0f}"),
             _cell(row, "flops_per_token", lambda flops: f"{flops / 1e9:.3f}"),
         ]
-        names = f"{row['model']} | {row['batch']} | {row.get('way', '')}"
+        names = f"{row['model']} | {row[by]} | {row.get('way', '')}"
         lines.append(_line(names, cells, row))
     return lines
+
+
+def mixed_layers(problems: list[dict]) -> list[str]:
+    """Return the lines about layers whose samples have adapters of their own."""
+    lines = ["", "## Adapters mixed in one batch", ""]
+    lines += [
+        "A layer on 64 samples, as many for each adapter, next to each other or by turns; no "
+        "dropout. *PEFT* is its layer given `adapter_names`, which its models refuse in training. "
+        "On 64 tokens, one of each sample, forward alone without gradients."
+    ]
+    names = " layer | adapters | order | "
+    lines += ["", *_head(MIXED_COLUMNS, names, "---|---:|---|---")]
+    for problem in problems:
+        order = "by turns" if problem["by_turns"] else ""
+        about = f"{title(problem).partition(': ')[2]} | {problem['adapters']} | {order}"
+        if "error" in problem:
+            lines.append(f"| {about} | {_error(problem)} |" + " |" * len(MIXED_COLUMNS))
+        for row in problem["rows"]:
+            cells = _times(row, 2)
+            cells.append(_cell(row, "ratio_to_peft", _ratio))
+            cells.append(_cell(row, "peak_bytes", lambda size: f"{size / 2**20:.1f}"))
+            lines.append(_line(f"{about} | {row['way']}", cells, row))
+    return lines
+
+
+def mixed_models(rows: list[dict]) -> list[str]:
+    """Return the lines about training steps for several adapters."""
+    lines = ["", "## A training step for several adapters", ""]
+    lines += [
+        "As above, a batch of 8 with as many rows for each adapter: together in one batch, or one "
+        "adapter after another on its own rows. *by PEFT's*: by PEFT's in turn."
+    ]
+    return [*lines, "", *_steps(rows, "adapters")]
 
 
 def _head(columns: tuple[str, ...], names: str = " ", aligned: str = "---") -> list[str]:
@@ -240,6 +283,8 @@ def draw(result: dict, path: Path) -> None:
         pictures["decoder"] = draw_decoders
     if measured["end_to_end"]:
         pictures["memory"] = draw_memory
+    if measured["mixed_layers"]:
+        pictures["mixed"] = draw_mixed
     for name, picture in pictures.items():
         try:
             picture(measured, path.with_name(f"{path.stem}-{name}.png"))
@@ -253,7 +298,7 @@ def draw(result: dict, path: Path) -> None:
 def _measured(result: dict) -> dict:
     """Return ``result`` with nothing but what has figures."""
     found = {**result}
-    for section in ("problems", "decoder_layers"):
+    for section in ("problems", "decoder_layers", "mixed_layers"):
         rows_of = [
             {**problem, "rows": [row for row in problem["rows"] if "both" in row]}
             for problem in result.get(section, ())
@@ -364,6 +409,26 @@ def draw_memory(result: dict, path: Path) -> None:
     axes.set_ylabel("allocated by one step at its peak, MiB", color=INK)
     axes.grid(color=GRID)
     _finish(figure, axes, "Memory of a training step", result, path)
+
+
+def draw_mixed(result: dict, path: Path) -> None:
+    """Time of a layer by the frozen one's against the number of adapters in a batch."""
+    most = max(p["M"] for p in result["mixed_layers"])
+    chosen = [p for p in result["mixed_layers"] if p["M"] == most and not p["by_turns"]]
+    figure, axes = _figure(8, 4.8)
+    for way in ("fastlora", "PEFT"):
+        at = [(p["adapters"], _row(p, way)) for p in chosen]
+        at = sorted((n, row["both"]["ratio"]) for n, row in at if row and row["both"]["ratio"])
+        if at:
+            axes.plot(*zip(*at, strict=True), "o-", color=DECODER_COLOURS[way], label=way)
+    axes.axhline(1.0, color=COLOURS["frozen"], linewidth=1.5, label="frozen layer")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("adapters in a batch", color=INK)
+    axes.set_ylabel("forward + backward, time by the frozen layer's", color=INK)
+    axes.grid(color=GRID)
+    title_of = title(result["mixed_layers"][0]).partition(": ")[2]
+    _finish(figure, axes, f"Adapters mixed in one batch: {title_of}", result, path)
 
 
 def _figure(width: float, height: float):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``make bench``: the whole table for this machine, as JSON, Markdown and plots.
 
-python benchmarks/run.py [--minutes 8] [--output benchmarks/results] [--only TEXT]
+python benchmarks/run.py [--minutes 9.7] [--output benchmarks/results] [--only TEXT]
 
 The files are written anew after every problem, the plots after every section: whatever ends a run
 leaves what was measured until then.
@@ -22,6 +22,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's own messages
 
 import decoder_layer
 import end_to_end
+import mixed_layer
+import mixed_model
 import report
 import torch
 from baselines import WAYS
@@ -61,16 +63,16 @@ def sections(device: str) -> list[Section]:
         Section(
             name="problems",
             title="layers",
-            share=0.5,
+            share=0.41,
             problems=list(problems(device)),
             ways=list(WAYS),
             measure=measure,
-            entries=lambda problem, found: [{**described(problem), **found}],
+            entries=of_layers,
         ),
         Section(
             name="decoder_layers",
             title="decoder layers",
-            share=0.2,
+            share=0.165,
             problems=list(decoder_layer.problems(device)),
             ways=list(decoder_layer.WAYS),
             measure=decoder_layer.measure,
@@ -79,25 +81,50 @@ def sections(device: str) -> list[Section]:
         Section(
             name="end_to_end",
             title="training steps of whole models",
-            share=0.3,
+            share=0.25,
             problems=list(end_to_end.problems(device)),
             ways=list(end_to_end.WAYS),
             measure=end_to_end.Measure(),
             entries=of_models,
         ),
+        Section(
+            name="mixed_layers",
+            title="adapters mixed in a layer",
+            share=0.03,
+            problems=list(mixed_layer.problems(device)),
+            ways=list(mixed_layer.WAYS),
+            measure=mixed_layer.measure,
+            entries=of_layers,
+        ),
+        Section(
+            name="mixed_models",
+            title="training steps of mixed adapters",
+            share=0.145,
+            problems=list(mixed_model.problems(device)),
+            ways=list(mixed_model.WAYS),
+            measure=mixed_model.Measure(),
+            entries=lambda p, found: [
+                {**row, "adapters": p.adapters} for row in of_models(p, found)
+            ],
+        ),
     ]
+
+
+def of_layers(problem: object, found: dict) -> list[dict]:
+    """Return one entry that holds the rows of all ways."""
+    return [{**described(problem), **found}]
 
 
 def of_models(problem: end_to_end.Problem, found: dict) -> list[dict]:
     """Return a row for each way, or one for all of them where the model itself failed."""
-    named = {"model": problem.name, "batch": problem.batch, "tokens": problem.tokens}
+    named = {"model": problem.model, "batch": problem.batch, "tokens": problem.tokens}
     return [{**named, **row} for row in found["rows"] or [{"error": found["error"]}]]
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--minutes", type=float, default=8.0, help="start nothing new after so long"
+        "--minutes", type=float, default=9.7, help="start nothing new after so long"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--only", default="", help="measure only what has this in its name")
@@ -125,7 +152,7 @@ def run(chosen: list[Section], device: torch.device, until: float, path: Path) -
     A section gets its share of the time that is left, so that what one does not use is for others.
     """
     result = {"machine": machine(device), "ceilings": {}}
-    result |= {"problems": [], "decoder_layers": [], "end_to_end": [], "left_out": []}
+    result |= {section.name: [] for section in sections(device.type)} | {"left_out": []}
     layers = [p for section in chosen if section.name == "problems" for p in section.problems]
     for dtype in sorted({p.dtype for p in layers}, key=str):
         result["ceilings"][str(dtype)] = ceilings(device, dtype)

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import baselines
 import decoder_layer
 import measure
+import mixed_layer
 import pytest
 import torch
 from baselines import WAYS, Problem, cannot
@@ -86,6 +87,24 @@ def test_all_ways_compute_the_same_decoder_layer(name, small_decoders):
     assert len(found) == 4
     for way, mine in found.items():
         torch.testing.assert_close(mine, found["PEFT"], rtol=1e-4, atol=1e-4, msg=way)
+
+
+@pytest.mark.parametrize("by_turns", [False, True])
+def test_ours_mixes_adapters_as_pefts_layer_does(by_turns):
+    some = {**vars(PROBLEM), "name": "mixed", "M": 192, "p": 0.0}
+    problem = mixed_layer.Problem(**some, adapters=16, by_turns=by_turns)
+    assert (
+        len(set(problem.names)) == 16
+        and (sorted(problem.names, key=int) == problem.names) != by_turns
+    )
+    x, dy = (t.detach().unflatten(0, (64, 3)) for t in problem.inputs())
+    linear, found = problem.linear(), []
+    for way in ("fastlora", "PEFT"):
+        layer = mixed_layer.WAYS[way](problem, measure.sharing(linear))
+        step = measure.Step(layer, x.requires_grad_(), dy)
+        assert len(step.trained) == 1 + 2 * 16
+        found.append([layer(x), *torch.autograd.grad(layer(x), step.trained, dy)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def assert_shared(frozen, ways):
