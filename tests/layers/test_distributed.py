@@ -30,7 +30,7 @@ from fastlora.peft import linear as peft_layer
 
 LORA = {"r": 4, "init_lora_weights": False}
 STEPS = 4
-CASES = list(itertools.product(("ours", "patched", "siblings"), ("ddp", "fsdp2")))
+CASES = [*itertools.product(("ours", "patched", "siblings"), ("ddp", "fsdp2")), ("mixed", "ddp")]
 
 
 def build(whose, alone=False):
@@ -105,6 +105,35 @@ def trains_as_one(rank, whose, how, folder):
         assert torch.equal(value, before[name]) == ("lora_" not in name), name
 
 
+def mixes_as_one(rank):
+    """Each process has names of its own, whose gradients are those of both batches on one."""
+    names = [["a", "a", "b", None], ["b", "c", "c", "c"]]
+    torch.manual_seed(1)
+    batches = torch.randn(2, 4, 3, 8).unbind()
+    model = build("patched", alone=True)
+    for name in "abcd":  # and d is nobody's
+        model.add_adapter(name, LoraConfig(target_modules=["0", "2"], **LORA))
+    model.set_requires_grad(list("abcd"))
+    fastlora.patch_peft(model)
+    alone = copy.deepcopy(model)
+    with fastlora.adapters_by_sample(alone, [*names[0], *names[1]]):
+        y = alone(torch.cat(batches))
+    (y.square().mean((1, 2)).sum() / 2).backward()
+    found = {n.split(".")[-2] for n, p in alone.named_parameters() if p.grad is not None}
+    assert found == set("abc")
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    for again in (False, True):
+        model.zero_grad()
+        with fastlora.adapters_by_sample(wrapped, names[rank]):
+            y = wrapped(batches[rank])
+        y.square().mean((1, 2)).sum().backward()
+        for (name, mine), other in zip(model.named_parameters(), alone.parameters(), strict=True):
+            if other.grad is None:
+                assert mine.grad is None or not mine.grad.any(), name
+            else:
+                torch.testing.assert_close(mine.grad, other.grad, msg=f"{name}, {again}")
+
+
 def worker(rank, folder):
     """Note what each case comes to, and leave without freeing the process group.
 
@@ -126,9 +155,13 @@ def worker(rank, folder):
                 continue
             for each in (fused, groups, mlps):
                 each.reset_mock()
-            trains_as_one(rank, whose, how, folder / f"{whose}-{how}-saved")
+            if whose == "mixed":
+                mixes_as_one(rank)
+            else:
+                trains_as_one(rank, whose, how, folder / f"{whose}-{how}-saved")
             calls = fused.call_count, groups.run_checked.call_count, mlps.call_count
             wanted = {"patched": (2 * STEPS, 0, 0), "siblings": (0, STEPS, STEPS)}
+            wanted["mixed"] = (2 * 3, 0, 0)
             assert calls == wanted.get(whose, (0, 0, 0)), calls
             dist.barrier()  # the other process may still be asking for this one's shards
             (folder / f"{whose}-{how}-{rank}").touch()
