@@ -26,7 +26,7 @@ def outputs(x: Tensor, projections: Projections, observed: bool, naive=False) ->
         if type(one.w) is slice:
             ys[-1] = _joined(ys[-1], x, one)
         elif type(one.scaling) is Segments:
-            frozen = one._replace(a=None, b=None, seed=None)
+            frozen = one._replace(a=None, b=None, seed=None, scaling=1.0)
             (y,) = outputs(x, [frozen], observed, naive)
             ys.append(_joined(y, x, one._replace(w=slice(None))))
         elif naive:

@@ -2,13 +2,17 @@
 """Adapters mixed in one batch: `adapters_by_sample`, for training as for inference."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.layers.classes import unwrapped
 from fastlora.layers.mixed import Block
+
+CHECKPOINT = "_gradient_checkpointing_func"  # what transformers has its layers call
 
 
 @contextlib.contextmanager
@@ -25,22 +29,40 @@ def adapters_by_sample(
     under ``torch.compile`` the layers run in eager mode. Which adapters train is PEFT's:
     ``model.set_requires_grad(["a", "b"])``.
 
-    Where checkpoints compute again in backward, backward has to be inside of the block as well.
+    Checkpoints of transformers' models find the block again in backward, wherever that is; where
+    others compute again, backward has to be inside of the block as well.
     Raises ValueError or TypeError for names that no adapter has, for lengths that do not go with
     them, and for models whose adapters can't be mixed: not patched, merged, or with parts beside
     fused layers, such as DoRA or ``modules_to_save``. Layers raise where what they get is of
     another number of samples.
     """
-    layers = _checked(unwrapped(model), names, lengths)
-    block = Block(tuple(names), lengths)
+    model = unwrapped(model)
+    layers, block = _checked(model, names, lengths), Block(tuple(names), lengths)
+    checkpoints = {m: vars(m)[CHECKPOINT] for m in model.modules() if CHECKPOINT in vars(m)}
     try:
         for layer in layers:
             layer._by_sample = block
+        for module, checkpoint in checkpoints.items():
+            own = [m for m in module.modules() if getattr(m, "_by_sample", None) is block]
+            vars(module)[CHECKPOINT] = functools.partial(_checkpointed, block, own, checkpoint)
         yield
     finally:
         block.ended = True
+        for module, checkpoint in checkpoints.items():
+            vars(module)[CHECKPOINT] = checkpoint
         for layer in layers:  # it stays where a checkpoint may ask for it, until the next forward
             layer._by_sample = block if block.checkpointed else None
+
+
+def _checkpointed(block: Block, layers: list[nn.Module], checkpoint: Callable, *given: Any) -> Any:
+    """Call ``checkpoint`` with a function that runs within the block, now and in backward."""
+    function, *args = given
+
+    def run(*args: Any) -> Any:
+        with block.within(layers):
+            return function(*args)
+
+    return checkpoint(run, *args)
 
 
 def _checked(model: nn.Module, names: Sequence, lengths: Sequence[int] | None) -> list[nn.Module]:

@@ -11,6 +11,7 @@ from acceptance import accept
 import fastlora
 from fastlora import Projection
 from fastlora.operator.dropout import keep_mask, kept_scale
+from fastlora.operator.weights import Quantised
 
 # By how rows are cut: ends, ranks (None: no adapter), scalings, dropout; one has no rows.
 CUTS = {
@@ -206,3 +207,35 @@ def test_a_wrong_adapter_is_named():
         ValueError, match=r"projections\[1\], rows 12 to 13: lora_B must be \[8, 3\]"
     ):
         fastlora.lora_linears(x, projections, segments=ENDS)
+
+
+@pytest.mark.parametrize("impl", ["blocks", "library"])
+def test_quantised_and_opaque_bases(impl, monkeypatch):
+    x, projections = problem(torch.float32)
+    right = results(loop(x, projections), x, projections)
+    kept = [Quantised(one.weight, one.weight.shape, x.dtype, lambda w: w) for one in projections]
+    given = [one._replace(weight=w) for one, w in zip(projections, kept, strict=True)]
+    close(
+        results(fastlora.lora_linears(x, given, segments=ENDS, impl=impl), x, projections),
+        right,
+        "library",
+    )
+    monkeypatch.setattr("fastlora.operator.plans.FORCED", impl)
+    ys = []
+    for one in projections:
+        rows = itertools.pairwise(ENDS)
+        each = zip(rows, *one[1:3], one.scaling, strict=True)
+        adapters = [Projection(slice(*of), a, b, None, c) for of, a, b, c in each if a is not None]
+        y = F.linear(x, one.weight, one.bias)
+        ys.append(fastlora.functional.add_low_rank(y, x, adapters))
+    close(results(ys, x, projections), right, "library")
+
+
+def test_second_derivatives_where_kernels_run():
+    x, projections = problem(torch.float32, widths=(4,))
+    found = []
+    for impl in ("blocks", "library"):
+        (y,) = fastlora.lora_linears(x, projections, segments=ENDS, impl=impl)
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), [x, *trained(projections)]))
+    close(*found, "library")

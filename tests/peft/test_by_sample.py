@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import fastlora
 from fastlora import adapters_by_sample, losses_by_adapter, patch_peft
+from fastlora.peft import by_sample
 
 NAMES = ["a", "b", None, "b", "a", "c"]
 THEIRS = [name or "__base__" for name in NAMES]  # as PEFT takes them
@@ -131,12 +132,39 @@ def test_checkpoints(reentrant, p):
 
 @pytest.mark.parametrize("siblings", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpoint_outside_of_the_block_is_an_error(reentrant, siblings):
+def test_checkpoints_find_their_own_block(reentrant, siblings):
+    """Whose backward may come in another one, or outside."""
+    model = mixed()
+    patch_peft(model, fuse_siblings=siblings)
+    orders, found, own = (NAMES, NAMES[::-1]), [], by_sample.CHECKPOINT
+    for again in (False, True):
+        if again:
+            model.enable_input_require_grads()
+            options = {"use_reentrant": reentrant}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        model.zero_grad()
+        ys, functions = [], [vars(m).get(own) for m in model.modules()]
+        for names in orders:
+            with adapters_by_sample(model, names):
+                ys.append(model(input_ids=IDS, use_cache=False).logits)
+                if len(ys) == 2:
+                    weighted(ys[0]).backward()
+        assert [vars(m).get(own) for m in model.modules()] == functions
+        weighted(ys[1]).backward()
+        found.append({n: p.grad for n, p in trained(model).items()})
+    assert_close(*found)
+    assert not any(getattr(m, "_by_sample", None) for m in model.modules())
+
+
+@pytest.mark.parametrize("siblings", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_another_checkpoint_outside_of_the_block_is_an_error(reentrant, siblings, monkeypatch):
     model = mixed()
     patch_peft(model, fuse_siblings=siblings)
     model.enable_input_require_grads()
     options = {"use_reentrant": reentrant}
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    monkeypatch.setattr("fastlora.peft.by_sample.CHECKPOINT", "another's")
     with adapters_by_sample(model, NAMES):
         y = model(input_ids=IDS, use_cache=False).logits
     with pytest.raises(RuntimeError, match="backward has to be inside of its block too"):
@@ -296,3 +324,17 @@ def test_models_that_cannot_mix():
         y = model(input_ids=IDS).logits
     with model.disable_adapter():
         assert torch.equal(y, model(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("impl", ["library", "triton"])
+def test_the_kernels_take_mixed_batches(impl, monkeypatch):
+    """As on a GPU: siblings, and gated MLPs in which an adapter has no part."""
+    model = mixed(dtype=torch.float32)
+    patch_peft(model, fuse_siblings=True)
+    right = alone(model, lambda i: model(IDS[i : i + 1]).logits)
+    expected = grads(model, weighted(right))
+    monkeypatch.setattr("fastlora.operator.plans.FORCED", impl)
+    with adapters_by_sample(model, NAMES):
+        found = model(IDS).logits
+    assert_close(found, right, rtol=1e-4, atol=1e-4)
+    assert_close(grads(model, weighted(found)), expected, rtol=1e-3, atol=1e-3)

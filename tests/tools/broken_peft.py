@@ -6,7 +6,7 @@ from broken_copies import Mutant
 HOSTILE, FILES = "peft/test_hostile_adapters.py::test_", "peft/test_adapter_files.py::test_"
 FUSED, REASONS = "peft/test_peft.py::test_", "peft/test_peft_reasons.py::test_"
 BY_SAMPLE = "peft/test_by_sample.py::test_"
-OUTSIDE = f"{BY_SAMPLE}a_checkpoint_outside_of_the_block_is_an_error"
+OUTSIDE = f"{BY_SAMPLE}another_checkpoint_outside_of_the_block_is_an_error"
 OPAQUE = "peft/test_opaque.py::test_"
 QUANTISED = "peft/test_quantised.py::test_"
 LEFT = "layers/test_sibling_search.py::test_unloaded_models_are_plain"
@@ -75,7 +75,11 @@ COPIES = {
         "any number of samples is taken": "and not torch.is_grad_enabled() => or True",
     },
     ("../layers/mixed", OUTSIDE): {
-        "a checkpoint may ask after the block": "        if self.ended: =>         if False:",
+        "a checkpoint may ask after the block": "if self.ended and not self.inside: => if False:",
+    },
+    ("by_sample", f"{BY_SAMPLE}checkpoints_find_their_own_block"): {
+        "a checkpoint takes the names of now": "with block.within(layers): => if True:",
+        "a model keeps a block": "[CHECKPOINT] = checkpoint\n => [CHECKPOINT]\n",
     },
     ("by_sample", OUTSIDE): {
         "checkpoints do not find the block": "block if block.checkpointed else => 0 or",
