@@ -53,19 +53,20 @@ def _is_cut(one: Operands) -> bool:
 
 
 def _stack(base: Operands, group: Sequence[Operands], ends: list[int]) -> Operands:
-    first, rank, last = group[0], max(len(one.a) for one in group), len(ends) - 1
+    rank, last, seed = max(len(one.a) for one in group), len(ends) - 1, None
     dtype = functools.reduce(torch.promote_types, (one.a.dtype for one in group))
-    a = [first.a.new_zeros(rank, first.a.shape[1], dtype=dtype)] * last
-    b = [first.b.new_zeros(len(first.b), rank, dtype=dtype)] * last
-    numbers, seed = [(1.0, 0.0)] * last, None
+    (_, a, b, *_), numbers = group[0], [(1.0, 0.0)] * last
+    if len(group) < last:  # some rows have none
+        a = a.new_zeros(rank, a.shape[1], dtype=dtype)
+        b = b.new_zeros(len(b), rank, dtype=dtype)
+    a, b = [a] * last, [b] * last
     for one in group:
         last -= one.w.start == one.w.stop
-        g = ends.index(one.w.start) if one.w.start < one.w.stop else last
-        missing = rank - len(one.a)
-        a[g], b[g] = (
-            F.pad(one.a, (0, 0, 0, missing)).to(dtype),
-            F.pad(one.b, (0, missing)).to(dtype),
-        )
+        g, missing = ends.index(one.w.start), rank - len(one.a)
+        g = g if one.w.start < one.w.stop else last
+        a[g], b[g] = one.a.to(dtype), one.b.to(dtype)
+        if missing:
+            a[g], b[g] = F.pad(a[g], (0, 0, 0, missing)), F.pad(b[g], (0, missing))
         numbers[g] = one.scaling, 0.0 if one.seed is None else one.p
         seed = seed if one.seed is None else one.seed
     of = Segments(tuple(ends), *zip(*numbers, strict=True))

@@ -163,7 +163,8 @@ def _columns(projections: Projections, few: Sequence[int]) -> tuple[tuple, ...]:
 
 
 def _own(segments: lists.Segments | None, few: Sequence[int]) -> lists.Segments | None:
-    return None if segments is None else (segments[0], _taken(segments[1], few))
+    own = None if segments is None else _taken(segments[1], few)
+    return None if own is None or own.count(None) == len(own) else (segments[0], own)
 
 
 def _taken(values: Sequence, few: Sequence[int]) -> tuple:

@@ -145,6 +145,8 @@ CASES = [
 # Ranks that other tests lack: the lowest, one between the tiles, one above the largest.
 RANKS = ("fp32", 512), ("bf16", 1), ("bf16", 33), ("fp16", 512), ("bf16-fp32", 512)
 CASES += [("triton", Joint(304, 208, (272,), (r,), kind, dropout_p=(0.1,))) for kind, r in RANKS]
+CUT = Joint(1000, 152, (144,), (16,), "bf16", dropout_p=(0.1,), ends=(0, 7, 500, 500, 1000))
+CASES += [("triton", CUT), ("library", CUT)]
 
 
 @pytest.mark.parametrize(("body", "joint"), CASES, ids=str)

@@ -56,6 +56,8 @@ def cases() -> list[tuple[Joint, int]]:
     # Rows that are cut, into one segment, more than a tile has rows, and some without any.
     cuts = (0, 70), (0, 0, 37, 37, 40, 70, 70), tuple(range(0, 71, 2))
     shapes = ((50,), (5,)), ((40, 20, 33), (17, 0, 3)), ((24, 33), (40, 64))
+    some = {"dropout_p": (0.0,) * 5, "biases": (True,) * 5, "ends": (0, 4, 20)}
+    found.append((Joint(20, 24, (8,) * 5, (3, 0, 0, 0, 0), "bf16", **some), 0))  # two launches
     for kind, (sizes, ranks), p, ends in covering(list(KINDS), shapes, DROPOUTS, cuts):
         joint = Joint(70, 40, sizes, ranks, kind, "low_rank", p, seed=len(found), ends=ends)
         found.append((joint, len(found) % 5))

@@ -101,8 +101,8 @@ COPIES = {
     ("../operator/segments", "operator/test_segments.py::test_as_a_loop"): [
         (
             "a rank is taken for the widest",
-            "F.pad(one.b, (0, missing))",
-            "F.pad(one.b, (missing, 0))",
+            "F.pad(b[g], (0, missing))",
+            "F.pad(b[g], (missing, 0))",
         ),
         ("a segment without rows counts", "last -= one.w.start == one.w.stop", "last -= 1"),
         ("segments that are no neighbours go together", "(w.start - size * i, size,", "(size,"),
