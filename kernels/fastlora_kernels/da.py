@@ -15,7 +15,7 @@ from fastlora_kernels.dropout import keep_scales, keep_tile
 from fastlora_kernels.ds_db import split
 from fastlora_kernels.launch import Launch, default_of, empty
 from fastlora_kernels.locate import locate, number_of, pointer_of
-from fastlora_kernels.segments import masks_of, rows_of
+from fastlora_kernels.segments import keep_froms_of, kept_scales_of, rows_of
 from fastlora_kernels.sums import add_up
 from fastlora_kernels.tiles import dot, triton_dtype
 
@@ -32,12 +32,14 @@ def da_kernel(
     # Neighbours read the same elements of x.
     first_k = tl.program_id(0) // tiles_r * BLOCK_K
     split = tl.program_id(1)
-    first_row, end, g = rows_of(split, M, offsets_ptr, G, steps * BLOCK_M)
+    first_row = split * steps * BLOCK_M
+    last = M
     if offsets_ptr is not None:
-        if first_row >= end:
+        first_row, last, g = rows_of(split, M, offsets_ptr, G, steps * BLOCK_M)
+        if first_row >= last:
             return
-        scales, keep_froms = masks_of(number_ptrs, g, G, ACC)
-    end = min(first_row + steps * BLOCK_M, end)
+        keep_froms = keep_froms_of(number_ptrs, g, G)
+    end = min(first_row + steps * BLOCK_M, last)
     offs_k = first_k + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     columns = offs_k.to(tl.int64)
@@ -54,7 +56,7 @@ def da_kernel(
         ranks = (number_of(of, ranks, tl.int32),)
         keep_froms = (number_of(of, keep_froms, tl.int32),)
         if offsets_ptr is not None:
-            scales = (number_of(of, scales, ACC),)
+            number_ptrs = (pointer_of(of, number_ptrs),)
     offs_r = offs_r.to(tl.int64)
     sums = ()
     for _ in tl.static_range(len(ds_ptrs)):
@@ -62,7 +64,7 @@ def da_kernel(
     for m in range(first_row, end, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         rows = offs_m.to(tl.int64)
-        mask_m = offs_m < end
+        mask_m = offs_m < last
         # Loaded the other way round: through tl.trans it would lose its cp.async pipeline.
         x_ptrs = x_ptr + columns[:, None] * stride_xk + rows[None, :] * stride_xm
         x = tl.load(x_ptrs, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
@@ -77,6 +79,8 @@ def da_kernel(
                 x_hat = (x.to(ACC) * tl.trans(keep).to(ACC)).to(x.dtype)
             added = added + (dot(x_hat, ds, sums[i]),)  # [BLOCK_K, BLOCK_M] @ [BLOCK_M, BLOCK_R]
         sums = added
+    if offsets_ptr is not None:
+        scales = kept_scales_of(number_ptrs, g, G, ACC)
     for i in tl.static_range(len(ds_ptrs)):
         # Partial sums are [R, K] for each split.
         part_ptr = part_ptrs[i] + split.to(tl.int64) * K * ranks[i]

@@ -39,13 +39,14 @@ def ds_db_kernel(
     offs_r = tl.program_id(0) % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     ranks = offs_r.to(tl.int64)
-    first_row, end, g = rows_of(split, M, offsets_ptr, G, steps * BLOCK_M)
+    first_row = split * steps * BLOCK_M
+    last = M
     if offsets_ptr is not None:
-        if first_row >= end:
+        first_row, last, g = rows_of(split, M, offsets_ptr, G, steps * BLOCK_M)
+        if first_row >= last:
             return
         (b_ptr,) = stack_at((b_ptr,), g, strides_bg)
         (scale,) = scalings_of(number_ptrs, g, ACC)
-    end = min(first_row + steps * BLOCK_M, end)
 
     if NEED_DB and (not NEED_DS or ON_THE_WAY or tile < tiles_n):
         # dyᵀ s of a column tile, over the rows of the split.
@@ -57,9 +58,9 @@ def ds_db_kernel(
             b_ptrs = b_ptr + columns[:, None] * stride_bn + ranks[None, :] * stride_br
             b = tl.load(b_ptrs, mask=mask_nr, other=0.0)
         db = tl.zeros((BLOCK_N, BLOCK_R), dtype=ACC)
-        for m in range(first_row, end, BLOCK_M):
+        for m in range(first_row, min(first_row + steps * BLOCK_M, last), BLOCK_M):
             offs_m = m + tl.arange(0, BLOCK_M)
-            mask_m = offs_m < end
+            mask_m = offs_m < last
             rows = offs_m.to(tl.int64)
             # Loaded the other way round: through tl.trans it would lose its cp.async pipeline.
             dy_ptrs = dy_ptr + columns[:, None] * stride_dyn + rows[None, :] * stride_dym
@@ -85,7 +86,7 @@ def ds_db_kernel(
             tile -= tiles_n
         chunk = tile // steps
         offs_m = first_row + tile % steps * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < end
+        mask_m = offs_m < last
         rows = offs_m.to(tl.int64)
         mask_mr = mask_m[:, None] & mask_r[None, :]
         ds = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)

@@ -19,7 +19,13 @@ from fastlora_kernels.dropout import keep_scales, keep_tile
 from fastlora_kernels.launch import Launch, default_of, empty, noted
 from fastlora_kernels.locate import number_of, pointer_of
 from fastlora_kernels.outputs import readable, runnable
-from fastlora_kernels.segments import masks_of, row_tiles, rows_of, stack_at
+from fastlora_kernels.segments import (
+    keep_froms_of,
+    kept_scales_of,
+    row_tiles,
+    rows_of,
+    stack_at,
+)
 from fastlora_kernels.tiles import (
     add_low_rank,
     add_product,
@@ -52,7 +58,8 @@ def input_grad_kernel(
         if first_m >= end:
             return
         a_ptrs = stack_at(a_ptrs, g, strides_ag)
-        scales, keep_froms = masks_of(number_ptrs, g, G, ACC)
+        scales = kept_scales_of(number_ptrs, g, G, ACC)
+        keep_froms = keep_froms_of(number_ptrs, g, G)
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = wrapped(offs_m, M)

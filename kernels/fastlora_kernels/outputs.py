@@ -50,7 +50,6 @@ def outputs_kernel(
         if first_m >= end:
             return
         b_ptrs = stack_at(b_ptrs, g, strides_bg)
-        scales = scalings_of(number_ptrs, g, ACC)
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = wrapped(offs_m, M)
@@ -60,6 +59,8 @@ def outputs_kernel(
     if HAS_LOW_RANK:
         of_b = ranks, strides_bn, strides_br
         acc = add_low_rank(acc, i, s_ptrs, b_ptrs, rows, columns, *of_b, dtype, BLOCK_R)
+        if offsets_ptr is not None:
+            scales = scalings_of(number_ptrs, g, ACC)
         acc *= tl.cast(number_of(i, scales, ACC), ACC)
     w_ptr = pointer_of(i, w_ptrs)
     of_w = number_of(i, strides_wn, tl.int64), number_of(i, strides_wk, tl.int64)

@@ -63,11 +63,18 @@ def scalings_of(number_ptrs, g, dtype: tl.constexpr):
 
 
 @triton.jit
-def masks_of(number_ptrs, g, G, dtype: tl.constexpr):
-    """Return the same of what kept elements are multiplied by, and of ``keep_from``."""
-    scales = ()
-    froms = ()
+def kept_scales_of(number_ptrs, g, G, dtype: tl.constexpr):
+    """Return the same of what kept elements are multiplied by."""
+    found = ()
     for i in tl.static_range(len(number_ptrs)):
-        scales = scales + (tl.load(number_ptrs[i] + G + g).to(dtype),)
-        froms = froms + (tl.load(number_ptrs[i] + 2 * G + g).to(tl.int32),)
-    return scales, froms
+        found = found + (tl.load(number_ptrs[i] + G + g).to(dtype),)
+    return found
+
+
+@triton.jit
+def keep_froms_of(number_ptrs, g, G):
+    """Return the same of ``keep_from``."""
+    found = ()
+    for i in tl.static_range(len(number_ptrs)):
+        found = found + (tl.load(number_ptrs[i] + 2 * G + g).to(tl.int32),)
+    return found

@@ -12,7 +12,7 @@ from fastlora_kernels.dropout import keep_scales, keep_tile
 from fastlora_kernels.launch import Launch, default_of, empty
 from fastlora_kernels.locate import locate, number_of, pointer_of
 from fastlora_kernels.outputs import scaled_before
-from fastlora_kernels.segments import masks_of, rows_of, stack_at
+from fastlora_kernels.segments import keep_froms_of, kept_scales_of, rows_of, stack_at
 from fastlora_kernels.tiles import dot, triton_dtype, wrapped
 
 
@@ -33,7 +33,7 @@ def shrink_kernel(
         if first_m >= end:
             return
         a_ptrs = stack_at(a_ptrs, g, strides_ag)
-        scales, keep_froms = masks_of(number_ptrs, g, G, ACC)
+        keep_froms = keep_froms_of(number_ptrs, g, G)
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     rows = wrapped(offs_m, M)
@@ -56,6 +56,8 @@ def shrink_kernel(
         strides_ar = (number_of(of, strides_ar, tl.int64),)
         strides_ak = (number_of(of, strides_ak, tl.int64),)
         scales = (number_of(of, scales, ACC),)
+        if offsets_ptr is not None:
+            number_ptrs = (pointer_of(of, number_ptrs),)
         keep_froms = (number_of(of, keep_froms, tl.int32),)
     sums = ()
     a_tiles = ()
@@ -88,6 +90,8 @@ def shrink_kernel(
         sums = added
         a_tiles = moved
         x_ptrs += step_x
+    if offsets_ptr is not None:
+        scales = kept_scales_of(number_ptrs, g, G, ACC)
     for i in tl.static_range(len(s_ptrs)):
         mask = mask_m[:, None] & (offs_r < ranks[i])[None, :]
         s = sums[i] * tl.cast(scales[i], ACC)

@@ -113,7 +113,7 @@ COPIES = {
         "da of the first ds": "tl.load(ds_ptrs[i] + offs => tl.load(ds_ptrs[0] + offs",
     },
     ((LONG,), "da.py"): {
-        "da of the first split": "rows_of(split, M => rows_of(0, M",
+        "da of the first split": "first_row = split * steps * BLOCK_M => first_row = 0",
     },
     ((LONG,), "sums.py"): {
         "da not scaled": "tl.cast(number_of(i, scales, ACC), ACC) => 1.0",
@@ -121,7 +121,7 @@ COPIES = {
     },
     ((SHRINK,), "ds_db.py"): {
         "ds of the wrong sign": "dot(tl.trans(dy), b, ds) => dot(tl.trans(dy), -b, ds)",
-        "rows of later splits lost": "(first_row + steps * BLOCK_M, end) => (steps * BLOCK_M, end)",
+        "rows of later splits lost": "(first_row + steps * BLOCK_M, last) => (steps * BLOCK_M, last)",
     },
     ((HIGH,), "ds_db.py"): {
         "ds of the wrong sign at a high rank": "dot(dy, b, ds) => dot(dy, -b, ds)",
@@ -149,12 +149,12 @@ COPIES = {
     },
     ((CUT,), "ds_db.py"): {
         "db of the next segment's rows": (
-            "            mask_m = offs_m < end =>             mask_m = offs_m < M"
+            "            mask_m = offs_m < last =>             mask_m = offs_m < M"
         ),
         "db not scaled by its segment": "            db *= scale =>             pass",
     },
     ((CUT,), "da.py"): {
-        "da of the next segment's rows": "mask_m = offs_m < end => mask_m = offs_m < M",
+        "da of the next segment's rows": "mask_m = offs_m < last => mask_m = offs_m < M",
         "da not scaled by its segment": "            part *= scales[i] =>             pass",
     },
     ((CUT,), "sums.py"): {
