@@ -15,8 +15,8 @@ from fastlora_kernels.dropout import keep_scales, keep_tile
 from fastlora_kernels.ds_db import split
 from fastlora_kernels.launch import Launch, default_of, empty
 from fastlora_kernels.locate import locate, number_of, pointer_of
-from fastlora_kernels.segments import keep_froms_of, kept_scales_of, rows_of
-from fastlora_kernels.sums import add_up
+from fastlora_kernels.segments import keep_froms_of, rows_of
+from fastlora_kernels.sums import KEPT_SCALE, add_up
 from fastlora_kernels.tiles import dot, triton_dtype
 
 
@@ -39,6 +39,8 @@ def da_kernel(
         if first_row >= last:
             return
         keep_froms = keep_froms_of(number_ptrs, g, G)
+        if HAS_DROPOUT:  # a register less, which sm_120 would spill
+            last = min(first_row + steps * BLOCK_M, last)
     end = min(first_row + steps * BLOCK_M, last)
     offs_k = first_k + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
@@ -55,8 +57,6 @@ def da_kernel(
             seed_ptrs = (pointer_of(of, seed_ptrs),)
         ranks = (number_of(of, ranks, tl.int32),)
         keep_froms = (number_of(of, keep_froms, tl.int32),)
-        if offsets_ptr is not None:
-            number_ptrs = (pointer_of(of, number_ptrs),)
     offs_r = offs_r.to(tl.int64)
     sums = ()
     for _ in tl.static_range(len(ds_ptrs)):
@@ -79,16 +79,11 @@ def da_kernel(
                 x_hat = (x.to(ACC) * tl.trans(keep).to(ACC)).to(x.dtype)
             added = added + (dot(x_hat, ds, sums[i]),)  # [BLOCK_K, BLOCK_M] @ [BLOCK_M, BLOCK_R]
         sums = added
-    if offsets_ptr is not None:
-        scales = kept_scales_of(number_ptrs, g, G, ACC)
     for i in tl.static_range(len(ds_ptrs)):
         # Partial sums are [R, K] for each split.
         part_ptr = part_ptrs[i] + split.to(tl.int64) * K * ranks[i]
-        part = sums[i]
-        if offsets_ptr is not None:
-            part *= scales[i]
         mask = mask_k[:, None] & (offs_r < ranks[i])[None, :]
-        tl.store(part_ptr + (columns[:, None] + offs_r[None, :] * K), part, mask=mask)
+        tl.store(part_ptr + (columns[:, None] + offs_r[None, :] * K), sums[i], mask=mask)
 
 
 def da(x, ds, seeds, p, config: Config | None = None, segments=None):
@@ -111,7 +106,6 @@ def da(x, ds, seeds, p, config: Config | None = None, segments=None):
     parts = tuple(empty(x, splits, r, K, dtype=acc) for r in ranks)
     launch(x, ds, seeds if together else lists.filled(seeds), parts, offsets, numbers)
     found = tuple(empty(ds[0], *(G,)[:G], r, K) for r in ranks)
-    if G:  # scaled already
-        scales = (1.0,) * count
-    add_up(parts, found, scales, offsets, [steps * config.block_m if G else 0] * count)
+    of_parts = (offsets, numbers, [steps * config.block_m] * count) if G else ()
+    add_up(parts, found, scales, KEPT_SCALE, *of_parts)
     return found

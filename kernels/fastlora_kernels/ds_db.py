@@ -14,7 +14,7 @@ from fastlora_kernels import lists
 from fastlora_kernels.configs import ON_THE_WAY_RANK, Chip, Config, cdiv
 from fastlora_kernels.launch import Launch, default_of, empty
 from fastlora_kernels.segments import rows_of, scalings_of, stack_at
-from fastlora_kernels.sums import add_up
+from fastlora_kernels.sums import SCALING, add_up
 from fastlora_kernels.tiles import dot, triton_dtype
 
 # Programs wanted for each processor, by splitting the rows.
@@ -75,8 +75,6 @@ def ds_db_kernel(
                     ds *= scale
                 row = tile.to(tl.int64) * M + rows
                 tl.store(ds_ptr + row[:, None] * R + ranks[None, :], ds, mask=mask_mr)
-        if offsets_ptr is not None:
-            db *= scale
         db_ptrs = db_ptr + split.to(tl.int64) * N * R
         db_ptrs += columns[:, None] * stride_on + ranks[None, :]
         tl.store(db_ptrs, db, mask=mask_nr)
@@ -127,7 +125,8 @@ def ds_db(
 
     A launch reads a dy for both, one more adds the float32 partial sums of all up.
     """
-    found, parts, outs, scales, rows = ([None] * len(dy), [None] * len(dy)), [], [], [], []
+    found, parts, outs = ([None] * len(dy), [None] * len(dy)), [], []
+    scales, numbers, rows = [], [], []
     for i, needs in enumerate(zip(need_ds, need_db, strict=True)):
         if any(needs):
             own = segments and (segments[0], segments[1][i : i + 1])
@@ -138,9 +137,11 @@ def ds_db(
                     parts.append(part)
                     outs.append(of[i])
                     scales.append(1.0 if segments else float(scalings[i]))
+                    numbers.append(segments and segments[1][i])
                     rows.append(of_one)
     if parts:
-        add_up(parts, outs, scales, segments and segments[0], rows)
+        of_parts = (segments[0], tuple(numbers), rows) if segments else ()
+        add_up(parts, outs, scales, SCALING, *of_parts)
     return found
 
 
@@ -150,7 +151,7 @@ def _partial_sums(
 ) -> tuple[Tensor | None, Tensor | None, int]:  # fmt: skip
     """Return the partial sums of ds [parts, M, R] and of db [parts, N, R].
 
-    And, with segments, by which they are scaled already, of how many rows one of db is; else 0.
+    And, with segments, of how many rows one of db is, else 0. Those of ds are scaled then.
     """
     (M, N), R = dy.shape, b.shape[-1]
     offsets, numbers, G = lists.numbers_of(segments)

@@ -15,14 +15,16 @@ from fastlora_kernels.tiles import triton_dtype
 
 # Of kernels that go over elements one by one: those of a program, and how it runs.
 BLOCK = 1024
+# The rows of the numbers of segments.
+SCALING, KEPT_SCALE = 0, 1
 CONFIG = Config(block_m=16, block_n=16, num_warps=4, num_stages=2)
 
 
 @triton.jit
 def sum_kernel(
-    part_ptrs, out_ptrs, offsets_ptr,
+    part_ptrs, out_ptrs, offsets_ptr, number_ptrs,
     sizes, odd_parts, odd_rows, scales,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
+    ROW: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i, block = locate(tl.program_id(0), sizes, BLOCK)
     size = tl.cast(number_of(i, sizes, tl.int64), tl.int64)
@@ -33,6 +35,7 @@ def sum_kernel(
     parts = tl.cast(number_of(i, odd_parts, tl.int32), tl.int32) // 2 - 1
     out_ptr = pointer_of(i, out_ptrs)
     first = tl.cast(0, tl.int32)
+    scale = tl.cast(number_of(i, scales, ACC), ACC)
     if offsets_ptr is not None:
         g = tl.program_id(1)
         rows = tl.cast(number_of(i, odd_rows, tl.int32), tl.int32) // 2 - 1
@@ -41,23 +44,27 @@ def sum_kernel(
             parts = tl.cdiv(tl.load(offsets_ptr + g + 1) - start, rows)
             first = start // rows + g
             out_ptr += g * size
+            number_ptr = pointer_of(i, number_ptrs) + ROW * tl.num_programs(1)
+            scale = tl.load(number_ptr + g).to(ACC)
         elif g > 0:  # the first program has added up all
             parts = tl.cast(0, tl.int32)
             mask = offs < 0
     for part in range(first, first + parts):
         acc += tl.load(part_ptr + part * size + offs, mask=mask, other=0.0)
-    acc *= tl.cast(number_of(i, scales, ACC), ACC)
+    acc *= scale
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def add_up(
-    parts: Sequence[Tensor], outs: Sequence[Tensor], scales: Sequence[float],
-    offsets: Tensor | None = None, rows: Sequence[int] | None = None,
+    parts: Sequence[Tensor], outs: Sequence[Tensor], scales: Sequence[float], row: int,
+    offsets: Tensor | None = None, numbers: Sequence[Tensor | None] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
     """Write ``scales[i]`` times the sum of ``parts[i]`` [parts, ...] to ``outs[i]``, contiguous.
 
     With ``offsets`` [G + 1] of segments an out is [G, ...], and each of its G has the parts of its
-    own rows, ``rows[i]`` of them a part; or it is as without them, where ``rows[i]`` is 0.
+    own rows, ``rows[i]`` of them a part, and its own scale, in that ``row`` of ``numbers[i]``; or
+    it is as without them, where ``rows[i]`` is 0.
     """
     G = 1 if offsets is None else len(offsets) - 1
     rows = rows or [0] * len(outs)
@@ -67,5 +74,5 @@ def add_up(
     # tuple: numbers of parts, which change with M, are odd and larger.
     odd = tuple(2 * len(of_one) + 3 for of_one in parts)
     odd_rows = tuple(2 * n + 3 for n in rows)
-    rest = sizes, odd, odd_rows, lists.alike(scales), triton_dtype(parts[0].dtype), BLOCK
-    Launch(sum_kernel, (blocks, G), CONFIG, *rest)(tuple(parts), tuple(outs), offsets)
+    rest = sizes, odd, odd_rows, lists.alike(scales), row, triton_dtype(parts[0].dtype), BLOCK
+    Launch(sum_kernel, (blocks, G), CONFIG, *rest)(tuple(parts), tuple(outs), offsets, numbers)

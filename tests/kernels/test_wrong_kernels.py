@@ -121,7 +121,7 @@ COPIES = {
     },
     ((SHRINK,), "ds_db.py"): {
         "ds of the wrong sign": "dot(tl.trans(dy), b, ds) => dot(tl.trans(dy), -b, ds)",
-        "rows of later splits lost": "(first_row + steps * BLOCK_M, last) => (steps * BLOCK_M, last)",
+        "rows of later splits lost": "(first_row + steps * BLOCK_M, last) => (steps * 16, last)",
     },
     ((HIGH,), "ds_db.py"): {
         "ds of the wrong sign at a high rank": "dot(dy, b, ds) => dot(dy, -b, ds)",
@@ -151,15 +151,15 @@ COPIES = {
         "db of the next segment's rows": (
             "            mask_m = offs_m < last =>             mask_m = offs_m < M"
         ),
-        "db not scaled by its segment": "            db *= scale =>             pass",
     },
     ((CUT,), "da.py"): {
         "da of the next segment's rows": "mask_m = offs_m < last => mask_m = offs_m < M",
-        "da not scaled by its segment": "            part *= scales[i] =>             pass",
     },
     ((CUT,), "sums.py"): {
         "partial sums of another segment": "first = start // rows + g => first = start // rows",
         "gradients of the first segment alone": "out_ptr += g * size => pass",
+        "db scaled as da": "+ ROW * tl.num_programs(1) => + tl.num_programs(1)",
+        "scale of the first segment": "tl.load(number_ptr + g) => tl.load(number_ptr)",
     },
     # The persistent programs of sm_90 and later.
     ((FOLD, FOLD_HALVES), "outputs.py"): {
