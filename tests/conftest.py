@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import same_sums  # noqa: F401 - before torch
@@ -23,16 +24,26 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "large: needs gigabytes of a GPU: make gpu runs one at once")
     if config.option.markexpr != "gpu":  # Triton reads it when a kernel is decorated
         os.environ["TRITON_INTERPRET"] = "1"
-        _mend_triton_3_4()
+        _mend_interpreter()
 
 
-def _mend_triton_3_4() -> None:
-    """Triton 3.4's interpreter asks 16 elements of a descriptor's strides, where it means bytes."""
+def _mend_interpreter() -> None:
+    """It patches its language again in each call inside a kernel, which took half of the time.
+
+    Triton 3.4's asks 16 elements of a descriptor's strides, where it means bytes.
+    """
     import triton
+    from triton.runtime import interpreter
 
+    patch, tl = interpreter._patch_lang, triton.language
+
+    def patched(fn):
+        langs = [lang for lang in fn.__globals__.values() if lang is tl or lang is tl.core]
+        done = all(lang.range.__module__ == interpreter.__name__ for lang in langs)
+        return SimpleNamespace(restore=bool) if done else patch(fn)
+
+    interpreter._patch_lang = patched
     if triton.__version__.startswith("3.4."):
-        from triton.runtime import interpreter
-
         interpreter.TensorDescHandle.validate = lambda handle: None
 
 

@@ -53,8 +53,8 @@ def cases() -> list[tuple[Joint, int]]:
     # One projection in every dtype and mode.
     for kind, mode, p in itertools.product(KINDS, MODES, (0.0, 0.3)):
         found.append((Joint(33, 70, (50,), (5,), kind, mode, (p,), biases=(p > 0,)), 0))
-    # Rows that are cut, into one segment, more than a tile has rows, and some without any.
-    cuts = (0, 70), (0, 0, 37, 37, 40, 70, 70), tuple(range(0, 71, 2))
+    # Rows that are cut, into one segment, several in a tile, and some without any.
+    cuts = (0, 70), (0, 0, 37, 37, 40, 70, 70), tuple(range(0, 71, 10))
     shapes = ((50,), (5,)), ((40, 20, 33), (17, 0, 3)), ((24, 33), (40, 64))
     some = {"dropout_p": (0.0,) * 5, "biases": (True,) * 5, "ends": (0, 4, 20)}
     found.append((Joint(20, 24, (8,) * 5, (3, 0, 0, 0, 0), "bf16", **some), 0))  # two launches
@@ -130,6 +130,7 @@ def test_a_launch_has_pointers_of_one_type(chip):
     cuts=st.lists(st.integers(0, 70), max_size=5),
 )
 @example(m=1, k=1, each=[(1, 1)], kind="bf16", p=(0.5,), turned=set(), cuts=[])
+@example(m=17, k=8, each=[(8, 2)], kind="fp16", p=(0.5,), turned=set(), cuts=[*range(1, 17)])
 @example(m=65, k=64, each=[(1, 2), (5, 17)], kind="fp16-fp32", p=(0.5, 0.0), turned=set(), cuts=[])
 @settings(max_examples=15, derandomize=True, deadline=None)
 def test_small_integers_are_exact(m, k, each, kind, p, turned, cuts):

@@ -122,18 +122,10 @@ def test_a_fused_multiply_add_is_rounded_once():
     sides = [[draw.gauss(0, 1) for _ in range(2000)] for _ in range(2)]
     a, b = (np.array(side, np.float32) for side in sides)
     # Sums near a half of the last place, near zero, and beyond normal numbers.
-    c = (
-        np.float32(-1)
-        * a
-        * b
-        * np.array([1, 1 + 2**-22, 2**24, 2**25], np.float32)[np.arange(2000) % 4]
-    )
+    times = np.array([1, 1 + 2**-22, 2**24, 2**25], np.float32)[np.arange(2000) % 4]
+    c = np.float32(-1) * a * b * times
     for scale in (1.0, 2.0**-126):
-        scaled = (
-            (a * np.float32(scale)).astype(np.float32),
-            b,
-            (c * np.float32(scale)).astype(np.float32),
-        )
+        scaled = [v * np.float32(s) for v, s in ((a, scale), (b, 1.0), (c, scale))]
         for found, *of in zip(fma(*scaled), *scaled, strict=True):
             x, y, z = map(Fraction, map(float, of))
             exact = x * y + z

@@ -111,9 +111,7 @@ def test_only_what_is_asked_for(body, which):
         used = (*used, True, True)[:n]
         dys = [t["dy"] if flag else None for t, flag in zip(ts, used, strict=True)]
         full = body.backward_all(dys, x, projections, ss, True, [(True, True)] * n)
-        for need_x, first, second in itertools.product(
-            (any(used), False), (True, False), (True, False)
-        ):
+        for need_x, first, second in itertools.product((any(used), False), *[(True, False)] * 2):
             needs = [(first, second), (True, True), (second, first)][:n]
             dx, *factors = body.backward_all(dys, x, projections, ss, need_x, needs)
             assert (dx is not None) == need_x

@@ -104,10 +104,8 @@ def calls(
             for activation in ACTIVATIONS:
                 gated(y, y, activation)
                 gated_backward(y, y, y, activation)
-            packed, scales = (
-                y.new_empty(N * K // 2, dtype=torch.uint8),
-                y.new_empty(8, dtype=torch.float32),
-            )
+            packed = y.new_empty(N * K // 2, dtype=torch.uint8)
+            scales = y.new_empty(8, dtype=torch.float32)
             four_bits(packed, (N, K), y.dtype, scales, scales, 64)
             four_bits(packed, (N, K), y.dtype, scales, packed, 64, (scales, scales, 256, scales))
         found += elementwise
