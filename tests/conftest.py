@@ -12,6 +12,8 @@ import same_sums  # noqa: F401 - before torch
 import torch
 
 ROOT = Path(__file__).parent.parent
+# Of few tests that take long, which one worker runs: where they came last, the other would idle.
+LONG = ("test_compiled.py", "test_executed.py", "test_examples.py", "test_peft_suite.py")
 # The folder `kernels` at the root must not shadow another package of that name.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
@@ -56,6 +58,7 @@ exec(f"def call(test, **given):\n    if 0: {LOCALS} = 0\n    test(**given)", ROO
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         item.obj = functools.wraps(item.obj)(functools.partial(ROOMY["call"], item.obj))
     here = config.option.markexpr == "gpu" and torch.cuda.is_available()

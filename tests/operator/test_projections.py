@@ -117,10 +117,8 @@ def test_only_what_is_asked_for(body, which):
             assert (dx is not None) == need_x
             assert dx is None or nearly(dx, full[0])
             for i, j in itertools.product(range(n), range(2)):
-                found, asked = (
-                    factors[j][i],
-                    needs[i][j] and used[i] and projections[i].a is not None,
-                )
+                found, trains = factors[j][i], projections[i].a is not None
+                asked = needs[i][j] and used[i] and trains
                 assert (found is not None) == asked
                 assert found is None or nearly(found, full[1 + j][i])
 

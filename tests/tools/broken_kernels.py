@@ -30,9 +30,7 @@ COPIES = {
     ],
     (
         "launch",
-        (
-            "kernels/test_prepared.py::test_launches_go_to_the_device_of_their_tensors_and_its_stream"
-        ),
+        "kernels/test_prepared.py::test_launches_go_to_the_device_of_their_tensors_and_its_stream",
     ): [
         (
             "kernels run on the current device",
