@@ -74,5 +74,6 @@ def add_up(
     # tuple: numbers of parts, which change with M, are odd and larger.
     odd = tuple(2 * len(of_one) + 3 for of_one in parts)
     odd_rows = tuple(2 * n + 3 for n in rows)
+    row = 0 if offsets is None else row  # no program more
     rest = sizes, odd, odd_rows, lists.alike(scales), row, triton_dtype(parts[0].dtype), BLOCK
     Launch(sum_kernel, (blocks, G), CONFIG, *rest)(tuple(parts), tuple(outs), offsets, numbers)
