@@ -423,6 +423,7 @@ def draw_mixed(result: dict, path: Path) -> None:
             axes.plot(*zip(*at, strict=True), "o-", color=DECODER_COLOURS[way], label=way)
     axes.axhline(1.0, color=COLOURS["frozen"], linewidth=1.5, label="frozen layer")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("adapters in a batch", color=INK)
     axes.set_ylabel("forward + backward, time by the frozen layer's", color=INK)
