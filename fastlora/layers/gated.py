@@ -240,6 +240,6 @@ def _output(module: nn.Module, x: Tensor) -> Tensor | None:
     tensors = [t for p in (*checked, *last) for t in p[:4] if isinstance(t, Tensor)]
     if impl in ("eager", "reference") or not (same_size and op.unobserved(wide, *tensors)):
         return None
-    wide, ready = functional.drawn(wide, [*checked, *last], training=True)
+    wide, ready = functional.drawn(wide, [*checked, *last], True, impl)
     y = run(wide, ready, activation, impl)
     return y if x.dim() == 2 else functional.shaped(y, x.shape)

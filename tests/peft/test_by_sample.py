@@ -328,12 +328,13 @@ def test_models_that_cannot_mix():
 
 @pytest.mark.parametrize("impl", ["library", "triton"])
 def test_the_kernels_take_mixed_batches(impl, monkeypatch):
-    """As on a GPU: siblings, and gated MLPs in which an adapter has no part."""
+    """As on a GPU: layers alone, siblings and gated MLPs, nothing by library products for CPUs."""
     model = mixed(dtype=torch.float32)
     patch_peft(model, fuse_siblings=True)
     right = alone(model, lambda i: model(IDS[i : i + 1]).logits)
     expected = grads(model, weighted(right))
     monkeypatch.setattr("fastlora.operator.plans.FORCED", impl)
+    monkeypatch.setattr("fastlora.operator.blocks.shrink", None)
     with adapters_by_sample(model, NAMES):
         found = model(IDS).logits
     assert_close(found, right, rtol=1e-4, atol=1e-4)

@@ -77,6 +77,9 @@ COPIES = {
     ("../layers/mixed", OUTSIDE): {
         "a checkpoint may ask after the block": "if self.ended and not self.inside: => if False:",
     },
+    ("../layers/gated", f"{BY_SAMPLE}the_kernels_take_mixed_batches"): {
+        "a gated MLP mixes by other products": "*last], True, impl) => *last], True)",
+    },
     ("by_sample", f"{BY_SAMPLE}checkpoints_find_their_own_block"): {
         "a checkpoint takes the names of now": "with block.within(layers): => if True:",
         "a model keeps a block": "[CHECKPOINT] = checkpoint\n => [CHECKPOINT]\n",
