@@ -10,8 +10,8 @@ drawn inside them; so does the low-rank product of float32 factors under a 16-bi
 import functools
 from collections.abc import Mapping
 
+from fastlora_kernels import lists
 from fastlora_kernels import steps as kernels
-from fastlora_kernels.lists import Segments
 from torch import Tensor
 
 from fastlora.operator import blocks
@@ -27,14 +27,14 @@ def outputs(
     ss: Each,
     scaled: None = None,
     configs: Mapping | None = None,
-    segments: Segments | None = None,
+    segments: lists.Segments | None = None,
 ) -> list[Tensor]:
     """Return y [M, N] of each projection: the frozen product added to the low-rank one."""
     there: list[Tensor | None] = [None] * len(projections)
     mixed = [i for i, s in enumerate(ss) if s is not None and (segments or s.dtype != x.dtype)]
     mixed = [i for i in mixed if type(projections[i][0]) is not slice]  # whose y is there
     if mixed:  # main loops without steps: what is written is scaling · s bᵀ + bias alone
-        few, own = [], segments and (segments[0], [segments[1][i] for i in mixed])
+        few, own = [], lists.of_few(segments, mixed)
         for w, a, b, bias, *rest in (projections[i] for i in mixed):
             few.append((x.new_empty(b.shape[-2], 0), a, b, None if w is None else bias, *rest))
         found = kernels.outputs(x[:, :0], few, [ss[i] for i in mixed], segments=own)
@@ -45,7 +45,7 @@ def outputs(
 
 def input_grad(
     dys: Each, projections: Projections, dss: Each,
-    configs: Mapping | None = None, segments: Segments | None = None,
+    configs: Mapping | None = None, segments: lists.Segments | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Return dx [M, K]: every product dy w added to the sum of dropout'(ds a)."""
     dx, there = None, [i for i, ds in enumerate(dss) if ds is not None]
@@ -56,6 +56,6 @@ def input_grad(
     elif there:  # main loops without steps here too
         none = [dys[i][:, :0] for i in there]
         nothing = none[0].new_empty(0, few[0].a.shape[-1])
-        own = segments and (segments[0], [segments[1][i] for i in there])
+        own = lists.of_few(segments, there)
         dx = kernels.input_grad(none, [(nothing, *p[1:]) for p in few], ds, segments=own)
     return blocks.add_products(dx, dys, projections)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters that are each for some of the rows, joined to stacks: fewer and larger products."""
 
+import bisect
 import functools
 import itertools
 from collections.abc import Sequence
@@ -62,8 +63,8 @@ def _stack(base: Operands, group: Sequence[Operands], ends: list[int]) -> Operan
     a, b = [a] * last, [b] * last
     for one in group:
         last -= one.w.start == one.w.stop
-        g, missing = ends.index(one.w.start), rank - len(one.a)
-        g = g if one.w.start < one.w.stop else last
+        g = bisect.bisect_left(ends, one.w.start) if one.w.start < one.w.stop else last
+        missing = rank - len(one.a)
         a[g], b[g] = one.a.to(dtype), one.b.to(dtype)
         if missing:
             a[g], b[g] = F.pad(a[g], (0, 0, 0, missing)), F.pad(b[g], (0, missing))

@@ -106,6 +106,6 @@ def da(x, ds, seeds, p, config: Config | None = None, segments=None):
     parts = tuple(empty(x, splits, r, K, dtype=acc) for r in ranks)
     launch(x, ds, seeds if together else lists.filled(seeds), parts, offsets, numbers)
     found = tuple(empty(ds[0], *(G,)[:G], r, K) for r in ranks)
-    of_parts = (offsets, numbers, [steps * config.block_m] * count) if G else ()
-    add_up(parts, found, scales, KEPT_SCALE, *of_parts)
+    of_parts = (offsets, numbers, [steps * config.block_m] * count, KEPT_SCALE) if G else ()
+    add_up(parts, found, scales, *of_parts)
     return found

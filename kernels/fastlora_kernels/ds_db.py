@@ -14,7 +14,7 @@ from fastlora_kernels import lists
 from fastlora_kernels.configs import ON_THE_WAY_RANK, Chip, Config, cdiv
 from fastlora_kernels.launch import Launch, default_of, empty
 from fastlora_kernels.segments import rows_of, scalings_of, stack_at
-from fastlora_kernels.sums import SCALING, add_up
+from fastlora_kernels.sums import add_up
 from fastlora_kernels.tiles import dot, triton_dtype
 
 # Programs wanted for each processor, by splitting the rows.
@@ -114,13 +114,10 @@ def split(
     blocks = max(1, cdiv(M, config.block_m))
     wanted = max(1, min(blocks, PROGRAMS * processors // max(1, tiles)))
     steps = cdiv(blocks, wanted)
-    return lists.count_of(M, G, steps * config.block_m) if G else cdiv(blocks, steps), steps
+    return max(1, lists.count_of(M, G, steps * config.block_m)), steps
 
 
-def ds_db(
-    dy, s, b, scalings, need_ds, need_db,
-    config: Config | None = None, segments=None,
-):  # fmt: skip
+def ds_db(dy, s, b, scalings, need_ds, need_db, config: Config | None = None, segments=None):
     """Return ds and db of one to four projections: `steps.ds_db` says what they are.
 
     A launch reads a dy for both, one more adds the float32 partial sums of all up.
@@ -129,8 +126,8 @@ def ds_db(
     scales, numbers, rows = [], [], []
     for i, needs in enumerate(zip(need_ds, need_db, strict=True)):
         if any(needs):
-            own = segments and (segments[0], segments[1][i : i + 1])
-            *made, of_part = _partial_sums(dy[i], s[i], b[i], *needs, config, own)
+            own = dy[i], s[i], b[i], *needs, config, lists.of_few(segments, [i])
+            *made, of_part = _partial_sums(*own)
             for of, part, of_one in zip(found, made, (0, of_part), strict=True):
                 if part is not None:
                     of[i] = empty(b[i], *(b[i].shape if of_one else part.shape[1:]))
@@ -141,7 +138,7 @@ def ds_db(
                     rows.append(of_one)
     if parts:
         of_parts = (segments[0], tuple(numbers), rows) if segments else ()
-        add_up(parts, outs, scales, SCALING, *of_parts)
+        add_up(parts, outs, scales, *of_parts)
     return found
 
 

@@ -41,8 +41,14 @@ def count_of(M: int, G: int, block: int) -> int:
     return M // block + G if G else cdiv(M, block)
 
 
+def of_few(segments: Segments | None, few: Sequence[int]) -> Segments | None:
+    """Return segments as some of the projections have them, None if none of these is cut."""
+    own = tuple([segments[1][i] for i in few]) if segments else ()
+    return (segments[0], own) if any(numbers is not None for numbers in own) else None
+
+
 def numbers_of(segments: Segments | None) -> tuple:
-    """Return the offsets, the numbers for `of_segment`, and how many segments there are."""
+    """Return the offsets, each projection's numbers, and how many segments there are."""
     if segments is None:
         return None, None, 0
     offsets, numbers = segments

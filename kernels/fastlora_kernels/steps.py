@@ -52,7 +52,7 @@ def shrink(
         into = w, b, scalings, configs.get("outputs")
         folds = for_outputs and segments is None and a[0].dtype == x.dtype == torch.bfloat16
         of = configs.get("shrink"), *(into if folds else ())
-        found, made = shrink_of.shrink(x, a, seeds, p, *of, segments=_own(segments, few))
+        found, made = shrink_of.shrink(x, a, seeds, p, *of, segments=lists.of_few(segments, few))
         _put(found, ss, few)
         if made is not None:
             _put(made, scaled, few)
@@ -75,7 +75,7 @@ def outputs(
         if scaled is not None and all(scaled[i] is not None or ss[i] is None for i in few):
             s, scalings = _taken(scaled, few), (1.0,) * len(few)
         of = w, s, b, biases, scalings, configs.get("outputs")
-        _put(outputs_of.outputs(x, *of, _own(segments, few)), ys, few)
+        _put(outputs_of.outputs(x, *of, lists.of_few(segments, few)), ys, few)
     return ys
 
 
@@ -94,7 +94,7 @@ def ds_db(
         _, _, b, _, _, scalings, _ = _columns(projections, few)
         needs = _taken(need_ds, few), _taken(need_db, few)
         of = _taken(dys, few), _taken(ss, few), b, scalings, *needs
-        ds, db = ds_db_of.ds_db(*of, configs.get("ds_db"), _own(segments, few))
+        ds, db = ds_db_of.ds_db(*of, configs.get("ds_db"), lists.of_few(segments, few))
         _put(ds, dss, few)
         _put(db, dbs, few)
     return dss, dbs
@@ -110,7 +110,7 @@ def input_grad(
     for few in _groups(projections, dys):
         w, a, _, _, seeds, _, p = _columns(projections, few)
         of = _taken(dys, few), w, _taken(dss, few), a, seeds, p
-        part = input_grad_of.input_grad(*of, configs.get("input_grad"), _own(segments, few))
+        part = input_grad_of.input_grad(*of, configs.get("input_grad"), lists.of_few(segments, few))
         dx = part if dx is None else noted(Tensor.add_, dx, part)
     return dx
 
@@ -128,7 +128,7 @@ def da(
     asked = [ds if need else None for ds, need in zip(dss, needs, strict=True)]
     for few in _groups(projections, asked, adapted=True):
         _, _, _, _, seeds, _, p = _columns(projections, few)
-        of = seeds, p, configs.get("da"), _own(segments, few)
+        of = seeds, p, configs.get("da"), lists.of_few(segments, few)
         _put(da_of.da(x, _taken(dss, few), *of), das, few)
     return das
 
@@ -160,11 +160,6 @@ def _columns(projections: Projections, few: Sequence[int]) -> tuple[tuple, ...]:
     if len(few) == 1:
         return tuple([(value,) for value in projections[few[0]]])
     return tuple(zip(*[projections[i] for i in few], strict=True))
-
-
-def _own(segments: lists.Segments | None, few: Sequence[int]) -> lists.Segments | None:
-    own = None if segments is None else _taken(segments[1], few)
-    return None if own is None or own.count(None) == len(own) else (segments[0], own)
 
 
 def _taken(values: Sequence, few: Sequence[int]) -> tuple:

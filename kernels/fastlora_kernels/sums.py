@@ -15,8 +15,7 @@ from fastlora_kernels.tiles import triton_dtype
 
 # Of kernels that go over elements one by one: those of a program, and how it runs.
 BLOCK = 1024
-# The rows of the numbers of segments.
-SCALING, KEPT_SCALE = 0, 1
+KEPT_SCALE = 1  # the row of it in the numbers of segments; that of their scalings is 0
 CONFIG = Config(block_m=16, block_n=16, num_warps=4, num_stages=2)
 
 
@@ -56,9 +55,9 @@ def sum_kernel(
 
 
 def add_up(
-    parts: Sequence[Tensor], outs: Sequence[Tensor], scales: Sequence[float], row: int,
+    parts: Sequence[Tensor], outs: Sequence[Tensor], scales: Sequence[float],
     offsets: Tensor | None = None, numbers: Sequence[Tensor | None] | None = None,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None, row: int = 0,
 ) -> None:  # fmt: skip
     """Write ``scales[i]`` times the sum of ``parts[i]`` [parts, ...] to ``outs[i]``, contiguous.
 
@@ -74,6 +73,5 @@ def add_up(
     # tuple: numbers of parts, which change with M, are odd and larger.
     odd = tuple(2 * len(of_one) + 3 for of_one in parts)
     odd_rows = tuple(2 * n + 3 for n in rows)
-    row = 0 if offsets is None else row  # no program more
     rest = sizes, odd, odd_rows, lists.alike(scales), row, triton_dtype(parts[0].dtype), BLOCK
     Launch(sum_kernel, (blocks, G), CONFIG, *rest)(tuple(parts), tuple(outs), offsets, numbers)
