@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers and sizes are measured: the linears of real models; on a CPU the smaller ones."""
+"""Which layers and sizes are measured, and what they are called.
+
+The linears of real models; on a CPU the smaller ones.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -58,3 +61,20 @@ def problems(device: str) -> Iterator[Problem]:
 def _problem(layer: tuple[str, str], m: int, device: str, **changes) -> Problem:
     n, k, bias = LAYERS[layer]
     return replace(Problem(", ".join(layer), m, n, k, bias=bias, device=device), **changes)
+
+
+def title(problem: dict) -> str:
+    """Return one line that says what was measured."""
+    adapter = short(problem["adapter"])
+    mixed = f", {adapter} adapters" if problem["adapter"] != problem["dtype"] else ""
+    kept = problem.get("weights", "dense")
+    weights = f", {kept} weights" if kept != "dense" else ""
+    return (
+        f"{problem['name']}: {problem['M']} x {problem['N']} x {problem['K']}, r = {problem['R']}, "
+        f"{short(problem['dtype'])}{mixed}{weights}, dropout {problem['p']:g}"
+    )
+
+
+def short(dtype: str) -> str:
+    """Return what a dtype is called in tables and titles."""
+    return {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}[dtype]

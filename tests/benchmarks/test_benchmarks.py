@@ -18,6 +18,7 @@ import machine
 import measure
 import mixed_layer
 import mixed_model
+import pictures as pictures_of
 import predict
 import problems
 import pytest
@@ -114,21 +115,11 @@ def tiny(monkeypatch, small_decoders):
     monkeypatch.setattr(end_to_end, "ON_CPU", ("model",))
     monkeypatch.setattr(end_to_end, "BATCHES", (1, 2))
     monkeypatch.setattr(end_to_end, "TOKENS", {"cpu": 8})
-    for name, value in {
-        "SIZES": {"cpu": (32, 2)},
-        "SAMPLES": 4,
-        "ADAPTERS": (4,),
-        "SOME": 2,
-    }.items():
-        monkeypatch.setattr(mixed_layer, name, value)
-    small = {
-        "MODELS": {"cpu": "model"},
-        "BATCH": 2,
-        "ADAPTERS": (2, 1),
-        "NAMES": ["first", "second"],
-    }
-    for name, value in small.items():
-        monkeypatch.setattr(mixed_model, name, value)
+    layer = {"SIZES": {"cpu": (32, 2)}, "SAMPLES": 4, "ADAPTERS": (4,), "SOME": 2}
+    steps = {"MODELS": {"cpu": "model"}, "BATCH": 2, "ADAPTERS": (2, 1), "NAMES": ["a", "b"]}
+    for module, sizes in ((mixed_layer, layer), (mixed_model, steps)):
+        for name, value in sizes.items():
+            monkeypatch.setattr(module, name, value)
 
 
 PICTURES = ("ratio", "tokens", "roofline", "decoder", "memory", "mixed")
@@ -150,7 +141,7 @@ def written(folder):
 def test_a_run_writes_all_that_it_measures(tiny, tmp_path, capsys, monkeypatch):
     """Each file by `replace_file` alone, so that it is whole or as it was, whatever ends a run."""
     replacing = Mock(wraps=replace_file)
-    for module in (run, report):
+    for module in (run, report, pictures_of):
         monkeypatch.setattr(module, "replace_file", replacing)
     monkeypatch.setattr(Figure, "savefig", PAINT)
     result, table, pictures = made(tmp_path)
@@ -309,7 +300,7 @@ def test_an_interrupted_section_keeps_its_problems(tiny, tmp_path, monkeypatch):
 
 
 def test_pictures_that_cannot_be_drawn_cost_themselves_alone(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "draw_tokens", lambda *_: 1 / 0)
+    monkeypatch.setattr(pictures_of, "draw_tokens", lambda *_: 1 / 0)
     assert made(tmp_path, "--only", "layer")[2] == {"ratio", "roofline"}
     assert "no picture of tokens: ZeroDivisionError" in capsys.readouterr().err
     for name in ["matplotlib", *(n for n in sys.modules if n.startswith("matplotlib."))]:
