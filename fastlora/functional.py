@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from fastlora.operator import eager, plans
 from fastlora.operator.dropout import new_seed
 from fastlora.operator.op import PLAIN, run
-from fastlora.operator.operands import Operands, Projection, with_scaling
+from fastlora.operator.operands import Operands, Projection, Segments, with_scaling
 from fastlora.operator.segments import stacked, together
 from fastlora.operator.steps import exactly
 from fastlora.operator.weights import Quantised, quantised
@@ -65,7 +65,7 @@ def lora_linears(
     x: Tensor,
     projections: Sequence[Projection],
     *,
-    segments: Sequence[int] | None = None,
+    segments: Sequence[int] | Tensor | None = None,
     training: bool = False,
     impl: str = "auto",
 ) -> list[Tensor]:
@@ -82,26 +82,53 @@ def lora_linears(
     are of all or sequences of G. A segment may have no rows: its gradients are zero. What a row
     drops depends on its number alone.
 
+    Weights [G, N, K] are stacked as well, each for its segment, as those of a mixture of experts
+    are; with factors and biases [G, N], or without adapters. ``scaling`` and ``dropout_p`` are then
+    of all. ``segments`` may be a tensor (int32 or int64, on x's device): a GPU's is not waited for,
+    and has to be right.
+
     Shapes: ``x`` [..., K]; a list of [..., N], one for each projection, each a tensor of its own.
     Dtypes, ``training``, ``impl`` and errors as for `lora_linear`; an error says which projection
     is wrong.
     """
     if not len(projections):
         raise ValueError("projections must hold at least one, got none")
+    ends = None
     if segments is not None:
-        projections = list(_by_segment(x, projections, list(map(int, segments))))
-    return list(run_checked(*checked(x, projections), training, impl))
+        if any(isinstance(one[0], Tensor) and one[0].dim() == 3 for one in projections):
+            ends = _stack_ends(x, segments)
+        else:
+            projections = list(_by_segment(x, projections, _ends(x, segments)))
+    return list(run_checked(*checked(x, projections, ends=ends), training, impl, ends))
+
+
+def _stack_ends(x: Tensor, segments: Sequence[int] | Tensor) -> Tensor:
+    """Return segments as a tensor on x's device, checked where nobody has to wait for it."""
+    if not isinstance(segments, Tensor):
+        return torch.tensor(_ends(x, segments), dtype=torch.int32, device=x.device)
+    right = segments.dim() == 1 and segments.dtype in (torch.int32, torch.int64)
+    if not right or segments.device != x.device:
+        found = f"{tuple(segments.shape)} of {segments.dtype} on {segments.device}"
+        raise ValueError(f"segments must be [G + 1] integers on {x.device}, got {found}")
+    if segments.is_cpu and not is_compiling():
+        _ends(x, segments)
+    return segments.int()
+
+
+def _ends(x: Tensor, segments: Sequence[int] | Tensor) -> list[int]:
+    rows, ends = math.prod(x.shape[:-1]), list(map(int, segments))
+    falls = any(start > end for start, end in itertools.pairwise(ends))
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] != rows or falls:
+        of = f"the rows of x {tuple(x.shape)}"
+        raise ValueError(f"segments must rise from 0 to {rows}, {of}, got {ends!r:.100}")
+    return ends
 
 
 def _by_segment(
     x: Tensor, projections: Sequence[Projection], ends: list[int]
 ) -> Iterator[Projection]:
     """Yield each projection without an adapter, then its adapters with their rows as weights."""
-    rows, G = math.prod(x.shape[:-1]), len(ends) - 1
-    falls = any(start > end for start, end in itertools.pairwise(ends))
-    if G < 1 or ends[0] != 0 or ends[-1] != rows or falls:
-        of = f"the rows of x {tuple(x.shape)}"
-        raise ValueError(f"segments must rise from 0 to {rows}, {of}, got {ends!r:.100}")
+    G = len(ends) - 1
     for i, one in enumerate(projections):
         yield Projection(one.weight, bias=one.bias)
         each = []
@@ -132,11 +159,18 @@ def add_low_rank(y: Tensor, x: Tensor, adapters: Sequence[Projection]) -> Tensor
 
 
 def checked(
-    x: Tensor, projections: Sequence[Projection], name: str = "projections[{}]{}"
+    x: Tensor,
+    projections: Sequence[Projection],
+    name: str = "projections[{}]{}",
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Sequence[Projection]]:
-    """Return x and projections as `run_checked` takes them, or raise as `lora_linears` does."""
+    """Return x and projections as `run_checked` takes them, or raise as `lora_linears` does.
+
+    With the ``ends`` of segments all is stacked, each for one of them.
+    """
+    G = None if ends is None else len(ends) - 1
     try:
-        key = _key(x, projections)
+        key = _key(x, projections, G)
         if key is not None and key in _right:  # a compiler would guard what has been found right
             return x, projections
     except (AttributeError, TypeError, ValueError):  # not tensors, or their sizes are symbols
@@ -149,7 +183,7 @@ def checked(
         elif weight is not None:  # one more adapter of the projection before
             projection = projection._replace(weight=weight)
         try:
-            x, one = _checked(x, projection)
+            x, one = _checked(x, projection, G)
         except (TypeError, ValueError) as error:
             of = f", rows {rows.start} to {rows.stop}: " if type(rows) is slice else ": "
             raise type(error)(name.format(i, of) + str(error)) from None
@@ -161,12 +195,16 @@ def checked(
 
 
 def run_checked(
-    x: Tensor, projections: Sequence[Projection], training: bool, impl: str = "auto"
+    x: Tensor,
+    projections: Sequence[Projection],
+    training: bool,
+    impl: str = "auto",
+    ends: Tensor | None = None,
 ) -> Sequence[Tensor]:
     """Return y [..., N] of each projection of x [..., K] once everything is checked."""
     if impl != "auto" or plans.FORCED != "auto":
         impl = plans.named(impl, x)
-    flat, operands = drawn(x, projections, training, impl)
+    flat, operands = drawn(x, projections, training, impl, ends)
     if impl == "reference":
         ys = exactly(x.device, eager.outputs, flat, operands, True, True)
     else:
@@ -175,9 +213,13 @@ def run_checked(
 
 
 def drawn(
-    x: Tensor, projections: Sequence[Projection], training: bool, impl: str = "auto"
+    x: Tensor,
+    projections: Sequence[Projection],
+    training: bool,
+    impl: str = "auto",
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, list[Operands]]:
-    """Return x as [M, K] and each projection with a seed where it drops."""
+    """Return x as [M, K] and each projection with a seed where it drops, and its segments."""
     operands, of_rows, segmented = [], None, False
     for w, a, b, bias, scaling, p in projections:
         seed, some_rows = None, type(w) is slice and w.start is not None
@@ -187,6 +229,8 @@ def drawn(
         elif type(w) is not slice:
             of_rows = None
         segmented |= some_rows
+        if ends is not None:
+            scaling = Segments(ends, (scaling,), (p,))
         operands.append(Operands(w, a, b, bias, seed, scaling, p))
     shape = x.shape
     flat = x if len(shape) == 2 else x.reshape(math.prod(shape[:-1]), shape[-1])
@@ -211,8 +255,11 @@ _WEIGHTS = {*PLAIN, Quantised, slice}  # as the operator takes them
 _right: set[tuple] = set()
 
 
-def _checked(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:
-    """Return x and a projection of it as the operator takes them, or raise."""
+def _checked(x: Tensor, projection: Projection, G: int | None) -> tuple[Tensor, Projection]:
+    """Return x and a projection of it as the operator takes them, or raise.
+
+    With G, how many of each are stacked.
+    """
     weight, a, b, bias, scaling, dropout_p = projection
     if isinstance(weight, Tensor) and type(weight) not in PLAIN and x.is_floating_point():
         found = quantised(weight, x.dtype)
@@ -224,7 +271,7 @@ def _checked(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:
     _check_types(given)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         given = _autocast(given, torch.get_autocast_dtype(x.device.type))
-    _check(given)
+    _check(given, G)
     _check_numbers(scaling, dropout_p, x.device)
     weight, a, b, bias = map(given.get, ("weight", "lora_A", "lora_B", "bias"))
     return given["x"], _numbered(Projection(weight, a, b, bias, scaling, dropout_p))
@@ -238,11 +285,11 @@ def _numbered(one: Projection) -> Projection:
     return one._replace(lora_A=a, lora_B=b, scaling=1.0)
 
 
-def _key(x: Tensor, projections: Sequence[Projection]) -> tuple | None:
+def _key(x: Tensor, projections: Sequence[Projection], G: int | None) -> tuple | None:
     """Return what makes arguments right or wrong, None where there may be more to it."""
     if is_compiling() or torch._C._is_any_autocast_enabled():
         return None
-    key = [x.dtype, x.size()[-1:], x.device, x.layout]
+    key = [x.dtype, x.size()[-1:], x.device, x.layout, G]
     for *tensors, scaling, p in projections:
         if not type(scaling) is type(p) is float or type(tensors[0]) not in _WEIGHTS:
             return None
@@ -274,17 +321,18 @@ def _check_types(given: dict) -> None:
             raise TypeError(f"{name} must be dense, got a tensor of layout {t.layout}")
 
 
-def _check(given: dict[str, Tensor]) -> None:
+def _check(given: dict[str, Tensor], G: int | None) -> None:
     """Raise unless dimensions, dtypes and devices fit those of the tensors before."""
     x = given["x"]
     if x.dim() < 1:
         raise ValueError("x must have at least one dimension ([..., K]), got a scalar")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
-    sizes = {"K": x.shape[-1]}
+    sizes, stacked = {"K": x.shape[-1], "G": G}, "" if G is None else "G"
     for name in list(given)[1:]:
         t, shape = given[name], tuple(given[name].shape)
-        wanted = [sizes.get(letter, letter) for letter in _SIZES[name]]
+        letters = stacked + _SIZES[name]
+        wanted = [sizes.get(letter, letter) for letter in letters]
         if len(shape) != len(wanted):
             raise ValueError(f"{name} must be {len(wanted)}-D, got shape {shape}")
         pairs = zip(wanted, shape, strict=True)
@@ -293,7 +341,7 @@ def _check(given: dict[str, Tensor]) -> None:
             beside = " and ".join(f"{of} {tuple(given[of].shape)}" for of in before)
             listed = ", ".join(map(str, wanted))
             raise ValueError(f"{name} must be [{listed}] to match {beside}, got {shape}")
-        if name == "lora_A" and shape[0] < 1:
+        if name == "lora_A" and shape[-2] < 1:
             raise ValueError(f"lora_A must have rank at least 1, got shape {shape}")
         of = "lora_A" if name == "lora_B" else "x"
         dtype, wide = given[of].dtype, name == "lora_A" and x.dtype.itemsize == 2
@@ -302,8 +350,7 @@ def _check(given: dict[str, Tensor]) -> None:
             raise TypeError(f"{name} must have the dtype of {of} ({dtype}){or_wide}, got {t.dtype}")
         if t.device != x.device:
             raise ValueError(f"{name} is on {t.device}, but x is on {x.device}")
-        for letter, size in zip(_SIZES[name], shape, strict=True):
-            sizes[letter] = size
+        sizes |= zip(letters, shape, strict=True)
 
 
 def _check_numbers(scaling, dropout_p, device: torch.device) -> None:

@@ -234,7 +234,7 @@ def adapted(names=LINEARS, how=False, p=0.0) -> tuple[nn.Module, fastlora.PatchR
     return block, fastlora.replace_linears(block, names, fuse_siblings=how, **same)
 
 
-STAGES = ["_shrink", "product", "_scaled", "_add_low_rank"]
+STAGES = ["shrink_rows", "product", "scaled_product", "add_low_rank"]
 
 
 @pytest.mark.parametrize(

@@ -62,4 +62,4 @@ def stacked(base: torch.dtype, adapters: Sequence[Adapter]) -> Sequence[Adapter]
     dtype = base if all(a.dtype == base for a, *_ in adapters) else torch.float32
     scaled = [with_scaling(a.to(dtype), b.to(dtype), scaling) for a, b, scaling, *_ in adapters]
     a, b = zip(*scaled, strict=True)
-    return [(torch.cat(a), torch.cat(b, dim=1), 1.0, 0.0, ALL)]
+    return [(torch.cat(a, dim=-2), torch.cat(b, dim=-1), 1.0, 0.0, ALL)]

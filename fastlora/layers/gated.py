@@ -64,7 +64,12 @@ def run(x: Tensor, projections: Sequence[Operands], activation: str, impl: str =
     Backward makes act(gate(x)) · up(x) again. Only for what `op.unobserved` allows.
     """
     _, _, last = (i for i, one in enumerate(projections) if type(one.w) is not slice)
-    (g, u), down = op.run(x, projections[:last], impl), projections[last:]
+    g, u = op.run(x, projections[:last], impl)
+    return joined(g, u, projections[last:], activation, impl)
+
+
+def joined(g: Tensor, u: Tensor, down: Sequence[Operands], activation: str, impl: str) -> Tensor:
+    """Return y [M, N] for what gate and up have made of x, [M, F] each: the rest of `run`."""
     apply = super(torch.autograd.Function, _GatedMLP).apply  # without preparing for transforms
     own = [t if isinstance(t, Tensor) else None for one in down for t in one[:4]]
     return apply(g, u, activation, impl, down, *own)
@@ -133,6 +138,15 @@ def read(module: nn.Module) -> tuple[tuple[str, ...], str]:
     return (), f"its activation is {getattr(module, act.removeprefix('$self.'), act)!r:.60}"
 
 
+def split_activation(module: nn.Module) -> str | None:
+    """Return the activation of experts that halve what they get, as transformers' own gate does."""
+    own = getattr(type(module), "_apply_gate", None)
+    name = f"{getattr(own, '__module__', '')}.{getattr(own, '__name__', '')}"
+    if name == "transformers.integrations.moe._default_apply_gate" and module.has_gate:
+        return _activation(module, None, "$self.act_fn", "", "")
+    return None
+
+
 class _StandIn(str):
     """What a forward loads or makes; as text, how."""
 
@@ -180,7 +194,7 @@ def _activation(module: nn.Module, forward: Any, act: Any, keyword: Any, value: 
     if isinstance(act, nn.Module):
         forward = type(act).forward
         found = _ACTIVATION.fullmatch(_formula(getattr(forward, "__code__", None)))
-        followed = found and not given and not _is_observed(act)
+        followed = found and not given and not is_observed(act)
         return _activation(act, forward, *found.groups()) if followed else None
     if type(act) is functools.partial and not act.args:
         act, given = act.func, {**act.keywords, **given}
@@ -190,7 +204,7 @@ def _activation(module: nn.Module, forward: Any, act: Any, keyword: Any, value: 
     return None
 
 
-def _is_observed(module: nn.Module) -> bool:
+def is_observed(module: nn.Module) -> bool:
     """Return whether someone would see that ``module`` is not called."""
     return bool(type(module).__call__ is not _CALL or module._forward_hooks or may_differ(module))
 
@@ -198,7 +212,7 @@ def _is_observed(module: nn.Module) -> bool:
 def _is_layer(module: Any) -> bool:
     """Return whether a call of ``module`` would give what its operands say."""
     own = next((vars(kind) for kind in type(module).__mro__ if "forward" in vars(kind)), ())
-    return "sibling_operands" in own and not _is_observed(module)
+    return "sibling_operands" in own and not is_observed(module)
 
 
 @functools.cache

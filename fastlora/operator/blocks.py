@@ -35,14 +35,14 @@ def shrink(x: Tensor, projections: Projections) -> tuple[Each, None]:
     """Return s = dropout(x) aᵀ [M, R] of each projection, in the adapters' dtype."""
     if len(projections) == 1:
         _, a, _, _, seed, _, p = projections[0]
-        return [None if a is None else _shrink(x, a, seed, p)], None
+        return [None if a is None else shrink_rows(x, a, seed, p)], None
     ss = [None] * len(projections)
     for same, rows, *of in _stacks(projections):
-        _put(ss, same, _shrink(_part(x, rows), *of), projections, 1)
+        _put(ss, same, shrink_rows(_part(x, rows), *of), projections, 1)
     return ss, None
 
 
-def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float, begin: int = 0) -> Tensor:
+def shrink_rows(x: Tensor, a: Tensor, seed: Tensor | None, p: float, begin: int = 0) -> Tensor:
     of = _blocks(x, a.dtype, seed, p, begin=begin, whole=a.dim() > 2)
     s = _joined([_flat(_each(x_hat, a) @ a.mT) for _, x_hat, _ in of])
     return s if seed is None else s.mul_(kept_scale(p))
@@ -87,11 +87,11 @@ def ds_db(
         for rows, dy_rows, _ in _blocks(dy, b.dtype, whole=b.dim() > 2):
             dy_rows = _each(dy_rows, b)
             if need_ds[i]:
-                parts.append(_flat(_scaled(dy_rows, b, scaling)))
+                parts.append(_flat(scaled_product(dy_rows, b, scaling)))
             if need_db[i]:
                 s = _each(_part(ss[i], rows), b)
                 left, right = (dy_rows, s) if short else (s, dy_rows)
-                db = _added(db, _scaled(left.mT, right, scaling))
+                db = _added(db, scaled_product(left.mT, right, scaling))
         dss[i] = _joined(parts) if parts else None
         dbs[i] = db if db is None or short else db.mT.contiguous()
     return dss, dbs
@@ -110,12 +110,12 @@ def input_grad_and_da(
     if len(projections) == 1:
         (_, a, _, _, seed, _, p), ds = projections[0], dss[0]
         of = a, seed, p
-        return dx, [None if ds is None else _add_low_rank(dx, x, ds, *of, need_a=needs[0])]
+        return dx, [None if ds is None else add_low_rank(dx, x, ds, *of, need_a=needs[0])]
     das = [None] * len(projections)
     for same, rows, *of in _stacks(projections, dss):
         ds, need_a = _joined([dss[i] for i in same], 1), any(needs[i] for i in same)
         part = None if dx is None else _part(dx, rows)
-        da = _add_low_rank(part, _part(x, rows), ds, *of, need_a=need_a)
+        da = add_low_rank(part, _part(x, rows), ds, *of, need_a=need_a)
         if need_a:
             _put(das, same, da, projections, -2)
     return dx, [da if need else None for da, need in zip(das, needs, strict=True)]
@@ -162,7 +162,7 @@ def _put(found: list, same: list[int], whole: Tensor, projections: Projections, 
         found[i] = part
 
 
-def _add_low_rank(
+def add_low_rank(
     dx: Tensor | None, x, ds, a, seed, p: float, begin: int = 0, *, need_a: bool
 ) -> Tensor | None:
     """Add dropout'(ds a) to ``dx`` where there is one; return da [R, K] if it is asked for."""
@@ -174,7 +174,7 @@ def _add_low_rank(
         return None
     da, left, right = None, _each(ds, a), a
     if dx is not None:
-        left, right = _in_dtype(left, a, dx)
+        left, right = in_dtype(left, a, dx)
     for rows, x_hat, ones in _blocks(x, a.dtype, seed, p, need_a, begin, a.dim() > 2):
         if need_a:
             da = _added(da, _each(_part(ds, rows), a).mT @ _each(x_hat, a))
@@ -193,7 +193,7 @@ def _added(total: Tensor | None, part: Tensor) -> Tensor:
     return total.to(torch.promote_types(total.dtype, torch.float32)).add_(part)
 
 
-def _scaled(left: Tensor, right: Tensor, alpha: float) -> Tensor:
+def scaled_product(left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """Return ``alpha · left @ right``, scaled before it is rounded: float16 might overflow."""
     out = left.new_empty(*left.shape[:-1], right.shape[-1])
     return _add_of(out)(out, left, right, beta=0, alpha=alpha)
@@ -220,7 +220,7 @@ def product(
     Factors in float32 may have a 16-bit ``out``.
     """
     if left.dtype != out.dtype:
-        left, right = _in_dtype(left, right, out)
+        left, right = in_dtype(left, right, out)
     if left.dtype == out.dtype:
         if plus is None or plus is out:
             return _add_of(out)(out, left, right, beta=0 if plus is None else 1, alpha=alpha)
@@ -234,7 +234,7 @@ def product(
     return out
 
 
-def _in_dtype(left: Tensor, right: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+def in_dtype(left: Tensor, right: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Return factors of ``left @ right`` for a product that is rounded to out's dtype anyway.
 
     A float32 factor is the sum of two bfloat16 terms to 16 bits: side by side along the rank they

@@ -26,14 +26,21 @@ def outputs(x: Tensor, projections: Projections, observed: bool, naive=False) ->
         if type(one.w) is slice:
             ys[-1] = _joined(ys[-1], x, one)
         elif type(one.scaling) is Segments:
-            frozen = one._replace(a=None, b=None, seed=None, scaling=1.0)
-            (y,) = outputs(x, [frozen], observed, naive)
-            ys.append(_joined(y, x, one._replace(w=slice(None))))
+            y = _frozen(x, *one)
+            ys.append(y if one.a is None else _joined(y, x, one._replace(w=slice(None))))
         elif naive:
             ys.append(reference(x, *one))
         else:
             ys.append(one.bias if one.w is None else output(x, one, observed))
     return ys
+
+
+def _frozen(x: Tensor, w: Tensor, a, b, bias: Tensor | None, seed, of: Segments, p) -> Tensor:
+    """Return y [M, N] without an adapter; weights may be stacked, each for a segment of rows."""
+    if w.dim() == 2:
+        return F.linear(x, w, bias)
+    biases = [None] * len(w) if bias is None else bias
+    return torch.cat([F.linear(*one) for one in zip(x.split(of.sizes()), w, biases, strict=True)])
 
 
 def _joined(y: Tensor | None, x: Tensor, one: Operands) -> Tensor:
@@ -119,9 +126,12 @@ def low_rank(
     Dropout's rows begin with number ``begin``.
     """
     if type(scaling) is Segments:
-        ends, *numbers = scaling
-        each = zip(ends, ends[1:], a, b, *numbers, strict=False)
-        parts = [low_rank(x[i:j], a, b, c, seed if p else None, p, i) for i, j, a, b, c, p in each]
+        numbers = (of if len(of) == len(a) else of * len(a) for of in scaling[1:])
+        parts, begin = [], 0
+        each = zip(x.split(scaling.sizes()), a, b, *numbers, strict=True)
+        for x_g, a_g, b_g, scaling_g, p_g in each:
+            parts.append(low_rank(x_g, a_g, b_g, scaling_g, seed if p_g else None, p_g, begin))
+            begin += len(x_g)
         return torch.cat(parts)
     x_hat = x.to(a.dtype)
     if seed is not None:

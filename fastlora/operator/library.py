@@ -15,6 +15,7 @@ from fastlora_kernels import steps as kernels
 from torch import Tensor
 
 from fastlora.operator import blocks
+from fastlora.operator.grouped import grouped_mm
 from fastlora.operator.operands import Each, Projections
 
 shrink = functools.partial(kernels.shrink, for_outputs=False)  # `outputs` scales s itself
@@ -40,7 +41,21 @@ def outputs(
         found = kernels.outputs(x[:, :0], few, [ss[i] for i in mixed], segments=own)
         for i, y in zip(mixed, found, strict=True):
             there[i] = y
+    if projections[0].w is not None and projections[0].w.dim() == 3:
+        return _stacked_outputs(x, projections, there, segments)
     return blocks.outputs(x, projections, ss, there)
+
+
+def _stacked_outputs(x: Tensor, projections: Projections, there: Each, segments) -> list[Tensor]:
+    """Return y [M, N] of weights [G, N, K], each for a segment of rows."""
+    ys = []
+    for i, (one, y) in enumerate(zip(projections, there, strict=True)):
+        wide = grouped_mm(x, one.w.mT, segments[0])
+        if wide is None or (y is None and one.bias is not None):
+            of = one if y is None else one._replace(a=None, b=None, bias=None)
+            (wide,) = kernels.outputs(x, [of], [None], segments=lists.of_few(segments, [i]))
+        ys.append(wide if y is None else y.add_(wide))
+    return ys
 
 
 def input_grad(
@@ -58,4 +73,17 @@ def input_grad(
         nothing = none[0].new_empty(0, few[0].a.shape[-1])
         own = lists.of_few(segments, there)
         dx = kernels.input_grad(none, [(nothing, *p[1:]) for p in few], ds, segments=own)
+    if any(w is not None and w.dim() == 3 for w, *_ in projections if type(w) is not slice):
+        return _add_stacked(dx, dys, projections, segments)
     return blocks.add_products(dx, dys, projections)
+
+
+def _add_stacked(dx: Tensor | None, dys: Each, projections: Projections, segments) -> Tensor | None:
+    for i, (dy, one) in enumerate(zip(dys, projections, strict=True)):
+        if dy is not None:
+            part = grouped_mm(dy, one.w, segments[0])
+            if part is None:
+                bare, own = [one._replace(a=None, b=None, seed=None)], lists.of_few(segments, [i])
+                part = kernels.input_grad([dy], bare, [None], segments=own)
+            dx = part if dx is None else dx.add_(part)
+    return dx

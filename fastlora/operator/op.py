@@ -6,7 +6,8 @@ several projections of one x; ``fastlora::lora_linears_backward`` returns the gr
 the adapters. Both take 2-D tensors and the name of an implementation; "auto" is resolved inside,
 for the sizes that come, so that one compiled graph serves them all. ``operands`` holds w, a, b,
 bias and seed of each projection; an empty tensor stands for what there is none of, as it does for
-gradients. There is one scaling: in a list its value would be part of a compiled graph. The
+gradients. There is one scaling: in a list its value would be part of a compiled graph. With
+``offsets`` all are stacks, the i-th of each for the rows from offsets[i] on. The
 gradients of trained base weights and biases are plain products, written in the autograd formula.
 
 `run` calls the bodies without the dispatcher where nothing could tell: in eager mode the way
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from fastlora.operator import eager, plans
+from fastlora.operator import eager, grouped, plans
 from fastlora.operator.operands import (
     Each,
     Operands,
@@ -47,11 +48,11 @@ def forward(
 # The operators, which hold lists of tensors.
 
 SCHEMAS = (
-    "lora_linears(Tensor x, Tensor[] operands, Scalar scaling, float[] dropout_p, str impl) "
-    "-> (Tensor[], Tensor[])",
+    "lora_linears(Tensor x, Tensor[] operands, Scalar scaling, float[] dropout_p, str impl, "
+    "Tensor? offsets) -> (Tensor[], Tensor[])",
     "lora_linears_backward(Tensor[] dy, Tensor x, Tensor[] operands, Tensor[] s, Scalar scaling, "
-    "float[] dropout_p, str impl, bool need_x, bool[] need_A, bool[] need_B) "
-    "-> (Tensor, Tensor[], Tensor[])",
+    "float[] dropout_p, str impl, bool need_x, bool[] need_A, bool[] need_B, "
+    "Tensor? offsets) -> (Tensor, Tensor[], Tensor[])",
 )
 
 
@@ -68,41 +69,58 @@ def _listed(x: Tensor, projections: Projections) -> tuple[list[Tensor], float, l
     operands: list[Tensor | None] = []
     for w, a, b, bias, seed, _, _ in projections:  # torch 2.8 compiles no part of a namedtuple
         operands += w, a, b, bias, seed
-    return _or_empty(x, operands), projections[0].scaling, [one.p for one in projections]
+    return _or_empty(x, operands), _number(projections[0]), [one.p for one in projections]
 
 
-def _projections(operands, scaling, dropout_p) -> list[Operands]:
-    each = _split(_or_none(operands), 5)
-    return [Operands(*of, scaling, p) for of, p in zip(each, dropout_p, strict=True)]
+def _number(one: Operands) -> float:
+    """Return the scaling, of all its segments where weights are stacked."""
+    return one.scaling.scalings[0] if type(one.scaling) is Segments else one.scaling
+
+
+def _offsets(projections: Projections) -> Tensor | None:
+    of = projections[0].scaling
+    return of.ends if type(of) is Segments else None
+
+
+def _projections(operands, scaling, dropout_p, offsets) -> list[Operands]:
+    found = []
+    for of, p in zip(_split(_or_none(operands), 5), dropout_p, strict=True):
+        own = scaling if offsets is None else Segments(offsets, (scaling,), (p,))
+        found.append(Operands(*of, own, p))
+    return found
 
 
 def _split(flat: Sequence, size: int) -> list[Sequence]:
     return [flat[i : i + size] for i in range(0, len(flat), size)]
 
 
-def _forward_op(x, operands, scaling, dropout_p, impl):
-    ys, ss = forward(x, _projections(operands, float(scaling), dropout_p), impl)
+def _forward_op(x, operands, scaling, dropout_p, impl, offsets):
+    ys, ss = forward(x, _projections(operands, float(scaling), dropout_p, offsets), impl)
     return ys, _or_empty(x, ss)
 
 
-def _backward_op(dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A, need_B):
-    projections = _projections(operands, float(scaling), dropout_p)
+def _backward_op(
+    dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A, need_B, offsets
+):
+    projections = _projections(operands, float(scaling), dropout_p, offsets)
     needs, plan = list(zip(need_A, need_B, strict=True)), plans.find(impl, x, projections)
     given = _or_none(dy), x, projections, _or_none(s), need_x, needs
     dx, *grads = exactly(x.device, plan.backward, *given)
     return (*_or_empty(x, [dx]), *(_or_empty(x, each) for each in grads))
 
 
-def _forward_fake(x, operands, scaling, dropout_p, impl):
-    M, each = x.shape[0], _projections(operands, scaling, dropout_p)
-    ss = [one.a if one.a is None else one.a.new_empty(M, one.a.shape[0]) for one in each]
-    return [x.new_empty(M, one.w.shape[0]) for one in each], _or_empty(x, ss)
+def _forward_fake(x, operands, scaling, dropout_p, impl, offsets):
+    M, each = x.shape[0], _projections(operands, scaling, dropout_p, offsets)
+    ss = [one.a if one.a is None else one.a.new_empty(M, one.a.shape[-2]) for one in each]
+    return [x.new_empty(M, one.w.shape[-2]) for one in each], _or_empty(x, ss)
 
 
-def _backward_fake(dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A, need_B):
+def _backward_fake(
+    dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A, need_B, offsets
+):
     def grads(tensors, needs):
         return [
-            t.new_empty(t.shape) if need and t.dim() == d.dim() == 2 else x.new_empty(0)
+            t.new_empty(t.shape) if need and t.dim() >= 2 == d.dim() else x.new_empty(0)
             for t, d, need in zip(tensors, dy, needs, strict=True)
         ]
 
@@ -111,15 +129,15 @@ def _backward_fake(dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A,
 
 
 def _setup_context(ctx, inputs, output):
-    x, *rest, impl = inputs
+    x, *rest, impl, offsets = inputs
     ctx.mark_non_differentiable(*output[1])
-    save(ctx, [x], _projections(*rest), _or_none(output[1]), impl)
+    save(ctx, [x], _projections(*rest, offsets), _or_none(output[1]), impl)
 
 
 def _autograd(ctx, dys, _):
     need_x, needs = ctx.needs_input_grad[:2]
     dx, grads = _grads(ctx, dys, need_x, [need for i, need in enumerate(needs) if i % 5 < 4])
-    return dx, [g for four in _split(grads, 4) for g in (*four, None)], None, None, None
+    return dx, [g for four in _split(grads, 4) for g in (*four, None)], None, None, None, None
 
 
 # A second import of this file, or a reload, leaves them to the first, which may be in use.
@@ -186,9 +204,9 @@ def gradients(
         else:
             some = some or need_x or need_a or need_b
             if need_w:
-                grads[i] = dy.t() @ x
+                grads[i] = _weight_grad(dy, x, projections[i // 4])
             if need_bias:
-                grads[i + 3] = dy if projections[i // 4].w is None else dy.sum(0)
+                grads[i + 3] = _bias_grad(dy, projections[i // 4])
         factors.append((need_a, need_b))
         i += 4
     if not some:
@@ -196,7 +214,7 @@ def gradients(
     # With a plan, what was saved beside x is as it was in forward.
     kept = [] if plan else [t for p in projections for t in p[:3] if isinstance(t, Tensor)]
     observed = not unobserved(x, *dys, *kept)
-    whole = all(isinstance(p.w, Tensor) and type(p.scaling) is not Segments for p in projections)
+    whole = all(isinstance(p.w, Tensor) and _is_whole(p.scaling) for p in projections)
     if looked_into(*dys) or (observed and not (whole and _alike(projections))):
         projections = [one._replace(w=dense(one.w)) for one in projections]
         flags = [need_x, *(flag for a, b in factors for flag in (False, a, b, False))]
@@ -207,7 +225,8 @@ def gradients(
         operands, *numbers = _listed(x, projections)
         given = _or_empty(x, dys), x, operands, _or_empty(x, ss), *numbers, impl, need_x
         needed = (list(flags) for flags in zip(*factors, strict=True))
-        dx, *both = torch.ops.fastlora.lora_linears_backward(*given, *needed)
+        of = *needed, _offsets(projections)
+        dx, *both = torch.ops.fastlora.lora_linears_backward(*given, *of)
         dx, (da, db) = dx if need_x else None, map(_or_none, both)
     else:
         plan = plan or plans.find(impl, x, projections)
@@ -217,6 +236,16 @@ def gradients(
     return dx, grads
 
 
+def _weight_grad(dy: Tensor, x: Tensor, one: Operands) -> Tensor:
+    return dy.t() @ x if one.w.dim() == 2 else grouped.weight_grad(dy, x, one.scaling)
+
+
+def _bias_grad(dy: Tensor, one: Operands) -> Tensor:
+    if one.w is None:
+        return dy
+    return dy.sum(0) if one.w.dim() == 2 else grouped.bias_grad(dy, one.scaling)
+
+
 def _observed(x: Tensor, projections: Projections) -> list[Tensor]:
     return eager.outputs(x, projections, observed=True)
 
@@ -224,7 +253,12 @@ def _observed(x: Tensor, projections: Projections) -> list[Tensor]:
 def _alike(projections: Projections) -> bool:
     """Return whether they have one scaling."""
     first, *others = projections  # a symbolic one would lose that by being compared with itself
-    return all(one.scaling == first.scaling for one in others)
+    return all(_number(one) == _number(first) for one in others)
+
+
+def _is_whole(scaling: float | Segments) -> bool:
+    """Return whether the operator takes it: segments have weights of their own."""
+    return type(scaling) is not Segments or isinstance(scaling.ends, Tensor)
 
 
 class _Direct(torch.autograd.Function):
@@ -266,7 +300,7 @@ def run(x: Tensor, projections: Projections, impl: str) -> Sequence[Tensor]:
     flat: list[Tensor | None] = []
     whole = True
     for w, a, b, bias, _, scaling, _ in projections:
-        whole = whole and type(scaling) is not Segments
+        whole = whole and _is_whole(scaling)
         if not isinstance(w, Tensor):  # compiled code would be guarded by a class of ours
             whole, w = False, None
         flat += w, a, b, bias
@@ -278,7 +312,8 @@ def run(x: Tensor, projections: Projections, impl: str) -> Sequence[Tensor]:
     if observed:
         if not _alike(projections):
             projections = [_scaled(one) for one in projections]
-        return torch.ops.fastlora.lora_linears(x, *_listed(x, projections), impl)[0]
+        given = *_listed(x, projections), impl, _offsets(projections)
+        return torch.ops.fastlora.lora_linears(x, *given)[0]
     if torch.is_grad_enabled():
         for t in (x, *flat):
             if t is not None and t.requires_grad:
@@ -288,15 +323,19 @@ def run(x: Tensor, projections: Projections, impl: str) -> Sequence[Tensor]:
 
 def _scaled(one: Operands) -> Operands:
     """Return a projection whose scaling is part of its b."""
-    a, b = (None, None) if one.a is None else with_scaling(one.a, one.b, one.scaling)
-    return Operands(one.w, a, b, one.bias, one.seed, 1.0, one.p)
+    a, b = (None, None) if one.a is None else with_scaling(one.a, one.b, _number(one))
+    of = one.scaling
+    of = Segments(of.ends, (1.0,), of.p) if type(of) is Segments else 1.0
+    return Operands(one.w, a, b, one.bias, one.seed, of, one.p)
 
 
 def _is_few(x: Tensor, projections: Projections) -> bool:
     """Return what `plans.is_few` does of a tensor on a CPU, in a fifth of the time."""
     if x.numel() > plans.FEW or torch._C._is_any_autocast_enabled():
         return False
-    for _, a, b, _, _, _, _ in projections:
+    for _, a, b, _, _, scaling, _ in projections:
+        if type(scaling) is Segments:
+            return False
         if a is not None and not (a.is_contiguous() and b.is_contiguous()):
             return False  # PyTorch's gradients of others round worse than the rule allows
     return True

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,11 +39,20 @@ def with_scaling(a: Tensor, b: Tensor, scaling: float | Tensor) -> tuple[Tensor,
 
 
 class Segments(NamedTuple):
-    """How rows are cut, [G + 1], and the scaling and dropout of each of G stacked adapters."""
+    """How rows are cut, [G + 1], and the scaling and dropout of each of G stacked adapters.
 
-    ends: tuple[int, ...]
+    Where weights are stacked as well, ``ends`` is a tensor on the device of x, which nobody waits
+    for, and there is one scaling and one p for all.
+    """
+
+    ends: tuple[int, ...] | Tensor
     scalings: tuple[float, ...]
     p: tuple[float, ...]
+
+    def sizes(self) -> list[int]:
+        """Return how many rows each segment has."""
+        ends = self.ends.tolist() if isinstance(self.ends, Tensor) else self.ends
+        return [end - start for start, end in itertools.pairwise(ends)]
 
 
 class Operands(NamedTuple):
@@ -52,7 +62,7 @@ class Operands(NamedTuple):
     Without ``w`` the bias [M, N] is y but for the adapters that follow, which are added in place. A
     slice as ``w`` is one more adapter of the projection before, for those rows of it; or several,
     ``a`` and ``b`` stacked, each for as many of the rows. With `Segments` in the place of a scaling
-    the projection's own are stacked.
+    the projection's own are stacked, and ``w`` [G, N, K] and the bias [G, N] may be.
     """
 
     w: Tensor | slice | None
@@ -65,7 +75,7 @@ class Operands(NamedTuple):
 
     def width(self) -> int:
         """Return the columns of the output of a projection without an adapter."""
-        return self.bias.shape[1] if self.w is None else self.w.shape[0]
+        return self.bias.shape[1] if self.w is None else self.w.shape[-2]
 
 
 def spread(each: Each, projections: Sequence[Operands]) -> Each:

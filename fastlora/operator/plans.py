@@ -66,6 +66,8 @@ def find(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
             key += *b.shape, a.dtype, seed is not None
         if not isinstance(w, Tensor):
             key.append(type(w))
+        elif w.dim() == 3:
+            key.append(3)
     found, key = _found, tuple(key)
     pair = found.get(key)
     if pair is None:
@@ -85,8 +87,11 @@ def _pair(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
     if impl == "triton" and any(w is not None and type(w) is not slice for w in others):
         raise TypeError("impl='triton' reads dense weights, and this one is quantised")
     if any(type(one.scaling) is Segments for one in projections):
-        name = "library" if impl == "auto" or None in others else impl
-        module = importlib.import_module(MODULES[name])
+        name = default(x.dtype, x.device)[0] if impl == "auto" else impl
+        if name == "blocks":  # whose adapters alone are no stacks of this kind
+            module = importlib.import_module("fastlora.operator.grouped")
+            return Pair(*(functools.partial(f, module) for f in (steps.forward, steps.backward)))
+        module = importlib.import_module(MODULES["library" if None in others else name])
         directions = _stacks_forward, _stacks_backward
         return Pair(*(functools.partial(direction, module) for direction in directions))
     if any(type(w) is slice and w.start is not None for w in others):
@@ -127,16 +132,22 @@ def _segmented(x: Tensor, projections: Projections) -> tuple[list[Operands], tup
     offsets, numbers, found = None, [None] * len(projections), list(projections)
     for i, one in enumerate(projections):
         if type(one.scaling) is Segments:
-            offsets, numbers[i] = _on(x.device, one.scaling)
+            offsets, numbers[i] = _on(x.device, *one.scaling)
             found[i] = one._replace(scaling=1.0)
     return found, (offsets, numbers)
 
 
+def _on(device: torch.device, ends: tuple[int, ...] | Tensor, *numbers: tuple) -> tuple:
+    G = len(ends) - 1
+    ends = _copied(device, torch.int32, ends) if type(ends) is tuple else ends
+    scalings, p = (of if len(of) == G else of * G for of in numbers)
+    drawn = tuple(map(kept_scale, p)), tuple(map(lowest_kept, p))
+    return ends, _copied(device, torch.float32, (scalings, *drawn))
+
+
 @functools.lru_cache(1024)  # so that no layer after the first waits for the device
-def _on(device: torch.device, of: Segments) -> tuple[Tensor, Tensor]:
-    numbers = of.scalings, tuple(map(kept_scale, of.p)), tuple(map(lowest_kept, of.p))
-    numbers = torch.tensor(numbers, dtype=torch.float32, device=device)
-    return torch.tensor(of.ends, dtype=torch.int32, device=device), numbers
+def _copied(device: torch.device, dtype: torch.dtype, values: tuple) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _usable(configs: Mapping, rows: Each, projections: Projections) -> Mapping | None:

@@ -19,6 +19,7 @@ from fastlora.layers.mixed import Block, Runs, runs_of
 from fastlora.layers.siblings import FrozenLinear, Group, handed, separate
 from fastlora.operator import weights
 from fastlora.operator.op import PLAIN
+from fastlora.peft import experts
 
 _DROPOUTS = (nn.Identity, nn.Dropout)
 _LIKE_WEIGHT = object()
@@ -111,6 +112,7 @@ _STAND_INS = {
     "FusedModel": (_Fusing, "peft.tuners.lora.model", "LoraModel"),
     "FusedMixedModel": (_Fusing, "peft.tuners.mixed.model", "MixedModel"),
     "FusedLinear": (Fused, "peft.tuners.lora.layer", "Linear"),
+    "FusedParamWrapper": (experts.FusedExperts, "peft.tuners.lora.layer", "ParamWrapper"),
     "FusedLinear4bit": (Fused, "peft.tuners.lora.bnb", "Linear4bit"),
     "FusedLinear8bitLt": (Fused, "peft.tuners.lora.bnb", "Linear8bitLt"),
     "FusedTorchaoLoraLinear": (Fused, "peft.tuners.lora.torchao", "TorchaoLoraLinear"),
@@ -163,6 +165,9 @@ def why_not(layer: nn.Module) -> str | None:
     For an input of the weight's dtype. Merged or disabled adapters are no reason: then there is
     only the base layer to run.
     """
+    if isinstance(layer, lora.layer.ParamWrapper):
+        found = experts.operands(layer)
+        return found if isinstance(found, str) else None
     if not isinstance(layer, Fused) and _stand_in(type(layer)) is None:
         others = "bitsandbytes, torchao, HQQ, GPTQ or AWQ"
         return f"{_kind(layer)}, not PEFT's plain lora.Linear, nor one of {others}"

@@ -42,7 +42,7 @@ def input_grad_kernel(
     dx_ptr, dy_ptrs, w_ptrs, ds_ptrs, a_ptrs, seed_ptrs, offsets_ptr, number_ptrs,
     M, K, sizes, ranks, G,
     strides_dym, strides_dyn,
-    strides_wn, strides_wk,
+    strides_wg, strides_wn, strides_wk,
     strides_ag, strides_ar, strides_ak,
     scales, keep_froms,
     HAS_LOW_RANK: tl.constexpr, HAS_DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, ACC: tl.constexpr,
@@ -57,9 +57,11 @@ def input_grad_kernel(
     if offsets_ptr is not None:
         if first_m >= end:
             return
-        a_ptrs = stack_at(a_ptrs, g, strides_ag)
-        scales = kept_scales_of(number_ptrs, g, G, ACC)
-        keep_froms = keep_froms_of(number_ptrs, g, G)
+        w_ptrs = stack_at(w_ptrs, g, strides_wg)
+        if HAS_LOW_RANK:
+            a_ptrs = stack_at(a_ptrs, g, strides_ag)
+            scales = kept_scales_of(number_ptrs, g, G, ACC)
+            keep_froms = keep_froms_of(number_ptrs, g, G)
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = wrapped(offs_m, M)
@@ -160,7 +162,7 @@ def input_grad(dy, w, ds, a, seeds, p, config: Config | None = None, segments=No
 
     ds and a are of one dtype and both None for a projection without an adapter.
     """
-    K, several, ranks, whole = w[0].shape[1], len(w) > 1, lists.lengths(a, -2), segments is None
+    K, several, ranks, whole = w[0].shape[-1], len(w) > 1, lists.lengths(a, -2), segments is None
     there, bf16 = [t for t in a if t is not None], dy[0].dtype == torch.bfloat16
     dropout = any(seed is not None for seed in seeds)
     adapter = there[0].dtype if there else dy[0].dtype
@@ -184,13 +186,13 @@ def input_grad(dy, w, ds, a, seeds, p, config: Config | None = None, segments=No
 
 
 def _portable(dy, w, ds, a, seeds, p, config: Config, segments):
-    (M, _), K, sizes, ranks = dy[0].shape, w[0].shape[1], lists.lengths(dy, 1), lists.lengths(a, -2)
+    (M, _), K, sizes, ranks = dy[0].shape, w[0].shape[-1], lists.lengths(dy, 1), lists.lengths(a, -2)
     offsets, numbers, G = lists.numbers_of(segments)
     scales, keep_froms = map(lists.alike, keep_scales(seeds, p))
     tiles = lists.count_of(M, G, config.block_m) * cdiv(K, config.block_n)
     launch = Launch(
         *(input_grad_kernel, (tiles,), config),
-        *(M, K, sizes, ranks, G, *lists.strides(dy), *lists.strides(w), *lists.strides(a, 3)),
+        *(M, K, sizes, ranks, G, *lists.strides(dy), *lists.strides(w, 3), *lists.strides(a, 3)),
         *(scales, keep_froms),
         *(any(ranks), any(seed is not None for seed in seeds)),
         *(all(n % config.block_k == 0 for n in sizes), triton_dtype(dy[0].dtype), len(dy)),

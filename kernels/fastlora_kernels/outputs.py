@@ -32,9 +32,9 @@ def outputs_kernel(
     x_ptr, w_ptrs, s_ptrs, b_ptrs, bias_ptrs, y_ptrs, offsets_ptr, number_ptrs,
     M, sizes, K, ranks, bias_sizes, tiles_n, G,
     stride_xm, stride_xk,
-    strides_wn, strides_wk,
+    strides_wg, strides_wn, strides_wk,
     strides_bg, strides_bn, strides_br,
-    strides_bias,
+    strides_of_bias, strides_bias,
     scales,
     HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -49,7 +49,11 @@ def outputs_kernel(
     if offsets_ptr is not None:
         if first_m >= end:
             return
-        b_ptrs = stack_at(b_ptrs, g, strides_bg)
+        w_ptrs = stack_at(w_ptrs, g, strides_wg)
+        if HAS_LOW_RANK:
+            b_ptrs = stack_at(b_ptrs, g, strides_bg)
+        if HAS_BIAS:
+            bias_ptrs = stack_at(bias_ptrs, g, strides_of_bias)
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = wrapped(offs_m, M)
@@ -190,9 +194,9 @@ def _config(x, w, b, config: Config | None, scaled: bool, whole: bool = True) ->
     """
     adapters, by_rows = [t for t in b if t is not None], w[0].stride(1) == 1
     dtype = adapters[0].dtype if adapters else x.dtype
-    rank, result = max(1, *lists.lengths(b, -1)), (len(x), lists.lengths(w, 0))
+    rank, result = max(1, *lists.lengths(b, -1)), (len(x), lists.lengths(w, -2))
     default = default_of("outputs", (x,), w, rank, dtype, False, len(w), result)
-    even = whole and all(n * x.element_size() % 16 == 0 for n in lists.lengths(w, 0))
+    even = whole and all(n * x.element_size() % 16 == 0 for n in lists.lengths(w, -2))
     suited = even and readable(x) and all(readable(t, by_rows) for t in w)
     folds = whole and scaled and dtype == x.dtype
     folds = folds and all(t.shape[1] % 8 == 0 and readable(t, by_rows) for t in adapters)
@@ -213,7 +217,7 @@ def outputs(x, w, s, b, biases, scalings, config: Config | None = None, segments
 
     s and b are of one dtype and each None without an adapter, and so are the biases.
     """
-    (M, K), sizes, ranks = x.shape, lists.lengths(w, 0), lists.lengths(b, -1)
+    (M, K), sizes, ranks = x.shape, lists.lengths(w, -2), lists.lengths(b, -1)
     scales = lists.alike([float(c) for c, r in zip(scalings, ranks, strict=True) if r] or [1.0])
     if len(scales) > 1:
         scales = tuple(map(float, scalings))
@@ -222,8 +226,8 @@ def outputs(x, w, s, b, biases, scalings, config: Config | None = None, segments
     offsets, numbers, G = lists.numbers_of(segments)
     tiles_n = sum(cdiv(n, config.block_n) for n in sizes)
     tiles = lists.count_of(M, G, config.block_m) * tiles_n
-    shared = M, sizes, K, ranks, lists.lengths(biases, 0), tiles_n
-    of_b, rest = lists.strides(b, 3), (lists.strides(biases)[0], scales)
+    shared = M, sizes, K, ranks, lists.lengths(biases, -1), tiles_n
+    of_b, of_bias = lists.strides(b, 3), lists.strides(biases, 2)
     blocks = config.block_m, config.block_n, config.block_k
     block_r = config.rank_tile(max(1, *ranks))
     if config.tma:
@@ -231,14 +235,14 @@ def outputs(x, w, s, b, biases, scalings, config: Config | None = None, segments
         launch = Launch(
             *(persistent_outputs_kernel, (min(tiles, Chip.of(x.device).processors),), config),
             *(*shared, x.stride(0), tuple(t.stride(0 if by_rows else 1) for t in w)),
-            *(*of_b[1:], *rest),
+            *(*of_b[1:], of_bias[1], scales),
             *(config.low_rank if any(ranks) else None, by_rows, has_bias),
             *(*blocks, min(block_r, 32), config.group_m, 2 if config.block_n > 128 else 1),
         )
     else:
         launch = Launch(
             *(outputs_kernel, (tiles,), config),
-            *(*shared, G, *x.stride(), *lists.strides(w), *of_b, *rest),
+            *(*shared, G, *x.stride(), *lists.strides(w, 3), *of_b, *of_bias, scales),
             *(any(ranks), has_bias, K % config.block_k == 0, triton_dtype(x.dtype)),
             *(*blocks, block_r, config.group_m),
         )

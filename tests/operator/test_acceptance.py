@@ -39,7 +39,7 @@ BLOCKS = {
     "ds and db not scaled": "left, right, beta=0, alpha=alpha) => left, right, beta=0)",
     "base product forgotten": "ys.append(y.addmm_(x, w.t())) => ys.append(y)",
     "low-rank part of dx forgotten": "product(part, _each(ds, a), a, part) => pass",
-    "db of the last block alone": "db = _added(db, _scaled( => db = (_scaled(",
+    "db of the last block alone": "db = _added(db, scaled_product( => db = (scaled_product(",
     "da of the last block alone": "da = _added(da, _each( => da = (_each(",
     "few elements not scaled": "@ right).mul_(alpha) => @ right)",
     "s from 16 bits": "_each(x_hat, a) @ a.mT => (x_hat.bfloat16() @ a.bfloat16().mT).to(a.dtype)",

@@ -252,15 +252,15 @@ def test_opcheck(impl):
     operands = [t for p in projections for t in (*p[:4], seed if p.dropout_p else None)]
     operands = [nothing if t is None else t for t in operands]
     rest = 0.5, [p.dropout_p for p in projections], impl
-    opcheck(torch.ops.fastlora.lora_linears.default, (x, operands, *rest))
-    ys, ss = torch.ops.fastlora.lora_linears(x, operands, *rest)
+    opcheck(torch.ops.fastlora.lora_linears.default, (x, operands, *rest, None))
+    ys, ss = torch.ops.fastlora.lora_linears(x, operands, *rest, None)
     dys = [torch.randn_like(y).detach() for y in ys]
     dys[2], operands = nothing, [t.detach() for t in operands]
     for need_x, need in itertools.product((True, False), repeat=2):
         needs = [need] * 5, [True, False, True, not need, need]
         opcheck(
             torch.ops.fastlora.lora_linears_backward.default,
-            (dys, x.detach(), operands, ss, *rest, need_x, *needs),
+            (dys, x.detach(), operands, ss, *rest, need_x, *needs, None),
             test_utils=["test_schema", "test_faketensor"],
         )
 

@@ -100,8 +100,8 @@ COPIES = {
         ),
         (
             "a segment reads the first rows",
-            "_shrink(_part(x, rows), *of)",
-            "_shrink(x[: rows.stop - rows.start if rows else None], *of)",
+            "shrink_rows(_part(x, rows), *of)",
+            "shrink_rows(x[: rows.stop - rows.start if rows else None], *of)",
         ),
     ],
     ("operands", "segments::as_a_loop"): [
@@ -129,7 +129,7 @@ COPIES = {
         ("a gradient that is not asked for is made", "[da if need else None for", "[da for"),
     ],
     ("blocks", "operator::inputs_are_never_modified"): [
-        ("dy is written to", "_scaled(dy_rows, b, s", "_scaled(dy_rows.mul_(1), b, s"),
+        ("dy is written to", "scaled_product(dy_rows, b, s", "scaled_product(dy_rows.mul_(1), b, s"),
     ],
     ("blocks", "unusual_operands::infinities_stay_under_float32_adapters"): [
         (

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures of experts: what modules of transformers with all experts' weights in one tensor compute.
+
+Rows are sorted by expert, and each projection of all experts is one operator with segments, as are
+their adapters. The module's own gate, biases and norm stay its own.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import functional
+from fastlora.layers import gated
+from fastlora.layers.active import Layer, projections_of
+from fastlora.operator import op, plans
+from fastlora.operator.operands import Operands
+
+
+def routed(
+    module: nn.Module, up: Layer, down: Layer, p: float, x: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """Return what experts make of x [T, H], those that ``index`` [T, k] names, by ``weights`` [T, k].
+
+    The projections ``up`` (of gate and up where there is a gate) and ``down`` hold weights
+    [E, N, K], biases [E, N] and adapters [E, R, K] and [E, N, R], which drop with probability p.
+    """
+    E, k = len(up[0]), index.shape[-1]
+    experts, order = index.flatten().sort(stable=True)
+    numbers = torch.arange(E + 1, device=x.device, dtype=experts.dtype)
+    ends, back = torch.searchsorted(experts, numbers, out_int32=True), order.argsort()
+    y = _experts(module, up, down, p, _Sorted.apply(x.to(up[0].dtype), order, back), ends)
+    if module.has_post_expert_norm:
+        y = module.post_expert_norm(y)
+    y = _Sorted.apply(y, back, order).unflatten(0, (-1, k))
+    return (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+class _Sorted(torch.autograd.Function):
+    """Rows of x by expert, or those of y by token; each token may have several of the former.
+
+    In another order of rows the gradient is a sum over neighbours, and none of scattered ones.
+    """
+
+    @staticmethod
+    def forward(ctx, x, order, back):
+        ctx.save_for_backward(order, back)
+        ctx.rows = len(x)
+        return x[order // (len(order) // len(x))]
+
+    @staticmethod
+    def backward(ctx, dy):
+        order, back = ctx.saved_tensors
+        dx = dy[back]
+        return dx.unflatten(0, (ctx.rows, -1)).sum(1) if len(dx) > ctx.rows else dx, None, None
+
+
+def batched(module: nn.Module, up: Layer, down: Layer, p: float, x: Tensor) -> Tensor:
+    """Return what experts make of x [E · T, H], T rows for each of them."""
+    E = len(up[0])
+    ends = torch.arange(E + 1, device=x.device, dtype=torch.int32) * (len(x) // E)
+    return _experts(module, up, down, p, x, ends)
+
+
+def _experts(
+    module: nn.Module, up: Layer, down: Layer, p: float, x: Tensor, ends: Tensor
+) -> Tensor:
+    impl = "auto" if plans.FORCED == "auto" else plans.named("auto", x)
+    (h,) = op.run(*_ready(x, up, p, ends, impl), impl)
+    activation = gated.split_activation(module)
+    if activation is None or not op.unobserved(h, *down[:2], *(t for a in down[2] for t in a[:2])):
+        h, last = _ready(_inner(module, h), down, p, ends, impl)
+        return op.run(h, last, impl)[0]
+    gate, value = h.chunk(2, dim=-1)
+    _, last = _ready(gate.new_empty(1, down[0].shape[-1]), down, p, ends, impl)
+    return gated.joined(gate, value, last, activation, impl)
+
+
+def _inner(module: nn.Module, h: Tensor) -> Tensor:
+    if hasattr(module, "has_gate"):
+        return module._apply_gate(h) if module.has_gate else module.act_fn(h)
+    gate, up = h.chunk(2, dim=-1)
+    return up * module.act_fn(gate)
+
+
+def _ready(
+    x: Tensor, layer: Layer, p: float, ends: Tensor, impl: str
+) -> tuple[Tensor, list[Operands]]:
+    x, projections = functional.checked(x, projections_of([layer]), "", ends)
+    projections = [one._replace(dropout_p=p) for one in projections]
+    return functional.drawn(x, projections, True, impl, ends)

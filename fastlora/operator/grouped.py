@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``blocks`` implementation where each segment of rows meets a weight of its own.
+
+Weights are stacks [G, N, K], adapters and biases too. The steps are those of `blocks`, for one
+segment that has rows after the other: on a CPU PyTorch's ``grouped_mm`` is such a loop as well, and
+takes neither float64 nor every rank.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlora.operator import blocks
+from fastlora.operator.operands import Each, Projections, Segments
+
+
+def shrink(x: Tensor, projections: Projections) -> tuple[Each, None]:
+    """Return s = dropout(x) aᵀ [M, R] of each projection, in the adapters' dtype."""
+    return [None if one.a is None else _shrink(x, *one) for one in projections], None
+
+
+def _shrink(x: Tensor, w, a: Tensor, b, bias, seed: Tensor | None, of: Segments, p) -> Tensor:
+    s = grouped_mm(x, a.mT, of.ends) if seed is None else None
+    if s is None:
+        s = x.new_empty(len(x), a.shape[1], dtype=a.dtype)
+        for begin, x_g, s_g, a_g in cut(of, (x, s), (a,)):
+            s_g.copy_(blocks.shrink_rows(x_g, a_g, seed, p, begin))
+    return s
+
+
+def outputs(x: Tensor, projections: Projections, ss: Each, scaled: None = None) -> list[Tensor]:
+    """Return y [M, N] of each projection from its s: the frozen product joins the low-rank one."""
+    ys = []
+    for (w, _, b, bias, _, of, _), s in zip(projections, ss, strict=True):
+        y, right = x.new_empty(len(x), w.shape[1]), None
+        if s is not None:
+            s, right = blocks.in_dtype(s, b.mT, y)
+        for _, x_g, s_g, y_g, w_g, right_g, plus in cut(of, (x, s, y), (w.mT, right, bias)):
+            if s is not None:
+                plus = blocks.product(y_g, s_g, right_g, plus, of.scalings[0])
+            blocks.product(y_g, x_g, w_g, plus)
+        ys.append(y)
+    return ys
+
+
+def ds_db(
+    dys: Each, projections: Projections, ss: Each, need_ds: Sequence[bool], need_db: Sequence[bool]
+) -> tuple[Each, Each]:
+    """Return ds = scaling · dy b [M, R] and db = scaling · dyᵀ s [G, N, R] of each projection."""
+    dss, dbs = [None] * len(dys), [None] * len(dys)
+    for i, (dy, s, (_, _, b, _, _, of, _)) in enumerate(zip(dys, ss, projections, strict=True)):
+        if dy is None or b is None:
+            continue
+        scaling = of.scalings[0]
+        if need_ds[i]:
+            dss[i] = grouped_mm(dy, b, of.ends, scaling)
+            if dss[i] is None:
+                dss[i] = torch.empty_like(s)
+                for _, dy_g, ds_g, b_g in cut(of, (dy, dss[i]), (b,)):
+                    blocks.product(ds_g, dy_g.to(b.dtype), b_g, None, scaling)
+        if need_db[i]:
+            dbs[i] = grouped_mm(dy.t(), s, of.ends, scaling)
+            if dbs[i] is None:
+                dbs[i] = _stack(of, b)
+                for _, dy_g, s_g, db_g in cut(of, (dy, s), (dbs[i],)):
+                    blocks.product(db_g, dy_g.t().to(b.dtype), s_g, None, scaling)
+    return dss, dbs
+
+
+def input_grad_and_da(
+    dys: Each, x: Tensor, projections: Projections, dss: Each, needs: Sequence[bool]
+) -> tuple[Tensor | None, Each]:
+    """Return dx = Σ (dy w + dropout'(ds a)) [M, K] and da = dsᵀ dropout(x) [G, R, K] of each.
+
+    Without a dy there is no dx. A mask that both need is drawn once.
+    """
+    dx, das = None, [None] * len(dys)
+    for i, (dy, ds, (w, a, _, _, seed, of, p)) in enumerate(
+        zip(dys, dss, projections, strict=True)
+    ):
+        first, there = dx is None, dy is not None
+        dx = x.new_empty(x.shape) if first and there else dx
+        da = grouped_mm(ds.t(), x, of.ends) if ds is not None and needs[i] and seed is None else None
+        own = _stack(of, a) if ds is not None and needs[i] and da is None else None
+        das[i] = own if da is None else da
+        left, right = blocks.in_dtype(ds, a, dx) if there and ds is not None else (None, None)
+        of_rows, of_stacks = (x, dy, dx, ds, left), (w, a, right, own)
+        for begin, x_g, dy_g, dx_g, ds_g, left_g, w_g, a_g, right_g, da_g in cut(
+            of, of_rows, of_stacks
+        ):
+            if there:
+                blocks.product(dx_g, dy_g, w_g, None if first else dx_g)
+            if there and ds is not None and seed is None:
+                blocks.product(dx_g, left_g, right_g, dx_g)
+            if own is not None or (seed is not None and ds is not None):
+                masked = None if seed is None else dx_g
+                of_g = x_g, ds_g, a_g, seed, p, begin
+                made = blocks.add_low_rank(masked, *of_g, need_a=own is not None)
+                if own is not None:
+                    da_g.copy_(made)
+    return dx, das
+
+
+def weight_grad(dy: Tensor, x: Tensor, of: Segments) -> Tensor:
+    """Return dyᵀ x [G, N, K] of each segment, for weights that are trained."""
+    sizes = of.sizes()
+    pairs = zip(dy.split(sizes), x.split(sizes), strict=True)
+    return torch.stack([dy_g.t() @ x_g for dy_g, x_g in pairs])
+
+
+def bias_grad(dy: Tensor, of: Segments) -> Tensor:
+    """Return the sum of dy over each segment [G, N]."""
+    return torch.stack([dy_g.sum(0) for dy_g in dy.split(of.sizes())])
+
+
+def grouped_mm(left: Tensor, right: Tensor, ends: Tensor, scaling: float = 1.0) -> Tensor | None:
+    """Return ``scaling · left @ right`` of all segments by PyTorch's, None where it can't.
+
+    In float16 it might overflow before it is scaled.
+    """
+    found = getattr(F, "grouped_mm", None)  # since PyTorch 2.10
+    dtypes = (torch.float32, torch.bfloat16)
+    if left.is_cuda:  # where it does not wait for the device
+        chip, _ = torch.cuda.get_device_capability(left.device)
+        dtypes = (torch.bfloat16,) if chip in (9, 10) else ()
+    if found is None or left.dtype != right.dtype or left.dtype not in dtypes:
+        return None
+    for t in (left, right):
+        if t.data_ptr() % 16 or any(n != 1 and n * t.itemsize % 16 for n in t.stride()):
+            return None
+    made = found(left, right, offs=ends[1:])
+    return made if scaling == 1.0 else made.mul_(scaling)
+
+
+def cut(
+    of: Segments, rows: Sequence[Tensor | None], stacks: Sequence[Tensor | None]
+) -> list[tuple]:
+    """Return of each segment that has rows the first, and its part of what there is."""
+    sizes = of.sizes()
+    parts = [[None] * len(sizes) if t is None else t.split(sizes) for t in rows]
+    parts += [[None] * len(sizes) if t is None else t.unbind() for t in stacks]
+    begins = itertools.accumulate(sizes, initial=0)
+    return [found for size, *found in zip(sizes, begins, *parts, strict=False) if size]
+
+
+def _stack(of: Segments, like: Tensor) -> Tensor:
+    """Return memory for gradients of a stack, zeros where some are of no rows."""
+    new = like.new_empty if all(of.sizes()) else like.new_zeros
+    return new(like.shape)
