@@ -366,7 +366,12 @@ def _check_numbers(scaling, dropout_p, device: torch.device) -> None:
         raise TypeError(f"scaling must be a number or a 0-d tensor, got {type(scaling).__name__}")
     elif not is_compiling() and not abs(scaling) <= LARGEST:
         raise ValueError(f"scaling must be finite in float32, got {scaling}")
-    if not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+    check_dropout(dropout_p, "dropout_p")
+
+
+def check_dropout(p: float, name: str) -> None:
+    """Raise TypeError or ValueError unless an argument of that name is a probability."""
+    if not isinstance(p, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(p).__name__}")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name} must be between 0 and 1, got {p}")

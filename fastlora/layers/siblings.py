@@ -266,7 +266,7 @@ def separate(model: nn.Module) -> None:
     for (module, _), kind in zip(ours, kinds, strict=True):
         module.__class__ = kind
     for module in model.modules():
-        for name in ("_siblings", "_sibling_groups"):
+        for name in ("_siblings", "_sibling_groups", "_expert_dropout"):
             vars(module).pop(name, None)
 
 

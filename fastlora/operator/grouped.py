@@ -83,7 +83,9 @@ def input_grad_and_da(
     ):
         first, there = dx is None, dy is not None
         dx = x.new_empty(x.shape) if first and there else dx
-        da = grouped_mm(ds.t(), x, of.ends) if ds is not None and needs[i] and seed is None else None
+        da = (
+            grouped_mm(ds.t(), x, of.ends) if ds is not None and needs[i] and seed is None else None
+        )
         own = _stack(of, a) if ds is not None and needs[i] and da is None else None
         das[i] = own if da is None else da
         left, right = blocks.in_dtype(ds, a, dx) if there and ds is not None else (None, None)

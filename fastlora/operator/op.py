@@ -99,9 +99,7 @@ def _forward_op(x, operands, scaling, dropout_p, impl, offsets):
     return ys, _or_empty(x, ss)
 
 
-def _backward_op(
-    dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A, need_B, offsets
-):
+def _backward_op(dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A, need_B, offsets):
     projections = _projections(operands, float(scaling), dropout_p, offsets)
     needs, plan = list(zip(need_A, need_B, strict=True)), plans.find(impl, x, projections)
     given = _or_none(dy), x, projections, _or_none(s), need_x, needs
@@ -115,9 +113,7 @@ def _forward_fake(x, operands, scaling, dropout_p, impl, offsets):
     return [x.new_empty(M, one.w.shape[-2]) for one in each], _or_empty(x, ss)
 
 
-def _backward_fake(
-    dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A, need_B, offsets
-):
+def _backward_fake(dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A, need_B, offsets):
     def grads(tensors, needs):
         return [
             t.new_empty(t.shape) if need and t.dim() >= 2 == d.dim() else x.new_empty(0)

@@ -91,6 +91,13 @@ def operands(layer: ParamWrapper) -> str | tuple[nn.Module, Layer, Layer]:
     return module, *layers.values()
 
 
+def name_of(path: str, layer: nn.Module) -> str:
+    """Return what a LoRA layer is called: the parameter's name where it wraps one of experts."""
+    if isinstance(layer, ParamWrapper):
+        return f"{path.replace('.base_layer', '')}.{layer.parameter_name}".lstrip(".")
+    return path or "the layer"
+
+
 def _adapter(wrapper: ParamWrapper, name: str, weight: Tensor, by_columns: bool) -> str | Adapter:
     """Return an adapter as stacks [E, R, K] and [E, N, R], or what keeps it from being fused."""
     lora_A, lora_B = wrapper.lora_A[name], wrapper.lora_B[name]

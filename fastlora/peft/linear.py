@@ -98,8 +98,10 @@ def _block(layer: Fused) -> Block | None:
 class _Fusing:
     """For PEFT's tuners: new layers are fused, and the model is plain once it is unloaded."""
 
+    _expert_dropout = 0.0
+
     def _create_new_module(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return fuse(super()._create_new_module(*args, **kwargs))
+        return fuse(super()._create_new_module(*args, **kwargs), self._expert_dropout)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -112,7 +114,8 @@ _STAND_INS = {
     "FusedModel": (_Fusing, "peft.tuners.lora.model", "LoraModel"),
     "FusedMixedModel": (_Fusing, "peft.tuners.mixed.model", "MixedModel"),
     "FusedLinear": (Fused, "peft.tuners.lora.layer", "Linear"),
-    "FusedParamWrapper": (experts.FusedExperts, "peft.tuners.lora.layer", "ParamWrapper"),
+    # PEFT knows this one by its name.
+    "ParamWrapper": (experts.FusedExperts, "peft.tuners.lora.layer", "ParamWrapper"),
     "FusedLinear4bit": (Fused, "peft.tuners.lora.bnb", "Linear4bit"),
     "FusedLinear8bitLt": (Fused, "peft.tuners.lora.bnb", "Linear8bitLt"),
     "FusedTorchaoLoraLinear": (Fused, "peft.tuners.lora.torchao", "TorchaoLoraLinear"),
@@ -138,11 +141,13 @@ def _stand_in(kind: type) -> type | None:
     return next((__getattr__(name) for name, (_, *of) in _STAND_INS.items() if of == own), None)
 
 
-def fuse(module: nn.Module) -> nn.Module:
+def fuse(module: nn.Module, expert_dropout: float = 0.0) -> nn.Module:
     """Have a layer or a tuner of PEFT's run the fused code where it can; return it."""
     fused = _stand_in(type(module))
     if fused is not None:
         module.__class__ = fused
+    if isinstance(module, (experts.FusedExperts, _Fusing)):
+        module._expert_dropout = float(expert_dropout)
         base = module._modules.get("base_layer")
         if type(base) is FrozenLinear:  # the layer takes its place among its siblings
             base.__class__ = nn.Linear

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from fastlora import functional
 from fastlora.layers import siblings
 from fastlora.layers.classes import unwrapped
 from fastlora.layers.report import PatchReport
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 TESTED = ((0, 19), (0, 22))
 
 
-def patch_peft(model: nn.Module, *, fuse_siblings: siblings.How = False) -> PatchReport:
+def patch_peft(
+    model: nn.Module, *, fuse_siblings: siblings.How = False, expert_dropout: float = 0.0
+) -> PatchReport:
     """Give the LoRA layers that PEFT put into ``model`` the fused forward, in place.
 
     Nothing else changes: parameters, keys, merging, saving and every call of PEFT's stay as they
@@ -37,18 +40,24 @@ def patch_peft(model: nn.Module, *, fuse_siblings: siblings.How = False) -> Patc
     forward on a small input that models of transformers bring along; for others give an input (a
     tensor, or a mapping of keyword arguments) or children's names, in the order of their calls:
     ``[("q", "k", "v"), ("gate", "up")]``.
+
+    Mixtures of experts whose weights are parameters (``target_parameters``) are fused without
+    adding adapters to the weights. PEFT knows no dropout for them; ``expert_dropout`` is its
+    probability, on the input of their low-rank paths in training.
     Raises ImportError without PEFT, RuntimeError for a release that was not tested, ValueError for
     a model that has no LoRA layer of PEFT's or is compiled, and ValueError or TypeError for a wrong
-    ``fuse_siblings``. The model is then as it was.
+    ``fuse_siblings`` or ``expert_dropout``. The model is then as it was.
     """
     check_release()
     from peft.tuners.lora import LoraLayer
 
+    from fastlora.peft.experts import name_of
     from fastlora.peft.linear import fuse, why_not
 
+    functional.check_dropout(expert_dropout, "expert_dropout")
     model = check_not_compiled(model)
     modules = model.named_modules()
-    layers = {name or "the layer": m for name, m in modules if isinstance(m, LoraLayer)}
+    layers = {name_of(name, m): m for name, m in modules if isinstance(m, LoraLayer)}
     if not layers:
         cure = "patch_peft() comes after get_peft_model() or PeftModel.from_pretrained()"
         raise ValueError(f"{type(model).__name__} has no LoRA layer of PEFT's; {cure}")
@@ -59,7 +68,7 @@ def patch_peft(model: nn.Module, *, fuse_siblings: siblings.How = False) -> Patc
     if not fused:  # before anything is changed, as a warning may be an error
         warnings.warn(f"patch_peft() fused nothing\n{report}", stacklevel=2)
     for module in model.modules():  # the layers, and the tuners that hold them
-        fuse(module)
+        fuse(module, expert_dropout)
     siblings.make(groups, report)
     return report
 

@@ -129,7 +129,11 @@ COPIES = {
         ("a gradient that is not asked for is made", "[da if need else None for", "[da for"),
     ],
     ("blocks", "operator::inputs_are_never_modified"): [
-        ("dy is written to", "scaled_product(dy_rows, b, s", "scaled_product(dy_rows.mul_(1), b, s"),
+        (
+            "dy is written to",
+            "scaled_product(dy_rows, b, s",
+            "scaled_product(dy_rows.mul_(1), b, s",
+        ),
     ],
     ("blocks", "unusual_operands::infinities_stay_under_float32_adapters"): [
         (
