@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtures of experts: what modules of transformers with all experts' weights in one tensor compute.
+"""Mixtures of experts: modules of transformers that hold all experts' weights in one tensor.
 
 Rows are sorted by expert, and each projection of all experts is one operator with segments, as are
 their adapters. The module's own gate, biases and norm stay its own.
@@ -12,13 +12,12 @@ from fastlora import functional
 from fastlora.layers import gated
 from fastlora.layers.active import Layer, projections_of
 from fastlora.operator import op, plans
-from fastlora.operator.operands import Operands
 
 
 def routed(
     module: nn.Module, up: Layer, down: Layer, p: float, x: Tensor, index: Tensor, weights: Tensor
 ) -> Tensor:
-    """Return what experts make of x [T, H], those that ``index`` [T, k] names, by ``weights`` [T, k].
+    """Return what experts make of x [T, H]: those of ``index`` [T, k], times ``weights`` [T, k].
 
     The projections ``up`` (of gate and up where there is a gate) and ``down`` hold weights
     [E, N, K], biases [E, N] and adapters [E, R, K] and [E, N, R], which drop with probability p.
@@ -48,7 +47,7 @@ class _Sorted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        order, back = ctx.saved_tensors
+        _, back = ctx.saved_tensors
         dx = dy[back]
         return dx.unflatten(0, (ctx.rows, -1)).sum(1) if len(dx) > ctx.rows else dx, None, None
 
@@ -63,14 +62,17 @@ def batched(module: nn.Module, up: Layer, down: Layer, p: float, x: Tensor) -> T
 def _experts(
     module: nn.Module, up: Layer, down: Layer, p: float, x: Tensor, ends: Tensor
 ) -> Tensor:
+    (h,) = functional.run_checked(*_checked(x, up, p, ends), True, ends=ends)
     impl = "auto" if plans.FORCED == "auto" else plans.named("auto", x)
-    (h,) = op.run(*_ready(x, up, p, ends, impl), impl)
-    activation = gated.split_activation(module)
-    if activation is None or not op.unobserved(h, *down[:2], *(t for a in down[2] for t in a[:2])):
-        h, last = _ready(_inner(module, h), down, p, ends, impl)
-        return op.run(h, last, impl)[0]
+    plain = op.unobserved(h, *down[:2], *(t for a in down[2] for t in a[:2]))
+    plain = plain and impl not in ("eager", "reference")
+    activation = gated.split_activation(module) if plain else None
+    if activation is None:
+        ready = _checked(_inner(module, h), down, p, ends)
+        return functional.run_checked(*ready, True, ends=ends)[0]
     gate, value = h.chunk(2, dim=-1)
-    _, last = _ready(gate.new_empty(1, down[0].shape[-1]), down, p, ends, impl)
+    ready = _checked(gate.new_empty(1, down[0].shape[-1]), down, p, ends)
+    _, last = functional.drawn(*ready, True, impl, ends)
     return gated.joined(gate, value, last, activation, impl)
 
 
@@ -81,9 +83,6 @@ def _inner(module: nn.Module, h: Tensor) -> Tensor:
     return up * module.act_fn(gate)
 
 
-def _ready(
-    x: Tensor, layer: Layer, p: float, ends: Tensor, impl: str
-) -> tuple[Tensor, list[Operands]]:
+def _checked(x: Tensor, layer: Layer, p: float, ends: Tensor) -> tuple[Tensor, list]:
     x, projections = functional.checked(x, projections_of([layer]), "", ends)
-    projections = [one._replace(dropout_p=p) for one in projections]
-    return functional.drawn(x, projections, True, impl, ends)
+    return x, [one._replace(dropout_p=p) for one in projections]

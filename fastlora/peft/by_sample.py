@@ -67,7 +67,7 @@ def _checkpointed(block: Block, layers: list[nn.Module], checkpoint: Callable, *
 
 def _checked(model: nn.Module, names: Sequence, lengths: Sequence[int] | None) -> list[nn.Module]:
     """Return the fused layers, or raise as `adapters_by_sample` does."""
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import LoraLayer, ParamWrapper
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     from fastlora.peft.linear import Fused, operands
@@ -99,6 +99,8 @@ def _checked(model: nn.Module, names: Sequence, lengths: Sequence[int] | None) -
         elif isinstance(layer, Fused):
             found = operands(layer, runs=[(name, slice(0, 0)) for name in own])
             why = found if isinstance(found, str) else None
+        elif isinstance(layer, ParamWrapper):
+            why = f"adapts {layer.parameter_name} of experts, whose rows are no samples"
         if why is not None and (own or layer.merged_adapters):
             raise ValueError(f"adapters cannot be mixed in this model: {path} {why}")
     for path, module in model.named_modules():

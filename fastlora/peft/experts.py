@@ -33,7 +33,8 @@ class FusedExperts:
         """Return what the experts make of x [T, H] and of where the router sends it."""
         if not (kwargs or self._disable_adapters):
             found = operands(self)
-            if type(found) is tuple and _suit(found[1][0], x, args):
+            some = type(found) is tuple and (found[1][2] or found[2][2])
+            if some and _suit(found[1][0], x, args):
                 run = experts.routed if args else experts.batched
                 return run(*found, self._expert_dropout if self.training else 0.0, x, *args)
         return super().forward(x, *args, **kwargs)

@@ -29,7 +29,49 @@ def bert():
 
 def decoder(name, **changes):
     """A decoder of transformers by the name that its classes begin with."""
-    return _made(f"{name}ForCausalLM", **TEXT, pad_token_id=0, **changes)
+    return _made(f"{name}ForCausalLM", **{**TEXT, "pad_token_id": 0, **changes})
+
+
+# Sizes of mixtures of experts by the name that their classes begin with.
+EXPERTS = {
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3Moe": {"moe_intermediate_size": 12, "num_experts": 6, "num_experts_per_tok": 2},
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4},
+    "DeepseekV3": {
+        "moe_intermediate_size": 12,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 4,
+    },
+    "GraniteMoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "eos_token_id": 1},
+    "Llama4": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 24,
+        "interleave_moe_layer_step": 1,
+        "no_rope_layers": [1, 1],
+        "head_dim": 4,
+    },
+}
+
+
+def experts(name, implementation="eager"):
+    """A mixture of experts of `EXPERTS` that runs by an implementation of transformers'."""
+    model = decoder(name, **EXPERTS[name])
+    model.set_experts_implementation(implementation)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def t5():

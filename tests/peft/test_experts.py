@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures of experts under PEFT: the same function, without adding adapters to the weights."""
+
+import copy
+import pickle
+import re
+from unittest import mock
+
+import peft
+import pytest
+import tiny_models as tiny
+import torch
+from acceptance import accept
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+import fastlora
+from fastlora import patch_peft, unpatch_peft
+from fastlora.layers import experts
+from fastlora.operator.dropout import keep_mask, kept_scale
+
+IDS = torch.arange(24).view(2, 12) * 7 % tiny.VOCABULARY
+BOTH = ("experts.gate_up_proj", "experts.down_proj")
+ALIKE = ("eager", "batched_mm")  # of transformers' implementations those that take float64
+
+
+def config(parameters=BOTH, **changes):
+    given = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], "init_lora_weights": False}
+    return LoraConfig(**{**given, "target_parameters": list(parameters), **changes})
+
+
+def wrapped(name="Mixtral", implementation="eager", dtype=torch.float64, **changes):
+    """Return a model with adapters of PEFT's, which is 1 / 10 of what it would be."""
+    model = tiny.experts(name, implementation).to(dtype)
+    model = get_peft_model(model, config(**changes), autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "lora_" in path:
+                parameter.mul_(0.3)
+    return model.train()
+
+
+def pair(*args, **changes):
+    plain = wrapped(*args, **changes)
+    patched = copy.deepcopy(plain)
+    return plain, patched, patch_peft(patched)
+
+
+def loss_of(model, ids=IDS):
+    return model(input_ids=ids, labels=ids).loss
+
+
+def grads(model):
+    """Return the loss, and the gradient of each parameter by name."""
+    model.zero_grad()
+    loss = loss_of(model)
+    loss.backward()
+    own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **own}
+
+
+def same(plain, patched, rtol=1e-12, atol=1e-13):
+    torch.testing.assert_close(grads(patched), grads(plain), rtol=rtol, atol=atol)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What experts compute by the operator, counted."""
+    counted = mock.Mock(wraps=experts._experts)
+    monkeypatch.setattr(experts, "_experts", counted)
+    return counted
+
+
+@pytest.mark.parametrize("implementation", ALIKE)
+@pytest.mark.parametrize("name", tiny.EXPERTS)
+def test_as_peft_computes(name, implementation, calls):
+    plain, patched, report = pair(name, implementation)
+    assert not report.not_fused
+    layers = 1 if name == "DeepseekV3" else 2  # its first layer is dense
+    assert [n.rpartition(".")[2] for n in report.fused if "experts" in n] == [
+        *("down_proj", "gate_up_proj"),
+    ] * layers
+    same(plain, patched)
+    assert calls.call_count == layers
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loss_of(patched.eval()), loss_of(plain.eval()), rtol=1e-12, atol=0
+        )
+
+
+@pytest.mark.parametrize("name", tiny.EXPERTS)
+def test_fifty_steps(name):
+    losses = []
+    for model in pair(name)[:2]:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses.append([])
+        for step in range(50):
+            loss = loss_of(model, IDS.roll(step, 1))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-8)
+    assert losses[0][-1] < losses[0][0] - 0.1
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", *ALIKE])
+@pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss"])
+def test_float32_by_each_implementation(name, implementation, calls):
+    plain, patched, _ = pair(name, implementation, torch.float32)
+    same(plain, patched, 1e-4, 1e-6)
+    assert calls.call_count == 2
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss", "Llama4"])
+@pytest.mark.parametrize("parameters", [BOTH[:1], BOTH[1:], BOTH[::-1]])
+def test_one_of_the_weights_or_both(name, parameters, calls):
+    plain, patched, _ = pair(name, parameters=parameters)
+    same(plain, patched)
+    assert calls.call_count == 2
+
+
+PATTERNS = {"rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"experts.gate_up_proj": 7}}
+
+
+@pytest.mark.parametrize("changes", [PATTERNS, {"use_rslora": True}])
+def test_ranks_and_scalings(changes):
+    plain, patched, _ = pair("Qwen3Moe", **changes)
+    same(plain, patched)
+
+
+def test_several_adapters_stored_and_active(calls):
+    plain, patched, _ = pair("Olmoe")
+    for model in (plain, patched):
+        torch.manual_seed(1)
+        model.add_adapter("other", config(r=2), autocast_adapter_dtype=False)
+    kinds = {type(m).__name__ for m in patched.modules() if hasattr(m, "parameter_name")}
+    assert kinds == {"ParamWrapper"}  # PEFT has found them again, and wrapped none once more
+    for active in ("other", ["default", "other"], "default"):
+        for model in (plain, patched):
+            model.base_model.set_adapter(active)
+        same(plain, patched)
+    assert calls.call_count == 6
+    with plain.disable_adapter(), patched.disable_adapter():
+        assert torch.equal(loss_of(patched), loss_of(plain))
+    assert calls.call_count == 6
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+def test_merging_is_peft_s(name, calls):
+    plain, patched, _ = pair(name)
+    before = loss_of(patched)
+    counted = calls.call_count
+    for model in (plain, patched):
+        model.merge_adapter()
+    assert all(map(torch.equal, plain.state_dict().values(), patched.state_dict().values()))
+    torch.testing.assert_close(loss_of(patched), before)
+    assert calls.call_count == counted
+    patched.unmerge_adapter()
+    same(plain.unmerge_adapter() or plain, patched)
+    whole = patched.merge_and_unload()
+    torch.testing.assert_close(loss_of(whole), before)
+    assert not any("fastlora" in type(m).__module__ for m in whole.modules())
+
+
+def test_given_back_copied_and_pickled():
+    plain, patched, _ = pair()
+    for other in (copy.deepcopy(patched), pickle.loads(pickle.dumps(patched))):
+        same(patched, other, 0, 0)
+    unpatch_peft(patched)
+    assert [type(m) for m in patched.modules()] == [type(m) for m in plain.modules()]
+    assert [vars(m).keys() for m in patched.modules()] == [vars(m).keys() for m in plain.modules()]
+    same(plain, patched, 0, 0)
+
+
+def test_files_are_peft_s(tmp_path):
+    _, patched, _ = pair("GptOss")
+    patched.save_pretrained(tmp_path / "peft")
+    fastlora.save_adapter(patched, tmp_path / "ours")
+    expected = loss_of(patched)
+    for folder in tmp_path.iterdir():
+        base = tiny.experts("GptOss").double()
+        found = peft.PeftModel.from_pretrained(
+            copy.deepcopy(base), folder, autocast_adapter_dtype=False
+        )
+        torch.testing.assert_close(loss_of(found), expected)
+        loaded = fastlora.load_adapter(base, folder)
+        assert type(loaded.base_model.model.model.layers[0].mlp.experts).__module__.startswith(
+            "fast"
+        )
+        torch.testing.assert_close(loss_of(loaded), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant, calls):
+    plain, patched, _ = pair("Qwen3Moe")
+    for model in (plain, patched):
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    same(plain, patched)
+    assert calls.call_count == 4
+    patched.zero_grad()
+    patch_peft(patched, expert_dropout=0.5)
+    torch.manual_seed(0)
+    found = grads(patched)
+    patched.gradient_checkpointing_disable()
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, grads(patched))
+
+
+def test_trainer(tmp_path):
+    losses = []
+    for model in pair("GraniteMoe", dtype=torch.float32)[:2]:
+        data = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
+        given = {"per_device_train_batch_size": 2, "max_steps": 4, "logging_steps": 1, "seed": 0}
+        given |= {"use_cpu": True, "report_to": [], "learning_rate": 1e-2, "save_strategy": "no"}
+        trainer = Trainer(model, TrainingArguments(str(tmp_path), **given), train_dataset=data)
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+def test_compiled(name):
+    _, patched, _ = pair(name, "batched_mm", torch.float32)
+    layer = next(
+        m
+        for m in patched.modules()
+        if type(m).__module__ == "fastlora.peft.linear" and hasattr(m, "parameter_name")
+    )
+    x = torch.randn(10, 16, requires_grad=True)
+    index, weights = torch.arange(20).view(10, 2) % 4, torch.rand(10, 2)
+    y = layer(x, index, weights)
+    expected = torch.autograd.grad(y.square().sum(), x)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, index, weights)
+    torch.testing.assert_close(compiled, y)
+    torch.testing.assert_close(torch.autograd.grad(compiled.square().sum(), x), expected)
+
+
+@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss", "Llama4"])
+def test_acceptance_rule(name, adapter, monkeypatch):
+    torch.manual_seed(0)
+    model = wrapped(name, dtype=torch.bfloat16, target_modules=[])
+    own = {path: p for path, p in model.named_parameters() if "lora_" in path}
+    for parameter in own.values():
+        parameter.data = parameter.data.to(adapter)
+    block = model.base_model.model.model.layers[0]
+    layer = (block.feed_forward if name == "Llama4" else block.mlp).experts
+    x = torch.randn(64, 16).bfloat16().requires_grad_()
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(64)])
+    routed = () if name == "Llama4" else (index, torch.rand(64, 2).bfloat16())
+    exact, given = (
+        copy.deepcopy(layer).double(),
+        [t.double() if t.is_floating_point() else t for t in routed],
+    )
+    patch_peft(model)
+
+    def results(layer, x, *routed):
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        y = layer(x, *routed)
+        dy = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
+        return [y, *torch.autograd.grad(y, [x, *trained], dy)]
+
+    found = results(layer, x, *routed)
+    exact = results(exact, x.detach().double().requires_grad_(), *given)
+    monkeypatch.setattr("fastlora.operator.plans.FORCED", "reference")
+    for i, values in enumerate(zip(found, results(layer, x, *routed), exact, strict=True)):
+        accept(str(i), *values)
+
+
+def test_float32_adapters_under_autocast():
+    plain, patched, _ = pair("Qwen3Moe", dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = grads(patched), grads(plain)
+    exact = grads(plain)
+    for name in exact:
+        near = (expected[name].float() - exact[name]).norm()
+        assert (found[name].float() - exact[name]).norm() <= 2 * near + 1e-3 * exact[name].norm()
+
+
+def one_layer(**changes):
+    """Return a patched layer of experts with an adapter on its first weights, and its input."""
+    model = wrapped(parameters=BOTH[:1], target_modules=[], **changes)
+    layer = model.base_model.model.model.layers[0].mlp.experts
+    x = torch.randn(10, 16, dtype=torch.float64)
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(10)])
+    return model, layer, (x, index, torch.rand(10, 2, dtype=torch.float64))
+
+
+def test_dropout_of_the_low_rank_path(monkeypatch):
+    model, layer, (x, index, weights) = one_layer()
+    expected = layer(x, index, weights)
+    patch_peft(model, expert_dropout=0.4)
+    monkeypatch.setattr("fastlora.functional.new_seed", lambda _: torch.tensor([5]))
+    found = layer.train()(x, index, weights)
+    torch.testing.assert_close(layer.eval()(x, index, weights), expected)
+    order = index.flatten().sort(stable=True)[1]
+    mask = keep_mask(torch.tensor([5]), range(20), 16, 0.4) * kept_scale(0.4)
+    own = layer.get_base_layer()
+    a, b, scaling, *_ = fastlora.peft.experts.operands(layer)[1][2][0]
+    y = torch.zeros_like(x)
+    for row, at in enumerate(order.tolist()):
+        token, e = at // 2, index.flatten()[at]
+        h = own.gate_up_proj[e] @ x[token] + scaling * (b[e] @ (a[e] @ (x[token] * mask[row])))
+        gate, up = h.chunk(2)
+        inner = own.down_proj[e] @ (own.act_fn(gate) * up)
+        y[token] += weights.flatten()[at] * inner
+    torch.testing.assert_close(found, y)
+    assert not torch.allclose(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("p", "kind", "message"),
+    [
+        (1.5, ValueError, "expert_dropout must be between 0 and 1, got 1.5"),
+        ("0.1", TypeError, "expert_dropout must be a number, got str"),
+    ],
+)
+def test_wrong_dropout(p, kind, message):
+    model = wrapped()
+    with pytest.raises(kind, match=message):
+        patch_peft(model, expert_dropout=p)
+    assert not any("fastlora" in type(m).__module__ for m in model.modules())
+
+
+class Unknown(nn.Module):
+    """Experts of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 48, 16))
+
+    def forward(self, x, *_):
+        return torch.einsum("mk,enk->mn", x, self.gate_up_proj)
+
+
+def changed(layer, how):
+    own = layer.get_base_layer()
+    if how == "hooks":
+        own.register_forward_hook(lambda *_: None)
+    elif how == "trained":
+        own.down_proj.requires_grad_()
+    elif how == "parallel":
+        own._is_expert_parallel = True
+    elif how == "implementation":
+        own.config._experts_implementation = "sonicmoe"
+    elif how == "float8":
+        own.down_proj.data = own.down_proj.data.to(torch.float8_e4m3fn)
+    elif how == "adapter":
+        layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data.half()
+    elif how == "scaling":
+        layer.scaling["default"] = float("nan")
+    elif how == "one":
+        own.gate_up_proj.data, own.down_proj.data = own.gate_up_proj[:1], own.down_proj[:1]
+    elif how == "part":
+        layer.lora_A["default"].register_forward_hook(lambda *_: None)
+
+
+WHY = {
+    "hooks": "its experts have hooks, or a forward of their own, and would not be called",
+    "trained": "its down_proj is trained",
+    "parallel": r"its experts are on several devices \(expert parallelism\)",
+    "implementation": "its experts run by 'sonicmoe'",
+    "float8": "its down_proj is a Parameter of torch.float8_e4m3fn, not a dense float",
+    "adapter": "adapter 'default' is torch.float16 and torch.float64 on cpu, its experts .*float64 on cpu",
+    "scaling": "adapter 'default' is scaled by nan, no finite number",
+    "one": "it has one expert",
+    "part": "adapter 'default' has hooks on its own parts, which would not be called",
+}
+
+
+@pytest.mark.parametrize("how", WHY)
+def test_what_is_left_to_peft_is_said(how, calls):
+    model, layer, given = one_layer()
+    changed(layer, how)
+    report = patch_peft(model)
+    name, why = min(report.not_fused)
+    assert name.endswith("layers.0.mlp.experts.gate_up_proj")
+    assert re.fullmatch(WHY[how], why)
+    if how in ("hooks", "trained", "part"):
+        layer(*given)
+    assert not calls.called
+
+
+def test_unknown_experts_run_as_they_are():
+    model = nn.ModuleDict({"experts": Unknown()})
+    model = get_peft_model(model, config(BOTH[:1], target_modules=[]))
+    layer = model.base_model.model["experts"]
+    x = torch.randn(5, 16)
+    expected = layer(x)
+    with pytest.warns(
+        UserWarning, match="its experts are a test_experts.Unknown, which is not known"
+    ):
+        patch_peft(model)
+    assert torch.equal(layer(x), expected)
+
+
+def test_mixed_adapters_leave_experts_out():
+    _, patched, _ = pair()
+    block = fastlora.adapters_by_sample(patched, ["default", "default"])
+    with (
+        pytest.raises(
+            ValueError, match="experts adapts down_proj of experts, whose rows are no samples"
+        ),
+        block,
+    ):
+        pass
