@@ -365,7 +365,7 @@ WHY = {
     "parallel": r"its experts are on several devices \(expert parallelism\)",
     "implementation": "its experts run by 'sonicmoe'",
     "float8": "its down_proj is a Parameter of torch.float8_e4m3fn, not a dense float",
-    "adapter": "adapter 'default' is torch.float16 and torch.float64 on cpu, its experts .*float64 on cpu",
+    "adapter": "adapter 'default' is torch.float16 and .* on cpu, its experts torch.float64 on cpu",
     "scaling": "adapter 'default' is scaled by nan, no finite number",
     "one": "it has one expert",
     "part": "adapter 'default' has hooks on its own parts, which would not be called",

@@ -2,7 +2,8 @@
 """PEFT's own tests, with every LoRA linear fused: nobody can tell, but for the calls counted.
 
 In the process that runs them this file is a plugin of pytest. It keeps the cases of LoRA on
-multi-layer perceptrons, embeddings and convolutions, and of several and mixed adapters.
+multi-layer perceptrons, embeddings and convolutions, and of several and mixed adapters; and those
+of experts' weights, on models of the same classes with random weights.
 """
 
 import os
@@ -14,22 +15,31 @@ from pathlib import Path
 
 import peft
 import pytest
+import tiny_models as tiny
 from peft.tuners.lora.model import LoraModel
+from transformers import AutoModelForCausalLM
 
+from fastlora.layers import experts
 from fastlora.peft import linear as peft_layer
 
 SOURCE = Path(sys.prefix) / "peft-source" / f"peft-{peft.__version__}.tar.gz"
-FILES = ("test_custom_models.py", "testing_common.py", "testing_utils.py")
-# Calls of plain LoRA on linear layers, with adapters that are neither merged nor disabled.
-FUSED = {"0.21.2": 772}
+COMMON = ("testing_common.py", "testing_utils.py")
+# By file, calls of plain LoRA on linear layers, and of experts, with adapters that are neither
+# merged nor disabled; and tests that pass.
+FUSED = {
+    "0.21.2": {"test_custom_models.py": (772, 0, 1800), "test_target_parameters.py": (930, 1784, 230)}
+}
+# Tests that count what PEFT folds into weights.
+FOLDING = re.compile("multiple_parameters_on_same_module|result_caching_works|under_autocast")
 # Parameters of 12 kinds times 331 models: PEFT's casts at loading, which no forward sees.
 SLOW = ("test_adapter_dtype_autocast",)
 MODELS = ("MLP", "Emb", "Conv")
 SEVERAL = ("TestMultipleActiveAdapters", "TestMixedAdapterBatches", "TestRequiresGrad")
-calls = {"fused": 0, "own": 0}
+calls = {"fused": 0, "experts": 0, "own": 0}
 
 
-def test_peft_s_own_tests(tmp_path):
+@pytest.mark.parametrize("file", FUSED["0.21.2"])
+def test_peft_s_own_tests(tmp_path, file):
     if not SOURCE.exists():
         pytest.skip(f"PEFT's source distribution is not in {SOURCE.parent}; `make test` fetches it")
     if peft.__version__ not in FUSED:
@@ -38,25 +48,28 @@ def test_peft_s_own_tests(tmp_path):
     folder.mkdir()
     (folder / "__init__.py").touch()
     with tarfile.open(SOURCE) as archive:
-        for name in FILES:
+        for name in (file, *COMMON):
             member = archive.extractfile(f"peft-{peft.__version__}/tests/{name}")
             (folder / name).write_bytes(member.read())
-    paths = [str(tmp_path), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    here = Path(__file__).parent
+    paths = [str(tmp_path), str(here), str(here.parent / "tools"), os.environ.get("PYTHONPATH", "")]
     offline = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     options = ["-q", "-W", "ignore", "-p", "test_peft_suite", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, str(folder / FILES[0])]
+    command = [sys.executable, "-m", "pytest", *options, str(folder / file)]
     run = subprocess.run(
         command, cwd=tmp_path, env=os.environ | offline, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-1000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 1800
-    assert f"calls: {FUSED[peft.__version__]} fused, 0 unpatched" in run.stdout
+    fused, of_experts, passed = FUSED[peft.__version__][file]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > passed
+    assert f"calls: {fused} fused, {of_experts} of experts, 0 unpatched" in run.stdout
 
 
 def pytest_configure(config):
     """Have every LoRA linear that PEFT makes fused, and count."""
     made = LoraModel._create_new_module
     fused, own = peft_layer.lora_sum, peft_layer.lora.Linear.forward
+    of_experts, pretrained = experts._experts, AutoModelForCausalLM.from_pretrained
 
     def new_layer(lora_config, adapter_name, target, **kwargs):
         return peft_layer.fuse(made(lora_config, adapter_name, target, **kwargs))
@@ -69,6 +82,20 @@ def pytest_configure(config):
         calls["own"] += type(self) is not peft_layer.FusedLinear
         return own(self, *args, **kwargs)
 
+    def experts_counted(*args):
+        calls["experts"] += 1
+        return of_experts(*args)
+
+    def from_pretrained(cls, name, *args, **kwargs):
+        kind = re.search(r"tiny-(?:random-)?(\w+)ForCausalLM$", str(name))
+        if kind is None:
+            return pretrained(name, *args, **kwargs)
+        model = tiny.experts(kind[1]) if kind[1] in tiny.EXPERTS else tiny.decoder(kind[1])
+        model.name_or_path = model.config._name_or_path = name
+        return model
+
+    experts._experts = experts_counted
+    AutoModelForCausalLM.from_pretrained = classmethod(from_pretrained)
     LoraModel._create_new_module = staticmethod(new_layer)
     peft_layer.lora_sum = counted
     peft_layer.lora.Linear.forward = own_forward
@@ -82,6 +109,8 @@ def pytest_collection_modifyitems(config, items):
 
 def _is_lora(item):
     given = getattr(item, "callspec", None)
+    if item.path.name == "test_target_parameters.py":
+        return not FOLDING.search(item.originalname)
     if item.originalname in SLOW or given is None:
         return False
     values = list(given.params.values())
@@ -92,4 +121,5 @@ def _is_lora(item):
 
 
 def pytest_terminal_summary(terminalreporter):
-    terminalreporter.write_line(f"calls: {calls['fused']} fused, {calls['own']} unpatched")
+    fused, of_experts, own = calls.values()
+    terminalreporter.write_line(f"calls: {fused} fused, {of_experts} of experts, {own} unpatched")
