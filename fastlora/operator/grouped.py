@@ -78,30 +78,29 @@ def input_grad_and_da(
     Without a dy there is no dx. A mask that both need is drawn once.
     """
     dx, das = None, [None] * len(dys)
-    for i, (dy, ds, (w, a, _, _, seed, of, p)) in enumerate(
-        zip(dys, dss, projections, strict=True)
-    ):
-        first, there = dx is None, dy is not None
-        dx = x.new_empty(x.shape) if first and there else dx
-        da = (
-            grouped_mm(ds.t(), x, of.ends) if ds is not None and needs[i] and seed is None else None
-        )
-        own = _stack(of, a) if ds is not None and needs[i] and da is None else None
-        das[i] = own if da is None else da
-        left, right = blocks.in_dtype(ds, a, dx) if there and ds is not None else (None, None)
-        of_rows, of_stacks = (x, dy, dx, ds, left), (w, a, right, own)
+    for i, one in enumerate(projections):
+        (w, a, _, _, seed, of, p), dy, ds = one, dys[i], dss[i]
+        first, asked = dx is None, ds is not None and needs[i]
+        if first and dy is not None:
+            dx = x.new_empty(x.shape)
+        da = grouped_mm(ds.t(), x, of.ends) if asked and seed is None else None
+        looped = _stack(of, a) if asked and da is None else None
+        das[i] = looped if da is None else da
+        added = dy is not None and ds is not None and seed is None
+        left, right = blocks.in_dtype(ds, a, dx) if added else (None, None)
+        stacks = w, a, right, looped
         for begin, x_g, dy_g, dx_g, ds_g, left_g, w_g, a_g, right_g, da_g in cut(
-            of, of_rows, of_stacks
+            of, (x, dy, dx, ds, left), stacks
         ):
-            if there:
+            if dy is not None:
                 blocks.product(dx_g, dy_g, w_g, None if first else dx_g)
-            if there and ds is not None and seed is None:
+            if added:
                 blocks.product(dx_g, left_g, right_g, dx_g)
-            if own is not None or (seed is not None and ds is not None):
-                masked = None if seed is None else dx_g
+            if looped is not None or (seed is not None and ds is not None):
                 of_g = x_g, ds_g, a_g, seed, p, begin
-                made = blocks.add_low_rank(masked, *of_g, need_a=own is not None)
-                if own is not None:
+                masked = None if seed is None else dx_g
+                made = blocks.add_low_rank(masked, *of_g, need_a=asked)
+                if asked:
                     da_g.copy_(made)
     return dx, das
 

@@ -31,7 +31,7 @@ class FusedExperts:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the experts make of x [T, H] and of where the router sends it."""
-        if not (kwargs or self._disable_adapters):
+        if not kwargs:
             found = operands(self)
             some = type(found) is tuple and (found[1][2] or found[2][2])
             if some and _suit(found[1][0], x, args):

@@ -145,6 +145,28 @@ def test_pytorch_groups_what_it_can(monkeypatch):
     assert grouped.grouped_mm(x, one.lora_A.mT, torch.tensor(ENDS)) is None
 
 
+def test_frozen_layers_of_either_kind():
+    x, one = problem(torch.float32)
+    for weight in (one.weight[0], one.weight):
+        bare = Projection(weight)
+        segments = None if weight.dim() == 2 else ENDS
+        (y,) = lora_linears(x, [bare], segments=segments, impl="blocks")
+        close(y, F.linear(x, weight) if segments is None else loop(x, bare))
+
+
+def test_float16_is_scaled_before_it_is_rounded():
+    x, one = problem(torch.float16, sizes="aligned")
+    one = one._replace(lora_B=torch.full_like(one.lora_B, 300.0).requires_grad_(), scaling=1e-4)
+    (y,) = lora_linears(x, [one], segments=ENDS)
+    dx, db = torch.autograd.grad(y, [x, one.lora_B], torch.full_like(y, 300.0))
+    assert torch.isfinite(dx).all() and torch.isfinite(db).all()
+    wide = [t if t is None or isinstance(t, float) else t.detach().double() for t in one]
+    right = torch.func.vjp(lambda x: loop(x, wide), x.detach().double())[1](
+        torch.full(y.shape, 300.0, dtype=torch.float64)
+    )[0]
+    torch.testing.assert_close(dx.double(), right, rtol=0.01, atol=0.1)
+
+
 def test_weights_and_biases_that_are_trained():
     x, one = problem()
     inputs = x, one.weight.requires_grad_(), one.bias.requires_grad_(), one.lora_A, one.lora_B

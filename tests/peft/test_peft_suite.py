@@ -27,7 +27,10 @@ COMMON = ("testing_common.py", "testing_utils.py")
 # By file, calls of plain LoRA on linear layers, and of experts, with adapters that are neither
 # merged nor disabled; and tests that pass.
 FUSED = {
-    "0.21.2": {"test_custom_models.py": (772, 0, 1800), "test_target_parameters.py": (930, 1784, 230)}
+    "0.21.2": {
+        "test_custom_models.py": (772, 0, 1800),
+        "test_target_parameters.py": (930, 1784, 230),
+    }
 }
 # Tests that count what PEFT folds into weights.
 FOLDING = re.compile("multiple_parameters_on_same_module|result_caching_works|under_autocast")

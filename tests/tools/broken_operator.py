@@ -104,6 +104,37 @@ COPIES = {
             "shrink_rows(x[: rows.stop - rows.start if rows else None], *of)",
         ),
     ],
+    ("grouped", "stacked_weights::as_a_loop"): [
+        (
+            "every expert has the first one's bias",
+            "(y_g, s_g, right_g, plus, of",
+            "(y_g, s_g, right_g, bias[0], of",
+        ),
+        (
+            "experts without rows have gradients of no one",
+            "if all(of.sizes()) else like.new_zeros",
+            "if 1 else like.new_ones",
+        ),
+        ("the second projection's dx is lost", "None if first else dx_g", "None"),
+        ("rows are grouped one early", "offs=ends[1:])", "offs=ends[:-1])"),
+    ],
+    ("grouped", "stacked_weights::what_a_row_drops_depends_on_its_number"): [
+        ("an expert's mask begins at its own first row", "seed, p, begin))", "seed, p, 0))"),
+    ],
+    ("grouped", "stacked_weights::float16_is_scaled_before_it_is_rounded"): [
+        (
+            "float16 is scaled after it is rounded",
+            "(torch.float32, torch.bfloat16)",
+            "(torch.float32, torch.bfloat16, torch.float16)",
+        ),
+    ],
+    ("plans", "stacked_weights::frozen_layers_of_either_kind"): [
+        (
+            "stacked weights run as adapters of one",
+            "        elif w.dim() == 3:\n            key.append(3)\n",
+            "",
+        ),
+    ],
     ("operands", "segments::as_a_loop"): [
         (
             "a segment gets the gradient of the first rows",

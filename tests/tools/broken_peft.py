@@ -9,6 +9,7 @@ BY_SAMPLE = "peft/test_by_sample.py::test_"
 OUTSIDE = f"{BY_SAMPLE}another_checkpoint_outside_of_the_block_is_an_error"
 OPAQUE = "peft/test_opaque.py::test_"
 QUANTISED = "peft/test_quantised.py::test_"
+EXPERTS = "peft/test_experts.py::test_"
 LEFT = "layers/test_sibling_search.py::test_unloaded_models_are_plain"
 UNDIFFERENTIATED = f"{OPAQUE}an_opaque_layer_that_does_not_differentiate_is_left_to_peft"
 SHARDED = "commands/test_launch.py::test_sharded_processes_come_to_what_one_comes_to"
@@ -25,6 +26,37 @@ COPIES = {
     ("linear", f"{REASONS}what_is_not_fused"): {
         "any weight is taken for a dense one": "return type(weight) in PLAIN and => return 1 or",
         "hooks on what is not called are not seen": "m._forward_hooks or => False or",
+    },
+    ("experts", f"{EXPERTS}as_peft_computes"): {
+        "lora_B has its experts outermost": "(-1, E)).permute(2, 0, 1) => (E, -1)).transpose(0, 1)",
+        "experts are not scaled": "float(scaling), 0.0, ALL => 1.0, 0.0, ALL",
+        "Llama-4's factors keep their roles": "_features == by_columns: => _features is None:",
+    },
+    ("experts", f"{EXPERTS}one_of_the_weights_or_both"): {
+        "the wrapper inside is left out": "        wrappers.append(module) =>         pass",
+    },
+    ("experts", f"{EXPERTS}merging_is_peft_s"): {
+        "merged adapters of experts are added again": "if wrapper.merged_adapters or => if",
+    },
+    ("experts", f"{EXPERTS}several_adapters_stored_and_active"): {
+        "disabled adapters of experts run": "_adapters or wrapper._disable_adapters: => _adapters:",
+    },
+    ("experts", f"{EXPERTS}dropout_of_the_low_rank_path"): {
+        "experts drop in evaluation": "if self.training else 0.0 => if True else 0.0",
+    },
+    ("experts", f"{EXPERTS}what_is_left_to_peft_is_said"): {
+        "trained weights of experts get no gradient": "if t.requires_grad: => if False:",
+        "hooks on experts are not seen": "any(is_observed(m) for => any(False for",
+        "experts of other devices are looked for here": "if module._is_expert_parallel: => if 0:",
+        "implementations of others are replaced": "if how not in _ALIKE: => if 0:",
+    },
+    ("../layers/experts", f"{EXPERTS}as_peft_computes"): {
+        "tokens get each other's outputs": "(y, back, order) => (y, order, back)",
+        "a token's gradient is of its first expert": ".sum(1) if len(dx) => [:, 0] if len(dx)",
+        "an expert's rows begin a row late": "E + 1, device => 1, E + 2, device",
+    },
+    ("../layers/active", f"{EXPERTS}several_adapters_stored_and_active"): {
+        "ranks of stacks are added up along the rows": "(b, dim=-1) => (b, dim=1)",
     },
     ("linear", f"{FUSED}disabled_and_merged"): {
         "disabled adapters run": "kwargs or self._disable_adapters or => kwargs or",
