@@ -59,6 +59,8 @@ def load_adapter(
     peft = patch.check_release()
     from safetensors.torch import save_file
 
+    from fastlora.peft import expert_files
+
     _check_model(model, adapter_name)
     folder = Path(folder)
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
@@ -69,9 +71,12 @@ def load_adapter(
             values = parsed(data)
             names = [name for name, _ in base.named_modules()]
             check_patterns(values, names, _PATTERN_SECONDS)
+            joined = expert_files.Joined(weights, base, values)
             expected, embeddings = rehearsed(model, values, adapter_name, trusted)
             path = folder / WEIGHTS_FILE
-            tensors = _read(weights, expected, own, embeddings if trusted else set())
+            if joined.peft_wrote_experts:
+                expert_files.check_layout(json.loads(data).get("peft_version"), expected)
+            tensors = _read(joined, expected, own, embeddings if trusted else set())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{str(path)!r} is refused: {error}") from None
     # A copy of a module that is trained in full leaves the original as it is.
@@ -227,19 +232,30 @@ def _check_arrived(model: PeftModel, adapter_name: str, tensors: dict[str, Tenso
 
 
 def save_adapter(
-    model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default"
+    model: nn.Module,
+    folder: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    per_expert: bool = False,
 ) -> None:
     """Write an adapter of a ``PeftModel`` as PEFT does, for `load_adapter` and for PEFT.
 
     Both files are complete on the disk before either takes its name, the weights first: until
     then an adapter that the folder held stays as it was, and from then on `load_adapter` finds the
     new one, even where the process is killed between the two. A model that FSDP2 has sharded is
-    saved by all its processes together, of which the first writes. Raises TypeError for a model
-    that is none of PEFT's, ValueError for an unknown adapter, and OSError when the files cannot be
-    written, such as on a full disk.
+    saved by all its processes together, of which the first writes.
+
+    PEFT keeps the adapters of a mixture's experts in one tensor. With ``per_expert`` each has keys
+    of its own, as checkpoints of such models have and servers read them (vLLM, SGLang):
+    ``experts.3.up_proj.lora_A.weight`` [R, K]. `load_adapter` reads both.
+    Raises TypeError for a model that is none of PEFT's, ValueError for an unknown adapter and for
+    experts that have no such keys, and OSError when the files cannot be written, such as on a full
+    disk.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import save
+
+    from fastlora.peft import expert_files
 
     model, folder = unwrapped(model), Path(folder)
     if not isinstance(model, PeftModel):
@@ -258,7 +274,10 @@ def save_adapter(
         return
     if broken := {key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()}:
         warnings.warn(f"NaN or infinity in {_few(broken)}: load_adapter() refuses it", stacklevel=2)
-    config = _config_text(model, adapter_name)
+    values = _config_values(model, adapter_name)
+    if per_expert:
+        tensors, values = expert_files.by_expert(model, adapter_name, tensors, values)
+    config = json.dumps(values, indent=2, sort_keys=True, allow_nan=False).encode()
     weights = _with_config_hash(save(tensors, metadata={"format": "pt"}), config)
     folder.mkdir(parents=True, exist_ok=True)
     files = {WEIGHTS_FILE: weights, CONFIG_FILE: config}
@@ -275,7 +294,7 @@ def _with_config_hash(weights: bytes, config: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + weights[end:]
 
 
-def _config_text(model: PeftModel, adapter_name: str) -> bytes:
+def _config_values(model: PeftModel, adapter_name: str) -> dict[str, Any]:
     """Return what ``PeftModel.save_pretrained`` writes, its sets in order."""
     config, base = model.peft_config[adapter_name].to_dict(), model.get_base_model()
     values = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
@@ -284,7 +303,7 @@ def _config_text(model: PeftModel, adapter_name: str) -> bytes:
     if config["task_type"] is None:
         kind = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
         values["auto_mapping"] = kind
-    return json.dumps(values, indent=2, sort_keys=True, allow_nan=False).encode()
+    return values
 
 
 def _is_shard(tensor: Tensor) -> bool:
