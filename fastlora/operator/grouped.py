@@ -105,18 +105,6 @@ def input_grad_and_da(
     return dx, das
 
 
-def weight_grad(dy: Tensor, x: Tensor, of: Segments) -> Tensor:
-    """Return dyᵀ x [G, N, K] of each segment, for weights that are trained."""
-    sizes = of.sizes()
-    pairs = zip(dy.split(sizes), x.split(sizes), strict=True)
-    return torch.stack([dy_g.t() @ x_g for dy_g, x_g in pairs])
-
-
-def bias_grad(dy: Tensor, of: Segments) -> Tensor:
-    """Return the sum of dy over each segment [G, N]."""
-    return torch.stack([dy_g.sum(0) for dy_g in dy.split(of.sizes())])
-
-
 def grouped_mm(left: Tensor, right: Tensor, ends: Tensor, scaling: float = 1.0) -> Tensor | None:
     """Return ``scaling · left @ right`` of all segments by PyTorch's, None where it can't.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from fastlora.operator import eager, grouped, plans
+from fastlora.operator import eager, plans
 from fastlora.operator.operands import (
     Each,
     Operands,
@@ -233,13 +233,16 @@ def gradients(
 
 
 def _weight_grad(dy: Tensor, x: Tensor, one: Operands) -> Tensor:
-    return dy.t() @ x if one.w.dim() == 2 else grouped.weight_grad(dy, x, one.scaling)
+    if one.w.dim() == 2:
+        return dy.t() @ x
+    pairs = zip(*(t.split(one.scaling.sizes()) for t in (dy, x)), strict=True)
+    return torch.stack([dy_g.t() @ x_g for dy_g, x_g in pairs])
 
 
 def _bias_grad(dy: Tensor, one: Operands) -> Tensor:
-    if one.w is None:
-        return dy
-    return dy.sum(0) if one.w.dim() == 2 else grouped.bias_grad(dy, one.scaling)
+    if one.w is None or one.w.dim() == 2:
+        return dy if one.w is None else dy.sum(0)
+    return torch.stack([dy_g.sum(0) for dy_g in dy.split(one.scaling.sizes())])
 
 
 def _observed(x: Tensor, projections: Projections) -> list[Tensor]:
