@@ -117,11 +117,25 @@ def grouped_mm(left: Tensor, right: Tensor, ends: Tensor, scaling: float = 1.0) 
         dtypes = (torch.bfloat16,) if chip in (9, 10) else ()
     if found is None or left.dtype != right.dtype or left.dtype not in dtypes:
         return None
-    for t in (left, right):
-        if t.data_ptr() % 16 or any(n != 1 and n * t.itemsize % 16 for n in t.stride()):
-            return None
+    if not (_grouped(left) and _grouped(right)):
+        return None
     made = found(left, right, offs=ends[1:])
     return made if scaling == 1.0 else made.mul_(scaling)
+
+
+def _grouped(t: Tensor) -> bool:
+    """Return whether ``grouped_mm`` takes ``t``: rows or columns of 16 bytes, that do not overlap.
+
+    Those of a gradient that is expanded do.
+    """
+    (*stacks, rows, columns), (*_, height, width) = t.stride(), t.shape
+    if rows == 1 and columns >= max(1, height):
+        apart = columns
+    elif columns == 1 and rows >= max(1, width):
+        apart = rows
+    else:
+        return False
+    return not any(n * t.itemsize % 16 for n in (apart, *stacks)) and t.data_ptr() % 16 == 0
 
 
 def cut(

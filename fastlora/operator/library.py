@@ -50,8 +50,9 @@ def _stacked_outputs(x: Tensor, projections: Projections, there: Each, segments)
     """Return y [M, N] of weights [G, N, K], each for a segment of rows."""
     ys = []
     for i, (one, y) in enumerate(zip(projections, there, strict=True)):
-        wide = grouped_mm(x, one.w.mT, segments[0])
-        if wide is None or (y is None and one.bias is not None):
+        alone = y is None and one.bias is not None  # no product of the vendor's adds a bias
+        wide = None if alone else grouped_mm(x, one.w.mT, segments[0])
+        if wide is None:
             of = one if y is None else one._replace(a=None, b=None, bias=None)
             (wide,) = kernels.outputs(x, [of], [None], segments=lists.of_few(segments, [i]))
         ys.append(wide if y is None else y.add_(wide))
