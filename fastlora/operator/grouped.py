@@ -108,7 +108,8 @@ def input_grad_and_da(
 def grouped_mm(left: Tensor, right: Tensor, ends: Tensor, scaling: float = 1.0) -> Tensor | None:
     """Return ``scaling · left @ right`` of all segments by PyTorch's, None where it can't.
 
-    In float16 it might overflow before it is scaled.
+    In float16 it might overflow before it is scaled. What PyTorch returns has rows at multiples of
+    16 bytes.
     """
     found = getattr(F, "grouped_mm", None)  # since PyTorch 2.10
     dtypes = (torch.float32, torch.bfloat16)
@@ -119,7 +120,7 @@ def grouped_mm(left: Tensor, right: Tensor, ends: Tensor, scaling: float = 1.0) 
         return None
     if not (_grouped(left) and _grouped(right)):
         return None
-    made = found(left, right, offs=ends[1:])
+    made = found(left, right, offs=ends[1:]).contiguous()
     return made if scaling == 1.0 else made.mul_(scaling)
 
 

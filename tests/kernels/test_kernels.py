@@ -6,10 +6,12 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import fastlora_kernels
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 from acceptance import KINDS, RANKS, integers, oracle, strided
 from aot import CHIPS
@@ -21,8 +23,10 @@ from hypothesis import strategies as st
 from joints import Joint, expected, poisoned, recorded, run, same, verify, verify_exactly
 from recorder import recording
 
+from fastlora.operator import library
 from fastlora.operator.dropout import keep_mask
 
+BODIES = {"triton": fastlora_kernels, "library": SimpleNamespace(steps=library)}
 NAMES = ("x", "w", "a", "b", "dy")
 # M, K, outputs and ranks; None is that of the turn.
 SHAPES = (
@@ -67,8 +71,9 @@ def cases() -> list[tuple[Joint, int]]:
 def lying(ts: list[dict], turn: int) -> list[dict]:
     """Return the tensors in NaN and each in another way, a projection's not as those of others."""
     found = [dict(t) for t in ts]
-    for (i, t), (j, name) in itertools.product(enumerate(found), enumerate(NAMES)):
-        t[name] = [t[name], *(other for _, other in strided(t[name]))][(turn + i + j) % 5]
+    for (i, t), (j, name) in itertools.product(enumerate(found), enumerate((*NAMES, "bias"))):
+        if t[name] is not None and t[name].dim() > 1:  # a bias is where it is stacked
+            t[name] = [t[name], *(other for _, other in strided(t[name]))][(turn + i + j) % 5]
     return [{**t, "x": found[0]["x"]} for t in found]
 
 
@@ -76,6 +81,51 @@ def lying(ts: list[dict], turn: int) -> list[dict]:
 def test_acceptance_rule(joint, lie):
     """Also of ranks too high to be kept together; dtypes, modes, masks and strides in pairs."""
     verify(fastlora_kernels, joint, ts=lying(joint.tensors(), lie))
+
+
+def experts() -> list[tuple[str, Joint, int]]:
+    """Return problems whose weights are stacked, what runs them, and in how many ways they lie."""
+    cuts = (0, 0, 17, 17, 20, 40, 40), tuple(range(8)), (0, 33)
+    # Of some PyTorch groups the wide products. Ranks of 0: frozen experts.
+    shapes = ((48,), (16,)), ((40, 20, 33), (17, 0, 3)), ((24, 16), (0, 0))
+    biases, found = ((True,) * 3, (False, True, True), (False,) * 3), []
+    options = list(KINDS), shapes, list(BODIES), DROPOUTS, cuts, biases
+    for kind, (sizes, ranks), body, p, ends, bias in covering(*options):
+        mode, of = MODES[len(found) % 3], (ends[-1], 40, sizes, ranks, kind)
+        joint = Joint(*of, mode, p, bias, seed=len(found), ends=ends, experts=True)
+        found.append((body, joint, (0, 1, 0, 2, 3, 4)[len(found) % 6]))
+    return found
+
+
+@pytest.mark.parametrize(("body", "joint", "lie"), experts(), ids=str)
+def test_acceptance_rule_of_experts(body, joint, lie):
+    with poisoned():
+        verify(BODIES[body], joint, ts=lying(joint.tensors(), lie) if lie else None)
+
+
+@pytest.mark.parametrize(
+    ("body", "experts", "r"), [("triton", 64, 4), ("library", 64, 4), ("triton", 300, 0)]
+)
+def test_many_experts_with_a_few_rows(body, experts, r):
+    ends = (0, *itertools.accumulate(g * g % 3 for g in range(experts)))
+    joint = Joint(ends[-1], 24, (32,), (r,), "bf16", ends=ends, experts=True)
+    verify(BODIES[body], joint)
+
+
+@pytest.mark.parametrize(
+    ("kind", "K", "grouped"), [("bf16", 40, 2), ("fp32", 40, 2), ("bf16", 36, 0), ("fp16", 40, 0)]
+)
+def test_pytorch_groups_the_wide_products_that_it_can(kind, K, grouped, monkeypatch):
+    """y and dx; a gradient that is expanded is none of them."""
+    joint = Joint(20, K, (48,), (8,), kind, biases=(True,), ends=(0, 5, 20), experts=True)
+    ts, found = joint.tensors(), getattr(F, "grouped_mm", None)
+    function = Mock(wraps=found)
+    monkeypatch.setattr(F, "grouped_mm", function if found else None, raising=False)
+    verify(BODIES["library"], joint, ts=ts)
+    assert function.call_count == grouped * bool(found)
+    wide = integers(ts[0], torch.Generator().manual_seed(3))
+    verify(BODIES["library"], joint, ts=[wide | {"dy": wide["dy"][:, :1].expand(20, 48)}])
+    assert function.call_count == grouped // 2 * 3 * bool(found)
 
 
 def test_lists_of_any_length_and_adapters_of_two_dtypes():
@@ -128,14 +178,17 @@ def test_a_launch_has_pointers_of_one_type(chip):
     p=st.tuples(*[st.sampled_from([0.0, 0.5])] * 3),  # 1 / (1 - p) is an integer
     turned=st.sets(st.sampled_from(NAMES)),
     cuts=st.lists(st.integers(0, 70), max_size=5),
+    experts=st.booleans(),
 )
-@example(m=1, k=1, each=[(1, 1)], kind="bf16", p=(0.5,), turned=set(), cuts=[])
-@example(m=35, k=8, each=[(8, 2)], kind="fp16", p=(0.5,), turned=set(), cuts=[*range(1, 35)])
-@example(m=65, k=64, each=[(1, 2), (5, 17)], kind="fp16-fp32", p=(0.5, 0.0), turned=set(), cuts=[])
+@example(m=1, k=1, each=[(1, 1)], kind="bf16", p=(0.5,), turned=set(), cuts=[], experts=False)
+@example(35, 8, [(8, 2)], "fp16", (0.5,), set(), [*range(1, 35)], False)
+@example(65, 64, [(1, 2), (5, 17)], "fp16-fp32", (0.5, 0.0), set(), [], False)
+@example(35, 17, [(9, 2), (20, 0)], "bf16", (0.5,), {"w"}, [3, 3, 20], True)
 @settings(max_examples=15, derandomize=True, deadline=None)
-def test_small_integers_are_exact(m, k, each, kind, p, turned, cuts):
+def test_small_integers_are_exact(m, k, each, kind, p, turned, cuts, experts):
     ends = (0, *sorted(min(m, cut) for cut in cuts), m) if cuts else ()
-    joint = Joint(m, k, *zip(*each, strict=True), kind, dropout_p=p, ends=ends)
+    of = m, k, *zip(*each, strict=True), kind
+    joint = Joint(*of, dropout_p=p, ends=ends, experts=experts)
     verify_exactly(joint, lambda name, t: t.mT.contiguous().mT if name in turned else t)
 
 
@@ -184,6 +237,8 @@ def test_empty_dimensions(change):
         ("dy", 6, (1, 2**30), (5,)),
         ("dy", 6, (2**30, 1), (5, 5)),
         ("w", 6, (2**29, 1), (5, 5)),
+        ("w", 6, (2**30, 6, 1), (5,)),
+        ("w", 6, (2**30, 1, 5), (5, 5)),
     ],
 )
 def test_offsets_past_two_billion_elements(name, k, strides, sizes):
@@ -199,7 +254,8 @@ def test_offsets_past_two_billion_elements(name, k, strides, sizes):
         assert size > 2**31
         return torch.empty(size).as_strided(t.shape, strides).copy_(t)
 
-    verify_exactly(Joint(4, k, sizes, (2, 2)[: len(sizes)]), far)
+    ends = (0, 1, 3, 4) if len(strides) == 3 else ()  # and experts
+    verify_exactly(Joint(4, k, sizes, (2, 2)[: len(sizes)], ends=ends, experts=True), far)
 
 
 def test_expanded_gradient_and_input():
@@ -256,6 +312,30 @@ def test_a_bad_adapter_stays_in_its_segment():
             others = [i for i in range(len(value)) if i not in rows]
             assert torch.equal(value[others], was[name][others])
             assert name[0] in "sl" or not value[rows].isfinite().all(1).any()
+
+
+# Of an expert what is bad, and what is then bad of its results.
+BAD = {"w": "y dx", "bias": "y", "a": "y s dx lora_B", "b": "y dx lora_A", "x": "y s lora_A lora_B"}
+BAD |= {"dy": "dx lora_A lora_B"}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("body", BODIES)
+def test_what_is_bad_of_an_expert_stays_with_it(body, name):
+    joint = Joint(50, 24, (24, 16), (4, 3), ends=(0, 7, 33, 33, 50), experts=True)
+    ts = joint.tensors()
+    clean, clean_dx = run(BODIES[body], joint, ts)
+    ts[0][name][slice(7, 33) if name in ("x", "dy") else 1] = torch.nan
+    results, dx = run(BODIES[body], joint, ts)
+    for i, now in enumerate([{**results[0], "dx": dx}, results[1]]):
+        bad, was = set(), {**clean[i], "dx": clean_dx}
+        for of, value in now.items():
+            rows = [1] if of.startswith("lora") else range(7, 33)
+            others = [i for i in range(len(value)) if i not in rows]
+            assert torch.equal(value[others], was[of][others])
+            if not value[rows].isfinite().all():
+                bad.add(of)
+        assert bad == {*(BAD[name].split() if i == 0 or name == "x" else ())}
 
 
 @pytest.mark.parametrize("kind", KINDS)

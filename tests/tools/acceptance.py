@@ -45,6 +45,7 @@ class Case:
     seed: int = 0
     bias: bool = True
     ends: tuple[int, ...] = ()  # of segments, each with an adapter, a scaling and a dropout
+    experts: bool = False  # each segment has a weight and a bias of its own, too
 
     def segments(self) -> list[tuple[slice, float, float]]:
         """Return the rows of each segment, its scaling and its dropout's probability."""
@@ -54,9 +55,14 @@ class Case:
             for g, (start, end) in enumerate(itertools.pairwise(ends))
         ]
 
-    def stack(self) -> tuple[int, ...]:
-        """Return how the factors are stacked: [G] of them, or not."""
-        return (len(self.ends) - 1,) if self.ends else ()
+    def stack(self, name: str) -> tuple[int, ...]:
+        """Return how tensors of a name are stacked: [G] of them, or not."""
+        stacked = self.ends and (self.experts or name in "ab")
+        return (len(self.ends) - 1,) if stacked else ()
+
+    def of(self, g: int, name: str, t: Tensor | None) -> Tensor | None:
+        """Return segment ``g``'s part of a tensor of that name."""
+        return t[g] if t is not None and self.stack(name) else t
 
     def tensors(self, device: str = "cpu") -> dict[str, Tensor | None]:
         """Draw x, w, a, b, bias, dy and the dropout seed; both paths of y are about as large."""
@@ -69,13 +75,15 @@ class Case:
 
         t = {
             "x": draw(self.M, self.K, scale=1.0, dtype=base),
-            "w": draw(self.N, self.K, scale=self.K**-0.5, dtype=base) * (self.mode != "low_rank"),
-            "a": draw(*self.stack(), self.R, self.K, scale=self.K**-0.5, dtype=adapter),
+            "w": draw(*self.stack("w"), self.N, self.K, scale=self.K**-0.5, dtype=base)
+            * (self.mode != "low_rank"),
+            "a": draw(*self.stack("a"), self.R, self.K, scale=self.K**-0.5, dtype=adapter),
             "b": draw(
-                *self.stack(), self.N, self.R, scale=self.R**-0.5 / self.scaling, dtype=adapter
+                *self.stack("b"), self.N, self.R, scale=self.R**-0.5 / self.scaling, dtype=adapter
             )
             * (self.mode != "base"),
-            "bias": draw(self.N, scale=1.0, dtype=base) * (self.mode != "low_rank"),
+            "bias": draw(*self.stack("bias"), self.N, scale=1.0, dtype=base)
+            * (self.mode != "low_rank"),
             "dy": draw(self.M, self.N, scale=1.0, dtype=base),
             "seed": torch.tensor([1234567 + self.seed], device=device) if self.dropout_p else None,
         }
@@ -83,14 +91,17 @@ class Case:
 
 
 def integers(t: dict[str, Tensor | None], generator: torch.Generator) -> dict[str, Tensor | None]:
-    """Return small integers in the place of tensors: the dtypes hold every sum and product."""
+    """Return small integers in the place of tensors: the dtypes hold every sum and product.
+
+    A path that is off, all zeros, stays so.
+    """
     found = dict(t)
     for name, value in t.items():
         if value is not None and name != "seed":
             most = 1 if name in "ab" else 2
             small = torch.randint(-most, most + 1, value.shape, generator=generator)
             sparse = torch.rand(value.shape, generator=generator) < 0.3
-            found[name] = (small * sparse).to(value.dtype)
+            found[name] = (small * sparse * value.any().cpu()).to(value.dtype)
     return found
 
 
@@ -112,11 +123,12 @@ def plain(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """Return what the plain torch formula and autograd give in the inputs' dtypes."""
     x, a, b = (t[n].detach().clone().requires_grad_() for n in "xab")
     if case.ends:
-        y, parts = torch.nn.functional.linear(x, t["w"], t["bias"]), []
+        parts = []
         for g, (rows, scaling, p) in enumerate(case.segments()):
+            y = torch.nn.functional.linear(x[rows], *(case.of(g, n, t[n]) for n in ("w", "bias")))
             seed = t["seed"] if p else None
             part = low_rank(x[rows], a[g], b[g], scaling, seed, p, rows.start)
-            parts.append((y[rows] + part).to(y.dtype))
+            parts.append((y + part).to(y.dtype))
         y = torch.cat(parts)
     else:
         y = reference(x, t["w"], a, b, t["bias"], t["seed"], case.scaling, case.dropout_p)

@@ -98,6 +98,13 @@ def calls(
             ]
         for configs in chosen:
             found += recorded(chip, problem, configs)
+    if len(cuts) > 1:  # experts: their weights lie either way, and they may be frozen
+        for rank, p in ((r, 0.0), (r, 0.1), (0, 0.0)):
+            of, biases = (M, K, (N,), (rank,), kind, "both", (p,)), (rank > 0,)
+            problem = Joint(*of, biases, scaling=0.5, ends=cuts[1], experts=True)
+            (t,) = problem.blank()
+            for w in (t["w"], t["w"].mT.contiguous().mT):
+                found += recorded(chip, problem, {}, [t | {"w": w}])
     if joint and (size, kind, r) == EVEN:
         y = torch.empty(M, N, dtype=KINDS[kind][0], device="meta")
         with recording(chip) as elementwise:

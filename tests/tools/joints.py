@@ -44,6 +44,7 @@ class Joint:
     seed: int = 0
     scaling: float | None = None  # None: another one for each
     ends: tuple[int, ...] = ()  # of segments
+    experts: bool = False  # whose weights and biases are stacked, too
 
     def cases(self) -> list[Case]:
         """Return the projections one by one; where there is no adapter, its B is zero."""
@@ -56,6 +57,7 @@ class Joint:
                 seed=10 * self.seed + i,
                 bias=self.biases[i],
                 ends=self.ends,
+                experts=self.experts,
             )
             for i, (n, r) in enumerate(zip(self.sizes, self.ranks, strict=True))
         ]
@@ -70,10 +72,12 @@ class Joint:
         base, adapter = (torch.empty((), dtype=d, device="meta") for d in KINDS[self.kind])
         x, found = base.new_empty(self.M, self.K), []
         for case in self.cases():
-            t = {"x": x, "w": x.new_empty(case.N, case.K), "dy": x.new_empty(case.M, case.N)}
-            for name, shape in (("a", (case.R, case.K)), ("b", (case.N, case.R))):
-                t[name] = adapter.new_empty(*case.stack(), *shape)
-            t["bias"] = x.new_empty(case.N) if case.bias else None
+            t = {"x": x, "dy": x.new_empty(case.M, case.N)}
+            shapes = {"w": (case.N, case.K), "a": (case.R, case.K), "b": (case.N, case.R)}
+            for name, shape in {**shapes, "bias": (case.N,)}.items():
+                like = adapter if name in "ab" else x
+                t[name] = like.new_empty(*case.stack(name), *shape)
+            t["bias"] = t["bias"] if case.bias else None
             t["seed"] = x.new_empty(1, dtype=torch.int64) if case.dropout_p else None
             found.append(t)
         return found
@@ -89,14 +93,14 @@ class Joint:
         ]
 
     def segments(self, device: str) -> Segments | None:
-        """Return what the five steps take beside projections whose factors are stacked."""
+        """Return what the five steps take beside projections of which something is stacked."""
         if not self.ends:
             return None
         numbers = []
         for case, r in zip(self.cases(), self.ranks, strict=True):
             each = [(c, kept_scale(p), 65536 * p - 32768) for _, c, p in case.segments()]
             found = torch.tensor(each, dtype=torch.float32).t().contiguous().to(device)
-            numbers.append(found if r else None)
+            numbers.append(found if r or self.experts else None)
         return torch.tensor(self.ends, dtype=torch.int32, device=device), numbers
 
 
@@ -114,10 +118,10 @@ def run(kernels: ModuleType, joint: Joint, ts: list[dict], configs: dict | None 
     return results, dx
 
 
-def recorded(chip, joint: Joint, configs: dict | None = None) -> list[Call]:
+def recorded(chip, joint: Joint, configs=None, ts: list[dict] | None = None) -> list[Call]:
     """Return what the five steps would launch on ``chip``."""
     with recording(chip) as calls:
-        run(fastlora_kernels, joint, joint.blank(), configs)
+        run(fastlora_kernels, joint, joint.blank() if ts is None else ts, configs)
     return calls
 
 
@@ -132,7 +136,7 @@ def expected(joint: Joint, ts: list[dict], how: Callable) -> Found:
             if t["seed"] is not None:
                 keep = keep_mask(t["seed"], range(rows.start, rows.stop), case.K, p)
                 x_hat = x_hat * keep * kept_scale(p)
-            parts.append(x_hat @ (a[g] if case.ends else a).t())
+            parts.append(x_hat @ case.of(g, "a", a).t())
         of_one["s"] = torch.cat(parts)
     dx = found[0]["x"]
     for of_one in found[1:]:
