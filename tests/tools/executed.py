@@ -36,6 +36,9 @@ from fastlora.operator import library
 SIZES = {"even": (200, 272, 288), "uneven": (197, 269, 288), "ragged": (197, 269, 283)}
 SIZES |= {"strided": SIZES["even"], "deep": (72, 144, 720), "cut": (150, 144, 152)}
 CUTS = {"cut": (0, 37, 37, 70, 150)}  # a segment has no rows, others end within a tile
+# The same of experts, whose weights lie as [G, N, K] or as [G, K, N].
+SIZES |= dict.fromkeys(("experts", "experts by columns"), SIZES["cut"])
+CUTS |= dict.fromkeys(("experts", "experts by columns"), CUTS["cut"])
 SIBLINGS = 48, 80  # outputs of the second and third projection
 OPTIONS = {
     "capability": (90, 80),
@@ -71,7 +74,8 @@ class Case:
         p = (self.dropout,) * self.count
         ends = tuple(min(M, end) for end in CUTS.get(self.size, ()))
         ranks = (self.rank,) * self.count
-        return Joint(M, K, sizes, ranks, self.kind, self.mode, p, ends=ends)
+        experts = self.size.startswith("experts")
+        return Joint(M, K, sizes, ranks, self.kind, self.mode, p, ends=ends, experts=experts)
 
     def kernels(self) -> SimpleNamespace:
         return fastlora_kernels if self.impl == "triton" else SimpleNamespace(steps=library)
@@ -81,6 +85,8 @@ class Case:
         draw = random.Random(repr(self))
         for of in ts if self.size == "strided" else ():
             of |= {n: _laid(t, draw) for n, t in of.items() if t is not None and t.dim() > 1}
+        for of in ts if self.size == "experts by columns" else ():
+            of["w"] = of["w"].mT.contiguous().mT
         return [{**of, "x": ts[0]["x"]} for of in ts]
 
     def chip(self):
@@ -151,6 +157,9 @@ def drawn() -> list:
     cases += [Case(90, "bf16", "deep", 8, 0.0, 1, processors=132)]
     of = OPTIONS["capability"], OPTIONS["kind"], ["cut"], (16, 33), *list(OPTIONS.values())[4:]
     cases += [Case(*row, mode="low_rank", processors=9) for row in covering(*of)]
+    # Rank 0: frozen experts, as the vendor's implementation runs what PyTorch does not group.
+    of = (90, 80), ("bf16", "bf16-fp32", "fp32"), (*CUTS,)[1:], (16, 0)
+    cases += [Case(*row, 0.0, 1, mode="base", processors=9) for row in covering(*of)]
     cases += [Case(90, kind, "even", 16, 0.0, 1) for kind in ("fp16", "fp16-fp32")]
     cases += [Gated(*of) for of in covering((80, 90), ("bf16", "fp32"), tuple(ACTIVATIONS))]
     return cases + [FourBits(*of) for of in covering((80, 90), ("bf16", "fp32"), (False, True))]
