@@ -113,19 +113,27 @@ def test_many_experts_with_a_few_rows(body, experts, r):
 
 
 @pytest.mark.parametrize(
-    ("kind", "K", "grouped"), [("bf16", 40, 2), ("fp32", 40, 2), ("bf16", 36, 0), ("fp16", 40, 0)]
+    ("kind", "K", "r", "count"),
+    [
+        ("bf16", 40, 8, 3),
+        ("fp32", 40, 8, 4),
+        ("bf16", 40, 0, 2),
+        ("bf16", 36, 8, 0),
+        ("fp16", 40, 8, 0),
+    ],
 )
-def test_pytorch_groups_the_wide_products_that_it_can(kind, K, grouped, monkeypatch):
-    """y and dx; a gradient that is expanded is none of them."""
-    joint = Joint(20, K, (48,), (8,), kind, biases=(True,), ends=(0, 5, 20), experts=True)
-    ts, found = joint.tensors(), getattr(F, "grouped_mm", None)
+def test_pytorch_groups_the_wide_products_that_it_can(kind, K, r, count, monkeypatch):
+    """Not of a gradient that is expanded, as y.sum() passes down; not what a bias alone joins."""
+    biases, cut = (True, False), {"ends": (0, 5, 20), "experts": True}
+    joint = Joint(20, K, (48, 20), (r, 0), kind, biases=biases, **cut)
+    found, generator = getattr(F, "grouped_mm", None), torch.Generator().manual_seed(3)
     function = Mock(wraps=found)
     monkeypatch.setattr(F, "grouped_mm", function if found else None, raising=False)
-    verify(BODIES["library"], joint, ts=ts)
-    assert function.call_count == grouped * bool(found)
-    wide = integers(ts[0], torch.Generator().manual_seed(3))
-    verify(BODIES["library"], joint, ts=[wide | {"dy": wide["dy"][:, :1].expand(20, 48)}])
-    assert function.call_count == grouped // 2 * 3 * bool(found)
+    one, other = (integers(t, generator) for t in joint.tensors())
+    for most, dy in ((count, one["dy"]), (max(0, count - 1), one["dy"][:, :1].expand(20, 48))):
+        verify(BODIES["library"], joint, ts=[one | {"dy": dy}, other | {"x": one["x"]}])
+        assert function.call_count == most * bool(found)
+        function.reset_mock()
 
 
 def test_lists_of_any_length_and_adapters_of_two_dtypes():

@@ -26,6 +26,7 @@ FOLD_REST = replace(
     QKV, K=136, sizes=(16, 8), ranks=(8, 8), mode="low_rank", dropout_p=(0.5,), biases=(True,) * 2
 )
 CUT = Joint(70, 40, (24, 20), (5, 3), "fp32", "low_rank", (0.3, 0.1), ends=(0, 5, 40, 40, 70))
+EXPERTS = Joint(40, 20, (24, 20), (3, 0), ends=(0, 5, 30, 40), biases=(True, True), experts=True)
 FIRST = Joint(50, 152, (104,), (5,), "bf16", "low_rank", (0.3,))
 FIRST_OF_3 = replace(QKV, ranks=(3, 5, 33), scaling=None, mode="low_rank")
 CONFIGS = {FOLD: tiled(), FOLD_HALVES: HALVES, FOLD_REST: HALVES}
@@ -143,6 +144,17 @@ COPIES = {
         "scaling of the first segment": "tl.load(number_ptrs[i] + g) => tl.load(number_ptrs[i])",
         "1 / (1 - p) of the first segment": "number_ptrs[i] + G + g => number_ptrs[i] + G",
         "dropout of the first segment": "number_ptrs[i] + 2 * G + g => number_ptrs[i] + 2 * G",
+    },
+    ((EXPERTS,), "outputs.py"): {
+        "w of the first expert": "w_ptrs = stack_at(w_ptrs, g, strides_wg) => pass",
+        "bias of the first expert": "bias_ptrs = stack_at(bias_ptrs, g, strides_of_bias) => pass",
+        "bias of another expert": "bias_ptrs, g, strides_of_bias => bias_ptrs, g, strides_bias",
+    },
+    ((EXPERTS,), "input_grad.py"): {
+        "w of the first expert in dx": "w_ptrs = stack_at(w_ptrs, g, strides_wg) => pass",
+        "w of the expert before in dx": (
+            "stack_at(w_ptrs, g, strides_wg) => stack_at(w_ptrs, tl.maximum(g - 1, 0), strides_wg)"
+        ),
     },
     ((CUT,), "shrink.py"): {
         "mask by a tile's own rows": "offs_m, k, K, => offs_m - first_m, k, K,"

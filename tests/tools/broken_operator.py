@@ -3,7 +3,8 @@
 
 from broken_copies import Mutant
 
-# By file and the tests that must notice (file::name, without "test_"): what, right, wrong.
+# By file and the tests that must notice (file::name, without "test_", of this folder if no other is
+# named): what, right, wrong.
 COPIES = {
     ("op", "projections::trained_weights_and_biases"): [
         ("a trained bias gets no gradient", "if need_bias:", "if False:"),
@@ -193,6 +194,32 @@ COPIES = {
     ("library", "projections::float32_adapters_take_one_launch_for_each_low_rank_product"): [
         ("low-rank products of float32 factors take a dozen launches", ", ss, there)", ", ss)"),
     ],
+    ("library", "kernels/kernels::pytorch_groups_the_wide_products_that_it_can"): [
+        (
+            "an expert's y is of the next one's first row",
+            "grouped_mm(x, one.w.mT, segments[0])",
+            "grouped_mm(x, one.w.mT, (segments[0] + 1).clamp(max=len(x)))",
+        ),
+        (
+            "an expert's dx is of the next one's first row",
+            "grouped_mm(dy, one.w, segments[0])",
+            "grouped_mm(dy, one.w, (segments[0] + 1).clamp(max=len(dy)))",
+        ),
+        ("frozen experts lose their bias", "y is None and one.bias is not None", "False"),
+    ],
+    ("grouped", "kernels/kernels::pytorch_groups_the_wide_products_that_it_can"): [
+        ("PyTorch's groups end where they begin", "offs=ends[1:]", "offs=ends[:-1]"),
+        (
+            "PyTorch gets an expanded gradient",
+            "if not (_grouped(left) and _grouped(right)):",
+            "if not _grouped(right):",
+        ),
+        (
+            "rows lie apart as PyTorch made them",
+            ", offs=ends[1:]).contiguous()",
+            ", offs=ends[1:])",
+        ),
+    ],
     ("eager", "operator::gradcheck_and_double_backward"): [
         ("a gradient at create_graph is cut from its graph", '": create_graph', '": False'),
     ],
@@ -256,7 +283,8 @@ COPIES = {
 
 def _node(short: str) -> str:
     file, *name = short.split("::")
-    return "::".join([f"operator/test_{file}.py", *(f"test_{n}" for n in name)])
+    folder, _, file = file.rpartition("/")
+    return "::".join([f"{folder or 'operator'}/test_{file}.py", *(f"test_{n}" for n in name)])
 
 
 MUTANTS = [
