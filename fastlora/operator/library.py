@@ -31,6 +31,11 @@ def outputs(
     segments: lists.Segments | None = None,
 ) -> list[Tensor]:
     """Return y [M, N] of each projection: the frozen product added to the low-rank one."""
+    stacked = _are_stacked(projections)
+    wides = [grouped_mm(x, one.w.mT, segments[0]) for one in projections] if stacked else []
+    for wide, s, one in zip(wides, ss, projections, strict=False):
+        if wide is None or (s is None and one.bias is not None):
+            return kernels.outputs(x, projections, ss, segments=segments)
     there: list[Tensor | None] = [None] * len(projections)
     mixed = [i for i, s in enumerate(ss) if s is not None and (segments or s.dtype != x.dtype)]
     mixed = [i for i in mixed if type(projections[i][0]) is not slice]  # whose y is there
@@ -41,22 +46,9 @@ def outputs(
         found = kernels.outputs(x[:, :0], few, [ss[i] for i in mixed], segments=own)
         for i, y in zip(mixed, found, strict=True):
             there[i] = y
-    if projections[0].w is not None and projections[0].w.dim() == 3:
-        return _stacked_outputs(x, projections, there, segments)
+    if stacked:
+        return [w if y is None else y.add_(w) for w, y in zip(wides, there, strict=True)]
     return blocks.outputs(x, projections, ss, there)
-
-
-def _stacked_outputs(x: Tensor, projections: Projections, there: Each, segments) -> list[Tensor]:
-    """Return y [M, N] of weights [G, N, K], each for a segment of rows."""
-    ys = []
-    for i, (one, y) in enumerate(zip(projections, there, strict=True)):
-        alone = y is None and one.bias is not None  # no product of the vendor's adds a bias
-        wide = None if alone else grouped_mm(x, one.w.mT, segments[0])
-        if wide is None:
-            of = one if y is None else one._replace(a=None, b=None, bias=None)
-            (wide,) = kernels.outputs(x, [of], [None], segments=lists.of_few(segments, [i]))
-        ys.append(wide if y is None else y.add_(wide))
-    return ys
 
 
 def input_grad(
@@ -64,6 +56,11 @@ def input_grad(
     configs: Mapping | None = None, segments: lists.Segments | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Return dx [M, K]: every product dy w added to the sum of dropout'(ds a)."""
+    given = [(dy, one.w) for dy, one in zip(dys, projections, strict=True) if dy is not None]
+    stacked = _are_stacked(projections)
+    wides = [grouped_mm(dy, w, segments[0]) for dy, w in given] if stacked else []
+    if any(wide is None for wide in wides):
+        return kernels.input_grad(dys, projections, dss, segments=segments)
     dx, there = None, [i for i, ds in enumerate(dss) if ds is not None]
     few, ds = [projections[i] for i in there], [dss[i] for i in there]
     plain = len(there) == 1 and few[0].seed is None and ds[0].dtype == dys[there[0]].dtype
@@ -74,17 +71,12 @@ def input_grad(
         nothing = none[0].new_empty(0, few[0].a.shape[-1])
         own = lists.of_few(segments, there)
         dx = kernels.input_grad(none, [(nothing, *p[1:]) for p in few], ds, segments=own)
-    if any(w is not None and w.dim() == 3 for w, *_ in projections if type(w) is not slice):
-        return _add_stacked(dx, dys, projections, segments)
-    return blocks.add_products(dx, dys, projections)
+    for wide in wides:
+        dx = wide if dx is None else dx.add_(wide)
+    return dx if stacked else blocks.add_products(dx, dys, projections)
 
 
-def _add_stacked(dx: Tensor | None, dys: Each, projections: Projections, segments) -> Tensor | None:
-    for i, (dy, one) in enumerate(zip(dys, projections, strict=True)):
-        if dy is not None:
-            part = grouped_mm(dy, one.w, segments[0])
-            if part is None:
-                bare, own = [one._replace(a=None, b=None, seed=None)], lists.of_few(segments, [i])
-                part = kernels.input_grad([dy], bare, [None], segments=own)
-            dx = part if dx is None else dx.add_(part)
-    return dx
+def _are_stacked(projections: Projections) -> bool:
+    """Return whether each segment of rows has a weight of its own."""
+    w = projections[0].w
+    return w is not None and w.dim() == 3
