@@ -46,7 +46,7 @@ def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
                 turns.rows[way][phase]["with_host_s"] = found["median_s"]
                 turns.rows[way][phase]["with_host_ratio"] = found["ratio"]
     for way in turns.rows:
-        turns.note(way, _memory)
+        turns.note(way, memory)
         turns.note(way, lambda _, way=way: _predicted(problem, way))
     return list(turns.rows.values())
 
@@ -117,6 +117,17 @@ class Turns:
         for way, rounds in found.items():
             self.rows[way].setdefault("rounds", len(rounds))
         return found
+
+    def time(self, seconds: float, with_host: bool = False) -> None:
+        """Add to each row what `by_phase` finds, and the ratio to PEFT's time of both directions.
+
+        That is None where PEFT's was not measured.
+        """
+        rounds = self.rounds(seconds, with_host)
+        times = {way: [sum(phases) for phases in found] for way, found in rounds.items()}
+        for way, phases in by_phase(rounds).items():
+            by_peft = ratio(times[way], times["PEFT"]) if "PEFT" in times else None
+            self.rows[way] |= {**phases, "ratio_to_peft": by_peft}
 
     def note(self, way: str, find: Callable[[Callable[[], Iterator[None]]], dict]) -> None:
         """Add to the row of ``way`` what ``find`` returns for its step, unless it failed before."""
@@ -250,7 +261,7 @@ def _best(call: Callable[[], Tensor], device: torch.device, seconds: float = 1.0
     return min(t for (t,) in interleaved({"it": step}, device, seconds)["it"])
 
 
-def _memory(step: Step) -> dict[str, int]:
+def memory(step: Step) -> dict[str, int]:
     """Return what a step allocates at its peak, and what it keeps from forward to backward."""
     list(step())  # what is allocated once (workspaces, compiled code) is not the step's
     kept = kept_bytes(step.layer, step.x)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import baselines
 import torch
-from measure import Step, Turns, by_phase, peak_bytes, ratio, sharing
+from measure import Step, Turns, peak_bytes, sharing
 from torch import Tensor, nn
 
 import fastlora
@@ -115,12 +115,7 @@ def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
     turns = Turns(device)
     for way in ways:
         turns.join(way, lambda way=way: _step(WAYS[way](problem, sharing(linear)), x, dy))
-    rounds = turns.rounds(seconds, with_host=host_counts(problem.M, device))
-    times = {way: [sum(phases) for phases in found] for way, found in rounds.items()}
-    for way, phases in by_phase(rounds).items():
-        turns.rows[way] |= phases
-        by_peft = ratio(times[way], times["PEFT"]) if "PEFT" in times else None
-        turns.rows[way]["ratio_to_peft"] = by_peft
+    turns.time(seconds, with_host=host_counts(problem.M, device))
     for way in turns.rows:
         turns.note(way, lambda step: {"peak_bytes": peak_bytes(step, device)})
     return list(turns.rows.values())

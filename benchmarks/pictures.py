@@ -4,7 +4,7 @@
 import sys
 from pathlib import Path
 
-from problems import short, title
+from problems import block, short, title
 
 from fastlora.files import replace_file
 
@@ -41,6 +41,8 @@ def draw(result: dict, path: Path) -> None:
         pictures["memory"] = draw_memory
     if measured["mixed_layers"]:
         pictures["mixed"] = draw_mixed
+    if measured["experts"]:
+        pictures["experts"] = draw_experts
     for name, picture in pictures.items():
         try:
             picture(measured, path.with_name(f"{path.stem}-{name}.png"))
@@ -54,7 +56,7 @@ def draw(result: dict, path: Path) -> None:
 def _measured(result: dict) -> dict:
     """Return ``result`` with nothing but what has figures."""
     found = {**result}
-    for section in ("problems", "decoder_layers", "mixed_layers"):
+    for section in ("problems", "decoder_layers", "mixed_layers", "experts"):
         rows_of = [
             {**problem, "rows": [row for row in problem["rows"] if "both" in row]}
             for problem in result.get(section, ())
@@ -87,6 +89,20 @@ def draw_ratios(result: dict, path: Path) -> None:
 def draw_decoders(result: dict, path: Path) -> None:
     """Time of forward and backward of decoder layers by the frozen layer's."""
     chosen = result["decoder_layers"]
+    names = [f"{p['name']}, {p['tokens']} tokens, dropout {p['p']:g}" for p in chosen]
+    _draw_blocks(chosen, names, "What LoRA costs a decoder layer", result, path)
+
+
+def draw_experts(result: dict, path: Path) -> None:
+    """The same of the experts of mixtures."""
+    chosen = result["experts"]
+    names = [f"{block(p)}, {short(p['adapter'])} adapters" for p in chosen]
+    _draw_blocks(chosen, names, "What LoRA costs the experts of a mixture", result, path)
+
+
+def _draw_blocks(
+    chosen: list[dict], names: list[str], heading: str, result: dict, path: Path
+) -> None:
     figure, axes = _figure(9, 1.6 + 0.5 * len(chosen))
     for way, colour in DECODER_COLOURS.items():
         at = [(i, _row(p, way)) for i, p in enumerate(chosen)]
@@ -95,13 +111,12 @@ def draw_decoders(result: dict, path: Path) -> None:
             style = {"color": colour, "markersize": 8, "alpha": 0.9}
             axes.plot(*zip(*at, strict=True), "o", label=way, **style)
     axes.axvline(1.0, color=COLOURS["frozen"], linewidth=1.5, label="frozen layer")
-    names = [f"{p['name']}, {p['tokens']} tokens, dropout {p['p']:g}" for p in chosen]
     axes.set_yticks(range(len(chosen)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(left=0.9)
     axes.set_xlabel("forward + backward, time by the frozen layer's (less is better)", color=INK)
     axes.grid(axis="both", color=GRID)
-    _finish(figure, axes, "What LoRA costs a decoder layer", result, path)
+    _finish(figure, axes, heading, result, path)
 
 
 def draw_tokens(result: dict, path: Path) -> None:

@@ -75,6 +75,12 @@ def title(problem: dict) -> str:
     )
 
 
+def block(problem: dict) -> str:
+    """Return the same of the experts of a mixture."""
+    of = "{experts} of {K} x {N}, {top} for each of {M} tokens"
+    return of.format(**problem)
+
+
 def short(dtype: str) -> str:
     """Return what a dtype is called in tables and titles."""
     return {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}[dtype]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pictures import COLOURS, draw
-from problems import short, title
+from problems import block, short, title
 
 from fastlora.files import replace_file
 
@@ -20,6 +20,7 @@ TIMES = ("forward", "ratio", "backward", "ratio", "both", "ratio")
 COLUMNS = (*TIMES, "of peak", "of copy", "kept", "peak")
 DECODER_COLUMNS = ("kept", "peak", "launches")
 MIXED_COLUMNS = (*TIMES, "by PEFT's", "peak")
+EXPERTS_COLUMNS = (*TIMES, "by PEFT's", "kept", "ratio", "peak", "ratio")
 MODEL_COLUMNS = ("tokens", "s a step", "by PEFT's", "tokens/s", "peak MiB", "GFLOP a token")
 MOST_OF_ERROR = 120  # characters in a table; the JSON file has the whole line
 
@@ -77,6 +78,8 @@ def markdown(result: dict) -> str:
         lines += mixed_layers(result["mixed_layers"])
     if result.get("mixed_models"):
         lines += mixed_models(result["mixed_models"])
+    if result.get("experts"):
+        lines += experts(result["experts"])
     missing = sorted(set(COLOURS) - {row["way"] for row in rows})
     if missing and result.get("problems"):
         lines += ["", f"Not measured on this machine: {', '.join(missing)}."]
@@ -181,6 +184,29 @@ def mixed_models(rows: list[dict]) -> list[str]:
         "adapter after another on its own rows. *by PEFT's*: by PEFT's in turn."
     ]
     return [*lines, "", *_steps(rows, "adapters")]
+
+
+def experts(problems: list[dict]) -> list[str]:
+    """Return the lines about the experts of mixtures."""
+    lines = ["", "## The experts of a mixture", ""]
+    lines += [
+        "Those of Mixtral in transformers, run by `grouped_mm`; r = 16 on both weights of each "
+        "expert, bf16, no dropout. The frozen block's backward makes dx and the gradient of the "
+        "routing weights. *kept*: MiB from forward to backward; ratios are to the frozen block's."
+    ]
+    lines += ["", *_head(EXPERTS_COLUMNS, " experts | adapters | ", "---|---|---")]
+    for problem in problems:
+        about = f"{block(problem)} | {short(problem['adapter'])}"
+        if "error" in problem:
+            lines.append(f"| {about} | {_error(problem)} |" + " |" * len(EXPERTS_COLUMNS))
+        frozen = next((row for row in problem["rows"] if row["way"] == "frozen"), {})
+        for row in problem["rows"]:
+            cells = [*_times(row, 1), _cell(row, "ratio_to_peft", _ratio)]
+            for key in ("kept_bytes", "peak_bytes"):
+                by_frozen = frozen.get(key) and row.get(key, 0) / frozen[key]
+                cells += [_mib(row, key), _cell(row, key, lambda _, by=by_frozen: _ratio(by))]
+            lines.append(_line(f"{about} | {row['way']}", cells, row))
+    return lines
 
 
 def _head(columns: tuple[str, ...], names: str = " ", aligned: str = "---") -> list[str]:

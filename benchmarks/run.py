@@ -22,6 +22,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's own messages
 
 import decoder_layer
 import end_to_end
+import experts_block
 import mixed_layer
 import mixed_model
 import report
@@ -72,7 +73,7 @@ def sections(device: str) -> list[Section]:
         Section(
             name="decoder_layers",
             title="decoder layers",
-            share=0.165,
+            share=0.155,
             problems=list(decoder_layer.problems(device)),
             ways=list(decoder_layer.WAYS),
             measure=decoder_layer.measure,
@@ -81,7 +82,7 @@ def sections(device: str) -> list[Section]:
         Section(
             name="end_to_end",
             title="training steps of whole models",
-            share=0.25,
+            share=0.235,
             problems=list(end_to_end.problems(device)),
             ways=list(end_to_end.WAYS),
             measure=end_to_end.Measure(),
@@ -99,13 +100,22 @@ def sections(device: str) -> list[Section]:
         Section(
             name="mixed_models",
             title="training steps of mixed adapters",
-            share=0.145,
+            share=0.13,
             problems=list(mixed_model.problems(device)),
             ways=list(mixed_model.WAYS),
             measure=mixed_model.Measure(),
             entries=lambda p, found: [
                 {**row, "adapters": p.adapters} for row in of_models(p, found)
             ],
+        ),
+        Section(
+            name="experts",
+            title="experts of mixtures",
+            share=0.04,
+            problems=list(experts_block.problems(device)),
+            ways=list(experts_block.WAYS),
+            measure=experts_block.measure,
+            entries=of_layers,
         ),
     ]
 

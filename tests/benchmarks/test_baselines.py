@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import baselines
 import decoder_layer
+import experts_block
 import measure
 import mixed_layer
 import pytest
@@ -105,6 +106,20 @@ def test_ours_mixes_adapters_as_pefts_layer_does(by_turns):
         assert len(step.trained) == 1 + 2 * 16
         found.append([layer(x), *torch.autograd.grad(layer(x), step.trained, dy)])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_ours_computes_experts_as_pefts_wrapper_does():
+    some = {**vars(PROBLEM), "name": "experts", "M": 20, "experts": 3}
+    problem = experts_block.Problem(**some)
+    block, (x, dy) = problem.block(), problem.inputs()
+    found = {}
+    for way, make in experts_block.WAYS.items():
+        step = measure.Step(make(problem, measure.sharing(block)), x, dy)
+        assert len(step.trained) == (2 if way == "frozen" else 2 + 2 * 2)
+        y = step.layer(x)
+        found[way] = [y, *torch.autograd.grad(y, step.trained, dy)]
+    torch.testing.assert_close(found["fastlora"], found["PEFT"], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found["fastlora"][0], found["frozen"][0], atol=0.1)
 
 
 def assert_shared(frozen, ways):

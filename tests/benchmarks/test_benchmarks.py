@@ -8,12 +8,14 @@ import re
 import shutil
 import sys
 import weakref
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import decoder_layer
 import end_to_end
+import experts_block
 import machine
 import measure
 import mixed_layer
@@ -117,12 +119,13 @@ def tiny(monkeypatch, small_decoders):
     monkeypatch.setattr(end_to_end, "TOKENS", {"cpu": 8})
     layer = {"SIZES": {"cpu": (32, 2)}, "SAMPLES": 4, "ADAPTERS": (4,), "SOME": 2}
     steps = {"MODELS": {"cpu": "model"}, "BATCH": 2, "ADAPTERS": (2, 1), "NAMES": ["a", "b"]}
-    for module, sizes in ((mixed_layer, layer), (mixed_model, steps)):
+    experts = {"SIZES": {"cpu": ((3, 2, 16, 8),)}, "TOKENS": {"cpu": 8}}
+    for module, sizes in ((mixed_layer, layer), (mixed_model, steps), (experts_block, experts)):
         for name, value in sizes.items():
             monkeypatch.setattr(module, name, value)
 
 
-PICTURES = ("ratio", "tokens", "roofline", "decoder", "memory", "mixed")
+PICTURES = ("ratio", "tokens", "roofline", "decoder", "memory", "mixed", "experts")
 
 
 def made(folder, *arguments):
@@ -146,7 +149,7 @@ def test_a_run_writes_all_that_it_measures(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", PAINT)
     result, table, pictures = made(tmp_path)
     replaced = {of.args[0] for of in replacing.mock_calls}
-    assert replaced == set(tmp_path.iterdir()) and len(replaced) == 8
+    assert replaced == set(tmp_path.iterdir()) and len(replaced) == 9
     assert pictures == set(PICTURES) and result["left_out"] == []
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in tmp_path.glob("*.png"))
     assert [len(p["rows"]) for p in result["problems"]] == [6, 6]
@@ -154,7 +157,11 @@ def test_a_run_writes_all_that_it_measures(tiny, tmp_path, capsys, monkeypatch):
     assert [(r["way"], r["batch"]) for r in result["end_to_end"]] == [
         (way, batch) for batch in (1, 2) for way in end_to_end.WAYS
     ]
-    rows = [r for s in ("problems", "decoder_layers") for p in result[s] for r in p["rows"]]
+    assert [[r["way"] for r in p["rows"]] for p in result["experts"]] == [
+        ["frozen", "fastlora", "PEFT"]
+    ] * 2
+    listed = ("problems", "decoder_layers", "experts")
+    rows = [r for s in listed for p in result[s] for r in p["rows"]]
     assert all(row["rounds"] >= 3 for row in (*rows, *result["end_to_end"]))
     assert "error" not in json.dumps(result) and "with host" not in table
     assert set(result["ceilings"]) == {"torch.float32"}
@@ -239,7 +246,7 @@ def test_a_problem_that_cannot_be_posed_is_said(tiny, tmp_path, monkeypatch):
     assert result["end_to_end"] == [{**failed, "batch": batch} for batch in (1, 2)]
     assert table.count(f"dropout 0\n\n{ERROR}\n") == 2
     assert line_of(table, "model", "1", "")[0][:2] == ["8", ERROR]
-    assert pictures == {"ratio", "tokens", "roofline", "decoder", "mixed"}
+    assert pictures == {"ratio", "tokens", "roofline", "decoder", "mixed", "experts"}
     assert [row["error"] for row in result["mixed_models"]] == [ERROR] * 2
 
 
@@ -311,7 +318,7 @@ def test_pictures_that_cannot_be_drawn_cost_themselves_alone(tiny, tmp_path, mon
 
 
 LAYERS = {"ratio", "tokens", "roofline"}
-SECTIONS = ("problems", "decoder_layers", "end_to_end", "mixed_layers", "mixed_models")
+SECTIONS = ("problems", "decoder_layers", "end_to_end", "mixed_layers", "mixed_models", "experts")
 
 
 @pytest.mark.parametrize(
@@ -321,6 +328,7 @@ SECTIONS = ("problems", "decoder_layers", "end_to_end", "mixed_layers", "mixed_m
         (["--only", "plain"], ["decoder_layers"], {"decoder"}),
         (["--only", "model"], ["end_to_end", "mixed_models"], {"memory"}),
         (["--only", "mixed"], ["mixed_layers", "mixed_models"], {"mixed"}),
+        (["--only", "experts"], ["experts"], {"experts"}),
         (["--minutes", "0"], [], set()),
     ],
 )
@@ -343,7 +351,8 @@ def test_what_is_asked_for_is_measured_in_its_time(
         names = [f"layer: {m}x40x64 r=4 float32/float32 dropout=0" for m in (300, 20)]
         names += ["plain, 20 tokens, dropout 0", "plain, 20 tokens, dropout 0.05"]
         names += ["model, batch 1", "model, batch 2"]
-        names += map(str, (*mixed_layer.problems("cpu"), *mixed_model.problems("cpu")))
+        for module in (mixed_layer, mixed_model, experts_block):
+            names += map(str, module.problems("cpu"))
         assert result["left_out"] == names
         assert f"Left out, as the time was over: {'; '.join(names)}." in table
         assert f"left out, as the time was over: {'; '.join(names[2:4])}" in said
@@ -357,7 +366,7 @@ def test_a_name_that_nothing_has_is_refused(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         made(tmp_path / "none", "--only", "Llama-9")
     said = "--only 'Llama-9' is in no name; there are: layer; plain; model; mixed adapters; model, "
-    said += "mixed adapters"
+    said += "mixed adapters; experts"
     assert said in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
@@ -393,7 +402,8 @@ def test_few_tokens_on_a_gpu_are_timed_with_the_host_too(tiny, tmp_path, monkeyp
     recorded.reset_mock()
     result, table, _ = made(tmp_path)
     with_host = [of.kwargs["with_host"] for of in recorded.mock_calls]
-    assert with_host == [False, False, True, *[False] * 2, *[True] * 2, *[False] * 5, *[True] * 2]
+    sections = [False] * 2, [True] * 2, [False] * 5, [True] * 2, [False] * 2
+    assert with_host == [False, False, True, *chain(*sections)]
     many, few = (p["rows"] for p in result["problems"])
     for phase in measure.PHASES:
         assert all(row[phase]["with_host_s"] > 0 < row[phase]["with_host_ratio"] for row in few)
