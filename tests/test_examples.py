@@ -95,6 +95,16 @@ def test_four_tasks_learn_from_the_same_batches(run):
     assert len(apart) == 4 and max(apart) < 1e-4
 
 
+def test_experts_learn_in_less_memory_and_are_pefts_in_files(run):
+    said = run("experts.py", "--steps", "2", needs=("peft", "transformers"))
+    assert "12 of 12 LoRA layers fused" in said and "gate_up_proj x2" in said
+    rows = re.findall(r"losses (\S+) to (\S+); \d+ ms a step, which allocates (\d+) MiB", said)
+    (before, _, more), (same, after, less) = (map(float, row) for row in rows)
+    assert before == same > after + 0.05 and less < 0.4 * more
+    (apart,) = numbers(r"(\S+) of the logits apart", said)
+    assert apart < 0.02 and "the same bits: True" in said
+
+
 def test_adapters_are_switched_saved_loaded_and_merged(run, tmp_path):
     said = run("adapters.py", "--steps", "10", "--held-out", "50", needs=NEEDS)
     found = re.findall(r"(?m)^(.+?) +accuracy on sentiment (\S+), on question (\S+)$", said)
