@@ -26,11 +26,15 @@ def routed(
     experts, order = index.flatten().sort(stable=True)
     numbers = torch.arange(E + 1, device=x.device, dtype=experts.dtype)
     ends, back = torch.searchsorted(experts, numbers, out_int32=True), order.argsort()
-    y = _experts(module, up, down, p, _Sorted.apply(x.to(up[0].dtype), order, back), ends)
+    y = _experts(module, up, down, p, _sorted(x.to(up[0].dtype), order, back), ends)
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
-    y = _Sorted.apply(y, back, order).unflatten(0, (-1, k))
+    y = _sorted(y, back, order).unflatten(0, (-1, k))
     return (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+def _sorted(t: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    return t[order // (len(order) // len(t))] if op.transformed() else _Sorted.apply(t, order, back)
 
 
 class _Sorted(torch.autograd.Function):

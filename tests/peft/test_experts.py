@@ -290,6 +290,19 @@ def one_layer(**changes):
     return model, layer, (x, index, torch.rand(10, 2, dtype=torch.float64))
 
 
+def test_second_derivatives_and_transforms():
+    model, layer, (x, index, weights) = one_layer()
+    patch_peft(model)
+    x = x[:3].requires_grad_()
+
+    def of(x):
+        return layer(x, index[:3], weights[:3]).square().sum()
+
+    assert torch.autograd.gradgradcheck(of, x)
+    (expected,) = torch.autograd.grad(of(x), x)
+    torch.testing.assert_close(torch.func.grad(of)(x), expected)
+
+
 def test_dropout_of_the_low_rank_path(monkeypatch):
     model, layer, (x, index, weights) = one_layer()
     expected = layer(x, index, weights)

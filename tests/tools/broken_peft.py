@@ -51,7 +51,7 @@ COPIES = {
         "implementations of others are replaced": "if how not in _ALIKE: => if 0:",
     },
     ("../layers/experts", f"{EXPERTS}as_peft_computes"): {
-        "tokens get each other's outputs": "(y, back, order) => (y, order, back)",
+        "tokens get each other's outputs": "_sorted(y, back, order) => _sorted(y, order, back)",
         "a token's gradient is of its first expert": ".sum(1) if len(dx) => [:, 0] if len(dx)",
         "an expert's rows begin a row late": "E + 1, device => 1, E + 2, device",
     },
