@@ -29,12 +29,14 @@ def routed(
     y = _experts(module, up, down, p, _sorted(x.to(up[0].dtype), order, back), ends)
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
-    y = _sorted(y, back, order).unflatten(0, (-1, k))
+    y = _sorted(y, back, order).unflatten(0, (len(x), k))
     return (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
 
 def _sorted(t: Tensor, order: Tensor, back: Tensor) -> Tensor:
-    return t[order // (len(order) // len(t))] if op.transformed() else _Sorted.apply(t, order, back)
+    if op.transformed():
+        return t[order // (len(order) // max(1, len(t)))]
+    return _Sorted.apply(t, order, back)
 
 
 class _Sorted(torch.autograd.Function):
@@ -47,7 +49,7 @@ class _Sorted(torch.autograd.Function):
     def forward(ctx, x, order, back):
         ctx.save_for_backward(order, back)
         ctx.rows = len(x)
-        return x[order // (len(order) // len(x))]
+        return x[order // (len(order) // max(1, len(x)))]
 
     @staticmethod
     def backward(ctx, dy):

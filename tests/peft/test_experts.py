@@ -290,6 +290,17 @@ def one_layer(**changes):
     return model, layer, (x, index, torch.rand(10, 2, dtype=torch.float64))
 
 
+def test_no_tokens_and_one():
+    model, layer, (x, index, weights) = one_layer()
+    few = [[t[:n] for t in (x, index, weights)] for n in (0, 1)]
+    expected = [layer(*given) for given in few]
+    patch_peft(model)
+    for given, right in zip(few, expected, strict=True):
+        y = layer(given[0].requires_grad_(), *given[1:])
+        torch.testing.assert_close(y, right)
+        assert torch.autograd.grad(y.sum(), given[0])[0].shape == given[0].shape
+
+
 def test_second_derivatives_and_transforms():
     model, layer, (x, index, weights) = one_layer()
     patch_peft(model)
