@@ -170,15 +170,13 @@ def why_not(layer: nn.Module) -> str | None:
     For an input of the weight's dtype. Merged or disabled adapters are no reason: then there is
     only the base layer to run.
     """
-    if isinstance(layer, lora.layer.ParamWrapper):
-        found = experts.operands(layer)
-        return found if isinstance(found, str) else None
-    if not isinstance(layer, Fused) and _stand_in(type(layer)) is None:
+    of_experts = isinstance(layer, lora.layer.ParamWrapper)
+    if not (of_experts or isinstance(layer, Fused) or _stand_in(type(layer))):
         others = "bitsandbytes, torchao, HQQ, GPTQ or AWQ"
         return f"{_kind(layer)}, not PEFT's plain lora.Linear, nor one of {others}"
     if "forward" in layer.__dict__:
         return "it has a forward set on the object, as accelerate's hooks and X-LoRA do"
-    found = operands(layer)
+    found = experts.operands(layer) if of_experts else operands(layer)
     return found if isinstance(found, str) else None
 
 
