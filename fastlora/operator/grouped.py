@@ -35,11 +35,14 @@ def outputs(x: Tensor, projections: Projections, ss: Each, scaled: None = None) 
     """Return y [M, N] of each projection from its s: the frozen product joins the low-rank one."""
     ys = []
     for (w, _, b, bias, _, of, _), s in zip(projections, ss, strict=True):
-        y, right = x.new_empty(len(x), w.shape[1]), None
-        if s is not None:
+        plain = s is not None and bias is None and s.dtype == x.dtype
+        there = grouped_mm(s * of.scalings[0], b.mT, of.ends) if plain else None
+        y, right = x.new_empty(len(x), w.shape[1]) if there is None else there, None
+        if s is not None and there is None:
             s, right = blocks.in_dtype(s, b.mT, y)
-        for _, x_g, s_g, y_g, w_g, right_g, plus in cut(of, (x, s, y), (w.mT, right, bias)):
-            if s is not None:
+        for _, x_g, s_g, y_g, w_g, right_g, bias_g in cut(of, (x, s, y), (w.mT, right, bias)):
+            plus = bias_g if there is None else y_g
+            if right is not None:
                 plus = blocks.product(y_g, s_g, right_g, plus, of.scalings[0])
             blocks.product(y_g, x_g, w_g, plus)
         ys.append(y)
@@ -80,21 +83,25 @@ def input_grad_and_da(
     dx, das = None, [None] * len(dys)
     for i, one in enumerate(projections):
         (w, a, _, _, seed, of, p), dy, ds = one, dys[i], dss[i]
-        first, asked = dx is None, ds is not None and needs[i]
-        if first and dy is not None:
-            dx = x.new_empty(x.shape)
-        da = grouped_mm(ds.t(), x, of.ends) if asked and seed is None else None
+        asked, plain = ds is not None and needs[i], ds is not None and seed is None
+        da = grouped_mm(ds.t(), x, of.ends) if asked and plain else None
         looped = _stack(of, a) if asked and da is None else None
         das[i] = looped if da is None else da
-        added = dy is not None and ds is not None and seed is None
-        left, right = blocks.in_dtype(ds, a, dx) if added else (None, None)
+        left = right = None
+        added = dx is not None  # to what is there
+        if dy is not None and not added:
+            first = grouped_mm(ds, a, of.ends) if plain and ds.dtype == x.dtype else None
+            added, dx = first is not None, x.new_empty(x.shape) if first is None else first
+            plain = plain and first is None
+        if dy is not None and plain:
+            left, right = blocks.in_dtype(ds, a, dx)
         stacks = w, a, right, looped
         for begin, x_g, dy_g, dx_g, ds_g, left_g, w_g, a_g, right_g, da_g in cut(
             of, (x, dy, dx, ds, left), stacks
         ):
             if dy is not None:
-                blocks.product(dx_g, dy_g, w_g, None if first else dx_g)
-            if added:
+                blocks.product(dx_g, dy_g, w_g, dx_g if added else None)
+            if left is not None:
                 blocks.product(dx_g, left_g, right_g, dx_g)
             if looped is not None or (seed is not None and ds is not None):
                 of_g = x_g, ds_g, a_g, seed, p, begin

@@ -116,7 +116,7 @@ COPIES = {
             "if all(of.sizes()) else like.new_zeros",
             "if 1 else like.new_ones",
         ),
-        ("the second projection's dx is lost", "None if first else dx_g", "None"),
+        ("the second projection's dx is lost", "dx_g if added else None", "None"),
         ("rows are grouped one early", "offs=ends[1:])", "offs=ends[:-1])"),
     ],
     ("grouped", "stacked_weights::what_a_row_drops_depends_on_its_number"): [
