@@ -5,6 +5,7 @@ Servers such as vLLM and SGLang read the latter where checkpoints do: ``experts.
 What is called so, transformers knows, which joins the weights of such checkpoints.
 """
 
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -86,7 +87,7 @@ def by_expert(
     return tensors, values
 
 
-def _scaling(values: dict[str, Any], r: int, alpha: float) -> float:
+def _scaling(values: dict[str, Any], r: int, alpha: float = 1.0) -> float:
     return alpha / (math.sqrt(r) if values.get("use_rslora") else r)
 
 
@@ -98,25 +99,21 @@ class Joined:
     """
 
     def __init__(self, weights: Any, model: nn.Module, values: dict[str, Any]) -> None:
-        self._weights, self._made = weights, {}
+        self._weights, self._made, self._others = weights, {}, []
         self.peft_wrote_experts = bool(values.get("target_parameters"))
-        matches = [(key, _KEY.fullmatch(key)) for key in list(weights.keys())]
-        self._others = [key for key, match in matches if match is None]
-        experts = defaultdict(dict)
-        for key, match in matches:
-            if match is not None:
+        experts: dict[str, dict] = defaultdict(dict)
+        for key in list(weights.keys()):
+            match = _KEY.fullmatch(key) if values["peft_type"] == "LORA" else None
+            if match is None:
+                self._others.append(key)
+            else:
                 above, e, part, of = match.groups()
                 experts[above][int(e), part, of] = key
-        if experts and values["peft_type"] == "LORA":
+        if experts:
             self._join(experts, model, values)
-        else:
-            self._others = [key for key, _ in matches]
 
     def keys(self) -> list[str]:
         return [*self._others, *self._made]
-
-    def metadata(self) -> dict[str, str] | None:
-        return self._weights.metadata()
 
     def get_slice(self, key: str) -> Any:
         return _Whole(self._made[key]) if key in self._made else self._weights.get_slice(key)
@@ -126,9 +123,9 @@ class Joined:
 
     def _join(self, experts: dict[str, dict], model: nn.Module, values: dict[str, Any]) -> None:
         parts, renamed = checkpoint_names(model)
-        scaling = _scaling(values, values.get("r", 8), values.get("lora_alpha", 8))
         own, modules = dict(model.named_parameters()), dict(model.named_modules())
-        ranks, alphas = values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}
+        ranks, alphas = (dict(values.get(f"{of}_pattern") or {}) for of in ("rank", "alpha"))
+        scaling = _scaling(values, values.get("r", 8), values.get("lora_alpha", 8))
         targets, leaves = set(values.get("target_parameters") or ()), set()
         for above, keys in experts.items():
             path = above.removeprefix(_PREFIX)
@@ -137,69 +134,51 @@ class Joined:
             if any(str(e) in getattr(modules.get(path), "_modules", ()) for e, _, _ in keys):
                 self._others += keys.values()  # they are modules, as any others
                 continue
-            adapted = [name for name in parts if {part for _, part, _ in keys} & {*parts[name]}]
+            adapted = [name for name in parts if {*parts[name]} & {part for _, part, _ in keys}]
             for name in adapted:
                 weight = own.get(f"{path}.{name}", own.get(f"{path}.base_layer.{name}"))
-                whole = {
-                    (e, part, of)
-                    for e in range(0 if weight is None else len(weight))
-                    for part in parts[name]
-                    for of in "AB"
-                }
-                missing = whole - keys.keys()
-                if not whole or missing:
-                    less = f"lacks {min(missing)}" if whole else "is not of this model"
+                E = 0 if weight is None else len(weight)
+                whole = set(itertools.product(range(E), parts[name], "AB"))
+                if not whole or whole - keys.keys():
+                    less = f"lacks {min(whole - keys.keys())}" if whole else "is not of this model"
                     raise ValueError(f"{above[:200]}, which has experts by themselves, {less}")
-                a, b = self._stacks(parts[name], len(weight), keys)
+                each = {of: keys.pop(of) for of in whole}
+                a, b = self._stacks(parts[name], E, each)
                 inside = ".base_layer" if len(adapted) > 1 and name != "down_proj" else ""
-                at = f"{_PREFIX}{path}{inside}.lora_"
+                at, target, rank = f"{_PREFIX}{path}{inside}.lora_", f"{path}.{name}", a.shape[1]
                 self._made[f"{at}A.weight"] = a.flatten(0, 1)
                 self._made[f"{at}B.weight"] = b.permute(1, 2, 0).flatten(1, 2)
-                rank, target = a.shape[1], f"{path}.{name}"
                 ranks[re.escape(target)] = rank
-                alphas[re.escape(target)] = scaling * (
-                    math.sqrt(rank) if values.get("use_rslora") else rank
-                )
+                alphas[re.escape(target)] = scaling / _scaling(values, rank)
                 targets.add(target)
                 leaves |= {*parts[name]}
-                for key in whole:
-                    del keys[key]
             if keys:
                 raise ValueError(f"{above[:200]} has parts that the model lacks: {min(keys)}")
         if isinstance(values.get("target_modules"), list):
-            used = {key.split(".lora_")[0].rpartition(".")[2] for key in self._others}
-            kept = [
-                m for m in values["target_modules"] if m.rpartition(".")[2] not in leaves - used
-            ]
+            gone = leaves - {key.split(".lora_")[0].rpartition(".")[2] for key in self._others}
+            kept = [m for m in values["target_modules"] if m.rpartition(".")[2] not in gone]
             values["target_modules"] = kept
-        values |= {
-            "rank_pattern": ranks,
-            "alpha_pattern": alphas,
-            "target_parameters": sorted(targets),
-        }
+        values |= {"rank_pattern": ranks, "alpha_pattern": alphas}
+        values["target_parameters"] = sorted(targets)
 
     def _stacks(self, parts: tuple[str, ...], E: int, keys: dict) -> tuple[Tensor, Tensor]:
         """Return [E, R, K] and [E, N, R] of parts of which each may have a rank of its own."""
-        each = {
-            of: {p: [self._weights.get_tensor(keys[e, p, of]) for e in range(E)] for p in parts}
-            for of in "AB"
-        }
-        for of, tensors in each.items():
-            for part, several in tensors.items():
-                if len({(t.shape, t.dtype) for t in several}) > 1 or several[0].dim() != 2:
-                    raise ValueError(f"experts differ in the sizes or dtypes of {part}.lora_{of}")
-        a, b = ({p: torch.stack(t) for p, t in each[of].items()} for of in "AB")
-        first, *others = a.values()
-        if len({t.dtype for t in (*a.values(), *b.values())}) > 1 or any(
-            a[p].shape[1] != b[p].shape[2] for p in parts
-        ):
+        stacks = {}
+        for part, of in itertools.product(parts, "AB"):
+            each = [self._weights.get_tensor(keys[e, part, of]) for e in range(E)]
+            if len({(t.shape, t.dtype) for t in each}) > 1 or each[0].dim() != 2:
+                raise ValueError(f"experts differ in the sizes or dtypes of {part}.lora_{of}")
+            stacks[part, of] = torch.stack(each)
+        a, b = ([stacks[part, of] for part in parts] for of in "AB")
+        fit = [t.shape[1] for t in a] == [t.shape[2] for t in b]
+        if not fit or len({t.dtype for t in a + b}) > 1 or len({t.shape[2] for t in a}) > 1:
             raise ValueError(
-                f"experts' lora_A and lora_B of {', '.join(parts)} do not fit each other"
+                f"lora_A and lora_B of experts' {', '.join(parts)} do not fit together"
             )
-        if all(t.shape == first.shape and torch.equal(t, first) for t in others):
-            return first, torch.cat([*b.values()], 1)
-        blocks = [torch.block_diag(*(t[e] for t in b.values())) for e in range(E)]
-        return torch.cat([*a.values()], 1), torch.stack(blocks)
+        if all(t.shape == a[0].shape and torch.equal(t, a[0]) for t in a):
+            return a[0], torch.cat(b, 1)
+        blocks = [torch.block_diag(*(t[e] for t in b)) for e in range(E)]
+        return torch.cat(a, 1), torch.stack(blocks)
 
 
 class _Whole:

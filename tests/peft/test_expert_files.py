@@ -160,7 +160,7 @@ WRONG = {
     "another": r"layers.0.mlp.experts has parts that the model lacks: \(17, 'up_proj', 'A'\)",
     "nowhere": "layers.7.mlp.experts, which has experts by themselves, is not of this model",
     "width": "must be",
-    "rank": "experts' lora_A and lora_B of down_proj do not fit each other",
+    "rank": "lora_A and lora_B of experts' down_proj do not fit together",
 }
 
 

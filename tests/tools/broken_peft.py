@@ -9,7 +9,7 @@ BY_SAMPLE = "peft/test_by_sample.py::test_"
 OUTSIDE = f"{BY_SAMPLE}another_checkpoint_outside_of_the_block_is_an_error"
 OPAQUE = "peft/test_opaque.py::test_"
 QUANTISED = "peft/test_quantised.py::test_"
-EXPERTS = "peft/test_experts.py::test_"
+EXPERTS, EXPERT_FILES = "peft/test_experts.py::test_", "peft/test_expert_files.py::test_"
 LEFT = "layers/test_sibling_search.py::test_unloaded_models_are_plain"
 UNDIFFERENTIATED = f"{OPAQUE}an_opaque_layer_that_does_not_differentiate_is_left_to_peft"
 SHARDED = "commands/test_launch.py::test_sharded_processes_come_to_what_one_comes_to"
@@ -49,6 +49,26 @@ COPIES = {
         "hooks on experts are not seen": "any(is_observed(m) for => any(False for",
         "experts of other devices are looked for here": "if module._is_expert_parallel: => if 0:",
         "implementations of others are replaced": "if how not in _ALIKE: => if 0:",
+    },
+    ("expert_files", f"{EXPERT_FILES}there_and_back"): {
+        "gate and up change places": "e].chunk(len(names)), => e].chunk(len(names))[::-1],",
+        "scalings of other ranks are lost": "scaling / _scaling(values, rank) => scaling",
+    },
+    ("expert_files", f"{EXPERT_FILES}each_expert_is_a_plain_adapter"): {
+        "an expert has the first one's lora_B": "b[..., e].chunk => b[..., 0].chunk",
+        "modules keep the names they have here": "above = above.replace => above.replace",
+    },
+    ("expert_files", f"{EXPERT_FILES}parts_of_one_weight_may_have_adapters_of_their_own"): {
+        "parts share the first one's lora_A": "if all(t.shape == a[0].shape => if all(True or",
+    },
+    ("expert_files", f"{EXPERT_FILES}what_is_wrong_is_refused"): {
+        "parts of no expert are nobody's": "            if keys: =>             if 0:",
+    },
+    ("expert_files", f"{EXPERT_FILES}experts_that_are_modules_are_as_any_others"): {
+        "experts that are modules are joined": "if any(str(e) in => if 0 and any(str(e) in",
+    },
+    ("expert_files", f"{EXPERT_FILES}a_square_layout_of_unknown_origin_is_refused"): {
+        "square layouts are of this release": "found.groups())) >= _NEW => found.groups()))",
     },
     ("../layers/experts", f"{EXPERTS}as_peft_computes"): {
         "tokens get each other's outputs": "_sorted(y, back, order) => _sorted(y, order, back)",
