@@ -84,6 +84,12 @@ def test_shared_inputs(capsys):
     assert [capsys.readouterr().out] == blocks("docs/siblings.md", "")
 
 
+def test_experts(capsys):
+    sizes = {"num_experts": 4, "moe_intermediate_size": 8, "head_dim": 4}
+    exec(blocks("docs/experts.md")[0], {"model": tiny.decoder("Qwen3Moe", **sizes)})
+    assert [capsys.readouterr().out] == blocks("docs/experts.md", "")
+
+
 def test_the_kernels_alone():
     names = {k: v for k, v in given().items() if k in ("x", "bias")}
     names |= {"w": torch.randn(24, 16), "a": torch.randn(4, 16), "b": torch.randn(24, 4)}
