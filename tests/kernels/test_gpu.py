@@ -146,7 +146,8 @@ CASES = [
 RANKS = ("fp32", 512), ("bf16", 1), ("bf16", 33), ("fp16", 512), ("bf16-fp32", 512)
 CASES += [("triton", Joint(304, 208, (272,), (r,), kind, dropout_p=(0.1,))) for kind, r in RANKS]
 CUT = Joint(1000, 152, (144,), (16,), "bf16", dropout_p=(0.1,), ends=(0, 7, 500, 500, 1000))
-CASES += [("triton", CUT), ("library", CUT)]
+EXPERTS = replace(CUT, experts=True)
+CASES += list(itertools.product(("triton", "library"), (CUT, EXPERTS)))
 
 
 @pytest.mark.parametrize(("body", "joint"), CASES, ids=str)
@@ -242,6 +243,21 @@ def test_real_sizes(joint, p):
     verify(fastlora_kernels, replace(joint, dropout_p=(p,) * len(joint.sizes)), "cuda")
 
 
+# As of a mixture of experts, of which two have no rows and one has half of them.
+ENDS = 0, 0, *range(1, 2000, 70), 2000, 4000, 4000
+ROUTED = Joint(4000, 2048, (1536,), (16,), biases=(False,), scaling=0.5, ends=ENDS, experts=True)
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize(("kind", "p"), [("bf16", 0.0), ("bf16-fp32", 0.1), ("fp16", 0.0)])
+@pytest.mark.parametrize("body", ["triton", "library"])
+def test_experts_at_real_sizes(body, kind, p, by_columns):
+    joint = replace(ROUTED, kind=kind, dropout_p=(p,))
+    (t,) = joint.tensors("cuda")
+    w = t["w"].mT.contiguous().mT if by_columns else t["w"]
+    verify(BODIES[body], joint, ts=[t | {"w": w}])
+
+
 GATED = [("silu", torch.bfloat16), ("gelu", torch.float32), ("gelu", torch.float16)]
 
 
@@ -263,8 +279,26 @@ def test_rows_past_two_billion_elements():
     assert all(torch.equal(long[name][last:], short[name]) for name in "ys")
 
 
+@large
+def test_experts_past_two_billion_elements():
+    """The last of more than 2³¹ elements of weights are read as those of a small stack are."""
+    joint = Joint(256, 4096, (4096,), (16,), "bf16", ends=(0, 100, 256), experts=True)
+    (t,), many, stacked = joint.tensors("cuda"), 2**31 // 4096**2 + 2, ("w", "a", "b", "bias")
+    of = {n: t[n].new_empty(many, *t[n].shape[1:]) for n in stacked}
+    for name, whole in of.items():
+        whole[-2:] = t[name]
+    long = replace(joint, ends=(*(0,) * (many - 1), 100, 256))
+    ((expected,), dx), ((found,), long_dx) = (
+        run(fastlora_kernels, *case) for case in ((joint, [t]), (long, [t | of]))
+    )
+    assert torch.equal(long_dx, dx)
+    for name, value in found.items():
+        assert torch.equal(value[-2:] if name.startswith("lora") else value, expected[name])
+
+
 HUNDRED = [
     *(Joint(1040, 768, (512,), (16,), k, dropout_p=(0.1,)) for k in ("bf16", "bf16-fp32", "fp32")),
+    replace(ROUTED, kind="bf16", dropout_p=(0.1,)),
     pytest.param(replace(LLAMA[0], dropout_p=(0.1,) * 3), marks=large),
 ]
 

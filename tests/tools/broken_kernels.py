@@ -8,6 +8,13 @@ COPIES = {
     ("tiles", "kernels/test_kernels.py::test_offsets_past_two_billion_elements"): [
         ("offsets of 32 bits", "    return (offs % size).to(tl.int64)", "    return offs % size"),
     ],
+    ("segments", "kernels/test_kernels.py::test_offsets_past_two_billion_elements"): [
+        (
+            "experts' offsets of 32 bits",
+            "g.to(tl.int64) * number_of(i, strides, tl.int64)",
+            "(g * number_of(i, strides, tl.int32)).to(tl.int32)",
+        ),
+    ],
     (
         "configs",
         "kernels/test_executed.py::test_no_register_is_set_that_a_wgmma_may_still_read",
