@@ -8,7 +8,7 @@ from torch import Tensor
 from fastlora_kernels.configs import cdiv
 
 MOST = 4  # projections: the compiler makes code for each
-# Offsets [G + 1], int32, and the numbers [3, G] of each projection, None without an adapter.
+# Offsets [G + 1], int32, and the numbers [3, G] of each projection, None of one without stacks.
 Segments = tuple[Tensor, "Sequence[Tensor | None]"]
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which segment the rows of a program are of, where rows are cut and each segment has an adapter.
+"""Which segment the rows of a program are of, where rows are cut.
+
+Each segment has an adapter of its own, or a weight, as the experts of a mixture have, or both.
 
 The offsets [G + 1] lie in memory, and so do the numbers of a projection's segments, [3, G]: their
 scalings, what kept elements are multiplied by, and ``keep_from`` of `keep_tile`.
@@ -45,7 +47,7 @@ def rows_of(tile, M, offsets_ptr, G, BLOCK):
 
 @triton.jit
 def stack_at(pointers, g, strides):
-    """Return pointers to factor number ``g`` of each stack."""
+    """Return pointers to tensor number ``g`` of each stack."""
     found = ()
     for i in tl.static_range(len(pointers)):
         offset = g.to(tl.int64) * number_of(i, strides, tl.int64)

@@ -7,7 +7,9 @@ without dropout. Adapters are of the dtype of x or float32. Lists may be of any 
 may hold one for each step, by the step's name; others take their default.
 
 With ``segments`` a and b are stacks [G, R, K] and [G, N, R], each of whose G is for a run of rows,
-and so are da and db. They are the offsets [G + 1], int32, from 0 to M, and for each projection its
+and so are da and db. w [G, N, K] and bias [G, N] may be stacks as well, as those of a mixture of
+experts are: the w of all projections then, and all biases that there are. Segments are the offsets
+[G + 1], int32, from 0 to M, and for each projection that has a stack, frozen experts too, its
 numbers, [3, G] in float32: scalings, 1 / (1 - p), and the least of the 16 bits drawn that is kept,
 65536 p - 32768. The projection's own scaling and p do not count then. Dropout's rows are numbered
 from the first of all.
