@@ -44,7 +44,8 @@ def replayed(function: Callable) -> Callable:
             records.clear()
         recording.done, own = [], []
         try:
-            result = function(*_alias(args, own), **options)
+            aliases, named = _alias(args, own), _alias(tuple(options.values()), own)
+            result = function(*aliases, **dict(zip(options, named, strict=True)))
             again = _written_out(own, recording.done, result)
         finally:
             recording.done = None

@@ -58,18 +58,23 @@ SHAPES = [((24,), (3,)), ((24, 16, 16), (8, 0, 16))]
 
 def test_a_replay_gives_the_same_bits(monkeypatch):
     """Of other values, by portable and persistent programs, and of each step or a direction."""
-    for (kind, p), (sizes, ranks), low_rank in covering(KINDS, SHAPES, [None, "fold", "first"]):
-        joint = Joint(40, 32, sizes, ranks, kind, dropout_p=p, scaling=0.5)
+    cuts = [], [(0, 7, 40), (0, 20, 40)]
+    for (kind, p), (sizes, ranks), low_rank, ends, experts in covering(
+        KINDS, SHAPES, [None, "fold", "first"], cuts, [False, True]
+    ):
+        first, last = ends or [()] * 2
+        joint = Joint(40, 32, sizes, ranks, kind, dropout_p=p, scaling=0.5, ends=first)
+        joint = replace(joint, experts=experts)
         configs = suiting(joint, low_rank) if low_rank and kind != "fp32" else None
-        other = joint.tensors(), replace(joint, seed=1).tensors()
+        other = replace(joint, seed=1, ends=last)
         monkeypatch.setattr(replay, "RECORDS", False)
-        right = run(fastlora_kernels, joint, other[1], configs)
+        right = run(fastlora_kernels, other, other.tensors(), configs)
         monkeypatch.setattr(replay, "RECORDS", True)
-        for ts in other:
-            found = run(fastlora_kernels, joint, ts, configs)
+        for of in (joint, other):
+            found = run(fastlora_kernels, of, of.tensors(), configs)
         with monkeypatch.context() as patched:
             patched.setattr(outputs, "_config", None)  # what works a launch out is not asked again
-            same(run(fastlora_kernels, joint, other[1], configs), right)
+            same(run(fastlora_kernels, other, other.tensors(), configs), right)
         same(found, right)
 
 

@@ -65,6 +65,11 @@ COPIES = {
         ("a record serves other scalings", "key.append(value)", "key.append(kind)"),
         ("a record serves all that is 16 bytes apart or less", "& 15", "& 0"),
         ("a tensor that was two is still two", "own.append(value.detach())", "own.append(value)"),
+        (
+            "segments stay those of the first time",
+            "**dict(zip(options, named, strict=True))",
+            "**options",
+        ),
         ("all stays until the end", "    for name, i in last.items():", "    for name, i in ():"),
         ("what failed is recorded on", "            recording.done = None\n", "            pass\n"),
     ],
