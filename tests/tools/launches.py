@@ -13,6 +13,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from unittest.mock import patch
 
 import aot
@@ -27,11 +28,13 @@ from stub_driver import CAPABILITIES, Launched
 
 from fastlora.operator import steps
 
-# Rows, sizes, ranks (0: no adapter), dropout. Scalings differ, the second has no bias.
+# Rows, sizes, ranks (0: no adapter), dropout, where experts begin. Scalings differ, the second has
+# no bias.
 SHAPES = {
     "one": (64, (256,), (16,), (0.1,)),
     "three": (64, (256, 128, 128), (16, 16, 16), (0.0, 0.0, 0.0)),
     "uneven": (1, (250, 128, 128), (8, 0, 16), (0.1, 0.0, 0.2)),
+    "experts": (64, (256, 128), (16, 0), (0.1, 0.0), (0, 5, 64)),
 }
 BYTES = {"*": "Q", "i32": "i", "i64": "q", "fp32": "f"}  # of an argument, by Triton's type
 
@@ -61,6 +64,8 @@ def same_cat(ts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
 
 
 launch.Launch._by_triton, torch.Tensor.new_empty, torch.cat = noting, same_empty, same_cat
+segments = functools.cache(Joint.segments)  # the same tensors each time, and on no GPU
+Joint.segments = lambda self, device: segments(self, "cpu")
 for name in ("forward", "backward"):  # as "triton" is planned to run
     direction = functools.partial(getattr(steps, name), fastlora_kernels.steps)
     direction = replay.replayed(direction)
@@ -165,8 +170,9 @@ def compared(call: Callable) -> dict:
 
 def layer(device: int, shape: str, kind: str) -> dict:
     """Launch a layer, whose tensors are of ``device``."""
-    devices.home, (rows, sizes, ranks, p) = device, SHAPES[shape]
+    devices.home, (rows, sizes, ranks, p, *cut) = device, SHAPES[shape]
     joint = Joint(rows, 256, sizes, ranks, kind, dropout_p=p)
+    joint = replace(joint, ends=cut[0], experts=True) if cut else joint
     ts = joint.tensors()
     if rows == 1:  # only such a stride needs no memory
         ts = [{**t, "x": t["x"].as_strided((1, 256), (1 << 33, 1))} for t in ts]
@@ -222,6 +228,7 @@ def circumstances() -> Iterator[dict]:
 
 DRAWN = (
     *((layer, 0, "three", "fp16"), (layer, 0, "uneven", "fp32")),
+    (layer, 2, "experts", "bf16"),
     *((layer, 2, "one", "bf16"), (layer, 2, "three", "bf16-fp32"), (layer, 2, "uneven", "fp16")),
     *((layer, 3, "one", "fp16"), (layer, 3, "three", "bf16"), (elementwise, 3, "silu")),
 )
