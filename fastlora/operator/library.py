@@ -32,9 +32,12 @@ def outputs(
 ) -> list[Tensor]:
     """Return y [M, N] of each projection: the frozen product added to the low-rank one."""
     stacked = _are_stacked(projections)
-    wides = [grouped_mm(x, one.w.mT, segments[0]) for one in projections] if stacked else []
-    for wide, s, one in zip(wides, ss, projections, strict=False):
-        if wide is None or (s is None and one.bias is not None):
+    # No product of the vendor's adds a bias that no low-rank product has added.
+    alone = any(s is None and one.bias is not None for s, one in zip(ss, projections, strict=True))
+    wides = []
+    for one in projections if stacked else ():
+        wides.append(None if alone else grouped_mm(x, one.w.mT, segments[0]))
+        if wides[-1] is None:
             return kernels.outputs(x, projections, ss, segments=segments)
     there: list[Tensor | None] = [None] * len(projections)
     mixed = [i for i, s in enumerate(ss) if s is not None and (segments or s.dtype != x.dtype)]

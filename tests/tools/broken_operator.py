@@ -15,7 +15,7 @@ COPIES = {
     ("op", "projections::compiled"): [
         (
             "projections of other scalings take the first one's",
-            "return all(one.scaling == first.scaling for one in others)",
+            "return all(_number(one) == _number(first) for one in others)",
             "return True",
         ),
     ],
@@ -202,13 +202,12 @@ COPIES = {
         ),
         (
             "an expert's dx is of the next one's first row",
-            "grouped_mm(dy, one.w, segments[0])",
-            "grouped_mm(dy, one.w, (segments[0] + 1).clamp(max=len(dy)))",
+            "grouped_mm(dy, w, segments[0])",
+            "grouped_mm(dy, w, (segments[0] + 1).clamp(max=len(dy)))",
         ),
-        ("frozen experts lose their bias", "y is None and one.bias is not None", "False"),
+        ("frozen experts lose their bias", "s is None and one.bias is not None", "False"),
     ],
     ("grouped", "kernels/kernels::pytorch_groups_the_wide_products_that_it_can"): [
-        ("PyTorch's groups end where they begin", "offs=ends[1:]", "offs=ends[:-1]"),
         (
             "PyTorch gets an expanded gradient",
             "if not (_grouped(left) and _grouped(right)):",

@@ -112,7 +112,7 @@ COPIES = {
         "a kernel without gradients is taken": 'getattr(module, "SUPPORTS_TRAINING", True) => 1',
     },
     ("../operator/op", f"{OPAQUE}the_rest_is_added_to_what_an_opaque_layer_makes"): {
-        "an opaque output gets a bias's gradient": "dy if projections[i // 4].w is => dy if 0 is",
+        "an opaque output gets a bias's gradient": "dy if one.w is => dy if 0 is",
     },
     ("../operator/blocks", f"{OPAQUE}the_rest_is_added_to_what_an_opaque_layer_makes"): {
         "what an opaque layer made is lost": "b.mT, part, scaling => b.mT, None, scaling",
