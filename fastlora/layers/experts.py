@@ -12,6 +12,7 @@ from fastlora import functional
 from fastlora.layers import gated
 from fastlora.layers.active import Layer, projections_of
 from fastlora.operator import op, plans
+from fastlora.operator.steps import exactly
 
 
 def routed(
@@ -26,7 +27,8 @@ def routed(
     experts, order = index.flatten().sort(stable=True)
     numbers = torch.arange(E + 1, device=x.device, dtype=experts.dtype)
     ends, back = torch.searchsorted(experts, numbers, out_int32=True), order.argsort()
-    y = _experts(module, up, down, p, _sorted(x.to(up[0].dtype), order, back), ends)
+    rows = _sorted(x.to(up[0].dtype), order, back)
+    y = exactly(x.device, _experts, module, up, down, p, rows, ends)
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
     y = _sorted(y, back, order).unflatten(0, (len(x), k))
@@ -62,12 +64,16 @@ def batched(module: nn.Module, up: Layer, down: Layer, p: float, x: Tensor) -> T
     """Return what experts make of x [E · T, H], T rows for each of them."""
     E = len(up[0])
     ends = torch.arange(E + 1, device=x.device, dtype=torch.int32) * (len(x) // E)
-    return _experts(module, up, down, p, x, ends)
+    return exactly(x.device, _experts, module, up, down, p, x.to(up[0].dtype), ends)
 
 
 def _experts(
     module: nn.Module, up: Layer, down: Layer, p: float, x: Tensor, ends: Tensor
 ) -> Tensor:
+    """Return what experts make of rows in the dtype of their weights, which autocast leaves alone.
+
+    As transformers' own grouped products do: it would cast all experts.
+    """
     (h,) = functional.run_checked(*_checked(x, up, p, ends), True, ends=ends)
     impl = "auto" if plans.FORCED == "auto" else plans.named("auto", x)
     plain = op.unobserved(h, *down[:2], *(t for a in down[2] for t in a[:2]))

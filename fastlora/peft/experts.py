@@ -33,17 +33,20 @@ class FusedExperts:
         """Return what the experts make of x [T, H] and of where the router sends it."""
         if not kwargs:
             found = operands(self)
-            some = type(found) is tuple and (found[1][2] or found[2][2])
-            if some and _suit(found[1][0], x, args):
+            adapted = type(found) is tuple and any(adapters for *_, adapters in found[1:])
+            if adapted and _suit(*found[:2], x, args):
                 run = experts.routed if args else experts.batched
                 return run(*found, self._expert_dropout if self.training else 0.0, x, *args)
         return super().forward(x, *args, **kwargs)
 
 
-def _suit(weight: Tensor, x: Tensor, args: tuple) -> bool:
+def _suit(module: nn.Module, up: Layer, x: Tensor, args: tuple) -> bool:
     """Return whether x and what the router says are what experts take."""
-    dense = all(type(t) in PLAIN and t.device == weight.device for t in (x, *args))
-    return dense and x.dim() == 2 and x.dtype in DTYPES and [t.dim() for t in args] in ([2, 2], [])
+    weight = up[0]
+    if not all(type(t) in PLAIN and t.device == weight.device for t in (x, *args)):
+        return False
+    wanted, whole = ([2], len(x) % len(weight) == 0) if _is_batched(module) else ([2] * 3, True)
+    return whole and x.dtype in DTYPES and [t.dim() for t in (x, *args)] == wanted
 
 
 def operands(layer: ParamWrapper) -> str | tuple[nn.Module, Layer, Layer]:
@@ -52,8 +55,7 @@ def operands(layer: ParamWrapper) -> str | tuple[nn.Module, Layer, Layer]:
     while isinstance(module, ParamWrapper):
         wrappers.append(module)
         module = module._modules["base_layer"]
-    kind = type(module)
-    batched = f"{kind.__module__}.{kind.__qualname__}" in _BATCHED
+    batched = _is_batched(module)
     why = None if batched else _not_known(module)
     if (why is None and any(is_observed(m) for m in (*wrappers[1:], module))) or module_hooks():
         why = "its experts have hooks, or a forward of their own, and would not be called"
@@ -90,6 +92,10 @@ def operands(layer: ParamWrapper) -> str | tuple[nn.Module, Layer, Layer]:
                     return f"adapter {active!r} {found}"
                 adapters.append(found)
     return module, *layers.values()
+
+
+def _is_batched(module: nn.Module) -> bool:
+    return f"{type(module).__module__}.{type(module).__qualname__}" in _BATCHED
 
 
 def name_of(path: str, layer: nn.Module) -> str:

@@ -266,11 +266,13 @@ def test_acceptance_rule(name, adapter, monkeypatch):
         accept(str(i), *values)
 
 
-def test_float32_adapters_under_autocast():
-    plain, patched, _ = pair("Qwen3Moe", dtype=torch.float32)
+@pytest.mark.parametrize("name", ["Qwen3Moe", "Llama4"])
+def test_under_autocast(name):
+    plain, patched, _ = pair(name, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = grads(patched), grads(plain)
     exact = grads(plain)
+    assert all(found[name].dtype == expected[name].dtype for name in exact)
     for name in exact:
         near = (expected[name].float() - exact[name]).norm()
         assert (found[name].float() - exact[name]).norm() <= 2 * near + 1e-3 * exact[name].norm()
