@@ -174,7 +174,7 @@ def add_low_rank(
         return None
     da, left, right = None, _each(ds, a), a
     if dx is not None:
-        left, right = in_dtype(left, a, dx)
+        left, right = _in_dtype(left, a, dx)
     for rows, x_hat, ones in _blocks(x, a.dtype, seed, p, need_a, begin, a.dim() > 2):
         if need_a:
             da = _added(da, _each(_part(ds, rows), a).mT @ _each(x_hat, a))
@@ -220,7 +220,7 @@ def product(
     Factors in float32 may have a 16-bit ``out``.
     """
     if left.dtype != out.dtype:
-        left, right = in_dtype(left, right, out)
+        left, right = _in_dtype(left, right, out)
     if left.dtype == out.dtype:
         if plus is None or plus is out:
             return _add_of(out)(out, left, right, beta=0 if plus is None else 1, alpha=alpha)
@@ -234,7 +234,7 @@ def product(
     return out
 
 
-def in_dtype(left: Tensor, right: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+def _in_dtype(left: Tensor, right: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Return factors of ``left @ right`` for a product that is rounded to out's dtype anyway.
 
     A float32 factor is the sum of two bfloat16 terms to 16 bits: side by side along the rank they

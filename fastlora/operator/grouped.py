@@ -23,6 +23,7 @@ def shrink(x: Tensor, projections: Projections) -> tuple[Each, None]:
 
 
 def _shrink(x: Tensor, w, a: Tensor, b, bias, seed: Tensor | None, of: Segments, p) -> Tensor:
+    a = a.contiguous()
     s = grouped_mm(x, a.mT, of.ends) if seed is None else None
     if s is None:
         s = x.new_empty(len(x), a.shape[1], dtype=a.dtype)
@@ -35,16 +36,17 @@ def outputs(x: Tensor, projections: Projections, ss: Each, scaled: None = None) 
     """Return y [M, N] of each projection from its s: the frozen product joins the low-rank one."""
     ys = []
     for (w, _, b, bias, _, of, _), s in zip(projections, ss, strict=True):
-        plain = s is not None and bias is None and s.dtype == x.dtype
-        there = grouped_mm(s * of.scalings[0], b.mT, of.ends) if plain else None
-        y, right = x.new_empty(len(x), w.shape[1]) if there is None else there, None
-        if s is not None and there is None:
-            s, right = blocks.in_dtype(s, b.mT, y)
-        for _, x_g, s_g, y_g, w_g, right_g, bias_g in cut(of, (x, s, y), (w.mT, right, bias)):
-            plus = bias_g if there is None else y_g
-            if right is not None:
+        y = right = None
+        if s is not None:
+            right = b.contiguous().mT
+            if bias is None and s.dtype == x.dtype:
+                y = grouped_mm(s * of.scalings[0], right, of.ends)
+        there = y is not None
+        y = y if there else x.new_empty(len(x), w.shape[1])
+        for _, x_g, s_g, y_g, w_g, right_g, plus in cut(of, (x, s, y), (w.mT, right, bias)):
+            if s is not None and not there:
                 plus = blocks.product(y_g, s_g, right_g, plus, of.scalings[0])
-            blocks.product(y_g, x_g, w_g, plus)
+            blocks.product(y_g, x_g, w_g, y_g if there else plus)
         ys.append(y)
     return ys
 
@@ -57,7 +59,7 @@ def ds_db(
     for i, (dy, s, (_, _, b, _, _, of, _)) in enumerate(zip(dys, ss, projections, strict=True)):
         if dy is None or b is None:
             continue
-        scaling = of.scalings[0]
+        scaling, b = of.scalings[0], b.contiguous()
         if need_ds[i]:
             dss[i] = grouped_mm(dy, b, of.ends, scaling)
             if dss[i] is None:
@@ -83,26 +85,22 @@ def input_grad_and_da(
     dx, das = None, [None] * len(dys)
     for i, one in enumerate(projections):
         (w, a, _, _, seed, of, p), dy, ds = one, dys[i], dss[i]
+        a = a if a is None else a.contiguous()
         asked, plain = ds is not None and needs[i], ds is not None and seed is None
         da = grouped_mm(ds.t(), x, of.ends) if asked and plain else None
         looped = _stack(of, a) if asked and da is None else None
         das[i] = looped if da is None else da
-        left = right = None
         added = dx is not None  # to what is there
         if dy is not None and not added:
-            first = grouped_mm(ds, a, of.ends) if plain and ds.dtype == x.dtype else None
-            added, dx = first is not None, x.new_empty(x.shape) if first is None else first
-            plain = plain and first is None
-        if dy is not None and plain:
-            left, right = blocks.in_dtype(ds, a, dx)
-        stacks = w, a, right, looped
-        for begin, x_g, dy_g, dx_g, ds_g, left_g, w_g, a_g, right_g, da_g in cut(
-            of, (x, dy, dx, ds, left), stacks
-        ):
+            dx = grouped_mm(ds, a, of.ends) if plain and ds.dtype == x.dtype else None
+            added = dx is not None
+            plain, dx = plain and not added, dx if added else x.new_empty(x.shape)
+        stacks = w, a, looped
+        for begin, x_g, dy_g, dx_g, ds_g, w_g, a_g, da_g in cut(of, (x, dy, dx, ds), stacks):
             if dy is not None:
                 blocks.product(dx_g, dy_g, w_g, dx_g if added else None)
-            if left is not None:
-                blocks.product(dx_g, left_g, right_g, dx_g)
+                if plain:
+                    blocks.product(dx_g, ds_g, a_g, dx_g)
             if looped is not None or (seed is not None and ds is not None):
                 of_g = x_g, ds_g, a_g, seed, p, begin
                 masked = None if seed is None else dx_g

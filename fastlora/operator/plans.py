@@ -133,7 +133,8 @@ def _segmented(x: Tensor, projections: Projections) -> tuple[list[Operands], tup
     for i, one in enumerate(projections):
         if type(one.scaling) is Segments:
             offsets, numbers[i] = _on(x.device, *one.scaling)
-            found[i] = one._replace(scaling=1.0)
+            a, b = (t if t is None else t.contiguous() for t in (one.a, one.b))
+            found[i] = one._replace(a=a, b=b, scaling=1.0)
     return found, (offsets, numbers)
 
 

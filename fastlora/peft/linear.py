@@ -141,12 +141,12 @@ def _stand_in(kind: type) -> type | None:
     return next((__getattr__(name) for name, (_, *of) in _STAND_INS.items() if of == own), None)
 
 
-def fuse(module: nn.Module, expert_dropout: float = 0.0) -> nn.Module:
+def fuse(module: nn.Module, expert_dropout: float | None = None) -> nn.Module:
     """Have a layer or a tuner of PEFT's run the fused code where it can; return it."""
     fused = _stand_in(type(module))
     if fused is not None:
         module.__class__ = fused
-    if isinstance(module, (experts.FusedExperts, _Fusing)):
+    if expert_dropout is not None and isinstance(module, (experts.FusedExperts, _Fusing)):
         module._expert_dropout = float(expert_dropout)
         base = module._modules.get("base_layer")
         if type(base) is FrozenLinear:  # the layer takes its place among its siblings

@@ -26,7 +26,7 @@ TESTED = ((0, 19), (0, 22))
 
 
 def patch_peft(
-    model: nn.Module, *, fuse_siblings: siblings.How = False, expert_dropout: float = 0.0
+    model: nn.Module, *, fuse_siblings: siblings.How = False, expert_dropout: float | None = None
 ) -> PatchReport:
     """Give the LoRA layers that PEFT put into ``model`` the fused forward, in place.
 
@@ -43,7 +43,7 @@ def patch_peft(
 
     Mixtures of experts whose weights are parameters (``target_parameters``) are fused without
     adding adapters to the weights. PEFT knows no dropout for them; ``expert_dropout`` is its
-    probability, on the input of their low-rank paths in training.
+    probability, on the input of their low-rank paths in training. It stays until another is given.
     Raises ImportError without PEFT, RuntimeError for a release that was not tested, ValueError for
     a model that has no LoRA layer of PEFT's or is compiled, and ValueError or TypeError for a wrong
     ``fuse_siblings`` or ``expert_dropout``. The model is then as it was.
@@ -54,7 +54,8 @@ def patch_peft(
     from fastlora.peft.experts import name_of
     from fastlora.peft.linear import fuse, why_not
 
-    functional.check_dropout(expert_dropout, "expert_dropout")
+    if expert_dropout is not None:
+        functional.check_dropout(expert_dropout, "expert_dropout")
     model = check_not_compiled(model)
     modules = model.named_modules()
     layers = {name_of(name, m): m for name, m in modules if isinstance(m, LoraLayer)}
@@ -62,6 +63,9 @@ def patch_peft(
         cure = "patch_peft() comes after get_peft_model() or PeftModel.from_pretrained()"
         raise ValueError(f"{type(model).__name__} has no LoRA layer of PEFT's; {cure}")
     reasons = {name: why_not(layer) for name, layer in layers.items()}
+    around = {layer._modules.get("base_layer"): name for name, layer in layers.items()}
+    for name, layer in layers.items():  # PEFT's code adds to weights that the one inside reads
+        reasons[name] = reasons.get(around.get(layer)) or reasons[name]
     fused = [name for name, why in reasons.items() if why is None]
     report = PatchReport(fused, [(name, why) for name, why in reasons.items() if why is not None])
     groups = siblings.find(model, fuse_siblings, [layers[name] for name in fused])

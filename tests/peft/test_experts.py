@@ -333,6 +333,16 @@ def test_dropout_of_the_low_rank_path(monkeypatch):
     assert not torch.allclose(found, expected)
 
 
+def test_dropout_stays_until_another_is_given(tmp_path):
+    model, layer, _ = one_layer()
+    fastlora.save_adapter(model, tmp_path)
+    patch_peft(model, expert_dropout=0.4)
+    fastlora.load_adapter(model, tmp_path, "other")
+    assert layer._expert_dropout == 0.4
+    patch_peft(model, expert_dropout=0.0)
+    assert layer._expert_dropout == 0.0
+
+
 @pytest.mark.parametrize(
     ("p", "kind", "message"),
     [
@@ -407,6 +417,18 @@ def test_what_is_left_to_peft_is_said(how, calls):
     if how in ("hooks", "trained", "part"):
         layer(*given)
     assert not calls.called
+
+
+def test_what_keeps_one_weight_from_being_fused_keeps_the_other(calls):
+    plain, patched, _ = pair()
+    for model in (plain, patched):
+        layer = model.base_model.model.model.layers[0].mlp.experts
+        layer.lora_A["default"].register_forward_hook(lambda *_: None)
+    report = patch_peft(patched)
+    names = {name.partition("model.layers.")[2] for name, _ in report.not_fused}
+    assert names == {"0.mlp.experts.gate_up_proj", "0.mlp.experts.down_proj"}
+    same(plain, patched)
+    assert calls.call_count == 1
 
 
 def test_unknown_experts_run_as_they_are():
