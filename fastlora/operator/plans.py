@@ -87,7 +87,10 @@ def _pair(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
     if impl == "triton" and any(w is not None and type(w) is not slice for w in others):
         raise TypeError("impl='triton' reads dense weights, and this one is quantised")
     if any(type(one.scaling) is Segments for one in projections):
-        name = default(x.dtype, x.device)[0] if impl == "auto" else impl
+        name = impl
+        if impl == "auto":  # what does not wait for the device to know how many rows there are
+            kernels = x.is_cuda and len(usable_implementations(x.dtype, x.device)) > 1
+            name = "library" if kernels else "blocks"
         if name == "blocks":  # whose adapters alone are no stacks of this kind
             module = importlib.import_module("fastlora.operator.grouped")
             return Pair(*(functools.partial(f, module) for f in (steps.forward, steps.backward)))
@@ -132,23 +135,28 @@ def _segmented(x: Tensor, projections: Projections) -> tuple[list[Operands], tup
     offsets, numbers, found = None, [None] * len(projections), list(projections)
     for i, one in enumerate(projections):
         if type(one.scaling) is Segments:
-            offsets, numbers[i] = _on(x.device, *one.scaling)
+            offsets, numbers[i] = _on(x.device, one.scaling)
             a, b = (t if t is None else t.contiguous() for t in (one.a, one.b))
             found[i] = one._replace(a=a, b=b, scaling=1.0)
     return found, (offsets, numbers)
 
 
-def _on(device: torch.device, ends: tuple[int, ...] | Tensor, *numbers: tuple) -> tuple:
-    G = len(ends) - 1
-    ends = _copied(device, torch.int32, ends) if type(ends) is tuple else ends
-    scalings, p = (of if len(of) == G else of * G for of in numbers)
-    drawn = tuple(map(kept_scale, p)), tuple(map(lowest_kept, p))
-    return ends, _copied(device, torch.float32, (scalings, *drawn))
+def _on(device: torch.device, of: Segments) -> tuple[Tensor, Tensor]:
+    ends = _offsets(device, of.ends) if type(of.ends) is tuple else of.ends
+    return ends, _numbers(device, len(ends) - 1, of.scalings, of.p)
 
 
-@functools.lru_cache(1024)  # so that no layer after the first waits for the device
-def _copied(device: torch.device, dtype: torch.dtype, values: tuple) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)
+# Cached, so that no layer after the first waits for the device.
+@functools.lru_cache(1024)
+def _offsets(device: torch.device, ends: tuple[int, ...]) -> Tensor:
+    return torch.tensor(ends, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(1024)
+def _numbers(device: torch.device, G: int, *each: tuple[float, ...]) -> Tensor:
+    scalings, p = (numbers if len(numbers) == G else numbers * G for numbers in each)
+    drawn = [*map(kept_scale, p)], [*map(lowest_kept, p)]
+    return torch.tensor((scalings, *drawn), dtype=torch.float32, device=device)
 
 
 def _usable(configs: Mapping, rows: Each, projections: Projections) -> Mapping | None:
