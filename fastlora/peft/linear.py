@@ -146,12 +146,12 @@ def fuse(module: nn.Module, expert_dropout: float | None = None) -> nn.Module:
     fused = _stand_in(type(module))
     if fused is not None:
         module.__class__ = fused
-    if expert_dropout is not None and isinstance(module, (experts.FusedExperts, _Fusing)):
-        module._expert_dropout = float(expert_dropout)
         base = module._modules.get("base_layer")
         if type(base) is FrozenLinear:  # the layer takes its place among its siblings
             base.__class__ = nn.Linear
             module._siblings = vars(base).pop("_siblings", None)
+    if expert_dropout is not None and isinstance(module, (experts.FusedExperts, _Fusing)):
+        module._expert_dropout = float(expert_dropout)
     return module
 
 

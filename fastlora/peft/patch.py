@@ -49,7 +49,7 @@ def patch_peft(
     ``fuse_siblings`` or ``expert_dropout``. The model is then as it was.
     """
     check_release()
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import LoraLayer, ParamWrapper
 
     from fastlora.peft.experts import name_of
     from fastlora.peft.linear import fuse, why_not
@@ -63,9 +63,10 @@ def patch_peft(
         cure = "patch_peft() comes after get_peft_model() or PeftModel.from_pretrained()"
         raise ValueError(f"{type(model).__name__} has no LoRA layer of PEFT's; {cure}")
     reasons = {name: why_not(layer) for name, layer in layers.items()}
-    around = {layer._modules.get("base_layer"): name for name, layer in layers.items()}
-    for name, layer in layers.items():  # PEFT's code adds to weights that the one inside reads
-        reasons[name] = reasons.get(around.get(layer)) or reasons[name]
+    wrappers = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
+    around = {layers[name]._modules["base_layer"]: name for name in wrappers}
+    for name in wrappers:  # PEFT's code adds to weights that the one inside reads
+        reasons[name] = reasons.get(around.get(layers[name])) or reasons[name]
     fused = [name for name, why in reasons.items() if why is None]
     report = PatchReport(fused, [(name, why) for name, why in reasons.items() if why is not None])
     groups = siblings.find(model, fuse_siblings, [layers[name] for name in fused])

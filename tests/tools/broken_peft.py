@@ -73,7 +73,7 @@ COPIES = {
     ("../layers/experts", f"{EXPERTS}as_peft_computes"): {
         "tokens get each other's outputs": "_sorted(y, back, order) => _sorted(y, order, back)",
         "a token's gradient is of its first expert": ".sum(1) if len(dx) => [:, 0] if len(dx)",
-        "an expert's rows begin a row late": "E + 1, device => 1, E + 2, device",
+        "an expert's rows begin a row late": "numbers = torch => numbers = 1 + torch",
     },
     ("../layers/active", f"{EXPERTS}several_adapters_stored_and_active"): {
         "ranks of stacks are added up along the rows": "(b, dim=-1) => (b, dim=1)",
