@@ -39,10 +39,10 @@ def outputs(x: Tensor, projections: Projections, ss: Each, scaled: None = None) 
         y = right = None
         if s is not None:
             right = b.contiguous().mT
-            if bias is None and s.dtype == x.dtype:
+            if bias is None:
                 y = grouped_mm(s * of.scalings[0], right, of.ends)
         there = y is not None
-        y = y if there else x.new_empty(len(x), w.shape[1])
+        y = y.to(x.dtype) if there else x.new_empty(len(x), w.shape[1])
         for _, x_g, s_g, y_g, w_g, right_g, plus in cut(of, (x, s, y), (w.mT, right, bias)):
             if s is not None and not there:
                 plus = blocks.product(y_g, s_g, right_g, plus, of.scalings[0])
@@ -92,9 +92,9 @@ def input_grad_and_da(
         das[i] = looped if da is None else da
         added = dx is not None  # to what is there
         if dy is not None and not added:
-            dx = grouped_mm(ds, a, of.ends) if plain and ds.dtype == x.dtype else None
+            dx = grouped_mm(ds, a, of.ends) if plain else None
             added = dx is not None
-            plain, dx = plain and not added, dx if added else x.new_empty(x.shape)
+            plain, dx = plain and not added, dx.to(x.dtype) if added else x.new_empty(x.shape)
         stacks = w, a, looped
         for begin, x_g, dy_g, dx_g, ds_g, w_g, a_g, da_g in cut(of, (x, dy, dx, ds), stacks):
             if dy is not None:
