@@ -115,7 +115,7 @@ def _of_module(model: nn.Module, tokens: Iterable[int]) -> list[tuple[torch.devi
         raise ValueError(
             f"{type(model).__name__} holds no LoRALinear that is not merged, and no layer of "
             "PEFT's that patch_peft(model) has fused and that runs one; what was merged runs as a "
-            "plain layer; fastlora.replace_linears(model, names) puts layers in"
+            "plain layer, and experts are not listed; replace_linears(model, names) puts layers in"
         )
     return found
 
