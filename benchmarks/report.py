@@ -166,13 +166,11 @@ def mixed_layers(problems: list[dict]) -> list[str]:
     for problem in problems:
         order = "by turns" if problem["by_turns"] else ""
         about = f"{title(problem).partition(': ')[2]} | {problem['adapters']} | {order}"
-        if "error" in problem:
-            lines.append(f"| {about} | {_error(problem)} |" + " |" * len(MIXED_COLUMNS))
-        for row in problem["rows"]:
-            cells = _times(row, 2)
-            cells.append(_cell(row, "ratio_to_peft", _ratio))
-            cells.append(_mib(row, "peak_bytes"))
-            lines.append(_line(f"{about} | {row['way']}", cells, row))
+        cells = [
+            [*_times(row, 2), _cell(row, "ratio_to_peft", _ratio), _mib(row, "peak_bytes")]
+            for row in problem["rows"]
+        ]
+        lines += _of_ways(problem, about, cells, MIXED_COLUMNS)
     return lines
 
 
@@ -196,17 +194,26 @@ def experts(problems: list[dict]) -> list[str]:
     ]
     lines += ["", *_head(EXPERTS_COLUMNS, " experts | adapters | ", "---|---|---")]
     for problem in problems:
-        about = f"{block(problem)} | {short(problem['adapter'])}"
-        if "error" in problem:
-            lines.append(f"| {about} | {_error(problem)} |" + " |" * len(EXPERTS_COLUMNS))
-        frozen = next((row for row in problem["rows"] if row["way"] == "frozen"), {})
+        frozen, cells = {}, []
         for row in problem["rows"]:
-            cells = [*_times(row, 1), _cell(row, "ratio_to_peft", _ratio)]
+            frozen = row if row["way"] == "frozen" else frozen
+            cells.append([*_times(row, 1), _cell(row, "ratio_to_peft", _ratio)])
             for key in ("kept_bytes", "peak_bytes"):
                 by_frozen = frozen.get(key) and row.get(key, 0) / frozen[key]
-                cells += [_mib(row, key), _cell(row, key, lambda _, by=by_frozen: _ratio(by))]
-            lines.append(_line(f"{about} | {row['way']}", cells, row))
+                cells[-1] += [_mib(row, key), _cell(row, key, lambda _, by=by_frozen: _ratio(by))]
+        about = f"{block(problem)} | {short(problem['adapter'])}"
+        lines += _of_ways(problem, about, cells, EXPERTS_COLUMNS)
     return lines
+
+
+def _of_ways(
+    problem: dict, about: str, cells: list[list[str]], columns: tuple[str, ...]
+) -> list[str]:
+    """Return a line for each way, or the error that left none."""
+    if "error" in problem:
+        return [f"| {about} | {_error(problem)} |" + " |" * len(columns)]
+    rows = zip(problem["rows"], cells, strict=True)
+    return [_line(f"{about} | {row['way']}", of, row) for row, of in rows]
 
 
 def _head(columns: tuple[str, ...], names: str = " ", aligned: str = "---") -> list[str]:

@@ -31,11 +31,10 @@ def outputs(
     segments: lists.Segments | None = None,
 ) -> list[Tensor]:
     """Return y [M, N] of each projection: the frozen product added to the low-rank one."""
-    stacked = _are_stacked(projections)
-    # No product of the vendor's adds a bias that no low-rank product has added.
-    alone = any(s is None and one.bias is not None for s, one in zip(ss, projections, strict=True))
-    wides = []
-    for one in projections if stacked else ():
+    wides, stacked = [], _are_stacked(projections)
+    for one, s in zip(projections, ss, strict=True) if stacked else ():
+        # No product of the vendor's adds a bias that no low-rank product has added.
+        alone = s is None and one.bias is not None
         wides.append(None if alone else grouped_mm(x, one.w.mT, segments[0]))
         if wides[-1] is None:
             return kernels.outputs(x, projections, ss, segments=segments)
@@ -59,11 +58,12 @@ def input_grad(
     configs: Mapping | None = None, segments: lists.Segments | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Return dx [M, K]: every product dy w added to the sum of dropout'(ds a)."""
-    given = [(dy, one.w) for dy, one in zip(dys, projections, strict=True) if dy is not None]
-    stacked = _are_stacked(projections)
-    wides = [grouped_mm(dy, w, segments[0]) for dy, w in given] if stacked else []
-    if any(wide is None for wide in wides):
-        return kernels.input_grad(dys, projections, dss, segments=segments)
+    wides, stacked = [], _are_stacked(projections)
+    for dy, one in zip(dys, projections, strict=True) if stacked else ():
+        if dy is not None:
+            wides.append(grouped_mm(dy, one.w, segments[0]))
+            if wides[-1] is None:
+                return kernels.input_grad(dys, projections, dss, segments=segments)
     dx, there = None, [i for i, ds in enumerate(dss) if ds is not None]
     few, ds = [projections[i] for i in there], [dss[i] for i in there]
     plain = len(there) == 1 and few[0].seed is None and ds[0].dtype == dys[there[0]].dtype

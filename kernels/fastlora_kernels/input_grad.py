@@ -186,12 +186,8 @@ def input_grad(dy, w, ds, a, seeds, p, config: Config | None = None, segments=No
 
 
 def _portable(dy, w, ds, a, seeds, p, config: Config, segments):
-    (M, _), K, sizes, ranks = (
-        dy[0].shape,
-        w[0].shape[-1],
-        lists.lengths(dy, 1),
-        lists.lengths(a, -2),
-    )
+    (M, _), K = dy[0].shape, w[0].shape[-1]
+    sizes, ranks = lists.lengths(dy, 1), lists.lengths(a, -2)
     offsets, numbers, G = lists.numbers_of(segments)
     scales, keep_froms = map(lists.alike, keep_scales(seeds, p))
     tiles = lists.count_of(M, G, config.block_m) * cdiv(K, config.block_n)

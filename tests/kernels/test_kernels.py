@@ -113,16 +113,14 @@ def test_many_experts_with_a_few_rows(body, experts, r):
 
 
 @pytest.mark.parametrize(
-    ("kind", "K", "r", "count"),
-    [
-        ("bf16", 40, 8, 3),
-        ("fp32", 40, 8, 4),
-        ("bf16", 40, 0, 1),
-        ("bf16", 36, 8, 0),
-        ("fp16", 40, 8, 0),
-    ],
+    ("kind", "K", "r", "count", "expanded"),
+    zip(
+        *(("bf16", "fp32", "bf16", "bf16", "fp16"), (40, 40, 40, 36, 40), (8, 8, 0, 8, 8)),
+        *((3, 4, 1, 0, 0), (2, 2, 0, 0, 0)),
+        strict=True,
+    ),
 )
-def test_pytorch_groups_the_wide_products_that_it_can(kind, K, r, count, monkeypatch):
+def test_pytorch_groups_the_wide_products_that_it_can(kind, K, r, count, expanded, monkeypatch):
     """Not of a gradient that is expanded, as y.sum() passes down; not what a bias alone joins."""
     biases, cut = (True, False), {"ends": (0, 5, 20), "experts": True}
     joint = Joint(20, K, (48, 20), (r, 0), kind, biases=biases, **cut)
@@ -130,7 +128,7 @@ def test_pytorch_groups_the_wide_products_that_it_can(kind, K, r, count, monkeyp
     function = Mock(wraps=found)
     monkeypatch.setattr(F, "grouped_mm", function if found else None, raising=False)
     one, other = (integers(t, generator) for t in joint.tensors())
-    for most, dy in ((count, one["dy"]), (max(0, count - 1), one["dy"][:, :1].expand(20, 48))):
+    for most, dy in ((count, one["dy"]), (expanded, one["dy"][:, :1].expand(20, 48))):
         verify(BODIES["library"], joint, ts=[one | {"dy": dy}, other | {"x": one["x"]}])
         assert function.call_count == most * bool(found)
         function.reset_mock()

@@ -3,73 +3,25 @@
 
 import copy
 import pickle
-import re
-from unittest import mock
 
 import peft
 import pytest
 import tiny_models as tiny
 import torch
 from acceptance import accept
-from peft import LoraConfig, get_peft_model
-from torch import nn
+from expert_models import BOTH, IDS, config, counted, grads, loss_of, one_layer, pair, same, wrapped
 from transformers import Trainer, TrainingArguments
 
 import fastlora
 from fastlora import patch_peft, unpatch_peft
-from fastlora.layers import experts
 from fastlora.operator.dropout import keep_mask, kept_scale
 
-IDS = torch.arange(24).view(2, 12) * 7 % tiny.VOCABULARY
-BOTH = ("experts.gate_up_proj", "experts.down_proj")
 ALIKE = ("eager", "batched_mm")  # of transformers' implementations those that take float64
-
-
-def config(parameters=BOTH, **changes):
-    given = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], "init_lora_weights": False}
-    return LoraConfig(**{**given, "target_parameters": list(parameters), **changes})
-
-
-def wrapped(name="Mixtral", implementation="eager", dtype=torch.float64, **changes):
-    """Return a model with adapters of PEFT's, which is 1 / 10 of what it would be."""
-    model = tiny.experts(name, implementation).to(dtype)
-    model = get_peft_model(model, config(**changes), autocast_adapter_dtype=False)
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if "lora_" in path:
-                parameter.mul_(0.3)
-    return model.train()
-
-
-def pair(*args, **changes):
-    plain = wrapped(*args, **changes)
-    patched = copy.deepcopy(plain)
-    return plain, patched, patch_peft(patched)
-
-
-def loss_of(model, ids=IDS):
-    return model(input_ids=ids, labels=ids).loss
-
-
-def grads(model):
-    """Return the loss, and the gradient of each parameter by name."""
-    model.zero_grad()
-    loss = loss_of(model)
-    loss.backward()
-    own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **own}
-
-
-def same(plain, patched, rtol=1e-12, atol=1e-13):
-    torch.testing.assert_close(grads(patched), grads(plain), rtol=rtol, atol=atol)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What experts compute by the operator, counted."""
-    counted = mock.Mock(wraps=experts._experts)
-    monkeypatch.setattr(experts, "_experts", counted)
-    return counted
+    return counted(monkeypatch)
 
 
 @pytest.mark.parametrize("implementation", ALIKE)
@@ -78,15 +30,11 @@ def test_as_peft_computes(name, implementation, calls):
     plain, patched, report = pair(name, implementation)
     assert not report.not_fused
     layers = 1 if name == "DeepseekV3" else 2  # its first layer is dense
-    assert [n.rpartition(".")[2] for n in report.fused if "experts" in n] == [
-        *("down_proj", "gate_up_proj"),
-    ] * layers
+    names = [name.rpartition(".")[2] for name in report.fused if "experts" in name]
+    assert names == ["down_proj", "gate_up_proj"] * layers
     same(plain, patched)
     assert calls.call_count == layers
-    with torch.no_grad():
-        torch.testing.assert_close(
-            loss_of(patched.eval()), loss_of(plain.eval()), rtol=1e-12, atol=0
-        )
+    same(plain.eval(), patched.eval())
 
 
 @pytest.mark.parametrize("name", tiny.EXPERTS)
@@ -181,14 +129,11 @@ def test_files_are_peft_s(tmp_path):
     expected = loss_of(patched)
     for folder in tmp_path.iterdir():
         base = tiny.experts("GptOss").double()
-        found = peft.PeftModel.from_pretrained(
-            copy.deepcopy(base), folder, autocast_adapter_dtype=False
-        )
+        how = {"autocast_adapter_dtype": False}
+        found = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, **how)
         torch.testing.assert_close(loss_of(found), expected)
         loaded = fastlora.load_adapter(base, folder)
-        assert type(loaded.base_model.model.model.layers[0].mlp.experts).__module__.startswith(
-            "fast"
-        )
+        assert "fastlora" in str(type(loaded.base_model.model.model.layers[0].mlp.experts))
         torch.testing.assert_close(loss_of(loaded), expected)
 
 
@@ -278,15 +223,6 @@ def test_under_autocast(name):
         assert (found[name].float() - exact[name]).norm() <= 2 * near + 1e-3 * exact[name].norm()
 
 
-def one_layer(**changes):
-    """Return a patched layer of experts with an adapter on its first weights, and its input."""
-    model = wrapped(parameters=BOTH[:1], target_modules=[], **changes)
-    layer = model.base_model.model.model.layers[0].mlp.experts
-    x = torch.randn(10, 16, dtype=torch.float64)
-    index = torch.stack([torch.randperm(4)[:2] for _ in range(10)])
-    return model, layer, (x, index, torch.rand(10, 2, dtype=torch.float64))
-
-
 def test_no_tokens_and_one():
     model, layer, (x, index, weights) = one_layer()
     few = [[t[:n] for t in (x, index, weights)] for n in (0, 1)]
@@ -345,112 +281,10 @@ def test_dropout_stays_until_another_is_given(tmp_path):
 
 @pytest.mark.parametrize(
     ("p", "kind", "message"),
-    [
-        (1.5, ValueError, "expert_dropout must be between 0 and 1, got 1.5"),
-        ("0.1", TypeError, "expert_dropout must be a number, got str"),
-    ],
+    [(1.5, ValueError, "between 0 and 1, got 1.5"), ("0.1", TypeError, "a number, got str")],
 )
 def test_wrong_dropout(p, kind, message):
     model = wrapped()
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind, match=f"expert_dropout must be {message}"):
         patch_peft(model, expert_dropout=p)
     assert not any("fastlora" in type(m).__module__ for m in model.modules())
-
-
-class Unknown(nn.Module):
-    """Experts of one's own."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(4, 48, 16))
-
-    def forward(self, x, *_):
-        return torch.einsum("mk,enk->mn", x, self.gate_up_proj)
-
-
-def changed(layer, how):
-    own = layer.get_base_layer()
-    if how == "hooks":
-        own.register_forward_hook(lambda *_: None)
-    elif how == "trained":
-        own.down_proj.requires_grad_()
-    elif how == "parallel":
-        own._is_expert_parallel = True
-    elif how == "implementation":
-        own.config._experts_implementation = "sonicmoe"
-    elif how == "float8":
-        own.down_proj.data = own.down_proj.data.to(torch.float8_e4m3fn)
-    elif how == "adapter":
-        layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data.half()
-    elif how == "scaling":
-        layer.scaling["default"] = float("nan")
-    elif how == "one":
-        own.gate_up_proj.data, own.down_proj.data = own.gate_up_proj[:1], own.down_proj[:1]
-    elif how == "forward":
-        layer.forward = layer.forward
-    elif how == "part":
-        layer.lora_A["default"].register_forward_hook(lambda *_: None)
-
-
-WHY = {
-    "hooks": "its experts have hooks, or a forward of their own, and would not be called",
-    "trained": "its down_proj is trained",
-    "parallel": r"its experts are on several devices \(expert parallelism\)",
-    "implementation": "its experts run by 'sonicmoe'",
-    "float8": "its down_proj is a Parameter of torch.float8_e4m3fn, not a dense float",
-    "adapter": "adapter 'default' is torch.float16 and .* on cpu, its experts torch.float64 on cpu",
-    "scaling": "adapter 'default' is scaled by nan, no finite number",
-    "one": "it has one expert",
-    "forward": "it has a forward set on the object, as accelerate's hooks and X-LoRA do",
-    "part": "adapter 'default' has hooks on its own parts, which would not be called",
-}
-
-
-@pytest.mark.parametrize("how", WHY)
-def test_what_is_left_to_peft_is_said(how, calls):
-    model, layer, given = one_layer()
-    changed(layer, how)
-    report = patch_peft(model)
-    name, why = min(report.not_fused)
-    assert name.endswith("layers.0.mlp.experts.gate_up_proj")
-    assert re.fullmatch(WHY[how], why)
-    if how in ("hooks", "trained", "part"):
-        layer(*given)
-    assert not calls.called
-
-
-def test_what_keeps_one_weight_from_being_fused_keeps_the_other(calls):
-    plain, patched, _ = pair()
-    for model in (plain, patched):
-        layer = model.base_model.model.model.layers[0].mlp.experts
-        layer.lora_A["default"].register_forward_hook(lambda *_: None)
-    report = patch_peft(patched)
-    names = {name.partition("model.layers.")[2] for name, _ in report.not_fused}
-    assert names == {"0.mlp.experts.gate_up_proj", "0.mlp.experts.down_proj"}
-    same(plain, patched)
-    assert calls.call_count == 1
-
-
-def test_unknown_experts_run_as_they_are():
-    model = nn.ModuleDict({"experts": Unknown()})
-    model = get_peft_model(model, config(BOTH[:1], target_modules=[]))
-    layer = model.base_model.model["experts"]
-    x = torch.randn(5, 16)
-    expected = layer(x)
-    with pytest.warns(
-        UserWarning, match="its experts are a test_experts.Unknown, which is not known"
-    ):
-        patch_peft(model)
-    assert torch.equal(layer(x), expected)
-
-
-def test_mixed_adapters_leave_experts_out():
-    _, patched, _ = pair()
-    block = fastlora.adapters_by_sample(patched, ["default", "default"])
-    with (
-        pytest.raises(
-            ValueError, match="experts adapts down_proj of experts, whose rows are no samples"
-        ),
-        block,
-    ):
-        pass

@@ -202,8 +202,8 @@ COPIES = {
         ),
         (
             "an expert's dx is of the next one's first row",
-            "grouped_mm(dy, w, segments[0])",
-            "grouped_mm(dy, w, (segments[0] + 1).clamp(max=len(dy)))",
+            "grouped_mm(dy, one.w, segments[0])",
+            "grouped_mm(dy, one.w, (segments[0] + 1).clamp(max=len(dy)))",
         ),
         ("frozen experts lose their bias", "s is None and one.bias is not None", "False"),
     ],

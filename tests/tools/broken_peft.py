@@ -44,7 +44,7 @@ COPIES = {
     ("experts", f"{EXPERTS}dropout_of_the_low_rank_path"): {
         "experts drop in evaluation": "if self.training else 0.0 => if True else 0.0",
     },
-    ("experts", f"{EXPERTS}what_is_left_to_peft_is_said"): {
+    ("experts", "peft/test_expert_reasons.py::test_what_is_left_to_peft_is_said"): {
         "trained weights of experts get no gradient": "if t.requires_grad: => if False:",
         "hooks on experts are not seen": "any(is_observed(m) for => any(False for",
         "experts of other devices are looked for here": "if module._is_expert_parallel: => if 0:",
