@@ -12,7 +12,7 @@ def _forward(x, operands, *rest, **options) -> int:
 
 
 def _backward(dy, x, operands, *rest, **options) -> int:
-    (M, K), (need_x, need_A, need_B, _) = x, rest[-4:]
+    (M, K), (need_x, need_A, need_B, *_) = x, rest[-5:]
     total = 0
     for (N, R), need_a, need_b in zip(_sizes(operands), need_A, need_B, strict=True):
         dx, ds, da, db = N * K + R * K, R * N, R * K, R * N
@@ -22,7 +22,7 @@ def _backward(dy, x, operands, *rest, **options) -> int:
 
 def _sizes(operands) -> list[tuple[int, int]]:
     """Return N and R of each projection; R is 0 where an empty tensor stands for no adapter."""
-    pairs = zip(operands[::5], operands[1::5], strict=True)
+    pairs = zip(operands[::6], operands[1::6], strict=True)
     return [(w[-2], a[-2] if len(a) > 1 else 0) for w, a in pairs]
 
 

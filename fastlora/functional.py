@@ -130,10 +130,10 @@ def _by_segment(
     """Yield each projection without an adapter, then its adapters with their rows as weights."""
     G = len(ends) - 1
     for i, one in enumerate(projections):
-        yield Projection(one.weight, bias=one.bias)
+        yield Projection(one.weight, bias=one.bias, scale=one.scale)
         each = []
         for name, given in zip(Projection._fields[1:], one[1:], strict=True):
-            if name == "bias":
+            if name in ("bias", "scale"):
                 continue
             several = isinstance(given, Sequence) or (isinstance(given, Tensor) and given.dim() > 0)
             if several and len(given) != G:
@@ -220,8 +220,12 @@ def drawn(
     ends: Tensor | None = None,
 ) -> tuple[Tensor, list[Operands]]:
     """Return x as [M, K] and each projection with a seed where it drops, and its segments."""
-    operands, of_rows, segmented = [], None, False
-    for w, a, b, bias, scaling, p in projections:
+    operands, columns, of_rows, segmented = [], None, None, False
+    for w, a, b, bias, scaling, p, scale in projections:
+        if type(w) is not slice:
+            columns = scale
+        if columns is not None and b is not None:
+            b = (b * columns.unsqueeze(1)).to(b.dtype)
         seed, some_rows = None, type(w) is slice and w.start is not None
         if training and p and a is not None:
             seed = of_rows if some_rows and of_rows is not None else new_seed(x.device)
@@ -231,7 +235,9 @@ def drawn(
         segmented |= some_rows
         if ends is not None:
             scaling = Segments(ends, (scaling,), (p,))
-        operands.append(Operands(w, a, b, bias, seed, scaling, p))
+        if seed is not None and some_rows and columns is not None:
+            raise ValueError("dropout_p must be 0 under segments with a scale while training")
+        operands.append(Operands(w, a, b, bias, seed, scaling, p, scale))
     shape = x.shape
     flat = x if len(shape) == 2 else x.reshape(math.prod(shape[:-1]), shape[-1])
     if segmented and not is_compiling():
@@ -249,7 +255,7 @@ def shaped(y: Tensor, shape: torch.Size) -> Tensor:
     return _unsafe_view(y, (*shape[:-1], y.shape[1]))
 
 
-_SIZES = {"weight": "NK", "lora_A": "RK", "lora_B": "NR", "bias": "N"}
+_SIZES = {"weight": "NK", "lora_A": "RK", "lora_B": "NR", "bias": "N", "scale": "N"}
 _WEIGHTS = {*PLAIN, Quantised, slice}  # as the operator takes them
 # Dtypes, sizes, devices and layouts of arguments that were found right.
 _right: set[tuple] = set()
@@ -260,21 +266,24 @@ def _checked(x: Tensor, projection: Projection, G: int | None) -> tuple[Tensor, 
 
     With G, how many of each are stacked.
     """
-    weight, a, b, bias, scaling, dropout_p = projection
+    weight, a, b, bias, scaling, dropout_p, scale = projection
     if isinstance(weight, Tensor) and type(weight) not in PLAIN and x.is_floating_point():
         found = quantised(weight, x.dtype)
         if type(found) is str and not weight.is_floating_point():
             raise TypeError(f"weight {found}")
         weight = weight if type(found) is str else found
     factors = {} if a is b is None else {"lora_A": a, "lora_B": b}
-    given = {"x": x, "weight": weight, **factors, **({} if bias is None else {"bias": bias})}
+    rest = {name: t for name, t in (("bias", bias), ("scale", scale)) if t is not None}
+    given = {"x": x, "weight": weight, **factors, **rest}
+    if scale is not None and G is not None:
+        raise ValueError("scale must be None for stacked weights, as experts have")
     _check_types(given)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         given = _autocast(given, torch.get_autocast_dtype(x.device.type))
     _check(given, G)
     _check_numbers(scaling, dropout_p, x.device)
-    weight, a, b, bias = map(given.get, ("weight", "lora_A", "lora_B", "bias"))
-    return given["x"], _numbered(Projection(weight, a, b, bias, scaling, dropout_p))
+    weight, a, b, bias, scale = map(given.get, _SIZES)
+    return given["x"], _numbered(Projection(weight, a, b, bias, scaling, dropout_p, scale))
 
 
 def _numbered(one: Projection) -> Projection:
@@ -290,7 +299,8 @@ def _key(x: Tensor, projections: Sequence[Projection], G: int | None) -> tuple |
     if is_compiling() or torch._C._is_any_autocast_enabled():
         return None
     key = [x.dtype, x.size()[-1:], x.device, x.layout, G]
-    for *tensors, scaling, p in projections:
+    for *tensors, scaling, p, scale in projections:
+        tensors.append(scale)
         if not type(scaling) is type(p) is float or type(tensors[0]) not in _WEIGHTS:
             return None
         if not (-LARGEST <= scaling <= LARGEST and 0.0 <= p <= 1.0):
@@ -305,9 +315,11 @@ def _autocast(given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     if given["x"].dtype not in _CAST:
         return given
     # Float32 adapters are kept: the operator takes them.
-    wide = "lora_A" in given and given["lora_A"].dtype == torch.float32
+    a, scale = given.get("lora_A"), given.get("scale")
+    kept = () if a is None or a.dtype != torch.float32 else ("lora_A", "lora_B")
+    kept = kept if scale is None or scale.dtype != torch.float32 else (*kept, "scale")
     return {
-        name: t if t.dtype not in _CAST or (wide and name.startswith("lora")) else t.to(dtype)
+        name: t if t.dtype not in _CAST or name in kept else t.to(dtype)
         for name, t in given.items()
     }
 
@@ -315,7 +327,7 @@ def _autocast(given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 def _check_types(given: dict) -> None:
     for name, t in given.items():
         if not isinstance(t, Tensor) and not isinstance(t, Quantised):
-            or_none = " or None" if name == "bias" else ""
+            or_none = " or None" if name in ("bias", "scale") else ""
             raise TypeError(f"{name} must be a Tensor{or_none}, got {type(t).__name__}")
         if t.layout is not torch.strided:
             raise TypeError(f"{name} must be dense, got a tensor of layout {t.layout}")
@@ -344,7 +356,7 @@ def _check(given: dict[str, Tensor], G: int | None) -> None:
         if name == "lora_A" and shape[-2] < 1:
             raise ValueError(f"lora_A must have rank at least 1, got shape {shape}")
         of = "lora_A" if name == "lora_B" else "x"
-        dtype, wide = given[of].dtype, name == "lora_A" and x.dtype.itemsize == 2
+        dtype, wide = given[of].dtype, name in ("lora_A", "scale") and x.dtype.itemsize == 2
         if t.dtype != dtype and not (wide and t.dtype == torch.float32):
             or_wide = " or be torch.float32" if wide else ""
             raise TypeError(f"{name} must have the dtype of {of} ({dtype}){or_wide}, got {t.dtype}")

@@ -4,15 +4,16 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlora.functional import add_low_rank, checked, run_checked
+from fastlora.layers.dora import scale_of
 from fastlora.operator.operands import Projection, with_scaling
 from fastlora.operator.weights import Opaque
 
-# lora_A [R, K], lora_B [N, R], scaling, the dropout's probability: 0 where none is drawn now; and
-# the rows of x, all leading dimensions flattened, that it is for.
-Adapter = tuple[Tensor, Tensor, "float | Tensor", float, slice]
+# lora_A [R, K], lora_B [N, R], scaling, the dropout's probability: 0 where none is drawn now; the
+# rows of x, all leading dimensions flattened, that it is for; and the module of DoRA's magnitude.
+Adapter = tuple[Tensor, Tensor, "float | Tensor", float, slice, "nn.Module | None"]
 ALL = slice(None)
 # Weight [N, K], bias [N] and the active adapters.
 Layer = tuple[Tensor, "Tensor | None", Sequence[Adapter]]
@@ -39,8 +40,9 @@ def projections_of(layers: Sequence[Layer | None]) -> list[Projection]:
     for weight, bias, adapters in layers:
         several = stacked(weight.dtype, adapters)
         if several and several[0][4] == ALL:
-            (a, b, scaling, p, _), *several = several
-            found.append(Projection(weight, a, b, bias, scaling, p))
+            (a, b, scaling, p, _, magnitude), *several = several
+            scale = magnitude and scale_of(weight, a, b, scaling, magnitude)
+            found.append(Projection(weight, a, b, bias, scaling, p, scale))
         else:
             found.append(Projection(weight, bias=bias))
         found += map(_projection, several)
@@ -48,7 +50,7 @@ def projections_of(layers: Sequence[Layer | None]) -> list[Projection]:
 
 
 def _projection(adapter: Adapter) -> Projection:
-    a, b, scaling, p, rows = adapter
+    a, b, scaling, p, rows, _ = adapter
     return Projection(rows, a, b, None, scaling, p)
 
 
@@ -57,9 +59,9 @@ def stacked(base: torch.dtype, adapters: Sequence[Adapter]) -> Sequence[Adapter]
 
     It cannot where one drops, or is for some of the rows.
     """
-    if len(adapters) < 2 or any(p or rows != ALL for *_, p, rows in adapters):
+    if len(adapters) < 2 or any(p or rows != ALL for *_, p, rows, _ in adapters):
         return adapters
     dtype = base if all(a.dtype == base for a, *_ in adapters) else torch.float32
     scaled = [with_scaling(a.to(dtype), b.to(dtype), scaling) for a, b, scaling, *_ in adapters]
     a, b = zip(*scaled, strict=True)
-    return [(torch.cat(a, dim=-2), torch.cat(b, dim=-1), 1.0, 0.0, ALL)]
+    return [(torch.cat(a, dim=-2), torch.cat(b, dim=-1), 1.0, 0.0, ALL, None)]

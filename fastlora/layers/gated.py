@@ -71,7 +71,7 @@ def run(x: Tensor, projections: Sequence[Operands], activation: str, impl: str =
 def joined(g: Tensor, u: Tensor, down: Sequence[Operands], activation: str, impl: str) -> Tensor:
     """Return y [M, N] for what gate and up have made of x, [M, F] each: the rest of `run`."""
     apply = super(torch.autograd.Function, _GatedMLP).apply  # without preparing for transforms
-    own = [t if isinstance(t, Tensor) else None for one in down for t in one[:4]]
+    own = [t if isinstance(t, Tensor) else None for one in down for t in (*one[:4], one.scale)]
     return apply(g, u, activation, impl, down, *own)
 
 
@@ -251,7 +251,7 @@ def _output(module: nn.Module, x: Tensor) -> Tensor | None:
         return None
     impl = "auto" if plans.FORCED == "auto" else plans.named("auto", x)
     same_size = gate.weight.shape[0] == up.weight.shape[0]
-    tensors = [t for p in (*checked, *last) for t in p[:4] if isinstance(t, Tensor)]
+    tensors = [t for p in (*checked, *last) for t in p if isinstance(t, Tensor)]
     if impl in ("eager", "reference") or not (same_size and op.unobserved(wide, *tensors)):
         return None
     wide, ready = functional.drawn(wide, [*checked, *last], True, impl)

@@ -173,7 +173,7 @@ class LoRALinear(nn.Linear):
         if not isinstance(dropout, (nn.Dropout, nn.Identity)):
             raise TypeError(f"lora_dropout must be an nn.Dropout, got {type(dropout).__name__}")
         p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        weight, adapter = self._oriented(), (self.lora_A, self.lora_B, self.scaling, p, ALL)
+        weight, adapter = self._oriented(), (self.lora_A, self.lora_B, self.scaling, p, ALL, None)
         if self._quantised or type(weight) not in PLAIN:
             found = weights.quantised(weight, x.dtype, self)
             if type(found) is not str:

@@ -156,7 +156,7 @@ def _state(layer: Layer) -> list:
     """Return what a layer computes with: numbers; which tensors, and how often written to."""
 
     def seen(t: Any) -> Any:
-        t = t.source if type(t) is Quantised else t
+        t = t.source if type(t) is Quantised else getattr(t, "weight", t)
         if not isinstance(t, Tensor):
             return t
         return id(t if t._base is None else t._base), t._version, t.requires_grad, t.data_ptr()

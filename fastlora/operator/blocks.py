@@ -34,7 +34,7 @@ SHORT = 1024
 def shrink(x: Tensor, projections: Projections) -> tuple[Each, None]:
     """Return s = dropout(x) aᵀ [M, R] of each projection, in the adapters' dtype."""
     if len(projections) == 1:
-        _, a, _, _, seed, _, p = projections[0]
+        _, a, _, _, seed, _, p, _ = projections[0]
         return [None if a is None else shrink_rows(x, a, seed, p)], None
     ss = [None] * len(projections)
     for same, rows, *of in _stacks(projections):
@@ -54,7 +54,7 @@ def outputs(x: Tensor, projections: Projections, ss: Each, scaled=None) -> list[
     ``scaled`` may hold low-rank products, bias included, that are there already and become y.
     """
     ys = []
-    for i, (w, _, b, bias, _, scaling, _) in enumerate(projections):
+    for i, (w, _, b, bias, _, scaling, *_) in enumerate(projections):
         y = scaled[i] if scaled else None
         if type(w) is slice:
             part = _each(ys[-1][w], b)
@@ -80,7 +80,7 @@ def ds_db(
 ) -> tuple[Each, Each]:
     """Return ds = scaling · dy b [M, R] and db = scaling · dyᵀ s [N, R] of each projection."""
     dss, dbs = [None] * len(dys), [None] * len(dys)
-    for i, (dy, (_, _, b, _, _, scaling, _)) in enumerate(zip(dys, projections, strict=True)):
+    for i, (dy, (_, _, b, _, _, scaling, *_)) in enumerate(zip(dys, projections, strict=True)):
         if dy is None or b is None:
             continue
         parts, db, short = [], None, _each(dy, b).shape[-2] * b.itemsize <= SHORT
@@ -108,7 +108,7 @@ def input_grad_and_da(
     if dx is None and any(dy is not None for dy in dys):  # there are low-rank products alone
         dx = x.new_zeros(x.shape)
     if len(projections) == 1:
-        (_, a, _, _, seed, _, p), ds = projections[0], dss[0]
+        (_, a, _, _, seed, _, p, _), ds = projections[0], dss[0]
         of = a, seed, p
         return dx, [None if ds is None else add_low_rank(dx, x, ds, *of, need_a=needs[0])]
     das = [None] * len(projections)
@@ -136,14 +136,20 @@ def _stacks(projections: Projections, dss: Each | None = None) -> list[tuple]:
     dtype.
     """
     found: dict = {}
-    for i, (w, a, _, _, seed, _, _) in enumerate(projections):
+    for i, (w, a, _, _, seed, *_) in enumerate(projections):
         if a is not None and (dss is None or dss[i] is not None):
             rows = w if type(w) is slice else None
             at = (0, None) if rows is None else (rows.start or 0, rows.stop)
             of = a.dtype if seed is None else i, a.shape[:-2]
             found.setdefault((*at, of), (rows, []))[1].append(i)
     return [
-        (same, rows, _joined([projections[i].a for i in same], -2), *projections[same[0]][4::2], at)
+        (
+            same,
+            rows,
+            _joined([projections[i].a for i in same], -2),
+            *projections[same[0]][4:7:2],
+            at,
+        )
         for (at, *_), (rows, same) in found.items()
     ]
 

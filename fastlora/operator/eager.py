@@ -26,9 +26,11 @@ def outputs(x: Tensor, projections: Projections, observed: bool, naive=False) ->
         if type(one.w) is slice:
             ys[-1] = _joined(ys[-1], x, one)
         elif type(one.scaling) is Segments:
-            y = _frozen(x, *one)
+            y = _frozen(x, *one[:7])
+            if one.scale is not None:
+                y = reference(x, one.w, None, None, one.bias, scale=one.scale)
             ys.append(y if one.a is None else _joined(y, x, one._replace(w=slice(None))))
-        elif naive:
+        elif naive or one.scale is not None:
             ys.append(reference(x, *one))
         else:
             ys.append(one.bias if one.w is None else output(x, one, observed))
@@ -45,7 +47,7 @@ def _frozen(x: Tensor, w: Tensor, a, b, bias: Tensor | None, seed, of: Segments,
 
 def _joined(y: Tensor | None, x: Tensor, one: Operands) -> Tensor:
     """Return y [M, N] with one more adapter for some of its rows; no y is zeros, for gradients."""
-    rows, (_, a, b, _, seed, scaling, p) = one.w, one
+    rows, (_, a, b, _, seed, scaling, p, _) = one.w, one
     y = x.new_zeros(x.shape[0], b.shape[0]) if y is None else y
     begin, end, _ = rows.indices(x.shape[0])
     part = y[rows] + low_rank(x[rows], a, b, scaling, seed, p, begin).to(y.dtype)
@@ -57,7 +59,7 @@ def output(x: Tensor, projection: Operands, observed: bool) -> Tensor:
 
     ``observed``: a compiler or a transform looks on, which memory that is written twice confuses.
     """
-    w, a, b, bias, seed, scaling, p = projection
+    w, a, b, bias, seed, scaling, p, _ = projection
     if a is None:
         return F.linear(x, w, bias)
     x_hat, narrow = x, a.dtype == torch.float16
@@ -85,10 +87,12 @@ def gradients(
 ) -> list[Tensor | None]:
     """Return gradients of the ys that ``function`` makes of x and projections, by PyTorch.
 
-    They are differentiable again where grad mode is on. ``needs``: a flag for x, then for w, a, b
-    and bias of each projection; the result has a gradient or None for each.
+    They are differentiable again where grad mode is on. ``needs``: a flag for x, then for w, a, b,
+    bias and scale of each projection; the result has a gradient or None for each.
     """
-    inputs = [x, *(None if type(t) is slice else t for one in projections for t in one[:4])]
+    inputs = [x]
+    for w, a, b, bias, *_, scale in projections:
+        inputs += None if type(w) is slice else w, a, b, bias, scale
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # An alias for each: x may depend on the others, and two of them may be one tensor.
@@ -97,11 +101,12 @@ def gradients(
         for i in wanted:
             if not aliases[i].requires_grad:  # what a hook has unpacked
                 aliases[i].requires_grad_()
-        made = [Operands(*flat[4 * i : 4 * i + 4], *p[4:]) for i, p in enumerate(projections)]
-        pairs = zip(made, projections, strict=True)
-        made = [one._replace(w=p.w) if type(p.w) is slice else one for one, p in pairs]
+        made = []
+        for i, p in enumerate(projections):
+            w, *of, scale = flat[5 * i : 5 * i + 5]
+            made.append(Operands(p.w if type(p.w) is slice else w, *of, *p[4:7], scale))
         ys = function(x, made)
-    pairs = [(y, dy) for y, dy in zip(ys, dys, strict=True) if dy is not None]
+    pairs = [(y, dy) for y, dy in zip(ys, dys, strict=True) if dy is not None and y.requires_grad]
     found: list[Tensor | None] = [None] * len(inputs)
     if wanted and pairs:
         ys, dys = zip(*pairs, strict=True)
@@ -112,10 +117,26 @@ def gradients(
     return found
 
 
-def reference(x, w, a, b, bias=None, seed=None, scaling=1.0, p: float = 0.0) -> Tensor:
-    """Return ``x wᵀ + bias + scaling · dropout(x) aᵀ bᵀ`` [..., N] for x [..., K], as PEFT does."""
-    y = F.linear(x, w, bias)
-    return y if a is None else (y + low_rank(x, a, b, scaling, seed, p)).to(x.dtype)
+def reference(
+    x, w, a, b, bias=None, seed=None, scaling=1.0, p: float = 0.0, scale: Tensor | None = None
+) -> Tensor:
+    """Return ``x wᵀ + bias + scaling · dropout(x) aᵀ bᵀ`` [..., N] for x [..., K], as PEFT does.
+
+    What ``scale`` changes in the frozen product is added to it: nothing, where it is 1.
+    """
+    if scale is None:
+        y = F.linear(x, w, bias)
+    else:
+        plus = None if bias is None else bias.detach()
+        y = inner = F.linear(x, w, plus)
+        if seed is not None:
+            inner = F.linear(_dropped(x, seed, p), w)
+        elif bias is not None:
+            inner = y - plus
+        y = y + (scale.to(torch.promote_types(scale.dtype, torch.float32)) - 1.0) * inner
+        if bias is not None:  # which has no part in what is scaled
+            y = y + (bias - plus)
+    return (y if a is None else y + low_rank(x, a, b, scaling, seed, p)).to(x.dtype)
 
 
 def low_rank(
@@ -133,11 +154,13 @@ def low_rank(
             parts.append(low_rank(x_g, a_g, b_g, scaling_g, seed if p_g else None, p_g, begin))
             begin += len(x_g)
         return torch.cat(parts)
-    x_hat = x.to(a.dtype)
-    if seed is not None:
-        rows = range(begin, begin + x.shape[:-1].numel())
-        keep = keep_mask(seed, rows, x.shape[-1], p)
-        x_hat = x_hat * keep.view(x.shape).to(a.dtype) * kept_scale(p)
+    x_hat = x.to(a.dtype) if seed is None else _dropped(x.to(a.dtype), seed, p, begin)
     if a.dim() > 2:  # stacked: each for as many rows
         return ((x_hat.unflatten(0, (len(a), -1)) @ a.mT @ b.mT) * scaling).flatten(0, 1)
     return F.linear(F.linear(x_hat, a), b) * scaling
+
+
+def _dropped(x: Tensor, seed: Tensor, p: float, begin: int = 0) -> Tensor:
+    rows = range(begin, begin + x.shape[:-1].numel())
+    keep = keep_mask(seed, rows, x.shape[-1], p)
+    return x * keep.view(x.shape).to(x.dtype) * kept_scale(p)

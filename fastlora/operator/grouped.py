@@ -19,7 +19,7 @@ from fastlora.operator.operands import Each, Projections, Segments
 
 def shrink(x: Tensor, projections: Projections) -> tuple[Each, None]:
     """Return s = dropout(x) aᵀ [M, R] of each projection, in the adapters' dtype."""
-    return [None if one.a is None else _shrink(x, *one) for one in projections], None
+    return [None if one.a is None else _shrink(x, *one[:7]) for one in projections], None
 
 
 def _shrink(x: Tensor, w, a: Tensor, b, bias, seed: Tensor | None, of: Segments, p) -> Tensor:
@@ -35,7 +35,7 @@ def _shrink(x: Tensor, w, a: Tensor, b, bias, seed: Tensor | None, of: Segments,
 def outputs(x: Tensor, projections: Projections, ss: Each, scaled: None = None) -> list[Tensor]:
     """Return y [M, N] of each projection from its s: the frozen product joins the low-rank one."""
     ys = []
-    for (w, _, b, bias, _, of, _), s in zip(projections, ss, strict=True):
+    for (w, _, b, bias, _, of, *_), s in zip(projections, ss, strict=True):
         y = right = None
         if s is not None:
             right = b.contiguous().mT
@@ -56,7 +56,7 @@ def ds_db(
 ) -> tuple[Each, Each]:
     """Return ds = scaling · dy b [M, R] and db = scaling · dyᵀ s [G, N, R] of each projection."""
     dss, dbs = [None] * len(dys), [None] * len(dys)
-    for i, (dy, s, (_, _, b, _, _, of, _)) in enumerate(zip(dys, ss, projections, strict=True)):
+    for i, (dy, s, (_, _, b, _, _, of, *_)) in enumerate(zip(dys, ss, projections, strict=True)):
         if dy is None or b is None:
             continue
         scaling, b = of.scalings[0], b.contiguous()
@@ -84,7 +84,7 @@ def input_grad_and_da(
     """
     dx, das = None, [None] * len(dys)
     for i, one in enumerate(projections):
-        (w, a, _, _, seed, of, p), dy, ds = one, dys[i], dss[i]
+        (w, a, _, _, seed, of, p, _), dy, ds = one, dys[i], dss[i]
         a = a if a is None else a.contiguous()
         asked, plain = ds is not None and needs[i], ds is not None and seed is None
         da = grouped_mm(ds.t(), x, of.ends) if asked and plain else None

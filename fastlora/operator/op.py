@@ -2,11 +2,11 @@
 """The ``torch.library`` operators behind `lora_linear`: schema, fake, autograd, bodies.
 
 ``fastlora::lora_linears`` returns y and what backward needs of the low-rank path (s) for each of
-several projections of one x; ``fastlora::lora_linears_backward`` returns the gradients of x and of
-the adapters. Both take 2-D tensors and the name of an implementation; "auto" is resolved inside,
-for the sizes that come, so that one compiled graph serves them all. ``operands`` holds w, a, b,
-bias and seed of each projection; an empty tensor stands for what there is none of, as it does for
-gradients. There is one scaling: in a list its value would be part of a compiled graph. With
+several projections of one x; ``fastlora::lora_linears_backward`` returns the gradients of x, of
+adapters and of scales. Both take 2-D tensors and the name of an implementation; "auto" is resolved
+inside, for the sizes that come, so that one compiled graph serves them all. ``operands`` holds w,
+a, b, bias, scale and seed of each projection; an empty tensor stands for what there is none of, as
+it does for gradients. There is one scaling: in a list it would be part of a compiled graph. With
 ``offsets`` all are stacks, the i-th of each for the rows from offsets[i] on. The
 gradients of trained base weights and biases are plain products, written in the autograd formula.
 
@@ -40,7 +40,10 @@ if plans.TUNE:
 def forward(
     x: Tensor, projections: Projections, impl: str, plan: plans.Pair | None = None
 ) -> tuple[list[Tensor], Each]:
-    """Return y and s of each projection of x [M, K], s None without an adapter."""
+    """Return y and s of each projection of x [M, K], s None without an adapter.
+
+    With scales what those multiply follows, [M, N] or None for each projection.
+    """
     plan = plan or plans.find(impl, x, projections)
     return exactly(x.device, plan.forward, x, projections)
 
@@ -52,7 +55,7 @@ SCHEMAS = (
     "Tensor? offsets) -> (Tensor[], Tensor[])",
     "lora_linears_backward(Tensor[] dy, Tensor x, Tensor[] operands, Tensor[] s, Scalar scaling, "
     "float[] dropout_p, str impl, bool need_x, bool[] need_A, bool[] need_B, "
-    "Tensor? offsets) -> (Tensor, Tensor[], Tensor[])",
+    "bool[] need_scale, Tensor? offsets) -> (Tensor, Tensor[], Tensor[], Tensor[])",
 )
 
 
@@ -67,8 +70,8 @@ def _or_none(tensors: Sequence[Tensor]) -> Each:
 def _listed(x: Tensor, projections: Projections) -> tuple[list[Tensor], float, list[float]]:
     """Return operands, scaling and dropout_p."""
     operands: list[Tensor | None] = []
-    for w, a, b, bias, seed, _, _ in projections:  # torch 2.8 compiles no part of a namedtuple
-        operands += w, a, b, bias, seed
+    for w, a, b, bias, seed, _, _, scale in projections:  # torch 2.8 compiles no part of a tuple
+        operands += w, a, b, bias, scale, seed
     return _or_empty(x, operands), _number(projections[0]), [one.p for one in projections]
 
 
@@ -84,9 +87,9 @@ def _offsets(projections: Projections) -> Tensor | None:
 
 def _projections(operands, scaling, dropout_p, offsets) -> list[Operands]:
     found = []
-    for of, p in zip(_split(_or_none(operands), 5), dropout_p, strict=True):
+    for (*of, scale, seed), p in zip(_split(_or_none(operands), 6), dropout_p, strict=True):
         own = scaling if offsets is None else Segments(offsets, (scaling,), (p,))
-        found.append(Operands(*of, own, p))
+        found.append(Operands(*of, seed, own, p, scale))
     return found
 
 
@@ -99,29 +102,43 @@ def _forward_op(x, operands, scaling, dropout_p, impl, offsets):
     return ys, _or_empty(x, ss)
 
 
-def _backward_op(dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A, need_B, offsets):
+def _backward_op(
+    dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A, need_B, need_scale, offsets
+):
     projections = _projections(operands, float(scaling), dropout_p, offsets)
-    needs, plan = list(zip(need_A, need_B, strict=True)), plans.find(impl, x, projections)
-    given = _or_none(dy), x, projections, _or_none(s), need_x, needs
-    dx, *grads = exactly(x.device, plan.backward, *given)
+    needs = list(zip(need_A, need_B, strict=True)), need_scale
+    dx, *grads = _by_plan(_or_none(dy), x, projections, _or_none(s), impl, need_x, *needs)
     return (*_or_empty(x, [dx]), *(_or_empty(x, each) for each in grads))
+
+
+def _by_plan(dys, x, projections, ss, impl, need_x, needs, need_scale, plan=None) -> tuple:
+    """Return dx, and the gradients of lora_A, lora_B and scale of each projection."""
+    plan, given = plan or plans.find(impl, x, projections), (dys, x, projections, ss, need_x, needs)
+    if any(one.scale is not None for one in projections):
+        return exactly(x.device, plan.backward, *given, need_scale)
+    return *exactly(x.device, plan.backward, *given), [None] * len(projections)
 
 
 def _forward_fake(x, operands, scaling, dropout_p, impl, offsets):
     M, each = x.shape[0], _projections(operands, scaling, dropout_p, offsets)
     ss = [one.a if one.a is None else one.a.new_empty(M, one.a.shape[-2]) for one in each]
-    return [x.new_empty(M, one.w.shape[-2]) for one in each], _or_empty(x, ss)
+    ys = [x.new_empty(M, one.w.shape[-2]) for one in each]
+    if any(one.scale is not None for one in each):
+        ss += [None if one.scale is None else torch.empty_like(y) for one, y in zip(each, ys)]  # noqa: B905, torch 2.8
+    return ys, _or_empty(x, ss)
 
 
-def _backward_fake(dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A, need_B, offsets):
+def _backward_fake(
+    dy, x, operands, s, scaling, dropout_p, impl, need_x, need_A, need_B, need_scale, offsets
+):
     def grads(tensors, needs):
         return [
-            t.new_empty(t.shape) if need and t.dim() >= 2 == d.dim() else x.new_empty(0)
+            t.new_empty(t.shape) if need and t.numel() and d.dim() == 2 else x.new_empty(0)
             for t, d, need in zip(tensors, dy, needs, strict=True)
         ]
 
-    dx = x.new_empty(x.shape if need_x else 0)
-    return dx, grads(operands[1::5], need_A), grads(operands[2::5], need_B)
+    dx, of = x.new_empty(x.shape if need_x else 0), (need_A, need_B, need_scale)
+    return dx, *(grads(operands[i::6], need) for i, need in zip((1, 2, 4), of, strict=True))
 
 
 def _setup_context(ctx, inputs, output):
@@ -132,8 +149,8 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dys, _):
     need_x, needs = ctx.needs_input_grad[:2]
-    dx, grads = _grads(ctx, dys, need_x, [need for i, need in enumerate(needs) if i % 5 < 4])
-    return dx, [g for four in _split(grads, 4) for g in (*four, None)], None, None, None, None
+    dx, grads = _grads(ctx, dys, need_x, [need for i, need in enumerate(needs) if i % 6 < 5])
+    return dx, [g for five in _split(grads, 5) for g in (*five, None)], None, None, None, None
 
 
 # A second import of this file, or a reload, leaves them to the first, which may be in use.
@@ -156,26 +173,26 @@ if not hasattr(torch.ops.fastlora, "lora_linears"):
 def save(ctx, inputs: Sequence[Tensor], projections, ss: Each, impl: str, plan=None) -> None:
     """Keep for backward what `saved` returns; weights that are no tensors as they are."""
     kept, numbers = [*inputs, *ss], []
-    for w, a, b, _, seed, scaling, p in projections:
+    for w, a, b, bias, seed, scaling, p, scale in projections:
         own = type(w) is Quantised or type(w) is slice
-        kept += None if own else w, a, b, seed
+        kept += None if own else w, a, b, seed, None if scale is None else bias, scale
         numbers.append((w if own else None, scaling, p))
-    ctx.rest = impl, plan, numbers
+    ctx.rest = impl, plan, numbers, len(ss)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*kept)
 
 
 def saved(ctx, count: int) -> tuple:
-    """Return ``count`` inputs, projections without biases, each one's s, impl and plan."""
-    impl, plan, numbers = ctx.rest
+    """Return ``count`` inputs, projections, biases under scales alone, ss, impl and plan."""
+    impl, plan, numbers, of_ss = ctx.rest
     tensors = ctx.saved_tensors  # once: checkpoints make them again
     inputs, kept = tensors[:count], tensors[count:]
-    at, projections = len(numbers), []
+    at, projections = of_ss, []
     for own, scaling, p in numbers:
-        w, a, b, seed = kept[at : at + 4]
-        projections.append(Operands(own or w, a, b, None, seed, scaling, p))
-        at += 4
-    return inputs, projections, kept[: len(numbers)], impl, plan
+        w, a, b, seed, bias, scale = kept[at : at + 6]
+        projections.append(Operands(own or w, a, b, bias, seed, scaling, p, scale))
+        at += 6
+    return inputs, projections, kept[:of_ss], impl, plan
 
 
 def _grads(ctx, dys, need_x, needs) -> tuple[Tensor | None, Each]:
@@ -186,49 +203,60 @@ def _grads(ctx, dys, need_x, needs) -> tuple[Tensor | None, Each]:
 def gradients(
     dys: Each, x: Tensor, projections: Projections, ss: Each, impl, need_x, needs, plan=None
 ) -> tuple[Tensor | None, Each]:
-    """Return dx, and the gradients of weight, lora_A, lora_B and bias of each projection in a row.
+    """Return dx, and the gradients of weight, lora_A, lora_B, bias and scale of each in a row.
 
     ``needs`` holds a flag for each of those; what is not asked for, or has no dy, is None.
     ``plan``: what forward ran by, where it is known.
     """
-    dx, grads, factors, some, i = None, [None] * len(needs), [], False, 0
-    outer, dys = dys, spread(dys, projections) if 4 * len(dys) < len(needs) else dys
+    dx, grads, factors, scales, some, i = None, [None] * len(needs), [], [], False, 0
+    outer, dys = dys, spread(dys, projections) if 5 * len(dys) < len(needs) else dys
+    trained = False
     for dy in dys:
-        need_w, need_a, need_b, need_bias = needs[i : i + 4]
+        need_w, need_a, need_b, need_bias, need_scale = needs[i : i + 5]
         if dy is None:
-            need_a = need_b = False
+            need_a = need_b = need_scale = False
         else:
-            some = some or need_x or need_a or need_b
-            if need_w:
-                grads[i] = _weight_grad(dy, x, projections[i // 4])
+            one = projections[i // 5]
+            if need_w and one.scale is not None:
+                trained = True
+            elif need_w:
+                grads[i] = _weight_grad(dy, x, one)
+            some = some or need_x or need_a or need_b or need_scale or trained
             if need_bias:
-                grads[i + 3] = _bias_grad(dy, projections[i // 4])
+                grads[i + 3] = _bias_grad(dy, one)
         factors.append((need_a, need_b))
-        i += 4
+        scales.append(need_scale)
+        i += 5
     if not some:
         return dx, grads
     # With a plan, what was saved beside x is as it was in forward.
-    kept = [] if plan else [t for p in projections for t in p[:3] if isinstance(t, Tensor)]
+    kept = [] if plan else [t for p in projections for t in (*p[:3], p.scale)]
+    kept = [t for t in kept if isinstance(t, Tensor)]
     observed = not unobserved(x, *dys, *kept)
     whole = all(isinstance(p.w, Tensor) and _is_whole(p.scaling) for p in projections)
-    if looked_into(*dys) or (observed and not (whole and _alike(projections))):
+    if trained or looked_into(*dys) or (observed and not (whole and _alike(projections))):
         projections = [one._replace(w=dense(one.w)) for one in projections]
-        flags = [need_x, *(flag for a, b in factors for flag in (False, a, b, False))]
+        flags = [need_x]
+        for i, (one, of, scale) in enumerate(zip(projections, factors, scales, strict=True)):
+            flags += needs[5 * i] and one.scale is not None, *of, False, scale
         given = _observed, outer, x, projections, flags
         dx, *flat = exactly(x.device, eager.gradients, *given)
-        da, db = flat[1::4], flat[2::4]
+        if trained:
+            grads[::5] = [
+                grad if dw is None else dw for grad, dw in zip(grads[::5], flat[::5], strict=True)
+            ]
+        da, db, dscale = flat[1::5], flat[2::5], flat[4::5]
     elif observed:
         operands, *numbers = _listed(x, projections)
         given = _or_empty(x, dys), x, operands, _or_empty(x, ss), *numbers, impl, need_x
         needed = (list(flags) for flags in zip(*factors, strict=True))
-        of = *needed, _offsets(projections)
-        dx, *both = torch.ops.fastlora.lora_linears_backward(*given, *of)
-        dx, (da, db) = dx if need_x else None, map(_or_none, both)
+        of = *needed, scales, _offsets(projections)
+        dx, *each = torch.ops.fastlora.lora_linears_backward(*given, *of)
+        dx, (da, db, dscale) = dx if need_x else None, map(_or_none, each)
     else:
-        plan = plan or plans.find(impl, x, projections)
-        given = dys, x, projections, ss, need_x, factors
-        dx, da, db = exactly(x.device, plan.backward, *given)
-    grads[1::4], grads[2::4] = da, db
+        given = dys, x, projections, ss, impl, need_x, factors, scales, plan
+        dx, da, db, dscale = _by_plan(*given)
+    grads[1::5], grads[2::5], grads[4::5] = da, db, dscale
     return dx, grads
 
 
@@ -268,11 +296,15 @@ class _Direct(torch.autograd.Function):
         for one in projections:
             if one.w is None:
                 ctx.mark_dirty(one.bias)
+        if len(ss) > len(projections):  # of frozen scales nothing else is to be kept
+            asked = [one.scale is not None and one.scale.requires_grad for one in projections]
+            zs = zip(ss[len(projections) :], asked, strict=True)
+            ss = [*ss[: len(projections)], *(z if need else None for z, need in zs)]
         save(ctx, [x], projections, ss, impl, plan)
         need_x, _, _, *flat = ctx.needs_input_grad
         if not need_x and len(ys) > 1:  # of frozen layers nothing that follows is to be kept
             trained, at = [False] * len(ys), -1
-            for one, needs in zip(projections, _split(flat, 4), strict=True):
+            for one, needs in zip(projections, _split(flat, 5), strict=True):
                 at += type(one.w) is not slice
                 trained[at] |= any(needs)
             frozen = [y for y, some in zip(ys, trained, strict=True) if not some]
@@ -298,11 +330,11 @@ def run(x: Tensor, projections: Projections, impl: str) -> Sequence[Tensor]:
     """Return y of each projection, by the shortest way that gives what the operator does."""
     flat: list[Tensor | None] = []
     whole = True
-    for w, a, b, bias, _, scaling, _ in projections:
+    for w, a, b, bias, _, scaling, _, scale in projections:
         whole = whole and _is_whole(scaling)
         if not isinstance(w, Tensor):  # compiled code would be guarded by a class of ours
             whole, w = False, None
-        flat += w, a, b, bias
+        flat += w, a, b, bias, scale
     observed = not unobserved(x, *flat)
     if impl == "auto" and not observed and x.is_cpu and whole and _is_few(x, projections):
         impl = "eager"
@@ -325,14 +357,14 @@ def _scaled(one: Operands) -> Operands:
     a, b = (None, None) if one.a is None else with_scaling(one.a, one.b, _number(one))
     of = one.scaling
     of = Segments(of.ends, (1.0,), of.p) if type(of) is Segments else 1.0
-    return Operands(one.w, a, b, one.bias, one.seed, of, one.p)
+    return Operands(one.w, a, b, one.bias, one.seed, of, one.p, one.scale)
 
 
 def _is_few(x: Tensor, projections: Projections) -> bool:
     """Return what `plans.is_few` does of a tensor on a CPU, in a fifth of the time."""
     if x.numel() > plans.FEW or torch._C._is_any_autocast_enabled():
         return False
-    for _, a, b, _, _, scaling, _ in projections:
+    for _, a, b, _, _, scaling, *_ in projections:
         if type(scaling) is Segments:
             return False
         if a is not None and not (a.is_contiguous() and b.is_contiguous()):

@@ -18,6 +18,11 @@ class Projection(NamedTuple):
 
     ``weight`` [N, K], ``lora_A`` [R, K], ``lora_B`` [N, R] and ``bias`` [N], dtypes as for
     `lora_linear`. Without ``lora_A`` and ``lora_B`` there is no adapter: x Wᵀ + bias.
+
+    ``scale`` [N], in the dtype of x or float32, multiplies the columns of all but the bias, and has
+    a gradient: in DoRA (Liu et al., arXiv:2402.09353) it is the magnitude by the norm. As in PEFT,
+    while x is dropped what scale changes in the frozen product is of dropout(x) as well:
+    ``x Wᵀ + bias + (scale - 1) · dropout(x) Wᵀ + scale · scaling · dropout(x) Aᵀ Bᵀ``.
     """
 
     weight: Tensor
@@ -26,6 +31,7 @@ class Projection(NamedTuple):
     bias: Tensor | None = None
     scaling: float | Tensor = 1.0
     dropout_p: float = 0.0
+    scale: Tensor | None = None
 
 
 def with_scaling(a: Tensor, b: Tensor, scaling: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -63,6 +69,7 @@ class Operands(NamedTuple):
     slice as ``w`` is one more adapter of the projection before, for those rows of it; or several,
     ``a`` and ``b`` stacked, each for as many of the rows. With `Segments` in the place of a scaling
     the projection's own are stacked, and ``w`` [G, N, K] and the bias [G, N] may be.
+    A ``scale`` [N] is that of the frozen product: ``b`` has been multiplied by it.
     """
 
     w: Tensor | slice | None
@@ -72,6 +79,7 @@ class Operands(NamedTuple):
     seed: Tensor | None
     scaling: float | Segments
     p: float
+    scale: Tensor | None = None
 
     def width(self) -> int:
         """Return the columns of the output of a projection without an adapter."""

@@ -17,7 +17,7 @@ def together(operands: Sequence[Operands]) -> list[Operands]:
     """Return operands in which neighbouring segments of one size are one, with stacked factors."""
 
     def kind(numbered: tuple[int, Operands]) -> Any:
-        i, (w, a, _, _, _, scaling, p) = numbered
+        i, (w, a, _, _, _, scaling, p, _) = numbered
         size = w.stop - w.start if _is_cut(numbered[1]) else 0
         return (w.start - size * i, size, a.shape, a.dtype, scaling, p) if size else i
 

@@ -236,6 +236,8 @@ def operands(
         if extra is not None:
             extra = extra * adapter[2]
             bias = extra if bias is None else bias + extra
+    if len(adapters) > 1 and any(of is not None for *_, of in adapters):
+        return "several adapters are active, and not all are plain LoRA: some are DoRA"
     return weight if linear or not is_conv1d(base) else weight.t(), bias, adapters
 
 
@@ -252,7 +254,9 @@ def _of_runs(layer: lora.Linear, weight: Any, bias: Tensor | None, runs: Runs, a
             return f"adapter {name!r} {found}"
         if found[1] is not None:
             return f"adapter {name!r} has a bias"
-        adapters.append((*found[0][:4], rows))
+        if found[0][5] is not None:
+            return f"adapter {name!r} is a variant of LoRA (DoRA)"
+        adapters.append((*found[0][:4], rows, None))
     return weight.t() if is_conv1d(layer.base_layer) else weight, bias, adapters
 
 
@@ -260,8 +264,13 @@ def _adapter(
     layer: lora.Linear, name: str, weight: Tensor, autocast: bool
 ) -> str | tuple[Adapter, Tensor | None]:
     """Return an adapter and the bias of its lora_B, or what keeps it from being fused."""
+    magnitude = None
     if name in layer.lora_variant:
-        return f"is a variant of LoRA ({type(layer.lora_variant[name]).__name__})"
+        kind = type(layer.lora_variant[name]).__name__
+        if kind != "DoraLinearVariant" or type(weight) is weights.Opaque:
+            of = " on a layer that alone knows its weight" if kind == "DoraLinearVariant" else ""
+            return f"is a variant of LoRA ({kind}){of}"
+        magnitude = layer.lora_magnitude_vector[name]
     parts = layer._modules
     down, up = parts["lora_A"]._modules[name], parts["lora_B"]._modules.get(name)
     dropout = parts["lora_dropout"]._modules.get(name)
@@ -299,7 +308,16 @@ def _adapter(
     if not scales:
         return f"is scaled by {scaling!r:.60}, no finite number"
     p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-    return (a, b, scaling, p, ALL), extra
+    if magnitude is not None:
+        m = magnitude.weight
+        if type(m) not in PLAIN or (m.dtype, m.device) != (own, device):
+            return f"has a magnitude of {type(m).__name__}, {m.dtype} on {m.device}"
+        if _is_observed(magnitude):
+            return "has hooks on its magnitude, which would not be called"
+        if extra is not None:
+            return "is a variant of LoRA (DoRA) with a bias"
+        p = p if layer.training else 0.0  # as PEFT asks
+    return (a, b, scaling, p, ALL, magnitude), extra
 
 
 def _quantised(base: nn.Module, weight: Any, x: Any, mixed: bool) -> weights.Quantised | str:

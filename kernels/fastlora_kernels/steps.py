@@ -160,8 +160,8 @@ def _groups(
 def _columns(projections: Projections, few: Sequence[int]) -> tuple[tuple, ...]:
     """Return what some of the projections are made of, a tuple for each field."""
     if len(few) == 1:
-        return tuple([(value,) for value in projections[few[0]]])
-    return tuple(zip(*[projections[i] for i in few], strict=True))
+        return tuple([(value,) for value in projections[few[0]][:7]])
+    return tuple(zip(*[projections[i][:7] for i in few], strict=True))
 
 
 def _taken(values: Sequence, few: Sequence[int]) -> tuple:

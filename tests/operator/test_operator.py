@@ -82,7 +82,7 @@ def test_gradcheck_and_double_backward(way, p):
 
     def layer(x, *tensors):
         if way == "operator":
-            return OP(x, listed(*tensors, seed), 0.5, [p], "blocks", None)[0][0]
+            return OP(x, listed(*tensors, None, seed), 0.5, [p], "blocks", None)[0][0]
         return op.run(x, [Operands(*tensors, seed, 0.5, p)], "blocks")[0]
 
     assert torch.autograd.gradcheck(layer, inputs)
@@ -279,12 +279,12 @@ def test_fake_and_real_lie_alike(impl, kind, p):
     """Whatever the strides of what is given, and whichever gradients are asked for."""
     t = arguments(*KINDS[kind], grad=False)
     x, *args = (t[n].t().contiguous().t() for n in ("x", "weight", "lora_A", "lora_B"))
-    operands = listed(*args, t["bias"], torch.tensor([1]) if p else None)
+    operands = listed(*args, t["bias"], None, torch.tensor([1]) if p else None)
     opcheck(OP, (x, operands, 0.5, [p], impl, None), test_utils=["test_schema", "test_faketensor"])
     (y,), (s,) = OP(x, operands, 0.5, [p], impl, None)
     dy = torch.randn_like(y).t().contiguous().t()
     for need_x, need_a, need_b in itertools.product((True, False), repeat=3):
-        given = [dy], x, operands, [s], 0.5, [p], impl, need_x, [need_a], [need_b], None
+        given = [dy], x, operands, [s], 0.5, [p], impl, need_x, [need_a], [need_b], [False], None
         opcheck(BACKWARD, given, test_utils=["test_schema", "test_faketensor"])
 
 

@@ -186,7 +186,7 @@ def leaves(x, projections):
 def apart(x, projections, impl="auto"):
     """Return what the projections are one by one."""
     ys = []
-    for w, a, b, bias, scaling, p in projections:
+    for w, a, b, bias, scaling, p, _ in projections:
         if a is None:
             ys.append(torch.nn.functional.linear(x, w, bias))
         else:
@@ -249,7 +249,7 @@ def test_trained_weights_and_biases():
 def test_opcheck(impl):
     x, projections = given()
     nothing, seed = torch.empty(0), torch.tensor([7])
-    operands = [t for p in projections for t in (*p[:4], seed if p.dropout_p else None)]
+    operands = [t for p in projections for t in (*p[:4], None, seed if p.dropout_p else None)]
     operands = [nothing if t is None else t for t in operands]
     rest = 0.5, [p.dropout_p for p in projections], impl
     opcheck(torch.ops.fastlora.lora_linears.default, (x, operands, *rest, None))
@@ -257,7 +257,7 @@ def test_opcheck(impl):
     dys = [torch.randn_like(y).detach() for y in ys]
     dys[2], operands = nothing, [t.detach() for t in operands]
     for need_x, need in itertools.product((True, False), repeat=2):
-        needs = [need] * 5, [True, False, True, not need, need]
+        needs = [need] * 5, [True, False, True, not need, need], [False] * 5
         opcheck(
             torch.ops.fastlora.lora_linears_backward.default,
             (dys, x.detach(), operands, ss, *rest, need_x, *needs, None),

@@ -24,7 +24,7 @@ in_the_suite = settings(derandomize=True, **quiet)
 at_random = settings(max_examples=25, database=None, **quiet)
 
 LAYOUTS = ("as it is", "by columns", "in a larger one", "every second", "misaligned", "negated")
-NAMES = ("weight", "lora_A", "lora_B", "bias")
+NAMES = ("weight", "lora_A", "lora_B", "bias", "scale")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class One:
     bias: bool
     scaling: float
     p: float
+    scale: bool = False
     layouts: tuple[str, str, str] = ("as it is",) * 3
     trains: frozenset[str] = frozenset(("lora_A", "lora_B"))
 
@@ -65,6 +66,7 @@ projections = st.builds(
     bias=st.booleans(),
     scaling=st.sampled_from([2.0**-9, 0.25, 0.7, 1.0, 2.0]),
     p=st.sampled_from([0.0, 0.0, 0.1, 0.5]),
+    scale=st.sampled_from([False, False, True]),
     layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
     trains=st.frozensets(st.sampled_from(NAMES)),
 )
@@ -121,8 +123,9 @@ def drawn(asked: Asked) -> tuple[Tensor, list[Tensor], list[fastlora.Projection]
     for one, t in found:
         w, a, b = (lie(t[name], how) for name, how in zip("wab", one.layouts, strict=True))
         bias = t["bias"] if one.bias else None
+        scale = t["b"].abs().amax(1) + 0.5 if one.scale else None
         a, b = (a, b) if one.r else (None, None)
-        made.append(fastlora.Projection(w, a, b, bias, one.scaling, one.p))
+        made.append(fastlora.Projection(w, a, b, bias, one.scaling, one.p, scale))
     return x, dys, made
 
 
@@ -136,10 +139,11 @@ def answer(asked: Asked, x: Tensor, dys, made, dtype) -> dict:
 
     x, ys = leaf(x), []
     leaves = {"x": x}
-    for i, (*tensors, scaling, p) in enumerate(made):
-        w, a, b, bias = given = [leaf(t) for t in tensors]
+    for i, (*tensors, scaling, p, scale) in enumerate(made):
+        w, a, b, bias, scale = given = [leaf(t) for t in (*tensors, scale)]
         leaves |= {(i, n): t for n, t in zip(NAMES, given, strict=True) if t is not None}
-        ys.append(reference(x, w, a, b, bias, seeds[i], scaling, p))
+        b = b if a is None or scale is None else b * scale.unsqueeze(1)
+        ys.append(reference(x, w, a, b, bias, seeds[i], scaling, p, scale))
     grads = torch.autograd.grad(ys, leaves.values(), [dy.to(ys[0].dtype) for dy in dys])
     return {i: y.detach() for i, y in enumerate(ys)} | dict(zip(leaves, grads, strict=True))
 
@@ -154,19 +158,20 @@ def result(asked: Asked, x: Tensor, dys, made) -> dict:
 
     leaves: dict = {"x": leaf(x, "x", asked.x_trains)}
     given = []
-    for i, (one, (*tensors, scaling, p)) in enumerate(zip(asked.ones, made, strict=True)):
+    for i, (one, (*tensors, scaling, p, scale)) in enumerate(zip(asked.ones, made, strict=True)):
+        tensors.append(scale)
         for j, (name, t) in enumerate(zip(NAMES, tensors, strict=True)):
             if t is not None:
-                group = "adapters" if name.startswith("lora") else "base"
+                group = "base" if name in ("weight", "bias") else "adapters"
                 leaves[i, name] = tensors[j] = leaf(t, group, name in one.trains)
-        given.append(fastlora.Projection(*tensors, scaling, p))
+        given.append(fastlora.Projection(*tensors[:4], scaling, p, tensors[4]))
     before = {key: (t._version, t.clone()) for key, t in leaves.items()}
     x = leaves["x"].view(*asked.leading, -1) if asked.x_layout != "expanded" else leaves["x"]
     torch.manual_seed(asked.seed)
     options = {"training": True, "impl": asked.impl}
     with torch.autocast("cpu", dys[0].dtype if cast else torch.bfloat16, enabled=cast):
-        if len(given) == 1 and given[0].lora_A is not None:
-            *tensors, scaling, p = given[0]
+        if len(given) == 1 and given[0].lora_A is not None and given[0].scale is None:
+            *tensors, scaling, p, _ = given[0]
             ys = [fastlora.lora_linear(x, *tensors, scaling=scaling, dropout_p=p, **options)]
         else:
             ys = fastlora.lora_linears(x, given, **options)

@@ -55,7 +55,7 @@ def trained(projections):
 def loop(x, projections, seeds=None, ends=ENDS):
     """Return the formula's outputs, segment by segment."""
     flat, ys = x.reshape(-1, K), []
-    for i, (w, a, b, bias, c, p) in enumerate(projections):
+    for i, (w, a, b, bias, c, p, _) in enumerate(projections):
         parts = []
         for g, (start, end) in enumerate(itertools.pairwise(ends)):
             rows = flat[start:end]
@@ -135,7 +135,7 @@ def test_acceptance_rule(cut, impl, dtype, adapter):
 
     exact = [
         Projection(w.double(), list(map(doubled, a)), list(map(doubled, b)), bias.double(), c, p)
-        for w, a, b, bias, c, p in projections
+        for w, a, b, bias, c, p, _ in projections
     ]
     exact = results(loop(wide, exact, ends=ends), wide, exact)
     for i, values in enumerate(zip(found, plain, exact, strict=True)):

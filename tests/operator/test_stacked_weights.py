@@ -42,7 +42,7 @@ def problem(dtype=torch.float64, adapter=None, sizes="odd", by_columns=False, en
 
 def loop(x, one, seed=None, ends=ENDS):
     """Return what the formula makes of each expert's rows."""
-    w, a, b, bias, scaling, p = one
+    w, a, b, bias, scaling, p, _ = one
     parts = []
     for g, (start, end) in enumerate(itertools.pairwise(ends)):
         x_hat = x[start:end]
@@ -195,12 +195,12 @@ def test_second_derivatives_transforms_and_the_compiler():
 def test_the_operator(impl):
     x, one = problem(torch.float32)
     nothing, offsets = torch.empty(0), torch.tensor(ENDS, dtype=torch.int32)
-    operands = [one.weight, one.lora_A, one.lora_B, one.bias, nothing]
+    operands = [one.weight, one.lora_A, one.lora_B, one.bias, nothing, nothing]
     rest = 0.7, [0.0], impl
     opcheck(torch.ops.fastlora.lora_linears.default, (x, operands, *rest, offsets))
     ys, ss = torch.ops.fastlora.lora_linears(x, operands, *rest, offsets)
     given = [ys[0].detach()], x.detach(), [t.detach() for t in operands], ss, *rest
-    given = *given, True, [True], [True], offsets
+    given = *given, True, [True], [True], [False], offsets
     backward = torch.ops.fastlora.lora_linears_backward.default
     opcheck(backward, given, test_utils=["test_schema", "test_faketensor"])
 

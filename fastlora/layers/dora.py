@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DoRA's scale: a magnitude over the norm of each row of W + scaling · B A, which nobody forms.
+
+With c for scaling, ``‖W + c B A‖² = ‖W‖² + c · rowsum((2 W Aᵀ + c B (A Aᵀ)) ∘ B)``: one product as
+narrow as the rank, in float32. Rows that nearly cancel, so that its digits would too, are formed.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fastlora.operator.steps import exactly
+from fastlora.operator.weights import Quantised, dense
+
+CANCELS = 1 / 8  # of what is summed: where less is left the row is formed
+MOST_FORMED = 64  # rows, where nobody may wait to learn how many cancel
+# Elements of W in float32 at a time: on a CPU they stay in the cache.
+ELEMENTS = {"cpu": 1 << 19}
+MORE_ELEMENTS = 1 << 24
+
+
+def scale_of(
+    weight: Tensor | Quantised, a: Tensor, b: Tensor, scaling: float | Tensor, magnitude: nn.Module
+) -> Tensor:
+    """Return DoRA's scale [N] of a frozen weight [N, K] with lora_A [R, K] and lora_B [N, R].
+
+    ``magnitude`` is PEFT's module of it; the norm has its dtype and no gradient, as in section 4.3
+    of the paper (arXiv:2402.09353). In evaluation it is kept there until one of them is written to
+    or replaced; what the frozen weight adds to it is kept while training as well.
+    """
+    with torch.no_grad():
+        made = exactly(weight.device, _norm, weight, a, b, scaling, magnitude)
+    return magnitude.weight / made
+
+
+def _norm(weight, a: Tensor, b: Tensor, scaling, magnitude: nn.Module) -> Tensor:
+    source = weight.source if type(weight) is Quantised else weight
+
+    def frozen() -> Tensor:
+        return torch.linalg.vector_norm(dense(weight), dim=1, dtype=wide)
+
+    def whole() -> Tensor:
+        own = _kept(magnitude, "frozen", (source, wide), frozen)
+        return norm(weight, own, a, b, scaling).to(a.dtype)
+
+    wide = torch.promote_types(a.dtype, torch.float32)
+    if magnitude.training:
+        return whole()
+    return _kept(magnitude, "whole", (source, a, b, scaling), whole)
+
+
+def norm(weight: Tensor | Quantised, own: Tensor, a: Tensor, b: Tensor, scaling) -> Tensor:
+    """Return the norms [N] of the rows of ``weight + scaling · b a``, in the dtype of ``own``.
+
+    ``own`` are those of ``weight``, and the result where b is zero, to the bit.
+    """
+    weight, squares = dense(weight), own.square()
+    a, b = a.to(own.dtype), b.to(own.dtype) * scaling
+    gram = a @ a.t()
+    change = ((2.0 * _product(weight, a) + b @ gram) * b).sum(1)
+    total = squares + change
+    left = CANCELS * (squares + ((b.abs() @ gram.abs()) * b.abs()).sum(1)) - total
+    if weight.is_cpu and not is_compiling():
+        rows = (left > 0.0).nonzero().squeeze(1)
+    else:
+        rows = left.topk(min(MOST_FORMED, len(left))).indices
+    if len(rows):
+        formed = torch.addmm(weight[rows].to(own.dtype), b[rows], a).square().sum(1)
+        total = total.index_put((rows,), formed)
+    return total.sqrt()
+
+
+def _product(weight: Tensor, a: Tensor) -> Tensor:
+    """Return W Aᵀ [N, R] in the dtype of a."""
+    if weight.dtype == a.dtype:
+        return weight @ a.t()
+    rows = max(1, ELEMENTS.get(weight.device.type, MORE_ELEMENTS) // max(1, weight.shape[1]))
+    return torch.cat([part.to(a.dtype) @ a.t() for part in weight.split(rows)])
+
+
+def _kept(magnitude: nn.Module, name: str, of: tuple, make) -> Tensor:
+    """Return what PEFT's module keeps, until `train` or whatever it depends on is another."""
+    cache = getattr(magnitude, "_dora_cache", None)
+    if (
+        cache is None
+        or is_compiling()
+        or any(isinstance(t, Tensor) and t.is_inference() for t in of)
+    ):
+        return make()
+    state = [_state(t) if isinstance(t, Tensor) else t for t in of]
+    found = cache.get(f"fastlora.{name}")
+    if found is None or found[0] != state:
+        found = cache[f"fastlora.{name}"] = state, make()
+    return found[1]
+
+
+def _state(t: Tensor) -> tuple:
+    """Return what changes with the values of a tensor; a storage that is gone is no other's."""
+    return StorageWeakRef(t.untyped_storage()), t.data_ptr(), t._version, t.dtype, t.device

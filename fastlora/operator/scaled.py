@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Projections with a scale [N] for the columns of their frozen product, as DoRA's have.
+
+They are problems that every implementation solves: a frozen product, which is multiplied, and then
+adapters that are added to it. In backward the frozen layer's dy is multiplied, the adapters' is
+not: rounded once more it would cost float32 adapters their last digits. Under dropout what scale
+changes is a problem of dropout(x), which is made for it and made again.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlora.operator.dropout import kept_ones, kept_scale
+from fastlora.operator.operands import Each, Operands, Projections, Segments
+from fastlora.operator.weights import dense
+
+ELEMENTS = 1 << 18  # of a mask, drawn at a time on a CPU: they stay in the cache
+
+
+def forward(find: Callable, x: Tensor, projections: Projections) -> tuple[list[Tensor], Each]:
+    """Return each y [M, N]; and each s, and after them what each scale multiplies [M, N], or None.
+
+    ``find`` returns what runs projections without a scale.
+    """
+    n, groups, first, then = len(projections), [], [], []
+    for i, one in enumerate(projections):
+        if type(one.w) is slice:
+            groups[-1].append((i, one))
+        else:
+            one = one if one.scale is None or one.seed is None else one._replace(w=dense(one.w))
+            groups.append([(i, one)])
+    for (i, one), *others in groups:
+        first += [(i, one), *others] if one.scale is None else [(i, _frozen(one))]
+    kept: list[Tensor | None] = [None] * (2 * n)
+    ys = _forward(find, x, first, kept)
+    for k, ((i, one), *others) in enumerate(groups):
+        if one.scale is None:
+            continue
+        z = ys[k]
+        if one.seed is None:
+            ys[k] = columns(z, one.scale, one.bias)
+            then += [*_added(i, one, ys[k]), *others]
+        else:
+            x_hat, _ = dropped(x, one)
+            z = F.linear(x_hat, one.w)
+            ys[k] = columns(z, _changed(one)).add_(ys[k])
+            _forward(find, x_hat, _added(i, _on_dropped(one), ys[k]), kept)
+        kept[n + i] = z
+    if then:
+        _forward(find, x, then, kept)
+    return ys, kept
+
+
+def backward(
+    find: Callable, dys: Each, x: Tensor, projections: Projections, kept: Each, need_x: bool,
+    needs: Sequence, need_scales: Sequence[bool],
+) -> tuple[Tensor | None, Each, Each, Each]:  # fmt: skip
+    """Return dx [M, K], and da, db and the gradient of scale [N] of each, as `steps.backward`."""
+    n, given, of_dropped = len(projections), [], []
+    found = das, dbs, dscales = [[None] * n for _ in range(3)]
+    for i, (dy, one) in enumerate(zip(dys, projections, strict=True)):
+        if one.scale is None:
+            given.append((i, dy, one, kept[i], needs[i]))
+        elif dy is not None and one.seed is None:
+            of = dy, kept[n + i], one.scale, one.bias
+            dz, dscales[i] = _columns_backward(*of, need_x, need_scales[i])
+            given.append((i, dz, _frozen(one), None, (False, False)))
+            if one.a is not None:
+                given.append((i, dy, _adapter(one), kept[i], needs[i]))
+        elif dy is not None:
+            given.append((i, dy, _frozen(one), None, (False, False)))
+            of_dropped.append((i, dy, one))
+    dx = _backward(find, x, given, need_x, found)
+    for i, dy, one in of_dropped:
+        x_hat, ones = dropped(x, one)
+        of = dy, kept[n + i], _changed(one), None
+        dz, dscale = _columns_backward(*of, need_x, need_scales[i])
+        dscales[i] = None if dscale is None else dscale.mul_(kept_scale(one.p))
+        wide = i, dz, _frozen(one), None, (False, False)
+        narrow = i, dy, _adapter(_on_dropped(one)), kept[i], needs[i]
+        part = _backward(find, x_hat, [wide, narrow], need_x, found)
+        dx = dx if part is None else dx.addcmul_(part, ones)
+    dscales = [
+        None if dscale is None else dscale.to(one.scale.dtype)
+        for dscale, one in zip(dscales, projections, strict=True)
+    ]
+    return dx, das, dbs, dscales
+
+
+def _forward(find: Callable, x: Tensor, numbered: Sequence, kept: list) -> list[Tensor]:
+    numbers, ones = zip(*numbered, strict=True)
+    ys, ss = find(x, ones).forward(x, ones)
+    for i, s in zip(numbers, ss, strict=True):
+        kept[i] = kept[i] if s is None else s
+    return list(ys)
+
+
+def _backward(find, x: Tensor, numbered: Sequence, need_x: bool, found: Sequence[list]):
+    numbers, dys, ones, ss, needs = zip(*numbered, strict=True)
+    if all(dy is None for dy in dys) or not (need_x or any(map(any, needs))):
+        return None
+    dx, *grads = find(x, ones).backward(dys, x, ones, ss, need_x, needs)
+    for into, each in zip(found[:2], grads, strict=True):
+        for i, grad in zip(numbers, each, strict=True):
+            into[i] = into[i] if grad is None else grad
+    return dx
+
+
+def _frozen(one: Operands) -> Operands:
+    return Operands(one.w, None, None, one.bias, None, 1.0, 0.0)
+
+
+def _adapter(one: Operands) -> Operands:
+    w = None if type(one.scaling) is Segments else slice(None)
+    return one._replace(w=w, bias=None, scale=None)
+
+
+def _added(i: int, one: Operands, y: Tensor) -> list[tuple[int, Operands]]:
+    """Return what adds an adapter to y, numbered."""
+    if type(one.scaling) is Segments:
+        return [(i, _adapter(one)._replace(bias=y))]
+    there = i, Operands(None, None, None, y, None, 1.0, 0.0)
+    return [there] if one.a is None else [there, (i, _adapter(one))]
+
+
+def _on_dropped(one: Operands) -> Operands:
+    """Return a projection of the elements that are kept of x, which nobody has multiplied."""
+    return one._replace(seed=None, scaling=one.scaling * kept_scale(one.p), p=0.0)
+
+
+def _changed(one: Operands) -> Tensor:
+    """Return what scale makes of the frozen product of those elements, but for the product."""
+    return (_wide(one.scale) - 1.0) * kept_scale(one.p)
+
+
+def dropped(x: Tensor, one: Operands) -> tuple[Tensor, Tensor]:
+    """Return the elements of x [M, K] that are kept, zeros for the others, and the mask as x."""
+    (M, K), ones, at = x.shape, x.new_empty(x.shape), 0
+    rows = max(1, ELEMENTS // max(1, K)) if x.is_cpu else M
+    for part in kept_ones(one.seed, x.shape, one.p, x.dtype, min(rows, M)):
+        ones[at : at + len(part)] = part
+        at += len(part)
+    return x * ones, ones
+
+
+def columns(z: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``(z - bias) · scale + bias`` [M, N] in z's dtype: z where scale is 1, to the bit.
+
+    A batch norm in evaluation is that in one pass, and in float32 under 16 bits.
+    """
+    plus, one = _as_statistics(z, bias)
+    return torch.native_batch_norm(z, _wide(scale), plus, plus, one, False, 0.0, 0.0)[0]
+
+
+def _columns_backward(
+    dy: Tensor, z: Tensor | None, scale: Tensor, bias: Tensor | None, need_z: bool, need_scale: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of z and of scale, in float32 for the latter."""
+    if not need_scale:
+        return columns(dy, scale) if need_z else None, None
+    plus, one = _as_statistics(z, bias)
+    of = dy.contiguous(), z, _wide(scale), plus, one, None, None, False, 0.0
+    dz, dscale, _ = torch.ops.aten.native_batch_norm_backward(*of, [need_z, True, False])
+    return dz if need_z else None, dscale
+
+
+def _as_statistics(z: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    one = z.new_ones(z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
+    return torch.zeros_like(one) if bias is None else bias.to(one.dtype), one
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
