@@ -32,7 +32,10 @@ SMOLLM2 = {
 NF4 = ", NF4"
 MODELS = {"SmolLM2-135M": SMOLLM2, f"SmolLM2-135M{NF4}": SMOLLM2, "Llama-2-7B": {}}
 MODELS[f"Llama-2-7B{NF4}"] = {}
-ON_CPU = ("SmolLM2-135M", f"SmolLM2-135M{NF4}")
+# And those whose adapters are DoRA's.
+DORA = ", DoRA"
+MODELS[f"SmolLM2-135M{DORA}"] = SMOLLM2
+ON_CPU = ("SmolLM2-135M", f"SmolLM2-135M{NF4}", f"SmolLM2-135M{DORA}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Problem:
 def problems(device: str) -> Iterator[Problem]:
     """Yield what ``make bench`` measures on ``device``."""
     for name in ON_CPU if device == "cpu" else MODELS:
-        for batch in BATCHES[: 1 if name.endswith(NF4) else None]:
+        for batch in BATCHES[: 1 if name.endswith((NF4, DORA)) else None]:
             yield Problem(name, batch, device)
 
 
@@ -73,6 +76,7 @@ def make(name: str, device: torch.device) -> nn.Module:
             model = LlamaForCausalLM(LlamaConfig(**MODELS[name])).train().requires_grad_(False)
     finally:
         torch.set_default_dtype(torch.float32)
+    model.name = name
     if name.endswith(NF4):
         for parent in list(model.model.modules()):
             for child, layer in parent.named_children():
@@ -86,7 +90,7 @@ def peft(model: nn.Module, adapter: str = "default") -> nn.Module:
     """Return ``model`` with PEFT's adapters."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(**LORA), adapter)
+    return get_peft_model(model, LoraConfig(**LORA, use_dora=model.name.endswith(DORA)), adapter)
 
 
 def ours(model: nn.Module) -> nn.Module:

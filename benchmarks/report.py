@@ -80,6 +80,8 @@ def markdown(result: dict) -> str:
         lines += mixed_models(result["mixed_models"])
     if result.get("experts"):
         lines += experts(result["experts"])
+    if result.get("dora_layers"):
+        lines += dora_layers(result["dora_layers"])
     missing = sorted(set(COLOURS) - {row["way"] for row in rows})
     if missing and result.get("problems"):
         lines += ["", f"Not measured on this machine: {', '.join(missing)}."]
@@ -192,16 +194,32 @@ def experts(problems: list[dict]) -> list[str]:
         "expert, bf16, no dropout. The frozen block's backward makes dx and the gradient of the "
         "routing weights. *kept*: MiB from forward to backward; ratios are to the frozen block's."
     ]
-    lines += ["", *_head(EXPERTS_COLUMNS, " experts | adapters | ", "---|---|---")]
+    return [*lines, "", *_by_frozen(problems, "experts", block)]
+
+
+def dora_layers(problems: list[dict]) -> list[str]:
+    """Return the lines about layers with DoRA's magnitude."""
+    lines = ["", "## A layer with DoRA", ""]
+    lines += [
+        "As PEFT computes it, `use_dora=True`. *kept*: MiB from forward to backward; ratios are to "
+        "the frozen layer's, which keeps nothing. One token: forward alone, in evaluation."
+    ]
+    name = "{M} x {N} x {K}, dropout {p:g}"
+    return [*lines, "", *_by_frozen(problems, "layer", lambda problem: name.format(**problem))]
+
+
+def _by_frozen(problems: list[dict], what: str, name: Callable[[dict], str]) -> list[str]:
+    """Return a table of all ways, their memory by the frozen one's as well."""
+    lines = _head(EXPERTS_COLUMNS, f" {what} | adapters | ", "---|---|---")
     for problem in problems:
         frozen, cells = {}, []
         for row in problem["rows"]:
             frozen = row if row["way"] == "frozen" else frozen
             cells.append([*_times(row, 1), _cell(row, "ratio_to_peft", _ratio)])
             for key in ("kept_bytes", "peak_bytes"):
-                by_frozen = frozen.get(key) and row.get(key, 0) / frozen[key]
+                by_frozen = row.get(key, 0) / frozen[key] if frozen.get(key) else None
                 cells[-1] += [_mib(row, key), _cell(row, key, lambda _, by=by_frozen: _ratio(by))]
-        about = f"{block(problem)} | {short(problem['adapter'])}"
+        about = f"{name(problem)} | {short(problem['adapter'])}"
         lines += _of_ways(problem, about, cells, EXPERTS_COLUMNS)
     return lines
 

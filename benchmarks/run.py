@@ -21,6 +21,7 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's own messages
 
 import decoder_layer
+import dora_layer
 import end_to_end
 import experts_block
 import mixed_layer
@@ -115,6 +116,15 @@ def sections(device: str) -> list[Section]:
             problems=list(experts_block.problems(device)),
             ways=list(experts_block.WAYS),
             measure=experts_block.measure,
+            entries=of_layers,
+        ),
+        Section(
+            name="dora_layers",
+            title="layers with DoRA",
+            share=0.03,
+            problems=list(dora_layer.problems(device)),
+            ways=list(dora_layer.WAYS),
+            measure=dora_layer.measure,
             entries=of_layers,
         ),
     ]

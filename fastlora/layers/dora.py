@@ -2,8 +2,11 @@
 """DoRA's scale: a magnitude over the norm of each row of W + scaling · B A, which nobody forms.
 
 With c for scaling, ``‖W + c B A‖² = ‖W‖² + c · rowsum((2 W Aᵀ + c B (A Aᵀ)) ∘ B)``: one product as
-narrow as the rank, in float32. Rows that nearly cancel, so that its digits would too, are formed.
+narrow as the rank, in float32. Rows that nearly cancel, and its digits with them, are formed.
 """
+
+import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,9 @@ MOST_FORMED = 64  # rows, where nobody may wait to learn how many cancel
 # Elements of W in float32 at a time: on a CPU they stay in the cache.
 ELEMENTS = {"cpu": 1 << 19}
 MORE_ELEMENTS = 1 << 24
+# What was made for a module of PEFT's, by name, and of what; copies and pickles go without.
+_made: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
+_MARK = "fastlora"
 
 
 def scale_of(
@@ -55,7 +61,7 @@ def norm(weight: Tensor | Quantised, own: Tensor, a: Tensor, b: Tensor, scaling)
 
     ``own`` are those of ``weight``, and the result where b is zero, to the bit.
     """
-    weight, squares = dense(weight), own.square()
+    weight, squares, exact = dense(weight), own.square(), (a, b)
     a, b = a.to(own.dtype), b.to(own.dtype) * scaling
     gram = a @ a.t()
     change = ((2.0 * _product(weight, a) + b @ gram) * b).sum(1)
@@ -66,8 +72,9 @@ def norm(weight: Tensor | Quantised, own: Tensor, a: Tensor, b: Tensor, scaling)
     else:
         rows = left.topk(min(MOST_FORMED, len(left))).indices
     if len(rows):
-        formed = torch.addmm(weight[rows].to(own.dtype), b[rows], a).square().sum(1)
-        total = total.index_put((rows,), formed)
+        a, b = exact[0].double(), exact[1][rows].double()
+        formed = (weight[rows].double() + scaling * (b @ a)).square().sum(1)
+        total = total.index_put((rows,), formed.to(total.dtype))
     return total.sqrt()
 
 
@@ -79,22 +86,25 @@ def _product(weight: Tensor, a: Tensor) -> Tensor:
     return torch.cat([part.to(a.dtype) @ a.t() for part in weight.split(rows)])
 
 
-def _kept(magnitude: nn.Module, name: str, of: tuple, make) -> Tensor:
-    """Return what PEFT's module keeps, until `train` or whatever it depends on is another."""
-    cache = getattr(magnitude, "_dora_cache", None)
-    if (
-        cache is None
-        or is_compiling()
-        or any(isinstance(t, Tensor) and t.is_inference() for t in of)
-    ):
+def _kept(magnitude: nn.Module, name: str, of: tuple, make: Callable[[], Tensor]) -> Tensor:
+    """Return what was made of tensors and numbers, until one of them is another.
+
+    Or `train` is called, which empties the cache of PEFT's module, and the mark in it is gone.
+    """
+    marks = getattr(magnitude, "_dora_cache", None)
+    if marks is None or is_compiling():
         return make()
+    found = _made.setdefault(magnitude, {})
+    if _MARK not in marks:
+        found.clear()
+        marks[_MARK] = True
     state = [_state(t) if isinstance(t, Tensor) else t for t in of]
-    found = cache.get(f"fastlora.{name}")
-    if found is None or found[0] != state:
-        found = cache[f"fastlora.{name}"] = state, make()
-    return found[1]
+    if name not in found or found[name][0] != state:
+        found[name] = state, make()
+    return found[name][1]
 
 
 def _state(t: Tensor) -> tuple:
-    """Return what changes with the values of a tensor; a storage that is gone is no other's."""
-    return StorageWeakRef(t.untyped_storage()), t.data_ptr(), t._version, t.dtype, t.device
+    """Return what changes with a tensor's values; no storage is taken for one that is gone."""
+    version = object() if t.is_inference() else t._version
+    return StorageWeakRef(t.untyped_storage()), t.data_ptr(), version, t.dtype, t.device

@@ -161,6 +161,8 @@ def _columns_backward(
     """Return the gradients of z and of scale, in float32 for the latter."""
     if not need_scale:
         return columns(dy, scale) if need_z else None, None
+    if not len(dy):  # PyTorch would divide by that
+        return dy, torch.zeros_like(_wide(scale))
     plus, one = _as_statistics(z, bias)
     of = dy.contiguous(), z, _wide(scale), plus, one, None, None, False, 0.0
     dz, dscale, _ = torch.ops.aten.native_batch_norm_backward(*of, [need_z, True, False])

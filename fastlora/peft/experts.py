@@ -126,7 +126,7 @@ def _adapter(wrapper: ParamWrapper, name: str, weight: Tensor, by_columns: bool)
     a, b = a.unflatten(0, (E, -1)), b.unflatten(1, (-1, E)).permute(2, 0, 1)
     if wrapper._did_swap_in_out_features == by_columns:  # PEFT takes their rows for columns
         a, b = b.mT, a.mT
-    return a, b, float(scaling), 0.0, ALL
+    return a, b, float(scaling), 0.0, ALL, None
 
 
 def _not_known(module: nn.Module) -> str | None:

@@ -204,7 +204,8 @@ def operands(
         return "its base layer's bias is no parameter"
     quantised = theirs or not _is_dense(weight)
     if quantised:
-        weight = _quantised(base, weight, x, getattr(layer, "_by_sample", None) is not None)
+        own = getattr(layer, "_by_sample", None) is not None or layer.lora_variant
+        weight = _quantised(base, weight, x, bool(own))
         if type(weight) is str:
             return f"its weight {weight}"
     if _is_observed(base) or module_hooks():
@@ -237,7 +238,7 @@ def operands(
             extra = extra * adapter[2]
             bias = extra if bias is None else bias + extra
     if len(adapters) > 1 and any(of is not None for *_, of in adapters):
-        return "several adapters are active, and not all are plain LoRA: some are DoRA"
+        return "several adapters are active, and some are DoRA's, which apply one after another"
     return weight if linear or not is_conv1d(base) else weight.t(), bias, adapters
 
 

@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import baselines
 import decoder_layer
+import dora_layer
 import experts_block
 import measure
 import mixed_layer
@@ -106,6 +107,21 @@ def test_ours_mixes_adapters_as_pefts_layer_does(by_turns):
         assert len(step.trained) == 1 + 2 * 16
         found.append([layer(x), *torch.autograd.grad(layer(x), step.trained, dy)])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("m", [20, 1])
+def test_ours_computes_dora_as_peft_does(m):
+    problem = dora_layer.Problem(**{**vars(PROBLEM), "M": m})
+    (x, dy), linear, found = problem.inputs(), problem.linear(), {}
+    for way, make in dora_layer.WAYS.items():
+        layer = make(problem, measure.sharing(linear))
+        step = dora_layer._step(problem, layer, x, dy)
+        assert (type(step) is measure.Step) == (m > 1)
+        list(step())
+        found[way] = layer(x)
+        assert layer.training or m == 1 or way == "frozen"
+    torch.testing.assert_close(found["fastlora"], found["PEFT"], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found["fastlora"], found["frozen"], atol=0.1)
 
 
 def test_ours_computes_experts_as_pefts_wrapper_does():

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import decoder_layer
+import dora_layer
 import end_to_end
 import experts_block
 import machine
@@ -120,7 +121,9 @@ def tiny(monkeypatch, small_decoders):
     layer = {"SIZES": {"cpu": (32, 2)}, "SAMPLES": 4, "ADAPTERS": (4,), "SOME": 2}
     steps = {"MODELS": {"cpu": "model"}, "BATCH": 2, "ADAPTERS": (2, 1), "NAMES": ["a", "b"]}
     experts = {"SIZES": {"cpu": ((3, 2, 16, 8),)}, "TOKENS": {"cpu": 8}}
-    for module, sizes in ((mixed_layer, layer), (mixed_model, steps), (experts_block, experts)):
+    dora = {"SIZES": {"cpu": (32, (20,))}}
+    own = {mixed_layer: layer, mixed_model: steps, experts_block: experts, dora_layer: dora}
+    for module, sizes in own.items():
         for name, value in sizes.items():
             monkeypatch.setattr(module, name, value)
 
@@ -157,10 +160,10 @@ def test_a_run_writes_all_that_it_measures(tiny, tmp_path, capsys, monkeypatch):
     assert [(r["way"], r["batch"]) for r in result["end_to_end"]] == [
         (way, batch) for batch in (1, 2) for way in end_to_end.WAYS
     ]
-    assert [[r["way"] for r in p["rows"]] for p in result["experts"]] == [
-        ["frozen", "fastlora", "PEFT"]
-    ] * 2
-    listed = ("problems", "decoder_layers", "experts")
+    for section, count in (("experts", 2), ("dora_layers", 4)):
+        ways = [[r["way"] for r in p["rows"]] for p in result[section]]
+        assert ways == [["frozen", "fastlora", "PEFT"]] * count
+    listed = ("problems", "decoder_layers", "experts", "dora_layers")
     rows = [r for s in listed for p in result[s] for r in p["rows"]]
     assert all(row["rounds"] >= 3 for row in (*rows, *result["end_to_end"]))
     assert "error" not in json.dumps(result) and "with host" not in table
@@ -168,7 +171,7 @@ def test_a_run_writes_all_that_it_measures(tiny, tmp_path, capsys, monkeypatch):
     unmeasured = "PEFT compiled, fastlora eager, fastlora library, fastlora triton"
     assert f"Not measured on this machine: {unmeasured}." in table
     said = capsys.readouterr().out.splitlines()
-    assert "layers: 2 problems, about 4.0 min" in said
+    assert "layers: 2 problems, about 3.9 min" in said
     assert any(re.fullmatch(r"decoder layers: 2 problems, about 2.\d min", line) for line in said)
     assert said[-1].partition(": ")[2].startswith(str(tmp_path))
 
@@ -318,7 +321,8 @@ def test_pictures_that_cannot_be_drawn_cost_themselves_alone(tiny, tmp_path, mon
 
 
 LAYERS = {"ratio", "tokens", "roofline"}
-SECTIONS = ("problems", "decoder_layers", "end_to_end", "mixed_layers", "mixed_models", "experts")
+SECTIONS = ("problems", "decoder_layers", "end_to_end", "mixed_layers", "mixed_models")
+SECTIONS += ("experts", "dora_layers")
 
 
 @pytest.mark.parametrize(
@@ -329,6 +333,7 @@ SECTIONS = ("problems", "decoder_layers", "end_to_end", "mixed_layers", "mixed_m
         (["--only", "model"], ["end_to_end", "mixed_models"], {"memory"}),
         (["--only", "mixed"], ["mixed_layers", "mixed_models"], {"mixed"}),
         (["--only", "experts"], ["experts"], {"experts"}),
+        (["--only", "DoRA"], ["dora_layers"], set()),
         (["--minutes", "0"], [], set()),
     ],
 )
@@ -342,7 +347,7 @@ def test_what_is_asked_for_is_measured_in_its_time(
     assert pictures == drawn
     said = capsys.readouterr().out
     # What is measured outlives the ceilings.
-    failed = {"torch.float32": {"error": ERROR}} if drawn in (LAYERS, set()) else {}
+    failed = {"torch.float32": {"error": ERROR}} if sections in ([], ["problems"]) else {}
     assert result["ceilings"] == failed
     assert (f"Measured ceilings, fp32: {ERROR}" in table) == bool(failed)
     if sections:
@@ -351,7 +356,7 @@ def test_what_is_asked_for_is_measured_in_its_time(
         names = [f"layer: {m}x40x64 r=4 float32/float32 dropout=0" for m in (300, 20)]
         names += ["plain, 20 tokens, dropout 0", "plain, 20 tokens, dropout 0.05"]
         names += ["model, batch 1", "model, batch 2"]
-        for module in (mixed_layer, mixed_model, experts_block):
+        for module in (mixed_layer, mixed_model, experts_block, dora_layer):
             names += map(str, module.problems("cpu"))
         assert result["left_out"] == names
         assert f"Left out, as the time was over: {'; '.join(names)}." in table
@@ -366,7 +371,7 @@ def test_a_name_that_nothing_has_is_refused(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         made(tmp_path / "none", "--only", "Llama-9")
     said = "--only 'Llama-9' is in no name; there are: layer; plain; model; mixed adapters; model, "
-    said += "mixed adapters; experts"
+    said += "mixed adapters; experts; DoRA"
     assert said in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
@@ -417,7 +422,7 @@ def test_few_tokens_on_a_gpu_are_timed_with_the_host_too(tiny, tmp_path, monkeyp
     assert "Steps begin on an idle GPU" in report.markdown(result)
 
 
-@pytest.mark.parametrize("name", ["model", "model, NF4"])
+@pytest.mark.parametrize("name", ["model", "model, NF4", "model, DoRA"])
 def test_models_share_their_frozen_weights(name, tiny, monkeypatch):
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     monkeypatch.setattr(end_to_end, "MODELS", {name: end_to_end.MODELS["model"]})
@@ -434,6 +439,7 @@ def test_models_share_their_frozen_weights(name, tiny, monkeypatch):
     assert_shared(base, models)
     assert all(m.get_output_embeddings().weight is base.lm_head.weight for m in models)
     assert ("4bit" in str(base.model)) == ("NF4" in name) == ("4bit" in repr(models))
+    assert ("DoraLinearLayer" in repr(models)) == ("DoRA" in name)
     fresh = make(name, torch.device("cpu")).state_dict()
     assert all(torch.equal(t, fresh[name]) for name, t in base.state_dict().items())
 

@@ -12,7 +12,14 @@ from fastlora.layers.active import ALL, lora_sum
 def operands(*ranks, p=0.0, dtype=torch.float32):
     """Return weight, bias and an adapter of each rank, which is also its scaling's denominator."""
     adapters = [
-        (torch.randn(r, 12).requires_grad_(), torch.randn(10, r).requires_grad_(), 3 / r, p, ALL)
+        (
+            torch.randn(r, 12).requires_grad_(),
+            torch.randn(10, r).requires_grad_(),
+            3 / r,
+            p,
+            ALL,
+            None,
+        )
         for r in ranks
     ]
     return torch.randn(10, 12, dtype=dtype), torch.randn(10, dtype=dtype), adapters
@@ -40,7 +47,10 @@ def test_float32_adapters_under_a_sixteen_bit_base_keep_their_digits():
 def test_each_drops_its_own_elements(ps):
     """Two adapters that cancel do not once one of them drops, or both: no mask is shared."""
     weight, _, [(a, b, scaling, *_), _] = operands(4, 4)
-    x, pair = torch.randn(64, 12), [(a, b, scaling, ps[0], ALL), (a, -b, scaling, ps[1], ALL)]
+    x, pair = (
+        torch.randn(64, 12),
+        [(a, b, scaling, ps[0], ALL, None), (a, -b, scaling, ps[1], ALL, None)],
+    )
     y = lora_sum(x, weight.zero_(), None, pair)
     assert (y.abs().mean() > 0.1) == any(ps)
     assert any(ps) != torch.allclose(y, lora_sum(x, weight, None, pair), atol=1e-5)

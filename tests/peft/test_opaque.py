@@ -8,6 +8,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from results import X, apart, results
 from torch import nn
 from transformers.integrations import finegrained_fp8
@@ -118,3 +119,11 @@ def test_gradients_of_an_opaque_layer_are_differentiable():
     torch.testing.assert_close(tangents, layer(x) - layer(torch.zeros_like(x)))
     y = torch.compile(layer, backend="aot_eager")(x)
     torch.testing.assert_close(y, layer(x))
+
+
+def test_dora_is_left_to_peft():
+    """Its norm is that of a weight which only the layer knows."""
+    layer = opaque("gptq", torch.float32)
+    layer.lora_variant["default"] = DoraLinearVariant()  # which PEFT makes for FP8 on a GPU alone
+    with pytest.warns(UserWarning, match=r"\(DoraLinearVariant\) on a layer that alone knows its"):
+        patch_peft(nn.Sequential(layer))

@@ -114,7 +114,7 @@ MODELS = [
         (made(lambda model, of=change: of(layers(model)[0]), target_modules=["0"]), why)
         for change, why in CHANGES
     ),
-    (asked(mlp, use_dora=True), r"'default' is a variant of LoRA \(DoraLinearVariant\)"),
+    (asked(mlp, init_lora_weights="mica"), r"'default' is a variant of LoRA \(MiCALinearVariant\)"),
     (
         asked(lambda: mlp().bfloat16(), lora_bias=True),
         f"a bias of torch.float32 on a base of {BF16}",
@@ -177,7 +177,7 @@ def test_a_variant_beside_a_plain_adapter(fused):
     """The choice is made at each call: what is active decides."""
     plain, model, _ = pair()
     for each in (plain, model):
-        add(each, use_dora=True)
+        add(each, init_lora_weights="mica")
     for active in ("other", ["default", "other"]):
         for each in (plain, model):
             each.base_model.set_adapter(active)
@@ -286,7 +286,7 @@ REFUSED = [
     (patch_peft, mlp, ValueError, "has no LoRA layer of PEFT's; patch_peft"),
     (patch_peft, lambda: "model", TypeError, r"model must be an nn\.Module, got str"),
     # A warning that is an error.
-    (patch_peft, lambda: wrapped(use_dora=True), UserWarning, "fused nothing"),
+    (patch_peft, lambda: wrapped(init_lora_weights="mica"), UserWarning, "fused nothing"),
     (patch_peft, lambda: torch.compile(wrapped()), ValueError, COMPILED),
     (patch_peft, made(nn.Module.compile), ValueError, COMPILED),
     (patch_peft, made(compiled_inside), ValueError, COMPILED),
