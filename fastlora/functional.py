@@ -314,10 +314,9 @@ def _key(x: Tensor, projections: Sequence[Projection], G: int | None) -> tuple |
 def _autocast(given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     if given["x"].dtype not in _CAST:
         return given
-    # Float32 adapters are kept: the operator takes them.
-    a, scale = given.get("lora_A"), given.get("scale")
-    kept = () if a is None or a.dtype != torch.float32 else ("lora_A", "lora_B")
-    kept = kept if scale is None or scale.dtype != torch.float32 else (*kept, "scale")
+    # Float32 adapters and scales are kept: the operator takes them.
+    of = {"lora_A": "lora_A", "lora_B": "lora_A", "scale": "scale"}
+    kept = [name for name, of in of.items() if of in given and given[of].dtype == torch.float32]
     return {
         name: t if t.dtype not in _CAST or name in kept else t.to(dtype)
         for name, t in given.items()

@@ -152,7 +152,8 @@ def columns(z: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     A batch norm in evaluation is that in one pass, and in float32 under 16 bits.
     """
     plus, one = _as_statistics(z, bias)
-    return torch.native_batch_norm(z, _wide(scale), plus, plus, one, False, 0.0, 0.0)[0]
+    of = _wide(scale), plus, plus, one
+    return torch.native_batch_norm(z, *of, False, 0.0, 0.0)[0]
 
 
 def _columns_backward(

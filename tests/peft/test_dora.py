@@ -99,6 +99,16 @@ def test_as_peft(kind, p, few, fused, monkeypatch, request):
     same_kinds(model, made(kind, lora_dropout=p))
 
 
+def test_dropout_is_by_the_layer_s_mode():
+    """As in PEFT: whatever the mode of its dropout."""
+    plain = made(lora_dropout=0.4).eval()
+    for layer in layers(plain):
+        layer.lora_dropout.train()
+    model = copy.deepcopy(plain)
+    patch_peft(model)
+    torch.testing.assert_close(model(X.double()), plain(X.double()), **EXACT)
+
+
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])

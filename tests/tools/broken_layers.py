@@ -22,8 +22,38 @@ INPUT = (
     "forward(self, x: Tensor) -> Tensor:\n        input = x",
 )
 
+NORM = "layers/test_dora.py::test_"
+DORA = "peft/test_dora.py::test_"
+
 # By file and the tests that must notice: what, right, wrong.
 COPIES = {
+    ("dora", f"{NORM}as_in_float64"): [
+        ("rows that cancel keep the digits left", "CANCELS = 1 / 8", "CANCELS = 0.0"),
+        ("rows are formed in float32", "exact[0].double(), exact[1][rows].double()", "a, b[rows]"),
+        ("scaling counts once", "to(own.dtype) * scaling", "to(own.dtype)"),
+    ],
+    ("dora", f"{NORM}nothing_as_large_as_the_weight_is_made"): [
+        ("the whole weight in float32", "for part in weight.split(rows)", "for part in [weight]"),
+    ],
+    ("dora", f"{NORM}where_nobody_may_wait_for_a_number"): [
+        ("no row is formed", "min(MOST_FORMED, len(left))", "0"),
+    ],
+    ("dora", f"{DORA}the_frozen_layer_at_the_start"): [
+        ("norms are wider than magnitudes", "scaling).to(a.dtype)", "scaling)"),
+    ],
+    ("dora", f"{DORA}as_peft"): [
+        ("norms have a gradient", "with torch.no_grad():", "if True:"),
+    ],
+    ("dora", f"{DORA}no_norm_of_what_has_changed"): [
+        ("nobody sees what is written to", "else t._version", "else 0"),
+        ("a weight's place is its name", "StorageWeakRef(t.untyped_storage()), t.data", "t.data"),
+        ("train() changes nothing", "if _MARK not in marks:", "if False:"),
+        ("scaling changes nothing", '"whole", (source, a, b, scaling)', '"whole", (source, a, b)'),
+    ],
+    ("dora", f"{DORA}norms_are_made_once_in_evaluation"): [
+        ("each token makes the norms", "if magnitude.training:", "if True:"),
+        ("norms are kept while training", "if magnitude.training:", "if False:"),
+    ],
     ("lora", f"{LAYER}dropout_is_a_child_and_read_at_each_call"): [
         ("something is dropped in evaluation", "dropout.p if dropout.training and", "dropout.p if"),
     ],

@@ -6,11 +6,46 @@ from broken_copies import Mutant
 # By file and the tests that must notice (file::name, without "test_", of this folder if no other is
 # named): what, right, wrong.
 COPIES = {
+    ("scaled", "scaled::as_the_formula"): [
+        (
+            "a bias is scaled",
+            "one.scale, one.bias)\n            then",
+            "one.scale)\n            then",
+        ),
+        ("what is scaled is not dropped", "z = F.linear(x_hat, one.w)", "z = F.linear(x, one.w)"),
+        ("what is kept is not made larger", "- 1.0) * kept_scale(one.p)", "- 1.0)"),
+        ("gradients of scale are not", "dscale.mul_(kept_scale(one.p))", "dscale"),
+        ("what is dropped gets a gradient", "dx.addcmul_(part, ones)", "dx.add_(part)"),
+    ],
+    ("scaled", "scaled::float32_adapters_keep_their_digits"): [
+        (
+            "adapters get what is scaled and rounded",
+            "given.append((i, dy, _adapter(one), kept[i], needs[i]))",
+            "of = _adapter(one)._replace(b=one.b / one.scale[:, None])\n"
+            "                given.append((i, dz, of, kept[i], needs[i]))",
+        ),
+    ],
+    ("scaled", "scaled::a_scale_of_one_changes_no_bit"): [
+        (
+            "a bias is rounded twice",
+            "of = _wide(scale), plus, plus, one",
+            "z, of = z - (0 if bias is None else bias), (_wide(scale), plus, 0 * plus, one)",
+        ),
+    ],
+    ("scaled", "scaled::hardly_any_rows"): [
+        ("PyTorch divides by no rows", "if not len(dy):", "if False:"),
+    ],
+    ("op", "scaled::what_is_kept"): [
+        ("what a frozen scale multiplies is kept", "z if need else None for z", "z for z"),
+    ],
+    ("eager", "scaled::as_the_formula"): [
+        ("few tokens scale the bias", "y = y + (bias - plus)", "y = y + (bias - plus) * scale"),
+    ],
     ("op", "projections::trained_weights_and_biases"): [
         ("a trained bias gets no gradient", "if need_bias:", "if False:"),
     ],
     ("op", "operator::gradcheck_and_double_backward"): [
-        ("second derivatives are those of a constant", "if looked_into(*dys) or (", "if ("),
+        ("second derivatives are those of a constant", "looked_into(*dys) or (", "("),
     ],
     ("op", "projections::compiled"): [
         (

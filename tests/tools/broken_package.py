@@ -20,7 +20,10 @@ COPIES = {
         ("y keeps the rows of x only", SHAPED, SHAPED.replace("*shape[:-1]", "-1")),
     ],
     ("functional", f"{OPERATOR}float32_adapters_keep_their_precision_under_autocast"): [
-        ("autocast rounds float32 adapters", '(wide and name.startswith("lora"))', "False"),
+        ("autocast rounds float32 adapters", "of in given and given[of].dtype ==", "None =="),
+    ],
+    ("functional", "operator/test_scaled.py::test_as_the_formula"): [
+        ("scale leaves lora_B out", "b = (b * columns.unsqueeze(1)).to(b.dtype)", "pass"),
     ],
     ("functional", f"{FUNCTIONAL}wrong_arguments"): [
         ("what was right once is right in any size", "(t.dtype, t.size(), t.d", "(t.dtype, t.d"),

@@ -8,6 +8,7 @@ FUSED, REASONS = "peft/test_peft.py::test_", "peft/test_peft_reasons.py::test_"
 BY_SAMPLE = "peft/test_by_sample.py::test_"
 OUTSIDE = f"{BY_SAMPLE}another_checkpoint_outside_of_the_block_is_an_error"
 OPAQUE = "peft/test_opaque.py::test_"
+DORA = "peft/test_dora.py::test_"
 QUANTISED = "peft/test_quantised.py::test_"
 EXPERTS, EXPERT_FILES = "peft/test_experts.py::test_", "peft/test_expert_files.py::test_"
 LEFT = "layers/test_sibling_search.py::test_unloaded_models_are_plain"
@@ -22,6 +23,16 @@ COPIES = {
     },
     ("linear", f"{FUSED}a_mixed_model"): {
         "new layers are not fused": "return fuse(super()._create => return (super()._create",
+    },
+    ("linear", f"{DORA}what_is_left_to_peft"): {
+        "two of DoRA's add up": "if len(adapters) > 1 and => if False and",
+        "hooks on a magnitude are not seen": "if _is_observed(magnitude): => if False:",
+    },
+    ("linear", f"{DORA}dropout_is_by_the_layer_s_mode"): {
+        "dropout goes by its own mode": "if layer.training else 0.0 => if True else 0.0",
+    },
+    ("linear", f"{OPAQUE}dora_is_left_to_peft"): {
+        "a weight that nobody knows has a norm": "or type(weight) is weights.Opaque: => or False:",
     },
     ("linear", f"{REASONS}what_is_not_fused"): {
         "any weight is taken for a dense one": "return type(weight) in PLAIN and => return 1 or",
