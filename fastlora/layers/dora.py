@@ -7,6 +7,7 @@ narrow as the rank, in float32. Rows that nearly cancel, and its digits with the
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,6 @@ ELEMENTS = {"cpu": 1 << 19}
 MORE_ELEMENTS = 1 << 24
 # What was made for a module of PEFT's, by name, and of what; copies and pickles go without.
 _made: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
-_MARK = "fastlora"
 
 
 def scale_of(
@@ -31,9 +31,9 @@ def scale_of(
 ) -> Tensor:
     """Return DoRA's scale [N] of a frozen weight [N, K] with lora_A [R, K] and lora_B [N, R].
 
-    ``magnitude`` is PEFT's module of it; the norm has its dtype and no gradient, as in section 4.3
-    of the paper (arXiv:2402.09353). In evaluation it is kept there until one of them is written to
-    or replaced; what the frozen weight adds to it is kept while training as well.
+    ``magnitude`` is PEFT's module of it; the norm has the dtype of a and no gradient, as in section
+    4.3 of the paper (arXiv:2402.09353). It is kept in evaluation, until any of them is written to
+    or replaced; what the frozen weight adds to it is kept in training as well.
     """
     with torch.no_grad():
         made = exactly(weight.device, _norm, weight, a, b, scaling, magnitude)
@@ -52,6 +52,7 @@ def _norm(weight, a: Tensor, b: Tensor, scaling, magnitude: nn.Module) -> Tensor
 
     wide = torch.promote_types(a.dtype, torch.float32)
     if magnitude.training:
+        forget(magnitude)
         return whole()
     return _kept(magnitude, "whole", (source, a, b, scaling), whole)
 
@@ -86,25 +87,24 @@ def _product(weight: Tensor, a: Tensor) -> Tensor:
     return torch.cat([part.to(a.dtype) @ a.t() for part in weight.split(rows)])
 
 
-def _kept(magnitude: nn.Module, name: str, of: tuple, make: Callable[[], Tensor]) -> Tensor:
-    """Return what was made of tensors and numbers, until one of them is another.
+def forget(magnitude: nn.Module) -> None:
+    """Have the norms made again, though nothing was seen to change; those of the weight stay."""
+    _made.get(magnitude, {}).pop("whole", None)
 
-    Or `train` is called, which empties the cache of PEFT's module, and the mark in it is gone.
-    """
-    marks = getattr(magnitude, "_dora_cache", None)
-    if marks is None or is_compiling():
+
+def _kept(magnitude: nn.Module, name: str, of: tuple, make: Callable[[], Tensor]) -> Tensor:
+    """Return what was made of tensors and numbers, while they are the same."""
+    if is_compiling():
         return make()
-    found = _made.setdefault(magnitude, {})
-    if _MARK not in marks:
-        found.clear()
-        marks[_MARK] = True
-    state = [_state(t) if isinstance(t, Tensor) else t for t in of]
+    found, state = _made.setdefault(magnitude, {}), [_state(t) for t in of]
     if name not in found or found[name][0] != state:
         found[name] = state, make()
     return found[name][1]
 
 
-def _state(t: Tensor) -> tuple:
+def _state(t: Tensor | float | torch.dtype) -> Any:
     """Return what changes with a tensor's values; no storage is taken for one that is gone."""
+    if not isinstance(t, Tensor):
+        return t
     version = object() if t.is_inference() else t._version
     return StorageWeakRef(t.untyped_storage()), t.data_ptr(), version, t.dtype, t.device

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as module_hooks
 
 from fastlora.functional import DTYPES
+from fastlora.layers import dora
 from fastlora.layers.active import ALL, Adapter, Layer, lora_sum
 from fastlora.layers.gated import may_differ
 from fastlora.layers.lora import is_conv1d
@@ -48,6 +49,12 @@ class Fused:
             if type(found) is tuple and found[2]:
                 return lora_sum(x, *found)
         return super().forward(x, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Set the mode; norms of DoRA that were kept are made again."""
+        for magnitude in self.lora_magnitude_vector.values():
+            dora.forget(magnitude)
+        return super().train(mode)
 
     def sibling_operands(self, x: Tensor) -> Layer | None:
         """Return what `siblings` computes with, None while PEFT's own code has to run."""

@@ -24,21 +24,24 @@ from fastlora.peft import linear as peft_layer
 
 SOURCE = Path(sys.prefix) / "peft-source" / f"peft-{peft.__version__}.tar.gz"
 COMMON = ("testing_common.py", "testing_utils.py")
-# By file, calls of plain LoRA on linear layers, and of experts, with adapters that are neither
-# merged nor disabled; and tests that pass.
+# By file, calls of linear layers, those of them with DoRA, and calls of experts, with adapters that
+# are neither merged nor disabled; and tests that pass.
 FUSED = {
     "0.21.2": {
-        "test_custom_models.py": (772, 0, 1800),
-        "test_target_parameters.py": (930, 1784, 230),
+        "test_custom_models.py": (1156, 384, 0, 1800),
+        "test_lora_variants.py": (0, 0, 0, 0),
+        "test_target_parameters.py": (930, 0, 1784, 230),
     }
 }
 # Tests that count what PEFT folds into weights.
 FOLDING = re.compile("multiple_parameters_on_same_module|result_caching_works|under_autocast")
+# Tests of DoRA without such parameters; others load models that are not here.
+DORA = re.compile(r"dora_adapters|lora_(with|and)_dora|dora_(params|unmerge)")
 # Parameters of 12 kinds times 331 models: PEFT's casts at loading, which no forward sees.
 SLOW = ("test_adapter_dtype_autocast",)
 MODELS = ("MLP", "Emb", "Conv")
 SEVERAL = ("TestMultipleActiveAdapters", "TestMixedAdapterBatches", "TestRequiresGrad")
-calls = {"fused": 0, "experts": 0, "own": 0}
+calls = {"fused": 0, "dora": 0, "experts": 0, "own": 0}
 
 
 @pytest.mark.parametrize("file", FUSED["0.21.2"])
@@ -63,9 +66,9 @@ def test_peft_s_own_tests(tmp_path, file):
         command, cwd=tmp_path, env=os.environ | offline, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-1000:]
-    fused, of_experts, passed = FUSED[peft.__version__][file]
+    *counts, passed = FUSED[peft.__version__][file]
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > passed
-    assert f"calls: {fused} fused, {of_experts} of experts, 0 unpatched" in run.stdout
+    assert "calls: {} fused ({} of DoRA), {} of experts, 0 unpatched".format(*counts) in run.stdout
 
 
 def pytest_configure(config):
@@ -77,9 +80,10 @@ def pytest_configure(config):
     def new_layer(lora_config, adapter_name, target, **kwargs):
         return peft_layer.fuse(made(lora_config, adapter_name, target, **kwargs))
 
-    def counted(*args):
+    def counted(x, weight, bias, adapters):
         calls["fused"] += 1
-        return fused(*args)
+        calls["dora"] += any(magnitude is not None for *_, magnitude in adapters)
+        return fused(x, weight, bias, adapters)
 
     def own_forward(self, *args, **kwargs):
         calls["own"] += type(self) is not peft_layer.FusedLinear
@@ -114,6 +118,8 @@ def _is_lora(item):
     given = getattr(item, "callspec", None)
     if item.path.name == "test_target_parameters.py":
         return not FOLDING.search(item.originalname)
+    if DORA.search(item.originalname):
+        return True
     if item.originalname in SLOW or given is None:
         return False
     values = list(given.params.values())
@@ -124,5 +130,5 @@ def _is_lora(item):
 
 
 def pytest_terminal_summary(terminalreporter):
-    fused, of_experts, own = calls.values()
-    terminalreporter.write_line(f"calls: {fused} fused, {of_experts} of experts, {own} unpatched")
+    counts = "calls: {fused} fused ({dora} of DoRA), {experts} of experts, {own} unpatched"
+    terminalreporter.write_line(counts.format(**calls))

@@ -22,7 +22,7 @@ INPUT = (
     "forward(self, x: Tensor) -> Tensor:\n        input = x",
 )
 
-NORM = "layers/test_dora.py::test_"
+NORM = "layers/test_dora_norms.py::test_"
 DORA = "peft/test_dora.py::test_"
 
 # By file and the tests that must notice: what, right, wrong.
@@ -47,7 +47,7 @@ COPIES = {
     ("dora", f"{DORA}no_norm_of_what_has_changed"): [
         ("nobody sees what is written to", "else t._version", "else 0"),
         ("a weight's place is its name", "StorageWeakRef(t.untyped_storage()), t.data", "t.data"),
-        ("train() changes nothing", "if _MARK not in marks:", "if False:"),
+        ("train() changes nothing", '.pop("whole", None)', ""),
         ("scaling changes nothing", '"whole", (source, a, b, scaling)', '"whole", (source, a, b)'),
     ],
     ("dora", f"{DORA}norms_are_made_once_in_evaluation"): [

@@ -12,11 +12,9 @@ N, K, R = 70, 300, 6
 
 
 class Magnitude(nn.Module):
-    """As PEFT's: with a cache that `train` empties."""
-
     def __init__(self, weight):
         super().__init__()
-        self.weight, self._dora_cache = nn.Parameter(weight), {}
+        self.weight = nn.Parameter(weight)
 
 
 def problem(dtype=torch.float32, adapter=None, cancelling=0.0):
