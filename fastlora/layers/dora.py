@@ -98,7 +98,8 @@ def _kept(magnitude: nn.Module, name: str, of: tuple, make: Callable[[], Tensor]
         return make()
     found, state = _made.setdefault(magnitude, {}), [_state(t) for t in of]
     if name not in found or found[name][0] != state:
-        found[name] = state, make()
+        with torch.inference_mode(False), torch.no_grad():  # it may serve for training as well
+            found[name] = state, make()
     return found[name][1]
 
 

@@ -70,7 +70,8 @@ def _or_none(tensors: Sequence[Tensor]) -> Each:
 def _listed(x: Tensor, projections: Projections) -> tuple[list[Tensor], float, list[float]]:
     """Return operands, scaling and dropout_p."""
     operands: list[Tensor | None] = []
-    for w, a, b, bias, seed, _, _, scale in projections:  # torch 2.8 compiles no part of a tuple
+    # PyTorch 2.8 compiles no part of a namedtuple.
+    for w, a, b, bias, seed, _, _, scale in projections:
         operands += w, a, b, bias, scale, seed
     return _or_empty(x, operands), _number(projections[0]), [one.p for one in projections]
 
@@ -124,7 +125,8 @@ def _forward_fake(x, operands, scaling, dropout_p, impl, offsets):
     ss = [one.a if one.a is None else one.a.new_empty(M, one.a.shape[-2]) for one in each]
     ys = [x.new_empty(M, one.w.shape[-2]) for one in each]
     if any(one.scale is not None for one in each):
-        ss += [None if one.scale is None else torch.empty_like(y) for one, y in zip(each, ys)]  # noqa: B905, torch 2.8
+        pairs = zip(each, ys, strict=True)
+        ss += [None if one.scale is None else torch.empty_like(y) for one, y in pairs]
     return ys, _or_empty(x, ss)
 
 

@@ -25,32 +25,31 @@ def forward(find: Callable, x: Tensor, projections: Projections) -> tuple[list[T
 
     ``find`` returns what runs projections without a scale.
     """
-    n, groups, first, then = len(projections), [], [], []
-    for i, one in enumerate(projections):
-        if type(one.w) is slice:
-            groups[-1].append((i, one))
-        else:
-            one = one if one.scale is None or one.seed is None else one._replace(w=dense(one.w))
-            groups.append([(i, one)])
-    for (i, one), *others in groups:
-        first += [(i, one), *others] if one.scale is None else [(i, _frozen(one))]
+    n, groups, first, then, ys = len(projections), [], [], [], []
     kept: list[Tensor | None] = [None] * (2 * n)
-    ys = _forward(find, x, first, kept)
-    for k, ((i, one), *others) in enumerate(groups):
+    for i, one in enumerate(projections):
+        if type(one.w) is not slice:
+            groups.append([])
+        groups[-1].append((i, one))
+    for (i, one), *others in groups:
         if one.scale is None:
-            continue
-        z = ys[k]
-        if one.seed is None:
-            ys[k] = columns(z, one.scale, one.bias)
-            then += [*_added(i, one, ys[k]), *others]
+            first += [(i, one), *others]
+        elif one.seed is None:
+            first.append((i, _frozen(one)))
+    there = iter(_forward(find, x, first, kept))
+    for (i, one), *others in groups:
+        if one.scale is None:
+            ys.append(next(there))
+        elif one.seed is None:
+            kept[n + i] = z = next(there)
+            ys.append(columns(z, one.scale, one.bias))
+            then += [*_added(i, one, ys[-1]), *others]
         else:
             x_hat, _ = dropped(x, one)
-            z = F.linear(x_hat, one.w)
-            ys[k] = columns(z, _changed(one)).add_(ys[k])
-            _forward(find, x_hat, _added(i, _on_dropped(one), ys[k]), kept)
-        kept[n + i] = z
-    if then:
-        _forward(find, x, then, kept)
+            kept[n + i], y = _frozen_of_both(x_hat, x, one)
+            ys.append(columns(kept[n + i], _changed(one)).add_(y))
+            _forward(find, x_hat, _added(i, _on_dropped(one), ys[-1]), kept)
+    _forward(find, x, then, kept)
     return ys, kept
 
 
@@ -90,7 +89,15 @@ def backward(
     return dx, das, dbs, dscales
 
 
+def _frozen_of_both(x_hat: Tensor, x: Tensor, one: Operands) -> tuple[Tensor, Tensor]:
+    """Return x̂ wᵀ and x wᵀ + bias, of a quantised weight that is made dense once."""
+    w = dense(one.w)
+    return F.linear(x_hat, w), F.linear(x, w, one.bias)
+
+
 def _forward(find: Callable, x: Tensor, numbered: Sequence, kept: list) -> list[Tensor]:
+    if not numbered:
+        return []
     numbers, ones = zip(*numbered, strict=True)
     ys, ss = find(x, ones).forward(x, ones)
     for i, s in zip(numbers, ss, strict=True):

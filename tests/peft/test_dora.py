@@ -4,6 +4,7 @@
 import contextlib
 import copy
 import pickle
+import weakref
 
 import peft.tuners.lora.dora as dora_of_peft
 import pytest
@@ -326,6 +327,32 @@ def test_norms_are_made_once_in_evaluation(monkeypatch):
         model.train()  # as trainers do before each step
         model(X.double())
         assert len(made_of) == 6 + 2 * n and not frozen  # the weight's are kept
+
+
+def test_gradients_after_inference_mode():
+    """What was kept there may be saved for backward."""
+    model = made().eval()
+    right = grads(model, X.double())
+    patch_peft(model)
+    with torch.inference_mode():
+        model(X.double())
+    torch.testing.assert_close(grads(model, X.double()), right, **EXACT)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_one_weight_is_dense_at_a_time(p, monkeypatch):
+    alive, most, own = [], [], weights.Quantised.dense
+
+    def dense(self):
+        most.append(sum(ref() is not None for ref in alive))
+        alive.append(weakref.ref(made := own(self)))
+        return made
+
+    monkeypatch.setattr(weights.Quantised, "dense", dense)
+    model = block("nf4", torch.bfloat16, lora_dropout=p)
+    patch_peft(model, fuse_siblings=[("q", "k", "v"), ("gate", "up")])
+    results(model, WIDE.bfloat16())
+    assert len(alive) > 12 and not any(most)
 
 
 @pytest.mark.parametrize("caching", [False, True])

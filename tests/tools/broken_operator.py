@@ -7,12 +7,8 @@ from broken_copies import Mutant
 # named): what, right, wrong.
 COPIES = {
     ("scaled", "scaled::as_the_formula"): [
-        (
-            "a bias is scaled",
-            "one.scale, one.bias)\n            then",
-            "one.scale)\n            then",
-        ),
-        ("what is scaled is not dropped", "z = F.linear(x_hat, one.w)", "z = F.linear(x, one.w)"),
+        ("a bias is scaled", "columns(z, one.scale, one.bias)", "columns(z, one.scale)"),
+        ("what is scaled is not dropped", "return F.linear(x_hat, w)", "return F.linear(x, w)"),
         ("what is kept is not made larger", "- 1.0) * kept_scale(one.p)", "- 1.0)"),
         ("gradients of scale are not", "dscale.mul_(kept_scale(one.p))", "dscale"),
         ("what is dropped gets a gradient", "dx.addcmul_(part, ones)", "dx.add_(part)"),
