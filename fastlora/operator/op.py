@@ -14,6 +14,7 @@ gradients of trained base weights and biases are plain products, written in the 
 through it and back costs as much Python time as ten small products.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from fastlora.operator import eager, plans
+from fastlora.operator import eager, plans, scaled
 from fastlora.operator.operands import (
     Each,
     Operands,
@@ -44,8 +45,23 @@ def forward(
 
     With scales what those multiply follows, [M, N] or None for each projection.
     """
-    plan = plan or plans.find(impl, x, projections)
+    plan = plan or _plan(impl, x, projections)
     return exactly(x.device, plan.forward, x, projections)
+
+
+def _plan(impl: str, x: Tensor, projections: Projections) -> plans.Pair:
+    """Return what runs projections; those with scales are some that others run."""
+    if not _are_scaled(projections):
+        return plans.find(impl, x, projections)
+    of = functools.partial(plans.find, impl)
+    return plans.Pair(*(functools.partial(f, of) for f in (scaled.forward, scaled.backward)))
+
+
+def _are_scaled(projections: Projections) -> bool:
+    for one in projections:  # noqa: SIM110 - a generator takes longer, for each layer call
+        if one.scale is not None:
+            return True
+    return False
 
 
 # The operators, which hold lists of tensors.
@@ -114,8 +130,8 @@ def _backward_op(
 
 def _by_plan(dys, x, projections, ss, impl, need_x, needs, need_scale, plan=None) -> tuple:
     """Return dx, and the gradients of lora_A, lora_B and scale of each projection."""
-    plan, given = plan or plans.find(impl, x, projections), (dys, x, projections, ss, need_x, needs)
-    if any(one.scale is not None for one in projections):
+    plan, given = plan or _plan(impl, x, projections), (dys, x, projections, ss, need_x, needs)
+    if _are_scaled(projections):
         return exactly(x.device, plan.backward, *given, need_scale)
     return *exactly(x.device, plan.backward, *given), [None] * len(projections)
 
@@ -124,7 +140,7 @@ def _forward_fake(x, operands, scaling, dropout_p, impl, offsets):
     M, each = x.shape[0], _projections(operands, scaling, dropout_p, offsets)
     ss = [one.a if one.a is None else one.a.new_empty(M, one.a.shape[-2]) for one in each]
     ys = [x.new_empty(M, one.w.shape[-2]) for one in each]
-    if any(one.scale is not None for one in each):
+    if _are_scaled(each):
         pairs = zip(each, ys, strict=True)
         ss += [None if one.scale is None else torch.empty_like(y) for one, y in pairs]
     return ys, _or_empty(x, ss)
@@ -293,7 +309,7 @@ def _is_whole(scaling: float | Segments) -> bool:
 class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, projections, impl, *_):
-        plan = plans.find(impl, x, projections)
+        plan = _plan(impl, x, projections)
         ys, ss = forward(x, projections, impl, plan)
         for one in projections:
             if one.w is None:

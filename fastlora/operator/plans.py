@@ -59,7 +59,7 @@ def find(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
     m, k = x.shape
     key: list[Any] = [impl, (m - 1).bit_length() if m else 0, k, x.dtype, x.device]
     for one in projections:
-        w, a, b, _, seed, _, _, scale = one
+        w, a, b, _, seed, *_ = one
         if a is None:
             key += one.width(), 0
         else:
@@ -68,8 +68,6 @@ def find(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
             key.append(type(w))
         elif w.dim() == 3:
             key.append(3)
-        if scale is not None:
-            key.append("scale")
     found, key = _found, tuple(key)
     pair = found.get(key)
     if pair is None:
@@ -78,10 +76,6 @@ def find(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
 
 
 def _pair(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
-    if any(one.scale is not None for one in projections):
-        module = importlib.import_module("fastlora.operator.scaled")
-        of = functools.partial(find, impl)
-        return Pair(functools.partial(module.forward, of), functools.partial(module.backward, of))
     problem = Problem.of(x, projections)
     if problem is None:  # frozen layers alone
         chosen = [Plan(*default(x.dtype, x.device))] * len(OPS)

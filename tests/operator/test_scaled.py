@@ -146,12 +146,13 @@ def test_second_derivatives_and_transforms(impl, p):
 
 
 @each_p
-def test_trained_weights_and_biases(p):
+@pytest.mark.parametrize("impl", ["blocks", "eager"])
+def test_trained_weights_and_biases(impl, p):
     x, projections = problem(p=p)
     trained = [
         t.requires_grad_() for one in projections for t in (one.weight, one.bias) if t is not None
     ]
-    found = results(lora_linears(x, projections, training=True), [x, *trained])
+    found = results(lora_linears(x, projections, training=True, impl=impl), [x, *trained])
     right = results([formula(x, one) for one in projections], [x, *trained])
     torch.testing.assert_close(found, right)
 

@@ -275,9 +275,10 @@ def merged(model):
 
 def trained_unseen(model):
     """As by an optimizer of which PyTorch knows nothing."""
+    mode = model.training
     model.train()
     layers(model)[0].lora_A["default"].weight.data.mul_(2.0)
-    model.eval()
+    model.train(mode)
 
 
 CHANGES = {
@@ -305,10 +306,30 @@ def test_no_norm_of_what_has_changed(change, training):
         each.double().train(training)
         each(X.double())
         CHANGES[change](each)
-        each.train(training)
     if change not in ("merging", "another dtype"):
         assert not torch.allclose(plain(X.double()), made()(X.double()))
     torch.testing.assert_close(model(X.double()), plain(X.double()), **EXACT)
+
+
+def test_memory_that_is_used_again():
+    """By another weight, of which nothing else is new."""
+    model = made(target_modules=["0"]).eval()
+    patch_peft(model)
+    base, memory = layers(model)[0].base_layer, bytearray(8 * 8 * 6)
+
+    def take(values):
+        t = torch.frombuffer(memory, dtype=torch.float64).view(8, 6)
+        base.weight.data = t.copy_(values)
+        return t.data_ptr()
+
+    values = base.weight.detach().clone()
+    before, right = take(values), model(X.double())
+    base.weight.data = torch.empty(0)  # as where a model is moved away
+    assert take(2 * values) == before
+    found = model(X.double())
+    unpatch_peft(model)
+    assert not torch.allclose(found, right)
+    torch.testing.assert_close(found, model(X.double()), **EXACT)
 
 
 def test_norms_are_made_once_in_evaluation(monkeypatch):
@@ -327,6 +348,8 @@ def test_norms_are_made_once_in_evaluation(monkeypatch):
         model.train()  # as trainers do before each step
         model(X.double())
         assert len(made_of) == 6 + 2 * n and not frozen  # the weight's are kept
+    model(X.double())
+    assert len(made_of) == 12  # whatever PyTorch has seen of what optimizers do
 
 
 def test_gradients_after_inference_mode():

@@ -46,9 +46,11 @@ COPIES = {
     ],
     ("dora", f"{DORA}no_norm_of_what_has_changed"): [
         ("nobody sees what is written to", "else t._version", "else 0"),
-        ("a weight's place is its name", "StorageWeakRef(t.untyped_storage()), t.data", "t.data"),
         ("train() changes nothing", '.pop("whole", None)', ""),
         ("scaling changes nothing", '"whole", (source, a, b, scaling)', '"whole", (source, a, b)'),
+    ],
+    ("dora", f"{DORA}memory_that_is_used_again"): [
+        ("a weight's place is its name", "StorageWeakRef(t.untyped_storage()), t.data", "t.data"),
     ],
     ("dora", f"{DORA}norms_are_made_once_in_evaluation"): [
         ("each token makes the norms", "if magnitude.training:", "if True:"),

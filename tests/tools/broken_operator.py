@@ -28,13 +28,10 @@ COPIES = {
             "z, of = z - (0 if bias is None else bias), (_wide(scale), plus, 0 * plus, one)",
         ),
     ],
-    ("scaled", "scaled::hardly_any_rows"): [
-        ("PyTorch divides by no rows", "if not len(dy):", "if False:"),
-    ],
     ("op", "scaled::what_is_kept"): [
         ("what a frozen scale multiplies is kept", "z if need else None for z", "z for z"),
     ],
-    ("eager", "scaled::as_the_formula"): [
+    ("eager", "scaled::trained_weights_and_biases"): [
         ("few tokens scale the bias", "y = y + (bias - plus)", "y = y + (bias - plus) * scale"),
     ],
     ("op", "projections::trained_weights_and_biases"): [
