@@ -20,7 +20,7 @@ from fastlora.operator.weights import Quantised, dense
 CANCELS = 1 / 8  # of what is summed: where less is left the row is formed
 MOST_FORMED = 64  # rows, where nobody may wait to learn how many cancel
 # Elements of W in float32 at a time: on a CPU they stay in the cache.
-ELEMENTS = {"cpu": 1 << 19}
+ELEMENTS = {"cpu": 1 << 20}
 MORE_ELEMENTS = 1 << 24
 # What was made for a module of PEFT's, by name, and of what; copies and pickles go without.
 _made: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
