@@ -15,7 +15,7 @@ from fastlora_kernels.dropout import keep_scales, keep_tile
 from fastlora_kernels.ds_db import split
 from fastlora_kernels.launch import Launch, default_of, empty
 from fastlora_kernels.locate import locate, number_of, pointer_of
-from fastlora_kernels.segments import keep_froms_of, rows_of
+from fastlora_kernels.segments import own_numbers, rows_of
 from fastlora_kernels.sums import KEPT_SCALE, add_up
 from fastlora_kernels.tiles import dot, triton_dtype
 
@@ -38,7 +38,7 @@ def da_kernel(
         first_row, last, g = rows_of(split, M, offsets_ptr, G, steps * BLOCK_M)
         if first_row >= last:
             return
-        keep_froms = keep_froms_of(number_ptrs, g, G)
+        keep_froms = own_numbers(keep_froms, number_ptrs, 2 * G + g, tl.int32)
         if HAS_DROPOUT:  # a register less, which sm_120 would spill
             last = min(first_row + steps * BLOCK_M, last)
     end = min(first_row + steps * BLOCK_M, last)

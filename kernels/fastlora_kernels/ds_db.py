@@ -13,7 +13,7 @@ from torch import Tensor
 from fastlora_kernels import lists
 from fastlora_kernels.configs import ON_THE_WAY_RANK, Chip, Config, cdiv
 from fastlora_kernels.launch import Launch, default_of, empty
-from fastlora_kernels.segments import rows_of, scalings_of, stack_at
+from fastlora_kernels.segments import own_numbers, rows_of, stack_at
 from fastlora_kernels.sums import add_up
 from fastlora_kernels.tiles import dot, triton_dtype
 
@@ -46,7 +46,7 @@ def ds_db_kernel(
         if first_row >= last:
             return
         (b_ptr,) = stack_at((b_ptr,), g, strides_bg)
-        (scale,) = scalings_of(number_ptrs, g, ACC)
+        (scale,) = own_numbers((), number_ptrs, g, ACC)
 
     if NEED_DB and (not NEED_DS or ON_THE_WAY or tile < tiles_n):
         # dyᵀ s of a column tile, over the rows of the split.

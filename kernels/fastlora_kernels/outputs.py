@@ -7,6 +7,8 @@ and is scaled; in the persistent programs of sm_90 and later it may be a "fold" 
 steps of the main loop, in its pipeline.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,11 +17,12 @@ from fastlora_kernels import lists
 from fastlora_kernels.configs import MOST_UNEVEN, Chip, Config, cdiv
 from fastlora_kernels.launch import Launch, default_of, empty
 from fastlora_kernels.locate import locate, number_of, pointer_of
-from fastlora_kernels.segments import row_tiles, rows_of, scalings_of, stack_at
+from fastlora_kernels.segments import own_numbers, row_tiles, rows_of, stack_at
 from fastlora_kernels.tiles import (
     add_low_rank,
     add_product,
     descriptor,
+    load_tile,
     store_tile,
     tile_of,
     triton_dtype,
@@ -63,8 +66,7 @@ def outputs_kernel(
     if HAS_LOW_RANK:
         of_b = ranks, strides_bn, strides_br
         acc = add_low_rank(acc, i, s_ptrs, b_ptrs, rows, columns, *of_b, dtype, BLOCK_R)
-        if offsets_ptr is not None:
-            scales = scalings_of(number_ptrs, g, ACC)
+        scales = own_numbers(scales, number_ptrs, g, ACC)
         acc *= tl.cast(number_of(i, scales, ACC), ACC)
     w_ptr = pointer_of(i, w_ptrs)
     of_w = number_of(i, strides_wn, tl.int64), number_of(i, strides_wk, tl.int64)
@@ -81,13 +83,13 @@ def outputs_kernel(
     tl.store(y_tile, acc.to(dtype), mask=(offs_m < end)[:, None] & mask_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def persistent_outputs_kernel(
-    x_ptr, w_ptrs, s_ptrs, b_ptrs, bias_ptrs, y_ptrs,
-    M, sizes, K, ranks, bias_sizes, tiles_n,
-    stride_x, strides_w,
-    strides_bn, strides_br,
-    strides_bias,
+    x_ptr, w_ptrs, s_ptrs, b_ptrs, bias_ptrs, y_ptrs, offsets_ptr, number_ptrs,
+    M, sizes, K, ranks, bias_sizes, tiles_n, G,
+    stride_x, strides_wg, strides_w,
+    strides_bg, strides_bn, strides_br,
+    strides_of_bias, strides_bias,
     scales,
     LOW_RANK: tl.constexpr, W_BY_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -101,9 +103,13 @@ def persistent_outputs_kernel(
     y_descs = ()
     for i in tl.static_range(len(sizes)):
         N = sizes[i]
-        w_desc = descriptor(w_ptrs[i], N, K, strides_w[i], W_BY_ROWS, BLOCK_N, BLOCK_K)
+        of_w = w_ptrs[i], N, K, strides_w[i]
+        w_desc = descriptor(*of_w, W_BY_ROWS, BLOCK_N, BLOCK_K, G, strides_wg[i])
         w_descs = w_descs + (w_desc,)
-        y_descs = y_descs + (descriptor(y_ptrs[i], M, N, N, True, BLOCK_M, BLOCK_N // HALVES),)
+        y_desc = y_ptrs[i]
+        if offsets_ptr is None:
+            y_desc = descriptor(y_desc, M, N, N, True, BLOCK_M, BLOCK_N // HALVES)
+        y_descs = y_descs + (y_desc,)
         if LOW_RANK == "fold":
             # A projection without an adapter has rank 0 here, and another one's s and b.
             R = max(ranks[i], 8)
@@ -112,7 +118,7 @@ def persistent_outputs_kernel(
             b_desc = descriptor(b_ptrs[i], N, R, stride_b, W_BY_ROWS, BLOCK_N, BLOCK_K)
             b_descs = b_descs + (b_desc,)
 
-    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_m = row_tiles(M, offsets_ptr, G, BLOCK_M)
     steps = tl.cdiv(K, BLOCK_K)
     for tile in tl.range(
         tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=LOW_RANK == "fold"
@@ -120,12 +126,15 @@ def persistent_outputs_kernel(
         pid_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         i_tile, pid_n = locate(tile_n, sizes, BLOCK_N)
         N_tile = number_of(i_tile, sizes, tl.int32)
-        first_m = pid_m * BLOCK_M
+        first_m, end, g = rows_of(pid_m, M, offsets_ptr, G, BLOCK_M)
         first_n = pid_n * BLOCK_N
         offs_n = first_n + tl.arange(0, BLOCK_N)
         w_desc = pointer_of(i_tile, w_descs)
         all_steps = steps
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if offsets_ptr is not None:
+            # An empty tile has no steps: a loop over tiles cannot return.
+            all_steps = tl.where(first_m < end, steps, 0)
         if LOW_RANK is not None:
             R_tile = number_of(i_tile, ranks, tl.int32)
         if LOW_RANK == "fold":
@@ -133,11 +142,15 @@ def persistent_outputs_kernel(
             b_desc = pointer_of(i_tile, b_descs)
             all_steps += tl.cdiv(R_tile, BLOCK_K)
         if LOW_RANK == "first":
+            if offsets_ptr is not None:
+                R_tile = tl.where(first_m < end, R_tile, 0)
+            own_b = stack_at(b_ptrs, g, strides_bg)
             rows = wrapped(first_m + tl.arange(0, BLOCK_M), M)
             columns = wrapped(offs_n, N_tile)
             of_b = (R_tile,), strides_bn, strides_br
-            acc = add_low_rank(acc, i_tile, s_ptrs, b_ptrs, rows, columns, *of_b, dtype, BLOCK_R)
-            acc *= tl.cast(number_of(i_tile, scales, tl.float32), tl.float32)
+            acc = add_low_rank(acc, i_tile, s_ptrs, own_b, rows, columns, *of_b, dtype, BLOCK_R)
+            own_scales = own_numbers(scales, number_ptrs, g, tl.float32)
+            acc *= tl.cast(number_of(i_tile, own_scales, tl.float32), tl.float32)
 
         for step in range(all_steps):
             # The descriptor is chosen and the load is shared: a load in a branch has no pipeline.
@@ -146,42 +159,51 @@ def persistent_outputs_kernel(
                 if step >= steps:
                     x_from, w_from, k = s_desc, b_desc, (step - steps) * BLOCK_K
             x = x_from.load([first_m, k])
-            if W_BY_ROWS:
-                w = w_from.load([first_n, k]).T
-            else:
-                w = w_from.load([k, first_n])
+            w = load_tile(w_from, g, first_n, k, W_BY_ROWS).T
             acc = tl.dot(x, w, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
 
         if HAS_BIAS:
+            own_bias = stack_at(bias_ptrs, g, strides_of_bias)
             # One that is not there has size 0 here.
             bias_tile = wrapped(offs_n, N_tile) * number_of(i_tile, strides_bias, tl.int64)
             mask = offs_n < number_of(i_tile, bias_sizes, tl.int32)
-            bias = tl.load(pointer_of(i_tile, bias_ptrs) + bias_tile, mask=mask, other=0.0)
+            bias = tl.load(pointer_of(i_tile, own_bias) + bias_tile, mask=mask, other=0.0)
             acc += bias.to(tl.float32)[None, :]
-        store_tile(pointer_of(i_tile, y_descs), None, first_m, first_n, acc, dtype, HALVES)
+        y, bounds = pointer_of(i_tile, y_descs), None if offsets_ptr is None else (end, N_tile)
+        store_tile(y, None, first_m, first_n, acc, dtype, HALVES, bounds)
 
 
 def readable(t: Tensor, by_rows: bool = True) -> bool:
     """Return whether the tensor memory accelerator can read 16-bit ``t``, or its transpose.
 
-    Rows that overlap, as those of an expanded tensor do, are outside of what it is documented for.
+    Or each of a stack. Rows that overlap, as those of an expanded tensor do, are outside of what it
+    is documented for.
     """
-    rows, columns = t.stride() if by_rows else t.stride()[::-1]
-    lie = columns == 1 and rows % 8 == 0 and rows >= t.shape[1 if by_rows else 0]
+    *stack, rows, columns = t.stride() if by_rows else t.mT.stride()
+    length, width = t.shape[-2:] if by_rows else t.mT.shape[-2:]
+    lie = columns == 1 and rows % 8 == 0 and rows >= width
+    lie = lie and all(one % 8 == 0 and one >= rows * length for one in stack)
     return lie and t.data_ptr() % 16 == 0 and t.numel() > 0
+
+
+def read_strides(w: Sequence[Tensor], by_rows: bool) -> tuple:
+    """Return the strides of each stack, None without, and of its matrices' rows, or columns."""
+    stacks = [t.stride(0) if t.dim() > 2 else None for t in w]
+    return tuple(stacks), tuple([t.stride(-2 if by_rows else -1) for t in w])
 
 
 def runnable(config: Config | None, default, even: bool, suited: bool, folds: bool) -> Config:
     """Return the config of a wide product, or its default, or what runs where that one cannot.
 
-    Rows of the result are ``even``: start at multiples of 16 bytes. ``suited`` are operands that
-    the tensor memory accelerator reads, which then ``folds`` factors in.
+    Rows of the result are ``even``: start at multiples of 16 bytes, and are no segments, with which
+    the portable kernel is the default, and spills with the widest tiles. ``suited`` are operands
+    that the tensor memory accelerator reads, which then ``folds`` factors in.
     """
     config = config or default(even=even)
     if config.tma and config.low_rank == "fold" and not folds:
         config = default(even=even, fold=False)
-    large = not even and config.block_m * config.block_n > MOST_UNEVEN
-    if large or (config.tma and not suited):
+    narrow = config.block_m * config.block_n <= MOST_UNEVEN
+    if not (suited if config.tma else even or narrow):
         config = default(even=False)
     return config
 
@@ -189,18 +211,17 @@ def runnable(config: Config | None, default, even: bool, suited: bool, folds: bo
 def _config(x, w, b, config: Config | None, scaled: bool, whole: bool = True) -> Config:
     """Return what `outputs` runs with; ``scaled``: s needs no scaling, so that a fold may read it.
 
-    s comes from a launcher of ours: contiguous, at a multiple of 16 bytes. Rows that are not
-    ``whole`` are segments, for the portable kernel, which spills with the widest tiles then.
+    s comes from a launcher of ours: contiguous, at a multiple of 16 bytes.
     """
-    adapters, by_rows = [t for t in b if t is not None], w[0].stride(1) == 1
+    adapters, by_rows = [t for t in b if t is not None], w[0].stride(-1) == 1
     dtype = adapters[0].dtype if adapters else x.dtype
     rank, result = max(1, *lists.lengths(b, -1)), (len(x), lists.lengths(w, -2))
     default = default_of("outputs", (x,), w, rank, dtype, False, len(w), result)
-    even = whole and all(n * x.element_size() % 16 == 0 for n in lists.lengths(w, -2))
+    even = all(n * x.element_size() % 16 == 0 for n in lists.lengths(w, -2))
     suited = even and readable(x) and all(readable(t, by_rows) for t in w)
     folds = whole and scaled and dtype == x.dtype
     folds = folds and all(t.shape[1] % 8 == 0 and readable(t, by_rows) for t in adapters)
-    return runnable(config, default, even, suited, folds)
+    return runnable(config, default, even and whole, suited, folds)
 
 
 def scaled_before(x, w, b, scalings: tuple[float, ...], config: Config | None) -> float | None:
@@ -226,27 +247,26 @@ def outputs(x, w, s, b, biases, scalings, config: Config | None = None, segments
     offsets, numbers, G = lists.numbers_of(segments)
     tiles_n = sum(cdiv(n, config.block_n) for n in sizes)
     tiles = lists.count_of(M, G, config.block_m) * tiles_n
-    shared = M, sizes, K, ranks, lists.lengths(biases, -1), tiles_n
+    shared = M, sizes, K, ranks, lists.lengths(biases, -1), tiles_n, G
     of_b, of_bias = lists.strides(b, 3), lists.strides(biases, 2)
     blocks = config.block_m, config.block_n, config.block_k
     block_r = config.rank_tile(max(1, *ranks))
     if config.tma:
-        by_rows = w[0].stride(1) == 1
+        by_rows = w[0].stride(-1) == 1
         launch = Launch(
             *(persistent_outputs_kernel, (min(tiles, Chip.of(x.device).processors),), config),
-            *(*shared, x.stride(0), tuple(t.stride(0 if by_rows else 1) for t in w)),
-            *(*of_b[1:], of_bias[1], scales),
+            *(*shared, x.stride(0), *read_strides(w, by_rows), *of_b, *of_bias, scales),
             *(config.low_rank if any(ranks) else None, by_rows, has_bias),
-            *(*blocks, min(block_r, 32), config.group_m, 2 if config.block_n > 128 else 1),
+            *(*blocks, min(block_r, 32), config.group_m),
+            2 if config.block_n > 128 or segments else 1,
         )
     else:
         launch = Launch(
             *(outputs_kernel, (tiles,), config),
-            *(*shared, G, *x.stride(), *lists.strides(w, 3), *of_b, *of_bias, scales),
+            *(*shared, *x.stride(), *lists.strides(w, 3), *of_b, *of_bias, scales),
             *(any(ranks), has_bias, K % config.block_k == 0, triton_dtype(x.dtype)),
             *(*blocks, block_r, config.group_m),
         )
     y = tuple(empty(x, M, n) for n in sizes)
-    of_rows = () if config.tma else (offsets, numbers)
-    launch(x, w, lists.filled(s), lists.filled(b), lists.filled(biases), y, *of_rows)
+    launch(x, w, lists.filled(s), lists.filled(b), lists.filled(biases), y, offsets, numbers)
     return y

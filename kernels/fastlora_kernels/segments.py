@@ -56,27 +56,15 @@ def stack_at(pointers, g, strides):
 
 
 @triton.jit
-def scalings_of(number_ptrs, g, dtype: tl.constexpr):
-    """Return the scaling of segment ``g`` in each projection, as `number_of` takes them."""
-    found = ()
-    for i in tl.static_range(len(number_ptrs)):
-        found = found + (tl.load(number_ptrs[i] + g).to(dtype),)
-    return found
+def own_numbers(numbers, number_ptrs, at, dtype: tl.constexpr):
+    """Return number ``at`` of each projection, as `number_of` takes them, for those of all rows.
 
-
-@triton.jit
-def kept_scales_of(number_ptrs, g, G, dtype: tl.constexpr):
-    """Return the same of what kept elements are multiplied by."""
-    found = ()
-    for i in tl.static_range(len(number_ptrs)):
-        found = found + (tl.load(number_ptrs[i] + G + g).to(dtype),)
-    return found
-
-
-@triton.jit
-def keep_froms_of(number_ptrs, g, G):
-    """Return the same of ``keep_from``."""
-    found = ()
-    for i in tl.static_range(len(number_ptrs)):
-        found = found + (tl.load(number_ptrs[i] + 2 * G + g).to(tl.int32),)
+    Segment g's scaling is at g, what it multiplies kept elements by at G + g, ``keep_from`` at
+    2 G + g.
+    """
+    found = numbers
+    if number_ptrs is not None:
+        found = ()
+        for i in tl.static_range(len(number_ptrs)):
+            found = found + (tl.load(number_ptrs[i] + at).to(dtype),)
     return found

@@ -12,7 +12,7 @@ from fastlora_kernels.dropout import keep_scales, keep_tile
 from fastlora_kernels.launch import Launch, default_of, empty
 from fastlora_kernels.locate import locate, number_of, pointer_of
 from fastlora_kernels.outputs import scaled_before
-from fastlora_kernels.segments import keep_froms_of, kept_scales_of, rows_of, stack_at
+from fastlora_kernels.segments import own_numbers, rows_of, stack_at
 from fastlora_kernels.tiles import dot, triton_dtype, wrapped
 
 
@@ -33,7 +33,7 @@ def shrink_kernel(
         if first_m >= end:
             return
         a_ptrs = stack_at(a_ptrs, g, strides_ag)
-        keep_froms = keep_froms_of(number_ptrs, g, G)
+        keep_froms = own_numbers(keep_froms, number_ptrs, 2 * G + g, tl.int32)
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     rows = wrapped(offs_m, M)
@@ -90,8 +90,7 @@ def shrink_kernel(
         sums = added
         a_tiles = moved
         x_ptrs += step_x
-    if offsets_ptr is not None:
-        scales = kept_scales_of(number_ptrs, g, G, ACC)
+    scales = own_numbers(scales, number_ptrs, G + g, ACC)
     for i in tl.static_range(len(s_ptrs)):
         mask = mask_m[:, None] & (offs_r < ranks[i])[None, :]
         s = sums[i] * tl.cast(scales[i], ACC)

@@ -127,37 +127,69 @@ def add_low_rank(
 
 @triton.jit
 def descriptor(
-    ptr, N, K, stride, BY_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Return the descriptor of a matrix [N, K], or of its transpose where columns lie together."""
-    if BY_ROWS:
-        desc = tl.make_tensor_descriptor(ptr, [N, K], [stride, 1], [BLOCK_N, BLOCK_K])
+    ptr, N, K, stride, BY_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    G=None, stride_g=None,
+):  # fmt: skip
+    """Return the descriptor of a matrix [N, K], or of its transpose where columns lie together.
+
+    Or of a stack of G: a tile of one matrix has zeros where that ends, and nothing of the next.
+    """
+    first, second = (N, K) if BY_ROWS else (K, N)
+    FIRST: tl.constexpr = BLOCK_N if BY_ROWS else BLOCK_K
+    SECOND: tl.constexpr = BLOCK_K if BY_ROWS else BLOCK_N
+    if stride_g is None:
+        desc = tl.make_tensor_descriptor(ptr, [first, second], [stride, 1], [FIRST, SECOND])
     else:
-        desc = tl.make_tensor_descriptor(ptr, [K, N], [stride, 1], [BLOCK_K, BLOCK_N])
+        desc = tl.make_tensor_descriptor(
+            ptr, [G, first, second], [stride_g, stride, 1], [1, FIRST, SECOND]
+        )
     return desc
 
 
 @triton.jit
-def store_tile(y_desc, rest_desc, first_m, first_n, acc, dtype: tl.constexpr, HALVES: tl.constexpr):
+def load_tile(desc, g, n, k, BY_ROWS: tl.constexpr):
+    """Return the tile at row ``n`` and column ``k`` of a matrix, number ``g`` of a stack."""
+    first, second = (n, k) if BY_ROWS else (k, n)
+    if len(desc.block_shape) > 2:
+        tile = desc.load([g, first, second])
+        tile = tl.reshape(tile, tile.shape[1:])
+    else:
+        tile = desc.load([first, second])
+    return tile if BY_ROWS else tile.T
+
+
+@triton.jit
+def store_tile(
+    y, rest_desc, first_m, first_n, acc, dtype: tl.constexpr, HALVES: tl.constexpr, bounds=None
+):
     """Write a tile, and what ``rest_desc`` has there added, by descriptors as wide or half as wide.
 
     A half takes half the shared memory on its way out: room for one more stage of a pipeline.
+    With ``bounds``, where a segment's rows and all columns end, y is a pointer: a descriptor would
+    go on to the rows of the next segment.
     """
     if HALVES == 1:
-        _store(y_desc, rest_desc, first_m, first_n, acc, dtype)
+        _store(y, rest_desc, first_m, first_n, acc, dtype, bounds)
     else:
         BLOCK_M: tl.constexpr = acc.shape[0]
         HALF: tl.constexpr = acc.shape[1] // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-        _store(y_desc, rest_desc, first_m, first_n, left, dtype)
-        _store(y_desc, rest_desc, first_m, first_n + HALF, right, dtype)
+        _store(y, rest_desc, first_m, first_n, left, dtype, bounds)
+        _store(y, rest_desc, first_m, first_n + HALF, right, dtype, bounds)
 
 
 @triton.jit
-def _store(y_desc, rest_desc, first_m, first_n, tile, dtype: tl.constexpr):
+def _store(y, rest_desc, first_m, first_n, tile, dtype: tl.constexpr, bounds):
     if rest_desc is not None:
         tile += rest_desc.load([first_m, first_n]).to(tl.float32)
-    y_desc.store([first_m, first_n], tile.to(dtype))
+    if bounds is None:
+        y.store([first_m, first_n], tile.to(dtype))
+    else:
+        offs_m = first_m + tl.arange(0, tile.shape[0])
+        offs_n = first_n + tl.arange(0, tile.shape[1])
+        mask = (offs_m < bounds[0])[:, None] & (offs_n < bounds[1])[None, :]
+        y_tile = y + offs_m.to(tl.int64)[:, None] * bounds[1] + offs_n[None, :]
+        tl.store(y_tile, tile.to(dtype), mask=mask)
 
 
 @triton.jit

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from acceptance import KINDS, accept, strided
 from covering import covering
 from fastlora_kernels import gated, gated_backward
+from fastlora_kernels.configs import Config
 from fastlora_kernels.four_bits import four_bits
 from joints import Joint, verify
 from ptx import running
@@ -66,6 +67,7 @@ class Case:
     mode: str = "both"
     processors: int = 1
     impl: str = "triton"
+    low_rank: str = ""  # of persistent programs that are asked for, of dx
 
     def joint(self) -> Joint:
         M, N, K = SIZES[self.size]
@@ -95,6 +97,9 @@ class Case:
 
     def run(self, configs: dict | None = None, **options) -> running.Executor:
         """Run forward and backward, check both, and return what ran them."""
+        if self.low_rank:
+            tiles = Config(64, 64, 32, tma=True)
+            configs = {"outputs": tiles, "input_grad": replace(tiles, low_rank=self.low_rank)}
         with running.executing(self.chip(), **options) as executor:
             verify(self.kernels(), self.joint(), configs=configs, ts=self.tensors())
         return executor

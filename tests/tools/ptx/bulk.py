@@ -137,14 +137,22 @@ class Tile:
         get = {name: words.view(np.int32)[i : i + 4] for name, i in FIELDS.items()}
         base, stride, mode = int(words[0]), int(words[4]), int(get["swizzle_mode"][0])
         (columns, rows), known = map(int, get["box_dim"][:2]), get["elemtype"][0] in TWO_BYTES
-        known &= get["rank"][0] == 1 and (get["element_stride"][:2] == 1).all() and 1 <= mode <= 3
+        dims = len(corner)  # two, or three of which a tile has one of the last
+        known &= (
+            get["rank"][0] == dims - 1 and 1 <= mode <= 3 and (get["box_dim"][2:dims] == 1).all()
+        )
+        known &= (get["element_stride"][:dims] == 1).all()
         if not known or get["interleave_layout"][0] or get["fill_mode"][0]:
             raise UnknownError(f"a descriptor of {words.view(np.int32)}")
-        if 2 * columns > 16 << mode or base % 16 or stride % 16 or shared % 128:
+        stack = int(words[5]) if dims > 2 else 0
+        if 2 * columns > 16 << mode or base % 16 or (stride | stack) % 16 or shared % 128:
             text = f"{columns} columns from {base:#x}, stride {stride}, to {shared:#x}"
             raise FaultError("misaligned", f"a bulk copy of {text}")
         column, row = np.arange(columns) + corner[0], np.arange(rows)[:, None] + corner[1]
         inside = (row >= 0) & (column >= 0)
+        if dims > 2:
+            inside &= 0 <= corner[2] < get["global_dim"][2]
+            base += corner[2] * stack
         inside &= (column < get["global_dim"][0]) & (row < get["global_dim"][1])
         self.inside, self.size = inside.ravel(), 2 * rows * columns
         self.address = (base + row * stride + 2 * column)[inside].astype(np.uint64)
@@ -159,7 +167,7 @@ def _tiles(m: Machine, threads, tensor: tuple, shared: np.ndarray) -> Iterator[T
     return itertools.starmap(functools.partial(Tile, m), of)
 
 
-LOAD = r"cp\.async\.bulk\.tensor\.2d\.shared::cta\.global\.mbarrier::complete_tx::bytes"
+LOAD = r"cp\.async\.bulk\.tensor\.[23]d\.shared::cta\.global\.mbarrier::complete_tx::bytes"
 
 
 @handles(LOAD, "address", "tensor", "address")
