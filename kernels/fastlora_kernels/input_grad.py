@@ -124,9 +124,8 @@ def persistent_input_grad_kernel(
     tiles_k = tl.cdiv(K, BLOCK_N)
     # A tile of the rest takes the place in shared memory where the loads of the next tile go.
     for tile in tl.range(
-        tl.program_id(0), tiles_m * tiles_k, tl.num_programs(0),
-        flatten=LOW_RANK == "fold" and offsets_ptr is None,
-    ):  # fmt: skip
+        tl.program_id(0), tiles_m * tiles_k, tl.num_programs(0), flatten=LOW_RANK == "fold"
+    ):
         pid_m, pid_k = tile_of(tile, tiles_m, tiles_k, GROUP_M)
         first_m, last_m, g = rows_of(pid_m, M, offsets_ptr, G, BLOCK_M)
         first_k = pid_k * BLOCK_N

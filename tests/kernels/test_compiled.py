@@ -128,6 +128,17 @@ def test_an_amd_chip(found):
         assert matrix > 0 or kernel_of(r).startswith(ELEMENTWISE), r
 
 
+@pytest.mark.parametrize("capability", [90, 100])
+def test_segments_are_loaded_by_tma(capability):
+    """All operands of the main loop, as without segments, and the low-rank factors as there."""
+    of = figures.read(capability)["programs"]
+    mine = {name: of[name] for name in of if "persistent" in name and " segments" in name}
+    assert {kernel_of({"name": name}) for name in mine} == PERSISTENT
+    assert any(" stacked" not in name for name in mine)
+    wrong = [n for n, p in mine.items() if (p["loop_tma"], p["loop_ldgsts"]) != (2, 0)]
+    assert not wrong
+
+
 def test_the_recorder_sees_every_kernel():
     recorded = [c for size in ("even", "ragged") for c in calls(aot.CHIPS[90], size, "bf16", 16)]
     kernels = {c.kernel.__name__ for c in recorded}

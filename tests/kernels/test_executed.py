@@ -37,6 +37,12 @@ def test_every_kernel_ran_with_every_dtype_on_both_targets(cases):
     assert not expected - ran
 
 
+def test_segments_ran_by_tma(cases):
+    asked = [row for row in cases if "low_rank=''" not in row["case"] and "Case(" in row["case"]]
+    ran = {(row["kind"], name) for row in asked for name in row["ran"]}
+    assert set(itertools.product(("bf16", "bf16-fp32", "fp16"), PERSISTENT)) <= ran
+
+
 def test_no_register_is_set_that_a_wgmma_may_still_read(cases):
     """Its left side may be in registers, which Triton 3.7.1 sets again a step too early."""
     assert not [row["case"] for row in cases if row["overwriting"]]

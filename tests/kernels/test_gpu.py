@@ -75,7 +75,8 @@ EXECUTED = dict.fromkeys(replace(case, capability=0, processors=0) for case in E
 
 @pytest.mark.parametrize("case", EXECUTED, ids=repr)
 def test_first_contact_repeats_what_was_executed(case):
-    verify(case.kernels(), case.joint(), "cuda", ts=case.tensors("cuda"))
+    asked = case.configs() if this_chip().capability >= (9, 0) else None
+    verify(case.kernels(), case.joint(), "cuda", asked, case.tensors("cuda"))
 
 
 FORMS = [("portable", kind, 0.0) for kind in ("16", "32", "mixed")] + [("portable", "16", 0.1)]
@@ -256,6 +257,22 @@ def test_experts_at_real_sizes(body, kind, p, by_columns):
     (t,) = joint.tensors("cuda")
     w = t["w"].mT.contiguous().mT if by_columns else t["w"]
     verify(BODIES[body], joint, ts=[t | {"w": w}])
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize(("kind", "p"), [("16", 0.0), ("mixed", 0.1)])
+def test_experts_by_tma(kind, p, by_columns):
+    """The persistent programs, which with segments nobody has measured: no default takes them."""
+    joint, asked = replace(ROUTED, kind=NAMED[kind], dropout_p=(p,)), {}
+    for step in PRODUCTS:
+        for config in candidates(step, kind, (16,), p, this_chip()):
+            if config.tma and config.low_rank == "first":
+                asked[step] = config
+    if not asked:
+        pytest.skip("configs for other chips")
+    (t,) = joint.tensors("cuda")
+    w = t["w"].mT.contiguous().mT if by_columns else t["w"]
+    verify(fastlora_kernels, joint, configs=asked, ts=[t | {"w": w}])
 
 
 GATED = [("silu", torch.bfloat16), ("gelu", torch.float32), ("gelu", torch.float16)]

@@ -11,7 +11,7 @@ from aot import CHIPS
 from covering import covering
 from fastlora_kernels import configs, input_grad, launch, outputs, steps
 from fastlora_kernels.configs import Chip, Config
-from joints import Joint, recorded, run, verify, verify_exactly
+from joints import Joint, poisoned, recorded, run, verify, verify_exactly
 from recorder import recording
 
 # Ragged in every dimension that may be; rows of 16 bytes; one projection without an adapter.
@@ -42,7 +42,7 @@ def suiting(joint: Joint, low_rank: str, **rest) -> dict[str, Config]:
 
 
 def turned(t: torch.Tensor) -> torch.Tensor:
-    return t.t().contiguous().t()
+    return t.mT.contiguous().mT
 
 
 @pytest.fixture
@@ -100,10 +100,10 @@ def amid_nan(ts: list[dict]) -> list[dict]:
     """Return the tensors where in memory NaN lies past their rows and columns."""
     found = [dict(t) for t in ts]
     for t, name in itertools.product(found, ("x", "w", "a", "b", "dy")):
-        rows, columns = t[name].shape
-        around = t[name].new_full((rows + 40, columns + 40), torch.nan)
-        around[:rows, :columns] = t[name]
-        t[name] = around[:rows, :columns]
+        *stack, rows, columns = t[name].shape
+        around = t[name].new_full((*stack, rows + 40, columns + 40), torch.nan)
+        around[..., :rows, :columns] = t[name]
+        t[name] = around[..., :rows, :columns]
     return [{**t, "x": found[0]["x"]} for t in found]
 
 
@@ -111,6 +111,69 @@ def amid_nan(ts: list[dict]) -> list[dict]:
 def test_acceptance_rule(joint, chosen, takes, launched):
     verify(fastlora_kernels, joint, configs=chosen, ts=amid_nan(joint.tensors()))
     assert names(launched) == takes
+
+
+def cut() -> list[tuple]:
+    """Return problems whose rows are cut, how w lies, dx's config, and what the programs make."""
+    kinds = [("bf16", ()), ("fp16", (0.3, 0.0, 0.3)), ("bf16-fp32", (0.3,)), ("fp16", ())]
+    kinds += [("bf16", (0.3, 0.1)), ("fp16-fp32", ())]
+    # Without rows, within a tile, of several tiles, and a row each.
+    cuts, found = [(0, 0, 17, 17, 20, 90, 90), tuple(range(9)), (0, 40)], []
+    options = kinds, cuts, (ONE, QKV), LOW_RANKS, (True, False), (True, False)
+    for (kind, p), ends, joint, low_rank, experts, by_rows in covering(*options):
+        several, of = joint is QKV, {"ends": ends, "experts": experts, "M": ends[-1]}
+        problem = replace(joint, **of, kind=kind, dropout_p=p, scaling=None, biases=(True,) * 3)
+        # A fold takes a stack for a stack.
+        folds = experts and not p and "fp32" not in kind
+        goes = (folds or kind.startswith("bf16")) if several else low_rank == "first"
+        goes |= not several and folds and by_rows
+        chosen = suiting(joint, low_rank) | {"outputs": tiled("first")["outputs"]}
+        found.append((problem, by_rows, chosen, ["outputs"] + ["input_grad"] * goes))
+    frozen = replace(QKV, M=90, ranks=(0,) * 3, ends=cuts[0], experts=True)
+    return [*found, (frozen, True, tiled("first"), BOTH)]
+
+
+@pytest.mark.parametrize(("joint", "by_rows", "chosen", "takes"), cut(), ids=str)
+def test_segments(joint, by_rows, chosen, takes, launched, monkeypatch):
+    """By several programs: what one of them writes too far, none that comes later repairs."""
+    monkeypatch.setattr(Chip, "of", staticmethod(lambda device: Chip((0, 0), 1 << 30, 3)))
+    ts = joint.tensors()
+    ts = amid_nan(ts) if by_rows else [{**t, "w": turned(t["w"])} for t in ts]
+    with poisoned():
+        verify(fastlora_kernels, joint, configs=chosen, ts=ts)
+    assert names(launched) == takes
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+@each_joint
+def test_nan_stays_with_its_expert(joint, by_rows, launched):
+    """Tiles that end with an expert's weight have nothing of its neighbours."""
+    joint = replace(joint, M=50, ends=(0, 10, 25, 25, 50), experts=True)
+    ts, chosen = joint.tensors(), suiting(joint, "first")
+    ts = ts if by_rows else [{**t, "w": turned(t["w"])} for t in ts]
+    right, right_dx = run(fastlora_kernels, joint, ts, chosen)
+    for expert, rows in (0, slice(0, 10)), (1, slice(10, 25)), (2, slice(25, 25)):
+        bad = [dict(t) for t in ts]
+        for t, name in itertools.product(bad, ("w", "a", "b", "bias")):
+            if t[name] is not None:
+                t[name] = t[name].clone()
+                t[name][expert] = torch.nan
+        results, dx = run(fastlora_kernels, joint, bad, chosen)
+        found = [(r["y"], other["y"]) for r, other in zip(results, right, strict=True)]
+        for value, other in (*found, (dx, right_dx)):
+            own = torch.zeros(50, dtype=torch.bool)
+            own[rows] = True
+            assert value[own].isnan().all() and torch.equal(value[~own], other[~own])
+    assert names(launched) == 4 * BOTH
+
+
+def test_segments_take_no_persistent_program_unasked():
+    """Nobody has measured one; a fold of s cannot scale by segment."""
+    for count, experts in itertools.product((1, 3), (True, False)):
+        of = {"sizes": LAYER.sizes[:count], "ranks": LAYER.ranks[:count]}
+        joint = replace(LAYER, **of, ends=(0, 100, 8192), experts=experts)
+        for chosen in (None, {"outputs": tiled("fold")["outputs"]}):
+            assert not [c for c in recorded(CHIPS[90], joint, chosen) if c.config.tma]
 
 
 @each_low_rank

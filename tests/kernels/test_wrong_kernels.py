@@ -29,7 +29,16 @@ CUT = Joint(70, 40, (24, 20), (5, 3), "fp32", "low_rank", (0.3, 0.1), ends=(0, 5
 EXPERTS = Joint(40, 20, (24, 20), (3, 0), ends=(0, 5, 30, 40), biases=(True, True), experts=True)
 FIRST = Joint(50, 152, (104,), (5,), "bf16", "low_rank", (0.3,))
 FIRST_OF_3 = replace(QKV, ranks=(3, 5, 33), scaling=None, mode="low_rank")
-CONFIGS = {FOLD: tiled(), FOLD_HALVES: HALVES, FOLD_REST: HALVES}
+# By TMA, by several programs, so that what one writes too far is not repaired by its next tile.
+CUT_BY_TMA = replace(FIRST, M=70, K=40, sizes=(40,), ends=(0, 5, 40, 40, 70), experts=True)
+CUT_OF_2 = replace(CUT_BY_TMA, mode="both", sizes=(40, 24), ranks=(5, 3), biases=(True, True))
+CONFIGS = {
+    CUT_BY_TMA: both("first"),
+    CUT_OF_2: tiled("first"),
+    FOLD: tiled(),
+    FOLD_HALVES: HALVES,
+    FOLD_REST: HALVES,
+}
 CONFIGS |= {FIRST: both("first"), FIRST_OF_3: tiled("first")}
 
 ROUNDED = ".to(tl.bfloat16).to(tl.float32)"
@@ -141,9 +150,9 @@ COPIES = {
         "the last row of a segment lost": "offsets_ptr + g + 1) => offsets_ptr + g + 1) - 1",
         "the segment before": "// BLOCK + middle > tile => // BLOCK + middle >= tile",
         "factors of the first segment": "offset = g.to(tl.int64) * => offset = 0 *",
-        "scaling of the first segment": "tl.load(number_ptrs[i] + g) => tl.load(number_ptrs[i])",
-        "1 / (1 - p) of the first segment": "number_ptrs[i] + G + g => number_ptrs[i] + G",
-        "dropout of the first segment": "number_ptrs[i] + 2 * G + g => number_ptrs[i] + 2 * G",
+    },
+    ((CUT,), "outputs.py"): {
+        "scaling of the first segment": "number_ptrs, g, ACC => number_ptrs, 0, ACC",
     },
     ((EXPERTS,), "outputs.py"): {
         "w of the first expert": "w_ptrs = stack_at(w_ptrs, g, strides_wg) => pass",
@@ -157,7 +166,9 @@ COPIES = {
         ),
     },
     ((CUT,), "shrink.py"): {
-        "mask by a tile's own rows": "offs_m, k, K, => offs_m - first_m, k, K,"
+        "1 / (1 - p) of the first segment": "scales, number_ptrs, G + g => scales, number_ptrs, G",
+        "dropout of the first segment": "number_ptrs, 2 * G + g => number_ptrs, 2 * G",
+        "mask by a tile's own rows": "offs_m, k, K, => offs_m - first_m, k, K,",
     },
     ((CUT,), "ds_db.py"): {
         "db of the next segment's rows": (
@@ -176,7 +187,7 @@ COPIES = {
     # The persistent programs of sm_90 and later.
     ((FOLD, FOLD_HALVES), "outputs.py"): {
         "by TMA: w of the first": "w_desc = pointer_of(i_tile, w_descs) => w_desc = w_descs[0]",
-        "by TMA: y of the first": "(pointer_of(i_tile, y_descs) => (y_descs[0]",
+        "by TMA: y of the first": "pointer_of(i_tile, y_descs) => y_descs[0]",
         "by TMA: s of the first": "s_desc = pointer_of(i_tile, s_descs) => s_desc = s_descs[0]",
         "by TMA: b of the first": "b_desc = pointer_of(i_tile, b_descs) => b_desc = b_descs[0]",
         "no fold": "all_steps += tl.cdiv(R_tile, BLOCK_K) => pass",
@@ -228,6 +239,30 @@ COPIES = {
         "low-rank terms not masked": "whole and not dropout and  => whole and ",
         "tile of another row": "dy_from.load([first_m, n]) => dy_from.load([0, n])",
     },
+    # And those with segments.
+    ((CUT_BY_TMA, CUT_OF_2), "tiles.py"): {
+        "by TMA: w of the first expert": "[g, first, second] => [0, first, second]",
+        "by TMA: experts one row apart": "[stride_g, stride, 1] => [stride, stride, 1]",
+    },
+    ((CUT_BY_TMA, CUT_OF_2), "outputs.py"): {
+        "by TMA: rows of the next expert of y": "else (end, N_tile) => else (M, N_tile)",
+        "by TMA: b of the first expert": "= stack_at(b_ptrs, g, strides_bg) => = b_ptrs",
+        "by TMA: bias of the first expert": (
+            "own_bias = stack_at(bias_ptrs, g, strides_of_bias) => own_bias = bias_ptrs"
+        ),
+        "by TMA: scaling of the first expert": "number_ptrs, g, tl.f => number_ptrs, 0, tl.f",
+        "by TMA: no tiles but those of whole rows": (
+            "    tiles_m = row_tiles(M, offsets_ptr, G, BLOCK_M)\n    steps => "
+            "    tiles_m = tl.cdiv(M, BLOCK_M)\n    steps"
+        ),
+    },
+    ((CUT_BY_TMA, CUT_OF_2), "input_grad.py"): {
+        "by TMA: rows of the next expert of dx": "else (last_m, K) => else (M, K)",
+        "by TMA: a of the first expert": "stack_at((a_ptr,), g, => stack_at((a_ptr,), g * 0,",
+        "by TMA: 1 / (1 - p) of the first expert": "number_ptrs, G + g, tl => number_ptrs, G, tl",
+        "by TMA: dropout of the first expert": "2 * G + g, tl.int32)[0] => 2 * G, tl.int32)[0]",
+        "by TMA: rest of rows that are not cut": "p, portable, segments) => p, portable)",
+    },
 }
 MUTANTS = {
     what: (problems, file, *change.split(" => "))
@@ -241,9 +276,12 @@ def config_of(joint: Joint) -> dict | None:
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_wrong_kernel_is_refused(name, tmp_path):
+def test_a_wrong_kernel_is_refused(name, tmp_path, monkeypatch):
     problems, *changed = MUTANTS[name]
     mutant = load(tmp_path, f"mutant_{list(MUTANTS).index(name)}", *changed)
+    if CUT_BY_TMA in problems:
+        chip = mutant.configs.Chip((0, 0), 1 << 30, processors=2)
+        monkeypatch.setattr(mutant.configs.Chip, "of", staticmethod(lambda device: chip))
     with poisoned(), pytest.raises(AssertionError):
         for joint in problems:
             verify(mutant, joint, configs=config_of(joint))

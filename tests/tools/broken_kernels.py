@@ -15,6 +15,13 @@ COPIES = {
             "(g * number_of(i, strides, tl.int32)).to(tl.int32)",
         ),
     ],
+    ("tiles", "kernels/test_persistent.py::test_nan_stays_with_its_expert"): [
+        (
+            "an expert's weight goes on into the next one",
+            "[G, first, second], [stride_g,",
+            "[G, first + 8, second], [stride_g,",
+        ),
+    ],
     (
         "configs",
         "kernels/test_executed.py::test_no_register_is_set_that_a_wgmma_may_still_read",

@@ -98,6 +98,8 @@ def calls(
             ]
         for configs in chosen:
             found += recorded(chip, problem, configs)
+    if which == "every" or len(cuts) > 1:
+        found += by_tma(chip, size, kind, r, which)
     if len(cuts) > 1:  # experts: their weights lie either way, and they may be frozen
         for rank, p in ((r, 0.0), (r, 0.1), (0, 0.0)):
             of, biases = (M, K, (N,), (rank,), kind, "both", (p,)), (rank > 0,)
@@ -116,6 +118,33 @@ def calls(
             four_bits(packed, (N, K), y.dtype, scales, scales, 64)
             four_bits(packed, (N, K), y.dtype, scales, packed, 64, (scales, scales, 256, scales))
         found += elementwise
+    return found
+
+
+def by_tma(chip, size: str, kind: str, r: int, which: str) -> list[Call]:
+    """Return the persistent launches of segments, which are no default: they have to be asked for.
+
+    Of experts whose weights lie either way, of several projections, and of one weight for all; with
+    "every" config that the tuner may try, or the first.
+    """
+    (M, N, K), found = SIZES[size], []
+    several, most = (N, N // 4, N // 4), None if which == "every" else 1
+    asked = ((N,), True, False), ((N,), True, True), (several, True, False), ((N,), False, False)
+    for (sizes, experts, by_columns), p in itertools.product(asked, (0.0, 0.1)):
+        count, cut = len(sizes), {"ends": (0, M // 3, M), "experts": experts}
+        of = M, K, sizes, (r,) * count, kind, "both", (p,) * count, (True,) * count
+        problem = Joint(*of, scaling=0.5, **cut)
+        ts = problem.blank()
+        for t in ts if by_columns else ():
+            t["w"] = t["w"].mT.contiguous().mT
+        for step in ("outputs", "input_grad"):
+            case = step, kind_of(*KINDS[kind]), r, p > 0 and step in DROPPING, chip, count
+            configs = [c for c in candidates(*case) if c.tma]
+            # The s of segments is scaled by none before: y takes no fold.
+            configs = [c for c in configs if step != "outputs" or c.low_rank == "first"]
+            for config in configs[:most]:
+                calls = recorded(chip, problem, {step: config}, ts)
+                found += [call for call in calls if call.config.tma]
     return found
 
 
@@ -178,6 +207,8 @@ def program_name(call: Call, problem: str) -> str:
         variant.append(f"of {count}")
     if call.args.get("offsets_ptr") is not None:
         variant.append("segments")
+    if call.config.tma and call.args["strides_wg"][0] is not None:
+        variant.append("stacked")
     for name, value in call.args.items():
         if isinstance(value, tuple) and len(value) == 1:
             (value,) = value

@@ -67,7 +67,7 @@ class Case:
     mode: str = "both"
     processors: int = 1
     impl: str = "triton"
-    low_rank: str = ""  # of persistent programs that are asked for, of dx
+    low_rank: str = ""  # of dx, where persistent programs are asked for
 
     def joint(self) -> Joint:
         M, N, K = SIZES[self.size]
@@ -95,11 +95,15 @@ class Case:
         chip = aot.CHIPS[self.capability]
         return replace(chip, processors=min(self.processors, chip.processors))
 
+    def configs(self) -> dict[str, Config] | None:
+        """Return what is asked for: persistent programs, which with segments are no default."""
+        tiles = Config(64, 64, 32, tma=True)
+        asked = {"outputs": tiles, "input_grad": replace(tiles, low_rank=self.low_rank)}
+        return asked if self.low_rank else None
+
     def run(self, configs: dict | None = None, **options) -> running.Executor:
         """Run forward and backward, check both, and return what ran them."""
-        if self.low_rank:
-            tiles = Config(64, 64, 32, tma=True)
-            configs = {"outputs": tiles, "input_grad": replace(tiles, low_rank=self.low_rank)}
+        configs = configs or self.configs()
         with running.executing(self.chip(), **options) as executor:
             verify(self.kernels(), self.joint(), configs=configs, ts=self.tensors())
         return executor
@@ -165,6 +169,13 @@ def drawn() -> list:
     # Rank 0: frozen experts, as the vendor's implementation runs what PyTorch does not group.
     of = (90, 80), ("bf16", "bf16-fp32", "fp32"), (*CUTS,)[1:], (16, 0)
     cases += [Case(*row, 0.0, 1, mode="base", processors=9) for row in covering(*of)]
+    # Segments by TMA: each way for the low-rank terms of dx to join, and frozen experts.
+    asked = ("bf16", "experts", 16, 0.0, 1, "first"), ("bf16", "experts", 8, 0.0, 3, "fold")
+    asked += ("bf16", "experts by columns", 8, 0.1, 3, "fold"), ("fp16", "cut", 16, 0.1, 1, "first")
+    asked += ("bf16-fp32", "experts", 33, 0.1, 1, "first"), ("fp16", "experts", 0, 0.0, 1, "first")
+    for i, (*of, low_rank) in enumerate(asked):
+        mode, processors = "both" if of[2] else "base", (2, 9)[i % 2]
+        cases.append(Case(90, *of, mode, processors, low_rank=low_rank))
     cases += [Case(90, kind, "even", 16, 0.0, 1) for kind in ("fp16", "fp16-fp32")]
     cases += [Gated(*of) for of in covering((80, 90), ("bf16", "fp32"), tuple(ACTIVATIONS))]
     return cases + [FourBits(*of) for of in covering((80, 90), ("bf16", "fp32"), (False, True))]

@@ -22,6 +22,7 @@ import stub_driver
 import torch
 import triton
 from fastlora_kernels import gated, gated_backward, launch, replay
+from fastlora_kernels.configs import Config
 from joints import Joint, run
 from recorder import Call
 from stub_driver import CAPABILITIES, Launched
@@ -36,6 +37,8 @@ SHAPES = {
     "uneven": (1, (250, 128, 128), (8, 0, 16), (0.1, 0.0, 0.2)),
     "experts": (64, (256, 128), (16, 0), (0.1, 0.0), (0, 5, 64)),
 }
+# What is asked for where segments go through persistent programs.
+BY_TMA = dict.fromkeys(("outputs", "input_grad"), Config(128, 128, 64, num_warps=8, tma=True))
 BYTES = {"*": "Q", "i32": "i", "i64": "q", "fp32": "f"}  # of an argument, by Triton's type
 
 devices = stub_driver.Devices(current=2)
@@ -168,7 +171,7 @@ def compared(call: Callable) -> dict:
     return {"kernels": names, "wrong": all_wrong, "by_triton": by[0]}
 
 
-def layer(device: int, shape: str, kind: str) -> dict:
+def layer(device: int, shape: str, kind: str, way: str = "") -> dict:
     """Launch a layer, whose tensors are of ``device``."""
     devices.home, (rows, sizes, ranks, p, *cut) = device, SHAPES[shape]
     joint = Joint(rows, 256, sizes, ranks, kind, dropout_p=p)
@@ -176,7 +179,8 @@ def layer(device: int, shape: str, kind: str) -> dict:
     ts = joint.tensors()
     if rows == 1:  # only such a stride needs no memory
         ts = [{**t, "x": t["x"].as_strided((1, 256), (1 << 33, 1))} for t in ts]
-    return compared(lambda: run(fastlora_kernels, joint, ts))
+    configs = BY_TMA if way == "by TMA" else None
+    return compared(lambda: run(fastlora_kernels, joint, ts, configs))
 
 
 def elementwise(device: int, activation: str) -> dict:
@@ -228,7 +232,7 @@ def circumstances() -> Iterator[dict]:
 
 DRAWN = (
     *((layer, 0, "three", "fp16"), (layer, 0, "uneven", "fp32")),
-    (layer, 2, "experts", "bf16"),
+    *((layer, 2, "experts", "bf16"), (layer, 3, "experts", "bf16", "by TMA")),
     *((layer, 2, "one", "bf16"), (layer, 2, "three", "bf16-fp32"), (layer, 2, "uneven", "fp16")),
     *((layer, 3, "one", "fp16"), (layer, 3, "three", "bf16"), (elementwise, 3, "silu")),
 )
