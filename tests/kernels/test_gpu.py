@@ -259,8 +259,7 @@ def test_experts_at_real_sizes(body, kind, p, by_columns):
     verify(BODIES[body], joint, ts=[t | {"w": w}])
 
 
-@pytest.mark.parametrize("by_columns", [False, True])
-@pytest.mark.parametrize(("kind", "p"), [("16", 0.0), ("mixed", 0.1)])
+@pytest.mark.parametrize(("kind", "p", "by_columns"), [("16", 0.0, False), ("mixed", 0.1, True)])
 def test_experts_by_tma(kind, p, by_columns):
     """The persistent programs, which with segments nobody has measured: no default takes them."""
     joint, asked = replace(ROUTED, kind=NAMED[kind], dropout_p=(p,)), {}
