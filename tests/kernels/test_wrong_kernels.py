@@ -157,7 +157,10 @@ COPIES = {
     ((EXPERTS,), "outputs.py"): {
         "w of the first expert": "w_ptrs = stack_at(w_ptrs, g, strides_wg) => pass",
         "bias of the first expert": "bias_ptrs = stack_at(bias_ptrs, g, strides_of_bias) => pass",
-        "bias of another expert": "bias_ptrs, g, strides_of_bias => bias_ptrs, g, strides_bias",
+        "bias of another expert": (
+            "        bias_ptrs = stack_at(bias_ptrs, g, strides_of => "
+            "        bias_ptrs = stack_at(bias_ptrs, g, strides"
+        ),
     },
     ((EXPERTS,), "input_grad.py"): {
         "w of the first expert in dx": "w_ptrs = stack_at(w_ptrs, g, strides_wg) => pass",
@@ -202,7 +205,7 @@ COPIES = {
         "by TMA: 16-bit sum": f"acc = tl.dot(x, w, acc) => acc = tl.dot(x, w, acc){ROUNDED}",
     },
     ((FOLD_HALVES,), "tiles.py"): {
-        "halves swapped": "first_m, first_n, left, dtype) => first_m, first_n, right, dtype)",
+        "halves swapped": "first_m, first_n, left, => first_m, first_n, right,",
         "right half of a tile lost": "first_n + HALF, right => first_n, right",
     },
     ((FOLD_REST,), "tiles.py"): {
@@ -210,7 +213,7 @@ COPIES = {
             "rest_desc.load([first_m, first_n]) => rest_desc.load([first_m, 0])"
         ),
         "no rest in the left half": (
-            "y_desc, rest_desc, first_m, first_n, left => y_desc, None, first_m, first_n, left"
+            "y, rest_desc, first_m, first_n, left => y, None, first_m, first_n, left"
         ),
     },
     ((FOLD,), "shrink.py"): {
@@ -218,7 +221,7 @@ COPIES = {
         "s scaled twice": "s *= tl.cast(factor, ACC) => s *= tl.cast(factor * factor, ACC)",
     },
     ((FIRST, FIRST_OF_3), "outputs.py"): {
-        "first, not scaled": "tl.cast(number_of(i_tile, scales, tl.float32), tl => tl.cast(1.0, tl",
+        "first, not scaled": "(number_of(i_tile, own_scales, tl.float32), => (1.0,",
         "first, of the first row tile": " = wrapped(first_m + tl.arange =>  = wrapped(tl.arange",
         "first, of the first column tile": (
             "columns = wrapped(offs_n, N_tile) => columns = wrapped(tl.arange(0, BLOCK_N), N_tile)"
@@ -229,14 +232,14 @@ COPIES = {
             "columns = wrapped(first_k + tl.arange => columns = wrapped(tl.arange"
         ),
         "first of dx, not masked": "acc *= keep.to(tl.float32) => pass",
-        "first of dx, not scaled": "acc *= tl.cast(scale, tl.float32) => pass",
+        "first of dx, not scaled": "own_numbers((scale,), number_ptrs, G + g, tl.float32)[0] => 1.0",
     },
     ((FOLD, FOLD_HALVES, FOLD_REST), "input_grad.py"): {
-        "last dy missing": "for step in range(end): => for step in range(ends[0]):",
+        "last dy missing": "for step in range(steps): => for step in range(ends[0]):",
         "dy of the second again": "w_from, n = dys[i], ws[i] => w_from, n = dys[1], ws[i]",
         "step not from the start": "(step - ends[i - 1]) * BLOCK_K => step * BLOCK_K",
         "one step late": "if step >= ends[i - 1]: => if step > ends[i - 1]:",
-        "low-rank terms not masked": "whole and not dropout and  => whole and ",
+        "low-rank terms not masked": "folds = not dropout and  => folds = ",
         "tile of another row": "dy_from.load([first_m, n]) => dy_from.load([0, n])",
     },
     # And those with segments.
@@ -246,7 +249,9 @@ COPIES = {
     },
     ((CUT_BY_TMA, CUT_OF_2), "outputs.py"): {
         "by TMA: rows of the next expert of y": "else (end, N_tile) => else (M, N_tile)",
-        "by TMA: b of the first expert": "= stack_at(b_ptrs, g, strides_bg) => = b_ptrs",
+        "by TMA: b of the first expert": (
+            "own_b = stack_at(b_ptrs, g, strides_bg) => own_b = b_ptrs"
+        ),
         "by TMA: bias of the first expert": (
             "own_bias = stack_at(bias_ptrs, g, strides_of_bias) => own_bias = bias_ptrs"
         ),
