@@ -232,7 +232,7 @@ COPIES = {
             "columns = wrapped(first_k + tl.arange => columns = wrapped(tl.arange"
         ),
         "first of dx, not masked": "acc *= keep.to(tl.float32) => pass",
-        "first of dx, not scaled": "own_numbers((scale,), number_ptrs, G + g, tl.float32)[0] => 1.0",
+        "first of dx, not scaled": "own_numbers((scale,), number_ptrs, G + g, tl.float32)[0] => 1",
     },
     ((FOLD, FOLD_HALVES, FOLD_REST), "input_grad.py"): {
         "last dy missing": "for step in range(steps): => for step in range(ends[0]):",
