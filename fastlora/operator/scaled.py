@@ -17,7 +17,8 @@ from fastlora.operator.dropout import kept_ones, kept_scale
 from fastlora.operator.operands import Each, Operands, Projections, Segments
 from fastlora.operator.weights import dense
 
-ELEMENTS = 1 << 18  # of a mask, drawn at a time on a CPU: they stay in the cache
+# Rows of a mask, drawn at a time on a CPU: at least so many, or elements.
+ROWS, ELEMENTS = 512, 1 << 18
 
 
 def forward(find: Callable, x: Tensor, projections: Projections) -> tuple[list[Tensor], Each]:
@@ -74,7 +75,7 @@ def backward(
             of_dropped.append((i, dy, one))
     dx = _backward(find, x, given, need_x, found)
     for i, dy, one in of_dropped:
-        x_hat, ones = dropped(x, one)
+        x_hat, ones = dropped(x, one, masked=need_x)
         of = dy, kept[n + i], _changed(one), None
         dz, dscale = _columns_backward(*of, need_x, need_scales[i])
         dscales[i] = None if dscale is None else dscale.mul_(kept_scale(one.p))
@@ -143,14 +144,18 @@ def _changed(one: Operands) -> Tensor:
     return (_wide(one.scale) - 1.0) * kept_scale(one.p)
 
 
-def dropped(x: Tensor, one: Operands) -> tuple[Tensor, Tensor]:
-    """Return the elements of x [M, K] that are kept, zeros for the others, and the mask as x."""
-    (M, K), ones, at = x.shape, x.new_empty(x.shape), 0
-    rows = max(1, ELEMENTS // max(1, K)) if x.is_cpu else M
+def dropped(x: Tensor, one: Operands, masked: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Return the elements of x [M, K] that are kept, zeros for the others; and the mask as x."""
+    (M, K), x_hat, at = x.shape, x.new_empty(x.shape), 0
+    ones = torch.empty_like(x_hat) if masked else None
+    rows = max(ROWS, ELEMENTS // max(1, K)) if x.is_cpu else M
     for part in kept_ones(one.seed, x.shape, one.p, x.dtype, min(rows, M)):
-        ones[at : at + len(part)] = part
+        here = slice(at, at + len(part))
+        torch.mul(x[here], part, out=x_hat[here])
+        if masked:
+            ones[here] = part
         at += len(part)
-    return x * ones, ones
+    return x_hat, ones
 
 
 def columns(z: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
