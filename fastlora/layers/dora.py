@@ -65,9 +65,10 @@ def norm(weight: Tensor | Quantised, own: Tensor, a: Tensor, b: Tensor, scaling)
     weight, squares, exact = dense(weight), own.square(), (a, b)
     a, b = a.to(own.dtype), b.to(own.dtype) * scaling
     gram = a @ a.t()
-    change = ((2.0 * _product(weight, a) + b @ gram) * b).sum(1)
-    total = squares + change
-    left = CANCELS * (squares + ((b.abs() @ gram.abs()) * b.abs()).sum(1)) - total
+    total = torch.addmm(_product(weight, a), b, gram, beta=2.0).mul_(b).sum(1).add_(squares)
+    # Of norms that add up there is at most this in a row of B A, by Cauchy and Schwarz.
+    most = b.abs() @ gram.diagonal().clamp(min=0.0).sqrt()
+    left = squares.addcmul_(most, most).mul_(CANCELS).sub_(total)
     if weight.is_cpu and not is_compiling():
         rows = (left > 0.0).nonzero().squeeze(1)
     else:
@@ -84,7 +85,8 @@ def _product(weight: Tensor, a: Tensor) -> Tensor:
     if weight.dtype == a.dtype:
         return weight @ a.t()
     rows = max(1, ELEMENTS.get(weight.device.type, MORE_ELEMENTS) // max(1, weight.shape[1]))
-    return torch.cat([part.to(a.dtype) @ a.t() for part in weight.split(rows)])
+    parts = [part.to(a.dtype) @ a.t() for part in weight.split(rows)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def forget(magnitude: nn.Module) -> None:
