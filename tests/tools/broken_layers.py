@@ -32,7 +32,11 @@ COPIES = {
         ("rows are formed in float32", "exact[0].double(), exact[1][rows].double()", "a, b[rows]"),
         ("scaling counts once", "to(own.dtype) * scaling", "to(own.dtype)"),
     ],
+    ("dora", f"{NORM}factors_that_cancel_each_other"): [
+        ("factors may cancel each other", "alpha=CANCELS / 8", "alpha=0.0"),
+    ],
     ("dora", f"{NORM}nothing_as_large_as_the_weight_is_made"): [
+        ("rows are formed of large adapters", "alpha=CANCELS / 8", "alpha=8.0"),
         ("the whole weight in float32", "for part in weight.split(rows)", "for part in [weight]"),
     ],
     ("dora", f"{NORM}where_nobody_may_wait_for_a_number"): [
