@@ -85,7 +85,7 @@ def lora_linears(
     Weights [G, N, K] are stacked as well, each for its segment, as those of a mixture of experts
     are; with factors and biases [G, N], or without adapters. ``scaling`` and ``dropout_p`` are then
     of all. ``segments`` may be a tensor (int32 or int64, on x's device): a GPU's is not waited for,
-    and has to be right.
+    and has to be right. A ``scale`` goes with segments that drop nothing, not with stacked weights.
 
     Shapes: ``x`` [..., K]; a list of [..., N], one for each projection, each a tensor of its own.
     Dtypes, ``training``, ``impl`` and errors as for `lora_linear`; an error says which projection

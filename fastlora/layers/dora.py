@@ -74,8 +74,9 @@ def norm(weight: Tensor | Quantised, own: Tensor, a: Tensor, b: Tensor, scaling)
     else:
         rows = left.topk(min(MOST_FORMED, len(left))).indices
     if len(rows):
-        a, b = exact[0].double(), exact[1][rows].double()
-        formed = (weight[rows].double() + scaling * (b @ a)).square().sum(1)
+        dtype = own.dtype if weight.device.type == "mps" else torch.float64  # it has none
+        a, b = exact[0].to(dtype), exact[1][rows].to(dtype)
+        formed = (weight[rows].to(dtype) + scaling * (b @ a)).square().sum(1)
         total = total.index_put((rows,), formed.to(total.dtype))
     return total.sqrt()
 
@@ -95,8 +96,11 @@ def forget(magnitude: nn.Module) -> None:
 
 
 def _kept(magnitude: nn.Module, name: str, of: tuple, make: Callable[[], Tensor]) -> Tensor:
-    """Return what was made of tensors and numbers, while they are the same."""
-    if is_compiling():
+    """Return what was made of tensors and numbers, while they are the same.
+
+    What replays a graph reads them as they are then.
+    """
+    if is_compiling() or (of[0].is_cuda and torch.cuda.is_current_stream_capturing()):
         return make()
     found, state = _made.setdefault(magnitude, {}), [_state(t) for t in of]
     if name not in found or found[name][0] != state:

@@ -26,8 +26,9 @@ def outputs(x: Tensor, projections: Projections, observed: bool, naive=False) ->
         if type(one.w) is slice:
             ys[-1] = _joined(ys[-1], x, one)
         elif type(one.scaling) is Segments:
-            y = _frozen(x, *one[:7])
-            if one.scale is not None:
+            if one.scale is None:
+                y = _frozen(x, *one[:7])
+            else:
                 y = reference(x, one.w, None, None, one.bias, scale=one.scale)
             ys.append(y if one.a is None else _joined(y, x, one._replace(w=slice(None))))
         elif naive or one.scale is not None:

@@ -407,7 +407,7 @@ def test_few_tokens_on_a_gpu_are_timed_with_the_host_too(tiny, tmp_path, monkeyp
     recorded.reset_mock()
     result, table, _ = made(tmp_path)
     with_host = [of.kwargs["with_host"] for of in recorded.mock_calls]
-    sections = [False] * 2, [True] * 2, [False] * 5, [True] * 2, [False] * 2
+    sections = [False] * 2, [True] * 2, [False] * 5, [True] * 2, [False] * (2 + 4)
     assert with_host == [False, False, True, *chain(*sections)]
     many, few = (p["rows"] for p in result["problems"])
     for phase in measure.PHASES:

@@ -113,8 +113,8 @@ def test_small_scalings_of_float16_adapters_keep_their_bits(way):
     if way == "tensor":
         found = lora_linear(x, w, a, b, scaling=torch.tensor(c))
     elif way == "two adapters":
-        nothing = torch.zeros_like(a), torch.zeros_like(b), 1.0, 0.0, ALL
-        found = lora_sum(x, w, None, [(a, b, c, 0.0, ALL), nothing])
+        nothing = torch.zeros_like(a), torch.zeros_like(b), 1.0, 0.0, ALL, None
+        found = lora_sum(x, w, None, [(a, b, c, 0.0, ALL, None), nothing])
     else:
         ones = [Projection(w, a, b, None, c), Projection(w, a, b, None, 2.0)]
         found = torch.compile(lambda: lora_linears(x, ones)[0], backend="eager", fullgraph=True)()
