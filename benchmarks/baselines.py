@@ -100,9 +100,9 @@ class Frozen(nn.Module):
 class Peft(nn.Module):
     """PEFT's own layer, as ``get_peft_model`` makes it."""
 
-    compiled = False
+    compiled = dora = False
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, linear: nn.Linear | None = None) -> None:
         super().__init__()
         from peft import LoraConfig, get_peft_model
 
@@ -111,8 +111,9 @@ class Peft(nn.Module):
             lora_alpha=problem.scaling * problem.R,
             lora_dropout=problem.p,
             target_modules=["0"],
+            use_dora=self.dora,
         )
-        model = nn.Sequential(problem.linear())
+        model = nn.Sequential(problem.linear() if linear is None else linear)
         model.is_loaded_in_4bit = problem.weights == "nf4"
         wide = problem.adapter == torch.float32
         model = get_peft_model(model, config, autocast_adapter_dtype=wide)

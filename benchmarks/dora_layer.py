@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import baselines
 import torch
-from measure import Step, Turns, memory, sharing
-from torch import Tensor, nn
+from measure import Turns, memory, sharing, step_of
+from torch import nn
 
 import fastlora
 from fastlora.operator.tuning import host_counts
@@ -25,28 +25,14 @@ class Problem(baselines.Problem):
         return self.M == 1
 
 
-class Peft(nn.Module):
+class Peft(baselines.Peft):
     """PEFT's own layer. B is not zero, nor is the magnitude the norm."""
 
+    dora = True
+
     def __init__(self, problem: Problem, linear: nn.Linear) -> None:
-        super().__init__()
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(
-            r=problem.R,
-            lora_alpha=problem.scaling * problem.R,
-            lora_dropout=problem.p,
-            target_modules=["0"],
-            use_dora=True,
-        )
-        wide = problem.adapter == torch.float32
-        self.model = get_peft_model(nn.Sequential(linear), config, autocast_adapter_dtype=wide)
-        self.layer = self.model.base_model.model[0].train(not problem.decodes)
-        a, b = problem.factors()
-        self.layer.lora_A["default"].weight, self.layer.lora_B["default"].weight = a, b
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        super().__init__(problem, linear)
+        self.train(not problem.decodes)
 
 
 class Ours(Peft):
@@ -54,7 +40,7 @@ class Ours(Peft):
 
     def __init__(self, problem: Problem, linear: nn.Linear) -> None:
         super().__init__(problem, linear)
-        fastlora.patch_peft(self.model)
+        fastlora.patch_peft(nn.Sequential(self.layer))
 
 
 WAYS: dict[str, Callable[[Problem, nn.Linear], nn.Module]] = {
@@ -78,19 +64,10 @@ def problems(device: str) -> Iterator[Problem]:
 def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
     """Return a row for each way, with the error of one that failed."""
     device, linear, (x, dy) = torch.device(problem.device), problem.linear(), problem.inputs()
-    turns = Turns(device)
+    x, turns = x.detach().requires_grad_(not problem.decodes), Turns(device)
     for way in ways:
-        turns.join(way, lambda way=way: _step(problem, WAYS[way](problem, sharing(linear)), x, dy))
+        turns.join(way, lambda way=way: step_of(WAYS[way](problem, sharing(linear)), x, dy))
     turns.time(seconds, with_host=host_counts(problem.M, device))
     for way in turns.rows if not problem.decodes else ():
         turns.note(way, memory)
     return list(turns.rows.values())
-
-
-def _step(problem: Problem, layer: nn.Module, x: Tensor, dy: Tensor) -> Callable:
-    @torch.no_grad()
-    def decode() -> Iterator[None]:
-        layer(x)
-        yield
-
-    return decode if problem.decodes else Step(layer, x, dy)

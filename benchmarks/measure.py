@@ -81,6 +81,17 @@ class Step:
         yield
 
 
+def step_of(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], Iterator[None]]:
+    """Return the `Step`; or forward alone without gradients, where x requires none."""
+
+    @torch.no_grad()
+    def decode() -> Iterator[None]:
+        layer(x)
+        yield
+
+    return Step(layer, x, dy) if x.requires_grad else decode
+
+
 class Turns:
     """The ways that take turns at one problem: the step and the row of each.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import baselines
 import torch
-from measure import Step, Turns, peak_bytes, sharing
+from measure import Turns, peak_bytes, sharing, step_of
 from torch import Tensor, nn
 
 import fastlora
@@ -114,17 +114,8 @@ def measure(problem: Problem, ways: list[str], seconds: float) -> list[dict]:
     x.requires_grad_(not problem.decode)
     turns = Turns(device)
     for way in ways:
-        turns.join(way, lambda way=way: _step(WAYS[way](problem, sharing(linear)), x, dy))
+        turns.join(way, lambda way=way: step_of(WAYS[way](problem, sharing(linear)), x, dy))
     turns.time(seconds, with_host=host_counts(problem.M, device))
     for way in turns.rows:
         turns.note(way, lambda step: {"peak_bytes": peak_bytes(step, device)})
     return list(turns.rows.values())
-
-
-def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], Iterator[None]]:
-    @torch.no_grad()
-    def decode() -> Iterator[None]:
-        layer(x)
-        yield
-
-    return Step(layer, x, dy) if x.requires_grad else decode

@@ -98,7 +98,7 @@ def lora_linears(
         if any(isinstance(one[0], Tensor) and one[0].dim() == 3 for one in projections):
             ends = _stack_ends(x, segments)
         else:
-            projections = list(_by_segment(x, projections, _ends(x, segments)))
+            projections = list(_by_segment(projections, _ends(x, segments), training))
     return list(run_checked(*checked(x, projections, ends=ends), training, impl, ends))
 
 
@@ -125,7 +125,7 @@ def _ends(x: Tensor, segments: Sequence[int] | Tensor) -> list[int]:
 
 
 def _by_segment(
-    x: Tensor, projections: Sequence[Projection], ends: list[int]
+    projections: Sequence[Projection], ends: list[int], training: bool
 ) -> Iterator[Projection]:
     """Yield each projection without an adapter, then its adapters with their rows as weights."""
     G = len(ends) - 1
@@ -139,6 +139,9 @@ def _by_segment(
             if several and len(given) != G:
                 raise ValueError(f"projections[{i}]: {name} must be of {G}, got {len(given)}")
             each.append(given if several else [given] * G)
+        if training and one.scale is not None and any(each[-1]):
+            said = f"projections[{i}]: dropout_p must be 0 in training with segments under a scale"
+            raise ValueError(f"{said}, got {one.dropout_p!r:.100}")
         for start, end, a, b, scaling, p in zip(ends, ends[1:], *each, strict=False):
             if a is not None or b is not None:
                 yield Projection(slice(start, end), a, b, None, scaling, p)
@@ -235,8 +238,6 @@ def drawn(
         segmented |= some_rows
         if ends is not None:
             scaling = Segments(ends, (scaling,), (p,))
-        if seed is not None and some_rows and columns is not None:
-            raise ValueError("dropout_p must be 0 under segments with a scale while training")
         operands.append(Operands(w, a, b, bias, seed, scaling, p, scale))
     shape = x.shape
     flat = x if len(shape) == 2 else x.reshape(math.prod(shape[:-1]), shape[-1])

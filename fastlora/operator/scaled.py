@@ -46,8 +46,9 @@ def forward(find: Callable, x: Tensor, projections: Projections) -> tuple[list[T
             ys.append(columns(z, one.scale, one.bias))
             then += [*_added(i, one, ys[-1]), *others]
         else:
-            x_hat, _ = dropped(x, one)
-            kept[n + i], y = _frozen_of_both(x_hat, x, one)
+            w, (x_hat, _) = dense(one.w), dropped(x, one)
+            kept[n + i], y = F.linear(x_hat, w), F.linear(x, w, one.bias)
+            del w  # before another one is made dense
             ys.append(columns(kept[n + i], _changed(one)).add_(y))
             _forward(find, x_hat, _added(i, _on_dropped(one), ys[-1]), kept)
     _forward(find, x, then, kept)
@@ -88,12 +89,6 @@ def backward(
         for dscale, one in zip(dscales, projections, strict=True)
     ]
     return dx, das, dbs, dscales
-
-
-def _frozen_of_both(x_hat: Tensor, x: Tensor, one: Operands) -> tuple[Tensor, Tensor]:
-    """Return x̂ wᵀ and x wᵀ + bias, of a quantised weight that is made dense once."""
-    w = dense(one.w)
-    return F.linear(x_hat, w), F.linear(x, w, one.bias)
 
 
 def _forward(find: Callable, x: Tensor, numbered: Sequence, kept: list) -> list[Tensor]:

@@ -113,9 +113,10 @@ def test_ours_mixes_adapters_as_pefts_layer_does(by_turns):
 def test_ours_computes_dora_as_peft_does(m):
     problem = dora_layer.Problem(**{**vars(PROBLEM), "M": m})
     (x, dy), linear, found = problem.inputs(), problem.linear(), {}
+    x = x.detach().requires_grad_(m > 1)
     for way, make in dora_layer.WAYS.items():
         layer = make(problem, measure.sharing(linear))
-        step = dora_layer._step(problem, layer, x, dy)
+        step = measure.step_of(layer, x, dy)
         assert (type(step) is measure.Step) == (m > 1)
         list(step())
         found[way] = layer(x)

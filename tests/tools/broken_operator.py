@@ -8,7 +8,7 @@ from broken_copies import Mutant
 COPIES = {
     ("scaled", "scaled::as_the_formula"): [
         ("a bias is scaled", "columns(z, one.scale, one.bias)", "columns(z, one.scale)"),
-        ("what is scaled is not dropped", "return F.linear(x_hat, w)", "return F.linear(x, w)"),
+        ("what is scaled is not dropped", "= F.linear(x_hat, w)", "= F.linear(x, w)"),
         ("what is kept is not made larger", "- 1.0) * kept_scale(one.p)", "- 1.0)"),
         ("gradients of scale are not", "dscale.mul_(kept_scale(one.p))", "dscale"),
         ("what is dropped gets a gradient", "dx.addcmul_(part, ones)", "dx.add_(part)"),
