@@ -8,18 +8,33 @@ drawn inside them; so does the low-rank product of float32 factors under a 16-bi
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from fastlora_kernels import lists
 from fastlora_kernels import steps as kernels
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastlora.operator import blocks
 from fastlora.operator.grouped import grouped_mm
-from fastlora.operator.operands import Each, Projections
+from fastlora.operator.operands import Each, Operands, Projections
 
-shrink = functools.partial(kernels.shrink, for_outputs=False)  # `outputs` scales s itself
-ds_db, da = kernels.ds_db, kernels.da
+
+def _narrow(step: Callable, **options: Any) -> Callable:
+    """Return a step of the kernels that reads no w: here that may be quantised, or a slice."""
+
+    @functools.wraps(step)
+    def run(t: Any, projections: Projections, *rest: Any, **more: Any) -> Any:
+        without = [(None, *one[1:]) for one in projections]
+        return step(t, without, *rest, **options, **more)
+
+    return run
+
+
+shrink = _narrow(kernels.shrink, for_outputs=False)  # `outputs` scales s itself
+ds_db, da = _narrow(kernels.ds_db), _narrow(kernels.da)
+ds_db_of_scaled, dropped = _narrow(kernels.ds_db_of_scaled), kernels.dropped
 
 
 def outputs(
@@ -51,6 +66,21 @@ def outputs(
     if stacked:
         return [w if y is None else y.add_(w) for w, y in zip(wides, there, strict=True)]
     return blocks.outputs(x, projections, ss, there)
+
+
+def scaled_outputs(x: Tensor, projections: Projections, ss: Each, keep: bool) -> tuple[Each, Each]:
+    """Return y and z [M, N] of projections with a scale: what the product makes is read once."""
+    pairs = [_scaled_output(x, one, s, keep) for one, s in zip(projections, ss, strict=True)]
+    return tuple(zip(*pairs, strict=True))
+
+
+def _scaled_output(x: Tensor, one: Operands, s: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+    right, drops = one.w.t(), one.seed is not None  # dense from here on, and no other beside it
+    w = right.t()
+    z = F.linear(dropped(x, one.seed, one.p), w) if drops else F.linear(x, w, one.bias)
+    without = one._replace(w=x.new_empty(len(w), 0))
+    (y,), _ = kernels.scaled_outputs(x[:, :0], [without], [s], zs=[z])
+    return y.addmm_(x, right) if drops else y, z if keep else None
 
 
 def input_grad(

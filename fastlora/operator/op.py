@@ -39,14 +39,19 @@ if plans.TUNE:
 
 
 def forward(
-    x: Tensor, projections: Projections, impl: str, plan: plans.Pair | None = None
+    x: Tensor,
+    projections: Projections,
+    impl: str,
+    plan: plans.Pair | None = None,
+    keep: Sequence[bool] | None = None,
 ) -> tuple[list[Tensor], Each]:
     """Return y and s of each projection of x [M, K], s None without an adapter.
 
-    With scales what those multiply follows, [M, N] or None for each projection.
+    With scales what those multiply follows, [M, N], or None for a projection without one, or for
+    which ``keep`` says so.
     """
-    plan = plan or _plan(impl, x, projections)
-    return exactly(x.device, plan.forward, x, projections)
+    plan, keeps = plan or _plan(impl, x, projections), (keep,) if _are_scaled(projections) else ()
+    return exactly(x.device, plan.forward, x, projections, *keeps)
 
 
 def _plan(impl: str, x: Tensor, projections: Projections) -> plans.Pair:
@@ -310,14 +315,11 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, projections, impl, *_):
         plan = _plan(impl, x, projections)
-        ys, ss = forward(x, projections, impl, plan)
+        keep = [one.scale is not None and one.scale.requires_grad for one in projections]
+        ys, ss = forward(x, projections, impl, plan, keep)
         for one in projections:
             if one.w is None:
                 ctx.mark_dirty(one.bias)
-        if len(ss) > len(projections):  # of frozen scales nothing else is to be kept
-            asked = [one.scale is not None and one.scale.requires_grad for one in projections]
-            zs = zip(ss[len(projections) :], asked, strict=True)
-            ss = [*ss[: len(projections)], *(z if need else None for z, need in zs)]
         save(ctx, [x], projections, ss, impl, plan)
         need_x, _, _, *flat = ctx.needs_input_grad
         if not need_x and len(ys) > 1:  # of frozen layers nothing that follows is to be kept
@@ -367,7 +369,7 @@ def run(x: Tensor, projections: Projections, impl: str) -> Sequence[Tensor]:
         for t in (x, *flat):
             if t is not None and t.requires_grad:
                 return _apply(x, projections, impl, *flat)
-    return forward(x, projections, impl)[0]
+    return forward(x, projections, impl, keep=[False] * len(projections))[0]
 
 
 def _scaled(one: Operands) -> Operands:

@@ -49,6 +49,7 @@ class Pair(NamedTuple):
 
     forward: Callable
     backward: Callable
+    impls: tuple[ModuleType, ...] = ()  # of both, where rows are not cut
 
 
 _found: dict[tuple, Pair] = {}
@@ -102,11 +103,11 @@ def _pair(impl: str, x: Tensor, projections: Sequence[Operands]) -> Pair:
     elif others:
         # One is dense at a time, for a product of the library's.
         chosen = [replace(p, impl="library") if p.impl == "triton" else p for p in chosen]
-    return Pair(*map(_running, (_forward, _backward), chosen))
+    impls = tuple([importlib.import_module(MODULES[plan.impl]) for plan in chosen])
+    return Pair(*map(_running, (_forward, _backward), impls, chosen), impls)
 
 
-def _running(direction: Callable, plan: Plan) -> Callable:
-    module = importlib.import_module(MODULES[plan.impl])
+def _running(direction: Callable, module: ModuleType, plan: Plan) -> Callable:
     run = functools.partial(direction, module, plan.configs)
     return module.replayed(run) if plan.impl == "triton" else run  # of kernels and nothing else
 

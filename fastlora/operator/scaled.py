@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Projections with a scale [N] for the columns of their frozen product, as DoRA's have.
 
-They are problems that every implementation solves: a frozen product, which is multiplied, and then
+Implementations of kernels have steps for them. For others, and for rows that are cut, they are
+problems that every implementation solves: a frozen product, which is multiplied, and then
 adapters that are added to it. In backward the frozen layer's dy is multiplied, the adapters' is
 not: rounded once more it would cost float32 adapters their last digits. Under dropout what scale
 changes is a problem of dropout(x), which is made for it and made again.
 """
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -15,44 +17,55 @@ from torch import Tensor
 
 from fastlora.operator.dropout import kept_ones, kept_scale
 from fastlora.operator.operands import Each, Operands, Projections, Segments
-from fastlora.operator.weights import dense
+from fastlora.operator.weights import Quantised, dense
 
 # Rows of a mask, drawn at a time on a CPU: at least so many, or elements.
 ROWS, ELEMENTS = 512, 1 << 18
 
 
-def forward(find: Callable, x: Tensor, projections: Projections) -> tuple[list[Tensor], Each]:
+def forward(
+    find: Callable, x: Tensor, projections: Projections, keep: Sequence[bool] | None = None
+) -> tuple[list[Tensor], Each]:
     """Return each y [M, N]; and each s, and after them what each scale multiplies [M, N], or None.
 
-    ``find`` returns what runs projections without a scale.
+    The last where ``keep`` says so. ``find`` returns what runs projections without a scale.
     """
-    n, groups, first, then, ys = len(projections), [], [], [], []
+    n, ys, groups, first, then = len(projections), {}, [], [], []
     kept: list[Tensor | None] = [None] * (2 * n)
-    for i, one in enumerate(projections):
+    impl, mine, others = _split(find, x, projections, 0)
+    if mine:
+        numbers, ones = zip(*mine, strict=True)
+        ss, _ = impl.shrink(x, ones)
+        each = impl.scaled_outputs(x, ones, ss, keep is None or any(keep))
+        for i, s, y, z in zip(numbers, ss, *each, strict=True):
+            kept[i], ys[i], kept[n + i] = s, y, z
+    for i, one in others:
         if type(one.w) is not slice:
             groups.append([])
         groups[-1].append((i, one))
-    for (i, one), *others in groups:
+    for (i, one), *slices in groups:
         if one.scale is None:
-            first += [(i, one), *others]
+            first += [(i, one), *slices]
         elif one.seed is None:
             first.append((i, _frozen(one)))
     there = iter(_forward(find, x, first, kept))
-    for (i, one), *others in groups:
+    for (i, one), *slices in groups:
         if one.scale is None:
-            ys.append(next(there))
+            ys[i] = next(there)
         elif one.seed is None:
             kept[n + i] = z = next(there)
-            ys.append(columns(z, one.scale, one.bias))
-            then += [*_added(i, one, ys[-1]), *others]
+            ys[i] = columns(z, one.scale, one.bias)
+            then += [*_added(i, one, ys[i]), *slices]
         else:
             w, (x_hat, _) = dense(one.w), dropped(x, one)
             kept[n + i], y = F.linear(x_hat, w), F.linear(x, w, one.bias)
             del w  # before another one is made dense
-            ys.append(columns(kept[n + i], _changed(one)).add_(y))
-            _forward(find, x_hat, _added(i, _on_dropped(one), ys[-1]), kept)
+            ys[i] = columns(kept[n + i], _changed(one)).add_(y)
+            _forward(find, x_hat, _added(i, _on_dropped(one), ys[i]), kept)
     _forward(find, x, then, kept)
-    return ys, kept
+    if keep:
+        kept[n:] = [z if k else None for z, k in zip(kept[n:], keep, strict=True)]
+    return [ys[i] for i in sorted(ys)], kept
 
 
 def backward(
@@ -62,7 +75,13 @@ def backward(
     """Return dx [M, K], and da, db and the gradient of scale [N] of each, as `steps.backward`."""
     n, given, of_dropped = len(projections), [], []
     found = das, dbs, dscales = [[None] * n for _ in range(3)]
-    for i, (dy, one) in enumerate(zip(dys, projections, strict=True)):
+    impl, mine, others = _split(find, x, projections, 1, dys)
+    part = None
+    if mine:
+        needed = [needs[i] for i, _ in mine], [need_scales[i] for i, _ in mine]
+        part = _backward_by_kernels(impl, dys, x, mine, kept, need_x, *needed, found)
+    for i, one in others:
+        dy = dys[i]
         if one.scale is None:
             given.append((i, dy, one, kept[i], needs[i]))
         elif dy is not None and one.seed is None:
@@ -74,7 +93,8 @@ def backward(
         elif dy is not None:
             given.append((i, dy, _frozen(one), None, (False, False)))
             of_dropped.append((i, dy, one))
-    dx = _backward(find, x, given, need_x, found)
+    dx = _backward(find, x, given, need_x, found) if given else None
+    dx = part if dx is None else dx if part is None else dx.add_(part)
     for i, dy, one in of_dropped:
         x_hat, ones = dropped(x, one, masked=need_x)
         of = dy, kept[n + i], _changed(one), None
@@ -89,6 +109,56 @@ def backward(
         for dscale, one in zip(dscales, projections, strict=True)
     ]
     return dx, das, dbs, dscales
+
+
+def _split(
+    find: Callable, x: Tensor, projections: Projections, op: int, dys: Each | None = None
+) -> tuple[ModuleType | None, list, list]:
+    """Return an implementation with steps for scales, numbered projections for it, and the others.
+
+    Forward is ``op`` 0. Those that have no dy are neither.
+    """
+    each = list(enumerate(projections))
+    mine, taken = [(i, one) for i, one in each if one.scale is not None], True
+    for _, one in each:
+        taken &= isinstance(one.w, Tensor | Quantised) and type(one.scaling) is not Segments
+        taken &= one.scale is None or one.a is not None
+    impls = find(x, [one for _, one in mine]).impls if taken else ()
+    if not impls or not hasattr(impls[op], "ds_db_of_scaled"):
+        return None, [], each
+    others = [(i, one) for i, one in each if one.scale is None]
+    mine = [(i, one._replace(scale=one.scale.contiguous())) for i, one in mine]
+    if dys is not None:
+        mine = [(i, one) for i, one in mine if dys[i] is not None]
+    return impls[op], mine, others
+
+
+def _backward_by_kernels(
+    impl: ModuleType, dys: Each, x: Tensor, mine: list, kept: Each, need_x: bool, needs: Sequence,
+    need_scales: Sequence[bool], found: Sequence[list],
+) -> Tensor | None:  # fmt: skip
+    """Return dx of projections that kernels have steps for; put other gradients into ``found``."""
+    numbers, ones = zip(*mine, strict=True)
+    n, (need_a, need_b) = len(kept) // 2, zip(*needs, strict=True)
+    dys, ss = [dys[i] for i in numbers], [kept[i] for i in numbers]
+    zs = [kept[n + i] if need else None for i, need in zip(numbers, need_scales, strict=True)]
+    of = dys, ones, ss, zs, [need_x or need for need in need_a], need_b, need_x
+    dss, *dbs, dzs, dscales = impl.ds_db_of_scaled(*of)
+    grads = impl.da(x, ones, dss, need_a), *dbs, dscales
+    for into, each in zip(found, grads, strict=True):
+        for i, grad in zip(numbers, each, strict=True):
+            into[i] = grad
+    if not need_x:
+        return None
+    wide = []
+    for one, dy, dz, ds in zip(ones, dys, dzs, dss, strict=True):
+        wide.append((dz, one, ds) if one.seed is None else (dy, _frozen(one), None))
+    dx = impl.input_grad(*zip(*wide, strict=True))
+    for one, dz, ds in zip(ones, dzs, dss, strict=True):
+        if one.seed is not None:
+            part = impl.input_grad([dz], [one._replace(seed=None, p=0.0)], [ds])
+            dx = impl.dropped(part, one.seed, one.p, kept_scale(one.p), dx)
+    return dx
 
 
 def _forward(find: Callable, x: Tensor, numbered: Sequence, kept: list) -> list[Tensor]:

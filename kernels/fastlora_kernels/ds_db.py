@@ -5,6 +5,10 @@ Programs write partial sums in float32, and a second kernel adds them in a fixed
 results do not vary from run to run.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,13 +25,31 @@ from fastlora_kernels.tiles import dot, triton_dtype
 PROGRAMS = 2
 
 
+class Columns(NamedTuple):
+    """What dy also meets where a scale [N] multiplies columns, or None for what is not needed.
+
+    dz = (scale - less) dy, and dscale = factor Σ dy (z - bias), of z [M, N] and its bias [N].
+    """
+
+    scale: Tensor | None = None
+    z: Tensor | None = None
+    bias: Tensor | None = None
+    less: float | None = None
+    factor: float = 1.0
+    need_dz: bool = False
+
+
+NO_COLUMNS = Columns()
+
+
 @triton.jit(do_not_specialize=["steps", "G"])
 def ds_db_kernel(
     dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, offsets_ptr, number_ptrs,
+    scale_ptr, z_ptr, bias_ptr, dz_ptr, dscale_ptr,
     M, N, R, steps, G,
     stride_dym, stride_dyn,
     strides_bg, stride_br, stride_bn,
-    stride_on,
+    stride_on, stride_bias, less,
     NEED_DS: tl.constexpr, NEED_DB: tl.constexpr, ON_THE_WAY: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -57,6 +79,15 @@ def ds_db_kernel(
         if ON_THE_WAY:
             b_ptrs = b_ptr + columns[:, None] * stride_bn + ranks[None, :] * stride_br
             b = tl.load(b_ptrs, mask=mask_nr, other=0.0)
+        if dz_ptr is not None:
+            factor = tl.load(scale_ptr + columns, mask=mask_n, other=0.0).to(ACC)
+            factor = (factor - tl.cast(less, ACC))[:, None]
+        if dscale_ptr is not None:
+            dscale = tl.zeros((BLOCK_N,), dtype=ACC)
+            bias = tl.zeros((BLOCK_N, 1), dtype=ACC)
+            if bias_ptr is not None:
+                bias = tl.load(bias_ptr + columns * stride_bias, mask=mask_n, other=0.0)
+                bias = bias.to(ACC)[:, None]
         db = tl.zeros((BLOCK_N, BLOCK_R), dtype=ACC)
         for m in range(first_row, min(first_row + steps * BLOCK_M, last), BLOCK_M):
             offs_m = m + tl.arange(0, BLOCK_M)
@@ -64,7 +95,16 @@ def ds_db_kernel(
             rows = offs_m.to(tl.int64)
             # Loaded the other way round: through tl.trans it would lose its cp.async pipeline.
             dy_ptrs = dy_ptr + columns[:, None] * stride_dyn + rows[None, :] * stride_dym
-            dy = tl.load(dy_ptrs, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
+            mask = mask_n[:, None] & mask_m[None, :]
+            dy = tl.load(dy_ptrs, mask=mask, other=0.0)
+            # Of the programs that read the same dy one makes dz and dscale.
+            mask &= tl.program_id(0) % tiles_r == 0
+            offs_z = columns[:, None] + rows[None, :] * N
+            if dz_ptr is not None:
+                tl.store(dz_ptr + offs_z, (dy.to(ACC) * factor).to(dy.dtype), mask=mask)
+            if dscale_ptr is not None:
+                z = tl.load(z_ptr + offs_z, mask=mask, other=0.0).to(ACC)
+                dscale += tl.sum(tl.where(mask, dy.to(ACC) * (z - bias), 0.0), 1)
             mask_mr = mask_m[:, None] & mask_r[None, :]
             s = tl.load(s_ptr + rows[:, None] * R + ranks[None, :], mask=mask_mr, other=0.0)
             db = dot(dy, s, db)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_R]
@@ -78,6 +118,9 @@ def ds_db_kernel(
         db_ptrs = db_ptr + split.to(tl.int64) * N * R
         db_ptrs += columns[:, None] * stride_on + ranks[None, :]
         tl.store(db_ptrs, db, mask=mask_nr)
+        if dscale_ptr is not None:
+            mask_n &= tl.program_id(0) % tiles_r == 0
+            tl.store(dscale_ptr + split.to(tl.int64) * N + columns, dscale, mask=mask_n)
     else:
         # dy b of a row tile, over as many column tiles as the others have row tiles.
         if NEED_DB:
@@ -117,42 +160,50 @@ def split(
     return max(1, lists.count_of(M, G, steps * config.block_m)), steps
 
 
-def ds_db(dy, s, b, scalings, need_ds, need_db, config: Config | None = None, segments=None):
+def ds_db(
+    dy, s, b, scalings, need_ds, need_db, config: Config | None = None, segments=None,
+    columns: Sequence[Columns] | None = None,
+):  # fmt: skip
     """Return ds and db of one to four projections: `steps.ds_db` says what they are.
 
-    A launch reads a dy for both, one more adds the float32 partial sums of all up.
+    With ``columns`` dz and dscale as well, as `steps.ds_db_of_scaled` does.
+
+    A launch reads a dy for all, one more adds the float32 partial sums of all up.
     """
-    found, parts, outs = ([None] * len(dy), [None] * len(dy)), [], []
-    scales, numbers, rows = [], [], []
+    found, sums = [[None] * len(dy) for _ in range(4)], {}
     for i, needs in enumerate(zip(need_ds, need_db, strict=True)):
-        if any(needs):
-            own = dy[i], s[i], b[i], *needs, config, lists.of_few(segments, [i])
-            *made, of_part = _partial_sums(*own)
-            for of, part, of_one in zip(found, made, (0, of_part), strict=True):
-                if part is not None:
-                    of[i] = empty(b[i], *(b[i].shape if of_one else part.shape[1:]))
-                    parts.append(part)
-                    outs.append(of[i])
-                    scales.append(1.0 if segments else float(scalings[i]))
-                    numbers.append(segments and segments[1][i])
-                    rows.append(of_one)
-    if parts:
-        of_parts = (segments[0], tuple(numbers), rows) if segments else ()
-        add_up(parts, outs, scales, *of_parts)
-    return found
+        of = columns[i] if columns else NO_COLUMNS
+        if any(needs) or of.z is not None or of.need_dz:
+            own = dy[i], s[i], b[i], *needs, config, lists.of_few(segments, [i]), of
+            *made, dz, of_part = _partial_sums(*own)
+            found[2][i] = dz
+            scaling = 1.0 if segments else float(scalings[i])
+            about = (b[i], 0, scaling), (b[i], of_part, scaling), (of.scale, 0, of.factor)
+            for j, part, (like, rows, scale) in zip((0, 1, 3), made, about, strict=True):
+                if part is not None and (j == 3 or needs[j]):
+                    found[j][i] = empty(like, *(like.shape if rows else part.shape[1:]))
+                    of_one = part, found[j][i], scale, segments and segments[1][i], rows
+                    sums.setdefault(like.dtype, []).append(of_one)
+    for of_dtype in sums.values():
+        parts, outs, scales, numbers, rows = zip(*of_dtype, strict=True)
+        add_up(parts, outs, scales, *((segments[0], numbers, rows) if segments else ()))
+    return found if columns else found[:2]
 
 
 def _partial_sums(
     dy: Tensor, s: Tensor, b: Tensor, need_ds: bool, need_db: bool,
-    config: Config | None, segments: lists.Segments | None,
-) -> tuple[Tensor | None, Tensor | None, int]:  # fmt: skip
-    """Return the partial sums of ds [parts, M, R] and of db [parts, N, R].
+    config: Config | None, segments: lists.Segments | None, of: Columns,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int]:  # fmt: skip
+    """Return the partial sums of ds [parts, M, R], of db [parts, N, R], of dscale [parts, N]; dz.
 
     And, with segments, of how many rows one of db is, else 0. Those of ds are scaled then.
     """
     (M, N), R = dy.shape, b.shape[-1]
+    need_db = need_db or of.z is not None or of.need_dz
     offsets, numbers, G = lists.numbers_of(segments)
     config = config or default_of("ds_db", (dy,), (dy,), R, b.dtype, False)()
+    if of.scale is not None and dy.dtype == torch.float32:  # a z beside a wider dy spills
+        config = replace(config, block_n=min(config.block_n, 32))
     block_r = config.rank_tile(R)
     tiles_r, tiles_n = cdiv(R, block_r), cdiv(N, config.block_n)
     on_the_way = need_ds and need_db and R <= ON_THE_WAY_RANK
@@ -164,11 +215,14 @@ def _partial_sums(
     launch = Launch(
         *(ds_db_kernel, (tiles * tiles_r, splits), config),
         *(M, N, R, steps, G, *dy.stride(), lists.strides((b,), 3)[0], *b.stride()[:-3:-1], R),
+        *(None if of.bias is None else of.bias.stride(0), of.less),
         *(need_ds, need_db, on_the_way, triton_dtype(dy.dtype)),
         *(config.block_m, config.block_n, block_r),
     )
     acc = torch.promote_types(dy.dtype, torch.float32)
-    shapes = (need_ds, (chunks, M, R)), (need_db, (splits, N, R))
+    shapes = (need_ds, (chunks, M, R)), (need_db, (splits, N, R)), (of.z is not None, (splits, N))
     made = [empty(dy, *shape, dtype=acc) if needed else None for needed, shape in shapes]
-    launch(dy, s, b, *made, offsets, numbers)
-    return *made, steps * config.block_m if G else 0
+    ds, db, dscale = made
+    dz = empty(dy, M, N) if of.need_dz else None
+    launch(dy, s, b, ds, db, offsets, numbers, of.scale, of.z, of.bias, dz, dscale)
+    return *made, dz, steps * config.block_m if G else 0

@@ -29,16 +29,21 @@ from fastlora_kernels.tiles import (
     wrapped,
 )
 
+# Where rows of y do not start at multiples of 16 bytes, and those of a z that is read, or written.
+WITH_Z = Config(64, 64, 32, block_r=16, num_warps=4, num_stages=2)
+WITH_NEW_Z = Config(64, 32, 32, block_r=16, num_warps=8, num_stages=2)
+
 
 @triton.jit(do_not_specialize=["G"])
 def outputs_kernel(
     x_ptr, w_ptrs, s_ptrs, b_ptrs, bias_ptrs, y_ptrs, offsets_ptr, number_ptrs,
+    scale_ptrs, z_ptrs, new_z_ptrs,
     M, sizes, K, ranks, bias_sizes, tiles_n, G,
     stride_xm, stride_xk,
     strides_wg, strides_wn, strides_wk,
     strides_bg, strides_bn, strides_br,
     strides_of_bias, strides_bias,
-    scales,
+    scales, kept,
     HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
@@ -63,7 +68,7 @@ def outputs_kernel(
     columns = wrapped(offs_n, N)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    if HAS_LOW_RANK:
+    if HAS_LOW_RANK and scale_ptrs is None:
         of_b = ranks, strides_bn, strides_br
         acc = add_low_rank(acc, i, s_ptrs, b_ptrs, rows, columns, *of_b, dtype, BLOCK_R)
         scales = own_numbers(scales, number_ptrs, g, ACC)
@@ -72,13 +77,18 @@ def outputs_kernel(
     of_w = number_of(i, strides_wn, tl.int64), number_of(i, strides_wk, tl.int64)
     of_x = stride_xm, stride_xk
     acc = add_product(acc, x_ptr, w_ptr, rows, columns, K, *of_x, *of_w, EVEN_K, BLOCK_K)
+    if scale_ptrs is not None:
+        of_z = scale_ptrs, z_ptrs, new_z_ptrs, kept, M, N, first_m, pid_n * BLOCK_N
+        of_bias = bias_ptrs, strides_bias, bias_sizes
+        acc = scaled(acc, i, *of_z, *of_bias, HAS_BIAS, dtype)
+        if HAS_LOW_RANK:
+            of_b = rows, columns, ranks, strides_bn, strides_br
+            factor = tl.cast(number_of(i, scales, ACC), ACC)
+            acc = add_low_rank(acc, i, s_ptrs, b_ptrs, *of_b, dtype, BLOCK_R, factor)
 
     mask_n = offs_n < N
     if HAS_BIAS:
-        # One that is not there has size 0 here.
-        bias_tile = pointer_of(i, bias_ptrs) + columns * number_of(i, strides_bias, tl.int64)
-        mask_bias = offs_n < number_of(i, bias_sizes, tl.int32)
-        acc += tl.load(bias_tile, mask=mask_bias, other=0.0).to(ACC)[None, :]
+        acc += bias_of(i, bias_ptrs, strides_bias, bias_sizes, offs_n, N).to(ACC)[None, :]
     y_tile = pointer_of(i, y_ptrs) + rows[:, None] * N + offs_n[None, :]
     tl.store(y_tile, acc.to(dtype), mask=(offs_m < end)[:, None] & mask_n[None, :])
 
@@ -164,13 +174,51 @@ def persistent_outputs_kernel(
 
         if HAS_BIAS:
             own_bias = stack_at(bias_ptrs, g, strides_of_bias)
-            # One that is not there has size 0 here.
-            bias_tile = wrapped(offs_n, N_tile) * number_of(i_tile, strides_bias, tl.int64)
-            mask = offs_n < number_of(i_tile, bias_sizes, tl.int32)
-            bias = tl.load(pointer_of(i_tile, own_bias) + bias_tile, mask=mask, other=0.0)
+            bias = bias_of(i_tile, own_bias, strides_bias, bias_sizes, offs_n, N_tile)
             acc += bias.to(tl.float32)[None, :]
         y, bounds = pointer_of(i_tile, y_descs), None if offsets_ptr is None else (end, N_tile)
         store_tile(y, None, first_m, first_n, acc, dtype, HALVES, bounds)
+
+
+@triton.jit
+def bias_of(i, bias_ptrs, strides_bias, bias_sizes, offs_n, N):
+    """Return columns of the bias of projection ``i``; one that is not there has size 0."""
+    tile = wrapped(offs_n, N) * number_of(i, strides_bias, tl.int64)
+    mask = offs_n < number_of(i, bias_sizes, tl.int32)
+    return tl.load(pointer_of(i, bias_ptrs) + tile, mask=mask, other=0.0)
+
+
+@triton.jit
+def scaled(
+    acc, i, scale_ptrs, z_ptrs, new_z_ptrs, kept, M, N, first_m, first_n,
+    bias_ptrs, strides_bias, bias_sizes,
+    HAS_BIAS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of the frozen product with what the scale of projection ``i`` makes of it.
+
+    The product is the tile, which is kept, with its bias, where there are new z; or it is z, with
+    its bias. Where ``kept`` is given z is the product of the elements that dropout keeps, which
+    are to be multiplied by that, and what the scale changes in it is added to the tile.
+    """
+    offs_n = first_n + tl.arange(0, acc.shape[1])
+    columns = wrapped(offs_n, N)
+    scale = tl.load(pointer_of(i, scale_ptrs) + columns).to(acc.dtype)[None, :]
+    bias = tl.zeros((1, acc.shape[1]), dtype=acc.dtype)
+    if HAS_BIAS:
+        bias = bias_of(i, bias_ptrs, strides_bias, bias_sizes, offs_n, N).to(acc.dtype)[None, :]
+    if z_ptrs is None:
+        if new_z_ptrs is not None:
+            to = pointer_of(i, new_z_ptrs), None, first_m, first_n
+            store_tile(*to, acc + bias, dtype, 1, (M, N))
+        acc *= scale
+    else:
+        rows = wrapped(first_m + tl.arange(0, acc.shape[0]), M)
+        z = tl.load(pointer_of(i, z_ptrs) + rows[:, None] * N + columns[None, :]).to(acc.dtype)
+        if kept is None:
+            acc += (z - bias) * scale
+        else:
+            acc += z * ((scale - 1.0) * tl.cast(number_of(i, kept, acc.dtype), acc.dtype))
+    return acc
 
 
 def readable(t: Tensor, by_rows: bool = True) -> bool:
@@ -233,24 +281,33 @@ def scaled_before(x, w, b, scalings: tuple[float, ...], config: Config | None) -
     return scaling if chosen.tma and chosen.low_rank == "fold" else None
 
 
-def outputs(x, w, s, b, biases, scalings, config: Config | None = None, segments=None):
+def outputs(
+    x, w, s, b, biases, scalings, config: Config | None = None, segments=None,
+    columns: Sequence[Tensor] | None = None, z=None, new_z=None, kept=None,
+):  # fmt: skip
     """Return y of one to four projections, in one launch: `steps.outputs` says what that is.
 
-    s and b are of one dtype and each None without an adapter, and so are the biases.
+    s and b are of one dtype and each None without an adapter, and so are the biases. ``columns``
+    are their scales, contiguous and of one dtype; z, new z and what dropout multiplies by are as
+    `scaled` takes them.
     """
     (M, K), sizes, ranks = x.shape, lists.lengths(w, -2), lists.lengths(b, -1)
     scales = lists.alike([float(c) for c, r in zip(scalings, ranks, strict=True) if r] or [1.0])
     if len(scales) > 1:
         scales = tuple(map(float, scalings))
     has_bias = any(t is not None for t in biases)
-    config = _config(x, w, b, config, scales == (1.0,), segments is None)
+    plain = columns is None
+    config = _config(x, w, b, config, scales == (1.0,) and plain, segments is None and plain)
+    if not plain and any(n * x.element_size() % 16 for n in sizes):
+        config = WITH_Z if new_z is None else WITH_NEW_Z
     offsets, numbers, G = lists.numbers_of(segments)
     tiles_n = sum(cdiv(n, config.block_n) for n in sizes)
     tiles = lists.count_of(M, G, config.block_m) * tiles_n
     shared = M, sizes, K, ranks, lists.lengths(biases, -1), tiles_n, G
     of_b, of_bias = lists.strides(b, 3), lists.strides(biases, 2)
     blocks = config.block_m, config.block_n, config.block_k
-    block_r = config.rank_tile(max(1, *ranks))
+    # Beside an accumulator that is in use only a narrow tile of s has room in terms of 16 bits.
+    block_r = config.rank_tile(max(1, *ranks)) if plain else 16
     if config.tma:
         by_rows = w[0].stride(-1) == 1
         launch = Launch(
@@ -263,10 +320,11 @@ def outputs(x, w, s, b, biases, scalings, config: Config | None = None, segments
     else:
         launch = Launch(
             *(outputs_kernel, (tiles,), config),
-            *(*shared, *x.stride(), *lists.strides(w, 3), *of_b, *of_bias, scales),
+            *(*shared, *x.stride(), *lists.strides(w, 3), *of_b, *of_bias, scales, kept),
             *(any(ranks), has_bias, K % config.block_k == 0, triton_dtype(x.dtype)),
             *(*blocks, block_r, config.group_m),
         )
     y = tuple(empty(x, M, n) for n in sizes)
-    launch(x, w, lists.filled(s), lists.filled(b), lists.filled(biases), y, offsets, numbers)
+    of_rows = offsets, numbers, *(() if config.tma else (columns, z, new_z))
+    launch(x, w, lists.filled(s), lists.filled(b), lists.filled(biases), y, *of_rows)
     return y

@@ -13,9 +13,13 @@ experts are: the w of all projections then, and all biases that there are. Segme
 numbers, [3, G] in float32: scalings, 1 / (1 - p), and the least of the 16 bits drawn that is kept,
 65536 p - 32768. The projection's own scaling and p do not count then. Dropout's rows are numbered
 from the first of all.
+
+An eighth field is a scale [N] for the columns of the frozen product, contiguous, in the dtype of x
+or float32: the b of such a projection has been multiplied by it, and two steps have another form.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +31,9 @@ from fastlora_kernels import lists
 from fastlora_kernels import outputs as outputs_of
 from fastlora_kernels import shrink as shrink_of
 from fastlora_kernels.configs import Config
-from fastlora_kernels.launch import noted
+from fastlora_kernels.dropout import keep_scales
+from fastlora_kernels.dropped import dropped
+from fastlora_kernels.launch import empty, noted
 from fastlora_kernels.replay import replayed
 
 Projections = Sequence[tuple]
@@ -103,6 +109,63 @@ def ds_db(
 
 
 @replayed
+def scaled_outputs(
+    x: Tensor, projections: Projections, ss: Maybe, keep: bool = True, zs: Maybe | None = None
+) -> tuple[list[Tensor], Maybe]:
+    """Return y_i = scale_i ∘ x w_iᵀ + scaling_i · s_i b_iᵀ + bias_i, and z_i = x w_iᵀ + bias_i.
+
+    Of projections with a scale and an adapter. Where dropout is drawn z_i is x̂ w_iᵀ of the elements
+    that it keeps, not multiplied, and y_i = x w_iᵀ + (scale_i - 1) / (1 - p) ∘ z_i + ...; elsewhere
+    it is made to ``keep``. ``zs`` may be there: the product is then z_i - bias_i, and w_i and x
+    have no columns.
+    """
+    ys, zs = [None] * len(projections), list(zs or [None] * len(projections))
+    for i, (w, *_, seed, _, p, _) in enumerate(projections):
+        if seed is not None and zs[i] is None:
+            frozen = (w, None, None, None, None, 1.0, 0.0)
+            (zs[i],) = outputs(dropped(x, seed, p), [frozen], [None])
+    for few in _groups(projections, scaled=zs):
+        w, _, b, biases, seeds, scalings, p, scales = _columns(projections, few, 8)
+        of = w, _taken(ss, few), b, biases, scalings
+        z, new_z, kept = _taken(zs, few), None, None
+        if z[0] is None:
+            z = None
+            if keep:
+                new_z = tuple([empty(x, len(x), len(t)) for t in w])
+                _put(new_z, zs, few)
+        elif seeds[0] is not None:
+            kept = lists.alike(keep_scales(seeds, p)[0])
+        found = outputs_of.outputs(x, *of, columns=scales, z=z, new_z=new_z, kept=kept)
+        _put(found, ys, few)
+    return ys, zs
+
+
+@replayed
+def ds_db_of_scaled(
+    dys: Maybe, projections: Projections, ss: Maybe, zs: Maybe,
+    need_ds: Sequence[bool], need_db: Sequence[bool], need_dz: bool,
+) -> tuple[Maybe, Maybe, Maybe, Maybe]:  # fmt: skip
+    """Return ds_i and db_i as `ds_db`; dz_i = scale_i ∘ dy_i [M, N_i], and the gradient of scale_i.
+
+    Of projections with a scale, that gradient where z_i is given, as `scaled_outputs` has it. Where
+    dropout is drawn dz_i = (scale_i - 1) ∘ dy_i.
+    """
+    found = [[None] * len(projections) for _ in range(4)]
+    for few in _groups(projections, dys, adapted=True):
+        _, _, b, biases, seeds, scalings, p, scales = _columns(projections, few, 8)
+        kept, columns = keep_scales(seeds, p)[0], []
+        for i, bias, seed, scale, factor in zip(few, biases, seeds, scales, kept, strict=True):
+            drops, z = seed is not None, zs[i]
+            of_z = z, None if z is None or drops else bias, float(drops), factor
+            columns.append(ds_db_of.Columns(scale, *of_z, need_dz))
+        needs = _taken(need_ds, few), _taken(need_db, few)
+        of = _taken(dys, few), _taken(ss, few), b, scalings, *needs
+        for parts, into in zip(ds_db_of.ds_db(*of, columns=columns), found, strict=True):
+            _put(parts, into, few)
+    return tuple(found)
+
+
+@replayed
 def input_grad(
     dys: Maybe, projections: Projections, dss: Maybe,
     configs: Configs = NO_CONFIGS, segments: lists.Segments | None = None,
@@ -136,20 +199,26 @@ def da(
 
 
 def _groups(
-    projections: Projections, there: Maybe | None = None, adapted: bool = False
-) -> list[Sequence[int]]:
+    projections: Projections, there: Maybe | None = None, adapted: bool = False,
+    scaled: Maybe | None = None,
+) -> list[Sequence[int]]:  # fmt: skip
     """Return which projections a launch can take: up to four, their adapters of one dtype.
 
     Those for which there is something in ``there``; only ``adapted`` ones, or the frozen as well.
+    With their z, if these are ``scaled``: with scales of one dtype and the same way round.
     """
     if len(projections) == 1:  # a plain layer, on its way through every step
         nothing = there is not None and there[0] is None
         return [] if nothing or (adapted and projections[0][1] is None) else _THE_ONE
-    found: dict[torch.dtype | None, list[int]] = {}
+    found: dict[Any, list[int]] = {}
     for i, projection in enumerate(projections):
         if there is None or there[i] is not None:
-            a = projection[1]
-            found.setdefault(None if a is None else a.dtype, []).append(i)
+            kind = a = projection[1]
+            if a is not None:
+                kind = a.dtype
+            if scaled is not None:
+                kind = kind, projection[7].dtype, scaled[i] is None, projection[4] is None
+            found.setdefault(kind, []).append(i)
     frozen = found.pop(None, [])
     first, *others = found.values() or [[]]
     first = first if adapted else first + frozen
@@ -157,11 +226,11 @@ def _groups(
     return [same[i : i + most] for same in (first, *others) for i in range(0, len(same), most)]
 
 
-def _columns(projections: Projections, few: Sequence[int]) -> tuple[tuple, ...]:
+def _columns(projections: Projections, few: Sequence[int], fields: int = 7) -> tuple[tuple, ...]:
     """Return what some of the projections are made of, a tuple for each field."""
     if len(few) == 1:
-        return tuple([(value,) for value in projections[few[0]][:7]])
-    return tuple(zip(*[projections[i][:7] for i in few], strict=True))
+        return tuple([(value,) for value in projections[few[0]][:fields]])
+    return tuple(zip(*[projections[i][:fields] for i in few], strict=True))
 
 
 def _taken(values: Sequence, few: Sequence[int]) -> tuple:

@@ -101,11 +101,12 @@ def add_product(
 def add_low_rank(
     acc, i, s_ptrs, b_ptrs, rows, columns, ranks,
     strides_bn, strides_br,
-    dtype: tl.constexpr, BLOCK_R: tl.constexpr,
+    dtype: tl.constexpr, BLOCK_R: tl.constexpr, factor=None,
 ):  # fmt: skip
     """Return acc + s bᵀ of projection ``i``, for ``rows`` of s and ``columns``, which are b's rows.
 
-    For a result of ``dtype``. A projection without an adapter has rank 0.
+    For a result of ``dtype``; with a ``factor`` s is multiplied by it. A projection without an
+    adapter has rank 0.
     """
     s_ptr = pointer_of(i, s_ptrs)
     b_ptr = pointer_of(i, b_ptrs)
@@ -118,6 +119,8 @@ def add_low_rank(
         s = tl.load(s_ptr + rows[:, None] * R + offs_r[None, :], mask=mask_r[None, :], other=0.0)
         b_tile = b_ptr + columns[None, :] * stride_bn + offs_r.to(tl.int64)[:, None] * stride_br
         b = tl.load(b_tile, mask=mask_r[:, None], other=0.0)
+        if factor is not None:
+            s = s.to(acc.dtype) * factor
         if s.dtype == dtype:
             acc = dot(s, b, acc)  # [BLOCK_M, BLOCK_R] @ [BLOCK_R, BLOCK_N]
         else:

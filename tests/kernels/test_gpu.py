@@ -33,6 +33,7 @@ from joints import Joint, run, same, verify
 import fastlora
 from fastlora.operator import blocks, library, measured, plans, tuning
 from fastlora.operator.dropout import keep_mask
+from fastlora.operator.weights import Quantised
 
 pytestmark = pytest.mark.gpu
 large = pytest.mark.large
@@ -244,6 +245,13 @@ def test_real_sizes(joint, p):
     verify(fastlora_kernels, replace(joint, dropout_p=(p,) * len(joint.sizes)), "cuda")
 
 
+@pytest.mark.parametrize(("kind", "p"), [("bf16", 0.0), ("bf16-fp32", 0.1), ("fp16", 0.0)])
+@pytest.mark.parametrize("body", ["triton", "library"])
+def test_scales_at_real_sizes(body, kind, p):
+    joint = Joint(4000, 2048, (2048, 512), (16, 16), kind, dropout_p=(p, p), scaled=True)
+    verify(BODIES[body], joint, "cuda")
+
+
 # As of a mixture of experts, of which two have no rows and one has half of them.
 ENDS = 0, 0, *range(1, 2000, 70), 2000, 4000, 4000
 ROUTED = Joint(4000, 2048, (1536,), (16,), biases=(False,), scaling=0.5, ends=ENDS, experts=True)
@@ -368,6 +376,17 @@ def test_inductor():
     assert module.lora_A.grad.isfinite().all()
 
 
+def test_a_quantised_weight_is_as_its_dense_self():
+    """Also the second time, when launches are known."""
+    module, x = layer()
+    w, factors, found = module.weight.detach(), (module.lora_A, module.lora_B), []
+    for weight in (w, Quantised(w, w.shape, w.dtype, torch.clone)) * 2:
+        (y,) = fastlora.lora_linears(x, [fastlora.Projection(weight, *factors)])
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), factors)])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+
 def test_cuda_graph_replays_with_fresh_dropout():
     module, x = layer(dropout=0.5)
     stream = torch.cuda.Stream()
@@ -384,6 +403,31 @@ def test_cuda_graph_replays_with_fresh_dropout():
     assert (first != y).any() and y.isfinite().all()
     module.eval()
     torch.testing.assert_close(y.float().mean(), module(x).float().mean(), rtol=0.5, atol=0.05)
+
+
+def test_dora_as_peft_computes_it():
+    """In training, and in evaluation also from a CUDA graph, in which norms are made anew."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(512, 384)).to("cuda", torch.bfloat16)
+    about = {"r": 16, "target_modules": ["0"], "use_dora": True, "init_lora_weights": False}
+    model = peft.get_peft_model(base, peft.LoraConfig(**about))
+    x, found = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16), []
+    for patched in (False, True):
+        if patched:
+            assert fastlora.patch_peft(model).not_fused == []
+        model.zero_grad()
+        y = model(x)
+        y.float().square().mean().backward()
+        found.append([y, *(p.grad for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.01)
+    with torch.no_grad():
+        model.eval()(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(x)
+        graph.replay()
+        torch.testing.assert_close(y, found[1][0], rtol=0.05, atol=0.01)
 
 
 def test_a_cold_kernel_is_refused_while_a_graph_is_captured():

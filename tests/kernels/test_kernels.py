@@ -83,6 +83,24 @@ def test_acceptance_rule(joint, lie):
     verify(fastlora_kernels, joint, ts=lying(joint.tensors(), lie))
 
 
+def of_scales() -> list[tuple[str, Joint, int]]:
+    """Return problems of which columns are multiplied, but for those without an adapter."""
+    shapes, found = (*SHAPES, (20, 30, (24,), (160,)))[1:], []
+    for body, kind, (m, k, sizes, ranks), p in covering(
+        list(BODIES), list(KINDS), shapes, DROPOUTS
+    ):
+        ranks = tuple(7 if rank is None else rank for rank in ranks)
+        joint = Joint(m, k, sizes, ranks, kind, MODES[len(found) % 3], p, seed=len(found))
+        found.append((body, replace(joint, scaled=True), len(found) % 5))
+    return found
+
+
+@pytest.mark.parametrize(("body", "joint", "lie"), of_scales(), ids=str)
+def test_acceptance_rule_of_scales(body, joint, lie):
+    with poisoned():
+        verify(BODIES[body], joint, ts=lying(joint.tensors(), lie))
+
+
 def experts() -> list[tuple[str, Joint, int]]:
     """Return problems whose weights are stacked, what runs them, and in how many ways they lie."""
     cuts = (0, 0, 17, 17, 20, 40, 40), tuple(range(8)), (0, 33)
@@ -184,17 +202,20 @@ def test_a_launch_has_pointers_of_one_type(chip):
     p=st.tuples(*[st.sampled_from([0.0, 0.5])] * 3),  # 1 / (1 - p) is an integer
     turned=st.sets(st.sampled_from(NAMES)),
     cuts=st.lists(st.integers(0, 70), max_size=5),
-    experts=st.booleans(),
+    experts=st.sampled_from([None, False, True]),
 )
 @example(m=1, k=1, each=[(1, 1)], kind="bf16", p=(0.5,), turned=set(), cuts=[], experts=False)
+@example(33, 17, [(40, 5), (9, 20)], "bf16", (0.5, 0.0), {"dy"}, [], None)
 @example(35, 8, [(8, 2)], "fp16", (0.5,), set(), [*range(1, 35)], False)
 @example(65, 64, [(1, 2), (5, 17)], "fp16-fp32", (0.5, 0.0), set(), [], False)
 @example(35, 17, [(9, 2), (20, 0)], "bf16", (0.5,), {"w"}, [3, 3, 20], True)
 @settings(max_examples=15, derandomize=True, deadline=None)
 def test_small_integers_are_exact(m, k, each, kind, p, turned, cuts, experts):
-    ends = (0, *sorted(min(m, cut) for cut in cuts), m) if cuts else ()
+    """Of experts, of factors that are cut, or of those with scales."""
+    scaled = experts is None
+    ends = (0, *sorted(min(m, cut) for cut in cuts), m) if cuts and not scaled else ()
     of = m, k, *zip(*each, strict=True), kind
-    joint = Joint(*of, dropout_p=p, ends=ends, experts=experts)
+    joint = Joint(*of, dropout_p=p, ends=ends, experts=bool(experts), scaled=scaled)
     verify_exactly(joint, lambda name, t: t.mT.contiguous().mT if name in turned else t)
 
 
@@ -208,6 +229,9 @@ def test_small_integers_are_exact(m, k, each, kind, p, turned, cuts, experts):
         (Joint(80, 80, (20, 12), (16, 40), "bf16", dropout_p=(0.2,)), 16),
         (Joint(90, 80, (20, 12), (16, 40), "fp32", ends=(0, 3, 3, 80, 90)), 16),
         (Joint(300, 33, (40,), (4,), "bf16", dropout_p=(0.1,), ends=(0, 290, 300)), 2),
+        (Joint(300, 33, (40,), (4,), "bf16", scaled=True), 2),
+        (Joint(40, 20, (300,), (40,), "bf16", dropout_p=(0.2,), scaled=True), 100),
+        (Joint(80, 20, (150,), (200,), "bf16-fp32", scaled=True), 100),
     ],
     ids=str,
 )
@@ -218,16 +242,19 @@ def test_many_splits_and_two_runs(joint, programs, monkeypatch):
     same(run(fastlora_kernels, joint, ts), run(fastlora_kernels, joint, ts))
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("p", [1.0, 0.999999, 0.000001])
-def test_dropout_at_the_ends(p):
-    verify(fastlora_kernels, Joint(40, 70, (60,), (8,), dropout_p=(p,)))
+def test_dropout_at_the_ends(p, scaled):
+    verify(fastlora_kernels, Joint(40, 70, (60,), (8,), dropout_p=(p,), scaled=scaled))
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(
     "change", [{"M": 0}, {"sizes": (6, 0, 3)}, {"sizes": (0,), "ranks": (2,)}, {"K": 1}], ids=str
 )
-def test_empty_dimensions(change):
-    joint = replace(Joint(5, 7, (6, 4, 3), (2, 3, 0), dropout_p=(0.3,)), **change)
+def test_empty_dimensions(change, scaled):
+    joint = Joint(5, 7, (6, 4, 3), (2, 3, 0), dropout_p=(0.3,), seed=4 * scaled, scaled=scaled)
+    joint = replace(joint, **change)
     ts = joint.tensors()
     if joint.K == 1:  # of which nothing is left
         joint, ts = replace(joint, K=0), [t | {n: t[n][:, :0] for n in "xwa"} for t in ts]
@@ -272,9 +299,10 @@ def test_expanded_gradient_and_input():
         verify(fastlora_kernels, joint, ts=[t | {"x": x}])
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("sizes", "ranks"), [((24,), (4,)), ((24, 10), (4, 3))])
-def test_a_bad_row_stays_one_row(sizes, ranks):
-    joint = Joint(40, 20, sizes, ranks)
+def test_a_bad_row_stays_one_row(sizes, ranks, scaled):
+    joint = Joint(40, 20, sizes, ranks, scaled=scaled)
     ts = joint.tensors()
     clean, clean_dx = run(fastlora_kernels, joint, ts)
     for bad in (torch.nan, torch.inf):
@@ -344,15 +372,18 @@ def test_what_is_bad_of_an_expert_stays_with_it(body, name):
         assert bad == {*(BAD[name].split() if i == 0 or name == "x" else ())}
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_dropped_is_still_not_a_number(kind):
+def test_what_is_dropped_is_still_not_a_number(kind, scaled):
     """As in eager PyTorch, where dropout multiplies by zero."""
-    joint = Joint(30, 20, (12,), (3,), kind, dropout_p=(0.5,))
+    joint = Joint(30, 20, (12,), (3,), kind, dropout_p=(0.5,), scaled=scaled)
     (t,) = joint.tensors()
     row, column = (~keep_mask(t["seed"], range(30), 20, 0.5)).nonzero()[5]
     t["x"][row, column] = torch.nan
-    bad = run(fastlora_kernels, joint, [t])[0][0]["lora_A"].isnan()
+    (found,), _ = run(fastlora_kernels, joint, [t])
+    bad = found["lora_A"].isnan()
     assert bad[:, column].all() and bad.sum() == 3
+    assert not scaled or found["scale"].isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -370,15 +401,15 @@ def test_nothing_outside_the_outputs_is_written(k, sizes, ranks, monkeypatch):
         guards.append(buffer)
         return buffer[128 : 128 + inner.numel()].view(inner.shape).fill_(torch.nan)
 
-    for kind in ("fp32", "bf16-fp32"):
-        joint = Joint(35, k, sizes, ranks, kind, dropout_p=(0.2,))
+    for kind, scaled in itertools.product(("fp32", "bf16-fp32"), (False, True)):
+        joint = Joint(35, k, sizes, ranks, kind, dropout_p=(0.2,), scaled=scaled)
         ts = joint.tensors()
         found = run(fastlora_kernels, joint, ts)
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "new_empty", guarded)
             now = run(fastlora_kernels, joint, ts)
         same(now, found)
-    assert len(guards) >= 14
+    assert len(guards) >= 28
     for buffer in guards:
         assert (buffer[:128] == 7).all() and (buffer[-128:] == 7).all()
         assert not buffer.isnan().any(), "an element was never written"

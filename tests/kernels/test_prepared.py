@@ -20,12 +20,12 @@ def found():
 def test_the_driver_gets_what_was_asked_for(found):
     """Program, parameters, grid, block, shared memory, stream; from a prepared launch the same."""
     kinds = [one for one in found if "what" in one]
-    assert len(kinds) == 20 and not [one for one in kinds if "refused" in one or any(one["wrong"])]
+    assert len(kinds) == 24 and not [one for one in kinds if "refused" in one or any(one["wrong"])]
     assert all(one["by_triton"] == (not one["again"]) * len(one["kernels"]) for one in kinds)
     assert {name for one in kinds for name in one["kernels"]} == {
         *("shrink_kernel", "ds_db_kernel", "sum_kernel", "da_kernel", "gated_kernel"),
         *("outputs_kernel", "persistent_outputs_kernel"),
-        *("input_grad_kernel", "persistent_input_grad_kernel"),
+        *("input_grad_kernel", "persistent_input_grad_kernel", "dropped_kernel"),
     }
 
 

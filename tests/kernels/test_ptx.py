@@ -141,6 +141,8 @@ def test_a_warp_hands_values_on():
         out,
     )
     assert out.tolist() == [4 * (i ^ 5) for i in range(32)]
+    run("shfl.sync.bfly.b32 %r9, %r1, 16, 31, -1; st.global.b32 [%rd10], %r9;", out)
+    assert out.tolist() == [4 * (i ^ 16) for i in range(32)]
     run("elect.sync %r5|%p1, -1; selp.b32 %r9, 1, 0, %p1; st.global.b32 [%rd10], %r9;", out)
     assert out.tolist() == [1] + [0] * 31
 

@@ -4,6 +4,7 @@
 import functools
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import fastlora_kernels
 import pytest
@@ -14,7 +15,9 @@ from fastlora_kernels.launch import empty, noted
 from joints import Joint, run, same
 from test_persistent import suiting
 
-from fastlora.operator import steps
+from fastlora import Projection, lora_linears
+from fastlora.operator import library, steps
+from fastlora.operator.weights import Quantised
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +79,41 @@ def test_a_replay_gives_the_same_bits(monkeypatch):
             patched.setattr(outputs, "_config", None)  # what works a launch out is not asked again
             same(run(fastlora_kernels, other, other.tensors(), configs), right)
         same(found, right)
+
+
+@pytest.mark.parametrize("p", [(), (0.3, 0.1)])
+@pytest.mark.parametrize("kernels", [fastlora_kernels, SimpleNamespace(steps=library)])
+def test_so_does_one_of_scales(kernels, p, monkeypatch):
+    joint = Joint(40, 32, (24, 16, 16), (3, 0, 16), "bf16-fp32", dropout_p=p, scaled=True)
+    other = replace(joint, seed=1)
+    monkeypatch.setattr(replay, "RECORDS", False)
+    right = run(kernels, other, other.tensors())
+    monkeypatch.setattr(replay, "RECORDS", True)
+    for of in (joint, other):
+        found = run(kernels, of, of.tensors())
+    same(found, right)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_weights_that_are_no_tensors(scaled, monkeypatch):
+    """Quantised ones, and one more adapter of the same output, which the library multiplies by."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, a, b, scale = (
+        torch.randn(shape, generator=generator, requires_grad=True)
+        for shape in ((9, 32), (24, 32), (4, 32), (24, 4), (24,))
+    )
+    quantised = Quantised(w.detach(), w.shape, w.dtype, torch.clone)
+    projections = [Projection(quantised, a, b, scale=scale if scaled else None)]
+    if not scaled:
+        projections.append(Projection(slice(None), a, b, None, 0.5))
+    found = []
+    for records in (False, True, True):
+        monkeypatch.setattr(replay, "RECORDS", records)
+        (y,) = lora_linears(x, projections, impl="library")
+        inputs = x, a, b, *[scale][:scaled]
+        found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for again in found[1:]:
+        torch.testing.assert_close(again, found[0], rtol=0, atol=0)
 
 
 def test_one_tensor_may_be_two_the_next_time(monkeypatch):

@@ -32,6 +32,8 @@ FIRST_OF_3 = replace(QKV, ranks=(3, 5, 33), scaling=None, mode="low_rank")
 # By TMA, by several programs, so that what one writes too far is not repaired by its next tile.
 CUT_BY_TMA = replace(FIRST, M=70, K=40, sizes=(40,), ends=(0, 5, 40, 40, 70), experts=True)
 CUT_OF_2 = replace(CUT_BY_TMA, mode="both", sizes=(40, 24), ranks=(5, 3), biases=(True, True))
+SCALES = Joint(70, 80, (130, 20), (5, 3), "bf16", "both", (), (True, False), scaled=True)
+OF_DROPPED = replace(SCALES, K=150, dropout_p=(0.3, 0.1))
 CONFIGS = {
     CUT_BY_TMA: both("first"),
     CUT_OF_2: tiled("first"),
@@ -73,11 +75,11 @@ COPIES = {
     },
     ((WIDE,), "outputs.py"): {
         "w of the first": "    w_ptr = pointer_of(i, w_ptrs) =>     w_ptr = pointer_of(0, w_ptrs)",
-        "bias dropped": "acc += tl.load(bias_tile => tl.load(bias_tile",
+        "bias dropped": "acc += bias_of(i, => bias_of(i,",
         "bias where there is none": "< number_of(i, bias_sizes, tl.int32) => < N",
     },
     ((SHRINK,), "outputs.py"): {
-        "scaling of the first": "number_of(i, scales, ACC) => scales[0]",
+        "scaling of the first": "acc *= tl.cast(number_of(i, => acc *= tl.cast(number_of(0,",
         "scaling forgotten": f"{SCALED} => pass",
         "scaling applied twice": f"{SCALED} => {SCALED}\n        {SCALED}",
         "low-rank path subtracted": f"{SCALED} => {SCALED.replace('tl.cast', '-tl.cast')}",
@@ -145,6 +147,42 @@ COPIES = {
             f"tl.store(db_ptrs, db, mask => tl.store(db_ptrs, db{ROUNDED}, mask"
         ),
     },
+    # Columns that are multiplied.
+    ((SCALES,), "outputs.py"): {
+        "scale of the first": "pointer_of(i, scale_ptrs) => pointer_of(0, scale_ptrs)",
+        "scale forgotten": "acc *= scale\n => pass\n",
+        "z of the first": "to = pointer_of(i, new_z_ptrs) => to = pointer_of(0, new_z_ptrs)",
+        "z without its bias": "acc + bias, dtype => acc, dtype",
+        "scaling of the first under a scale": (
+            "factor = tl.cast(number_of(i, => factor = tl.cast(number_of(0,"
+        ),
+    },
+    ((OF_DROPPED,), "outputs.py"): {
+        "frozen product scaled twice": "(scale - 1.0) => scale",
+        "1 / (1 - p) of the first z": "number_of(i, kept, => number_of(0, kept,",
+        "dropped product of the first": "(pointer_of(i, z_ptrs) => (pointer_of(0, z_ptrs)",
+    },
+    ((SCALES,), "tiles.py"): {
+        "scaling forgotten under a scale": "s = s.to(acc.dtype) * factor => s = s.to(acc.dtype)",
+    },
+    ((SCALES,), "ds_db.py"): {
+        "dz not scaled": "(dy.to(ACC) * factor) => (dy.to(ACC))",
+        "dscale of the bias as well": "(z - bias), 0.0) => z, 0.0)",
+        "dscale of y": "dy.to(ACC) * (z => (z",
+        "dscale by the first rows alone": "dscale += tl.sum => dscale = tl.sum",
+    },
+    ((OF_DROPPED,), "ds_db.py"): {
+        "dz of all that the scale multiplies": "factor - tl.cast(less, ACC) => factor",
+    },
+    ((OF_DROPPED,), "dropped.py"): {
+        "dx not multiplied": "* tl.cast(factor, ACC) => * 1.0",
+        "dx of what is dropped alone": "acc += tl.load(added_ptr => tl.load(added_ptr",
+        "mask of the first columns": "offs_m, first_k, K => offs_m, 0, K",
+    },
+    ((OF_DROPPED,), "steps.py"): {
+        "product of x as it is": "outputs(dropped(x, seed, p), => outputs(x,",
+        "dscale not multiplied": "float(drops), factor => float(drops), 1.0",
+    },
     # Rows that are cut.
     ((CUT,), "segments.py"): {
         "the last row of a segment lost": "offsets_ptr + g + 1) => offsets_ptr + g + 1) - 1",
@@ -197,7 +235,7 @@ COPIES = {
         "one step of the fold": "+= tl.cdiv(R_tile, BLOCK_K) => += 1",
         "fold one step early": "if step >= steps: => if step >= steps - 1:",
         "fold from the wrong columns": "b_desc, (step - steps) * BLOCK_K => b_desc, step * BLOCK_K",
-        "by TMA: bias where there is none": "< number_of(i_tile, bias_sizes, tl.int32) => < N_tile",
+        "by TMA: bias where there is none": "< number_of(i, bias_sizes, tl.int32) => < N",
         "by TMA: bias dropped": "acc += bias.to(tl.float32)[None, :] => pass",
         "later tiles lost": "tiles_m * tiles_n, tl.num => 1, tl.num",
     },
@@ -222,7 +260,10 @@ COPIES = {
     },
     ((FIRST, FIRST_OF_3), "outputs.py"): {
         "first, not scaled": "(number_of(i_tile, own_scales, tl.float32), => (1.0,",
-        "first, of the first row tile": " = wrapped(first_m + tl.arange =>  = wrapped(tl.arange",
+        "first, of the first row tile": (
+            "    rows = wrapped(first_m + tl.arange(0, BLOCK_M => "
+            "    rows = wrapped(tl.arange(0, BLOCK_M"
+        ),
         "first, of the first column tile": (
             "columns = wrapped(offs_n, N_tile) => columns = wrapped(tl.arange(0, BLOCK_N), N_tile)"
         ),

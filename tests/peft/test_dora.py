@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora import load_adapter, patch_peft, save_adapter, unpatch_peft
 from fastlora.layers import dora
-from fastlora.operator import weights
+from fastlora.operator import plans, weights
 from fastlora.operator.dropout import keep_mask
 
 MAKE = {"linear": mlp, "no bias": lambda: mlp(bias=False), "Conv1D": gpt2}
@@ -360,7 +360,10 @@ def test_gradients_after_inference_mode():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_one_weight_is_dense_at_a_time(p, monkeypatch):
+@pytest.mark.parametrize("impl", ["auto", "library"])
+def test_one_weight_is_dense_at_a_time(impl, p, monkeypatch):
+    monkeypatch.setattr(plans, "FORCED", impl)
+    plans.forget()
     alive, most, own = [], [], weights.Quantised.dense
 
     def dense(self):
@@ -373,6 +376,7 @@ def test_one_weight_is_dense_at_a_time(p, monkeypatch):
     patch_peft(model, fuse_siblings=[("q", "k", "v"), ("gate", "up")])
     results(model, WIDE.bfloat16())
     assert len(alive) > 12 and not any(most)
+    plans.forget()
 
 
 @pytest.mark.parametrize("caching", [False, True])

@@ -46,6 +46,7 @@ class Case:
     bias: bool = True
     ends: tuple[int, ...] = ()  # of segments, each with an adapter, a scaling and a dropout
     experts: bool = False  # each segment has a weight and a bias of its own, too
+    scaled: bool = False  # by column
 
     def segments(self) -> list[tuple[slice, float, float]]:
         """Return the rows of each segment, its scaling and its dropout's probability."""
@@ -87,6 +88,8 @@ class Case:
             "dy": draw(self.M, self.N, scale=1.0, dtype=base),
             "seed": torch.tensor([1234567 + self.seed], device=device) if self.dropout_p else None,
         }
+        if self.scaled:
+            t["scale"] = draw(self.N, scale=0.3, dtype=adapter) + 1.2
         return t if self.bias else {**t, "bias": None}
 
 
@@ -121,7 +124,8 @@ def oracle(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
 
 def plain(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """Return what the plain torch formula and autograd give in the inputs' dtypes."""
-    x, a, b = (t[n].detach().clone().requires_grad_() for n in "xab")
+    names = *"xab", *["scale"][: case.scaled]
+    x, a, b, *scale = inputs = [t[n].detach().clone().requires_grad_() for n in names]
     if case.ends:
         parts = []
         for g, (rows, scaling, p) in enumerate(case.segments()):
@@ -131,8 +135,9 @@ def plain(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
             parts.append((y + part).to(y.dtype))
         y = torch.cat(parts)
     else:
-        y = reference(x, t["w"], a, b, t["bias"], t["seed"], case.scaling, case.dropout_p)
-    return dict(zip(NAMES, (y.detach(), *torch.autograd.grad(y, (x, a, b), t["dy"])), strict=True))
+        y = reference(x, t["w"], a, b, t["bias"], t["seed"], case.scaling, case.dropout_p, *scale)
+    grads = torch.autograd.grad(y, inputs, t["dy"])
+    return dict(zip((*NAMES, "scale"), (y.detach(), *grads)))  # noqa: B905, it may be short
 
 
 def accept(name: str, result: Tensor, plain_result: Tensor, exact: Tensor) -> None:

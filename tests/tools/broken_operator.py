@@ -12,6 +12,12 @@ COPIES = {
         ("what is kept is not made larger", "- 1.0) * kept_scale(one.p)", "- 1.0)"),
         ("gradients of scale are not", "dscale.mul_(kept_scale(one.p))", "dscale"),
         ("what is dropped gets a gradient", "dx.addcmul_(part, ones)", "dx.add_(part)"),
+        (
+            "kernels drop of dx what is not dropped",
+            "else (dy, _frozen(one), None)",
+            "else (dz, one, ds)",
+        ),
+        ("dx lacks what has no scale", "dx if part is None else dx.add_(part)", "part or dx"),
     ],
     ("scaled", "scaled::float32_adapters_keep_their_digits"): [
         (
@@ -28,8 +34,22 @@ COPIES = {
             "z, of = z - (0 if bias is None else bias), (_wide(scale), plus, 0 * plus, one)",
         ),
     ],
-    ("op", "scaled::what_is_kept"): [
-        ("what a frozen scale multiplies is kept", "z if need else None for z", "z for z"),
+    ("scaled", "scaled::what_is_kept"): [
+        ("what a frozen scale multiplies is kept", "z if k else None for z", "z for z"),
+    ],
+    ("library", "scaled::a_scale_of_one_changes_no_bit"): [
+        (
+            "kernels get what is rounded before its bias is added",
+            "else F.linear(x, w, one.bias)",
+            "else F.linear(x, w).add_(0 if one.bias is None else one.bias)",
+        ),
+    ],
+    ("library", "kernels/replay::weights_that_are_no_tensors"): [
+        (
+            "kernels get what is no tensor",
+            "ds_db, da = _narrow(kernels.ds_db), _narrow(kernels.da)",
+            "ds_db, da = kernels.ds_db, kernels.da",
+        ),
     ],
     ("eager", "scaled::trained_weights_and_biases"): [
         ("few tokens scale the bias", "y = y + (bias - plus)", "y = y + (bias - plus) * scale"),

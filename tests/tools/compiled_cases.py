@@ -28,6 +28,8 @@ from fastlora_kernels.gated import ACTIVATIONS
 from joints import Joint, recorded
 from recorder import Call, recording
 
+from fastlora.operator import library
+
 # `make figures` compiles everything for every chip and keeps what it found with a hash of the
 # kernels. The test suite compiles a sample, which has to come out as kept, where the matrix
 # instructions differ: those that are left out have sm_80's. All defaults where what is kept is of
@@ -61,7 +63,8 @@ ASKED = {
 # for sm_90.
 JOINT = (EVEN, ("even", "bf16", 128), MIXED, FLOAT32, RAGGED)
 SEGMENTED = (EVEN, MIXED, FLOAT32)  # and for which rows are cut, of one projection and of several
-ELEMENTWISE = ("sum_", "gated_", "four_")  # kernels without a matrix product
+ELEMENTWISE = ("sum_", "gated_", "four_", "dropped_")  # kernels without a matrix product
+OF_SCALES = "scale_ptr", "z_ptr", "kept", "added_ptr"  # in the names of arguments: some have them
 # What no program may have in its PTX.
 FORBIDDEN = {
     "float64 instructions": r"\.f64",
@@ -98,6 +101,8 @@ def calls(
             ]
         for configs in chosen:
             found += recorded(chip, problem, configs)
+    if joint:
+        found += of_scaled(chip, Joint(M, K, several[-1], (r,) * len(several[-1]), kind))
     if which == "every" or len(cuts) > 1:
         found += by_tma(chip, size, kind, r, which)
     if len(cuts) > 1:  # experts: their weights lie either way, and they may be frozen
@@ -118,6 +123,20 @@ def calls(
             four_bits(packed, (N, K), y.dtype, scales, scales, 64)
             four_bits(packed, (N, K), y.dtype, scales, packed, 64, (scales, scales, 256, scales))
         found += elementwise
+    return found
+
+
+def of_scaled(chip, problem: Joint) -> list[Call]:
+    """Return the launches of projections with scales: of kernels alone, and after a product."""
+    of, found = {"scaled": True, "biases": (True,) * 3, "scaling": 0.5}, []
+    for p in (0.0, 0.1):
+        joint = replace(problem, dropout_p=(p,) * 3, **of)
+        found += recorded(chip, joint)
+        (t, *_), (one, *_) = joint.blank(), joint.projections(joint.blank())
+        s = one.b.new_empty(problem.M, one.b.shape[1])
+        with recording(chip) as calls:
+            library.scaled_outputs(t["x"], [one], [s], True)
+        found += calls
     return found
 
 
@@ -207,6 +226,8 @@ def program_name(call: Call, problem: str) -> str:
         variant.append(f"of {count}")
     if call.args.get("offsets_ptr") is not None:
         variant.append("segments")
+    given = (name for name, value in call.args.items() if value is not None)
+    variant += [name for name in given if any(part in name for part in OF_SCALES)]
     if call.config.tma and call.args["strides_wg"][0] is not None:
         variant.append("stacked")
     for name, value in call.args.items():
@@ -274,15 +295,18 @@ def order_of(ir: str) -> dict:
     """
     zeros = re.findall(r"(%\w+) = arith\.constant dense<0\.0", ir)
     starts = re.findall(r" tt\.dot \S+, \S+, (%\w+)", ir)
-    buffers = dict(re.findall(r"(%\w+) = ttg\.local_alloc\s*: \(\) -> \S+memdesc<(\d+)x\d+x", ir))
-    views = dict(re.findall(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", ir))
-    read = {tile for both in re.findall(r"warp_group_dot (%\w+), (%\w+)", ir) for tile in both}
-    while read & views.keys():
-        read = {views.get(tile, tile) for tile in read}
+    rings, read = {}, {}  # of a name as it was last given: those of two branches may be the same
+    for i, line in enumerate(ir.splitlines()):
+        if made := re.search(r"(%\w+) = ttg\.local_alloc\s*: \(\) -> \S+memdesc<(\d+)x\d+x", line):
+            rings[made[1]] = i, int(made[2])
+        elif made := re.search(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", line):
+            rings[made[1]] = rings.get(made[2], (i, None))
+        elif both := re.search(r"warp_group_dot (%\w+), (%\w+)", line):
+            read |= dict(rings[tile] for tile in both.groups() if tile in rings)
     waits = map(int, re.findall(r"warp_group_dot_wait .*pendings = (\d+)", ir))
     return {
         "starts": ["zero" if start in zeros else start for start in starts],
-        "rings": sorted(int(buffers[tile]) for tile in read & buffers.keys()),
+        "rings": sorted(buffers for buffers in read.values() if buffers),
         "unfinished": max(waits, default=0),
     }
 

@@ -68,6 +68,7 @@ class Case:
     processors: int = 1
     impl: str = "triton"
     low_rank: str = ""  # of dx, where persistent programs are asked for
+    scaled: bool = False
 
     def joint(self) -> Joint:
         M, N, K = SIZES[self.size]
@@ -77,7 +78,8 @@ class Case:
         ends = tuple(min(M, end) for end in CUTS.get(self.size, ()))
         ranks = (self.rank,) * self.count
         experts = self.size.startswith("experts")
-        return Joint(M, K, sizes, ranks, self.kind, self.mode, p, ends=ends, experts=experts)
+        of = M, K, sizes, ranks, self.kind, self.mode, p
+        return Joint(*of, ends=ends, experts=experts, scaled=self.scaled)
 
     def kernels(self) -> SimpleNamespace:
         return fastlora_kernels if self.impl == "triton" else SimpleNamespace(steps=library)
@@ -177,6 +179,10 @@ def drawn() -> list:
         mode, processors = "both" if of[2] else "base", (2, 9)[i % 2]
         cases.append(Case(90, *of, mode, processors, low_rank=low_rank))
     cases += [Case(90, kind, "even", 16, 0.0, 1) for kind in ("fp16", "fp16-fp32")]
+    of = *list(OPTIONS.values())[:2], ("even", "ragged"), (16, 1, 33), (0.0, 0.1), (1, 3)
+    for i, row in enumerate(covering(*of)):
+        impl = ("triton", "library")[i % 2]
+        cases.append(Case(*row, processors=PROCESSORS[i % 3], impl=impl, scaled=True))
     cases += [Gated(*of) for of in covering((80, 90), ("bf16", "fp32"), tuple(ACTIVATIONS))]
     return cases + [FourBits(*of) for of in covering((80, 90), ("bf16", "fp32"), (False, True))]
 

@@ -5,6 +5,7 @@ Every projection is a problem of its own; dx is the sum of theirs. A list of one
 """
 
 import contextlib
+import functools
 import importlib
 import shutil
 import sys
@@ -21,9 +22,10 @@ from fastlora_kernels.dropout import kept_scale
 from fastlora_kernels.lists import Segments
 from recorder import Call, recording
 
-from fastlora.operator import steps
+from fastlora.operator import scaled, steps
 from fastlora.operator.dropout import keep_mask
 from fastlora.operator.operands import Operands
+from fastlora.operator.plans import Pair
 
 PACKAGE = Path(fastlora_kernels.__file__).parent
 Found = tuple[list[dict], torch.Tensor]
@@ -45,6 +47,7 @@ class Joint:
     scaling: float | None = None  # None: another one for each
     ends: tuple[int, ...] = ()  # of segments
     experts: bool = False  # whose weights and biases are stacked, too
+    scaled: bool = False  # columns, where there is an adapter
 
     def cases(self) -> list[Case]:
         """Return the projections one by one; where there is no adapter, its B is zero."""
@@ -58,6 +61,7 @@ class Joint:
                 bias=self.biases[i],
                 ends=self.ends,
                 experts=self.experts,
+                scaled=self.scaled and r > 0,
             )
             for i, (n, r) in enumerate(zip(self.sizes, self.ranks, strict=True))
         ]
@@ -79,6 +83,7 @@ class Joint:
                 t[name] = like.new_empty(*case.stack(name), *shape)
             t["bias"] = t["bias"] if case.bias else None
             t["seed"] = x.new_empty(1, dtype=torch.int64) if case.dropout_p else None
+            t["scale"] = adapter.new_empty(case.N) if case.scaled else None
             found.append(t)
         return found
 
@@ -88,6 +93,7 @@ class Joint:
             Operands(
                 *(t["w"], *((t["a"], t["b"]) if r else (None, None)), t["bias"]),
                 *(t["seed"] if r else None, case.scaling, case.dropout_p),
+                t.get("scale"),
             )
             for case, t, r in zip(self.cases(), ts, self.ranks, strict=True)
         ]
@@ -108,6 +114,8 @@ def run(kernels: ModuleType, joint: Joint, ts: list[dict], configs: dict | None 
     """Return by projection what the five steps make: y, s and gradients; and dx."""
     x, dys, needs = ts[0]["x"], [t["dy"] for t in ts], [(True, True)] * len(ts)
     projections = joint.projections(ts)
+    if any(one.scale is not None for one in projections):
+        return _run_scaled(kernels.steps, x, projections, dys)
     of = configs, joint.segments(x.device)
     ys, ss = steps.forward(kernels.steps, x, projections, *of)
     dx, das, dbs = steps.backward(kernels.steps, dys, x, projections, ss, True, needs, *of)
@@ -115,6 +123,22 @@ def run(kernels: ModuleType, joint: Joint, ts: list[dict], configs: dict | None 
     for result, s, da, db in zip(results, ss, das, dbs, strict=True):
         if s is not None:
             result |= {"s": s, "lora_A": da, "lora_B": db}
+    return results, dx
+
+
+def _run_scaled(impl: ModuleType, x, projections: list[Operands], dys) -> Found:
+    def find(x, few):
+        of = functools.partial(steps.forward, impl), functools.partial(steps.backward, impl)
+        return Pair(*of, (impl, impl))
+
+    of, needs = (x, projections), [(True, True)] * len(dys)
+    ys, kept = scaled.forward(find, *of)
+    asked = [one.scale is not None for one in projections]
+    dx, das, dbs, dscales = scaled.backward(find, dys, *of, kept, True, needs, asked)
+    results = [{"y": y} for y in ys]
+    for result, *each in zip(results, kept[: len(ys)], das, dbs, dscales, strict=True):
+        found = zip(("s", "lora_A", "lora_B", "scale"), each, strict=True)
+        result |= {name: t for name, t in found if t is not None}
     return results, dx
 
 

@@ -174,7 +174,7 @@ def compared(call: Callable) -> dict:
 def layer(device: int, shape: str, kind: str, way: str = "") -> dict:
     """Launch a layer, whose tensors are of ``device``."""
     devices.home, (rows, sizes, ranks, p, *cut) = device, SHAPES[shape]
-    joint = Joint(rows, 256, sizes, ranks, kind, dropout_p=p)
+    joint = Joint(rows, 256, sizes, ranks, kind, dropout_p=p, scaled=way == "scaled")
     joint = replace(joint, ends=cut[0], experts=True) if cut else joint
     ts = joint.tensors()
     if rows == 1:  # only such a stride needs no memory
@@ -235,6 +235,7 @@ DRAWN = (
     *((layer, 2, "experts", "bf16"), (layer, 3, "experts", "bf16", "by TMA")),
     *((layer, 2, "one", "bf16"), (layer, 2, "three", "bf16-fp32"), (layer, 2, "uneven", "fp16")),
     *((layer, 3, "one", "fp16"), (layer, 3, "three", "bf16"), (elementwise, 3, "silu")),
+    *((layer, 0, "one", "bf16-fp32", "scaled"), (layer, 2, "three", "bf16", "scaled")),
 )
 
 if __name__ == "__main__":

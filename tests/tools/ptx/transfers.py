@@ -85,12 +85,13 @@ def wait(m: Machine, threads, most: str, of: str) -> None:
     m.groups[of].wait(threads, int(most))
 
 
-@handles(r"shfl\.sync\.idx\.b32", "slots", "b32", "b32", "text", "text")
-def shfl(m: Machine, threads, to, of, lane, *how: str) -> None:
-    if how != ("31", "-1"):
-        raise UnknownError(f"shfl.sync of {how}")
+@handles(r"shfl\.sync\.(idx|bfly)\.b32", "slots", "b32", "b32", "text", "text")
+def shfl(m: Machine, threads, to, of, lane, most: str, members: str, kind: str) -> None:
+    if (most, members) != ("31", "-1"):
+        raise UnknownError(f"shfl.sync of {most}, {members}")
     warps = m.warps(threads)
     lanes = (lane.reshape(warps.shape) & np.uint32(31)).astype(np.int64)
+    lanes = lanes if kind == "idx" else lanes ^ np.arange(32)
     m.put_at(to[0], np.take_along_axis(of.reshape(warps.shape), lanes, 1).ravel(), threads)
 
 
