@@ -43,15 +43,18 @@ def forward(
     projections: Projections,
     impl: str,
     plan: plans.Pair | None = None,
-    keep: Sequence[bool] | None = None,
+    trains: bool | None = None,
 ) -> tuple[list[Tensor], Each]:
     """Return y and s of each projection of x [M, K], s None without an adapter.
 
-    With scales what those multiply follows, [M, N], or None for a projection without one, or for
-    which ``keep`` says so.
+    With scales what those multiply follows, [M, N], or None for a projection without one. Where it
+    is known whether gradients are made, ``trains``, None also for a scale that needs none.
     """
-    plan, keeps = plan or _plan(impl, x, projections), (keep,) if _are_scaled(projections) else ()
-    return exactly(x.device, plan.forward, x, projections, *keeps)
+    plan = plan or _plan(impl, x, projections)
+    if trains is None or not _are_scaled(projections):
+        return exactly(x.device, plan.forward, x, projections)
+    keep = [trains and p.scale is not None and p.scale.requires_grad for p in projections]
+    return exactly(x.device, plan.forward, x, projections, keep)
 
 
 def _plan(impl: str, x: Tensor, projections: Projections) -> plans.Pair:
@@ -315,8 +318,7 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, projections, impl, *_):
         plan = _plan(impl, x, projections)
-        keep = [one.scale is not None and one.scale.requires_grad for one in projections]
-        ys, ss = forward(x, projections, impl, plan, keep)
+        ys, ss = forward(x, projections, impl, plan, trains=True)
         for one in projections:
             if one.w is None:
                 ctx.mark_dirty(one.bias)
@@ -369,7 +371,7 @@ def run(x: Tensor, projections: Projections, impl: str) -> Sequence[Tensor]:
         for t in (x, *flat):
             if t is not None and t.requires_grad:
                 return _apply(x, projections, impl, *flat)
-    return forward(x, projections, impl, keep=[False] * len(projections))[0]
+    return forward(x, projections, impl, trains=False)[0]
 
 
 def _scaled(one: Operands) -> Operands:

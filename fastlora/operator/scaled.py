@@ -127,10 +127,8 @@ def _split(
     if not impls or not hasattr(impls[op], "ds_db_of_scaled"):
         return None, [], each
     others = [(i, one) for i, one in each if one.scale is None]
-    mine = [(i, one._replace(scale=one.scale.contiguous())) for i, one in mine]
-    if dys is not None:
-        mine = [(i, one) for i, one in mine if dys[i] is not None]
-    return impls[op], mine, others
+    mine = [(i, one) for i, one in mine if dys is None or dys[i] is not None]
+    return impls[op], [(i, p._replace(scale=p.scale.contiguous())) for i, p in mine], others
 
 
 def _backward_by_kernels(
