@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fastlora.operator.blocks import shrink_rows
 from fastlora.operator.steps import exactly
 from fastlora.operator.weights import Quantised, dense
 
 CANCELS = 1 / 8  # of what is summed: where less is left the row is formed
 MOST_FORMED = 64  # rows, where nobody may wait to learn how many cancel
-# Elements of W in float32 at a time: on a CPU they stay in the cache.
-ELEMENTS = {"cpu": 1 << 20}
-MORE_ELEMENTS = 1 << 24
+ELEMENTS = 1 << 24  # of W in float32 at a time; on a CPU fewer
 # What was made for a module of PEFT's, by name, and of what; copies and pickles go without.
 _made: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
 
@@ -67,8 +66,9 @@ def norm(weight: Tensor | Quantised, own: Tensor, a: Tensor, b: Tensor, scaling)
     gram = a @ a.t()
     total = torch.addmm(_product(weight, a), b, gram, beta=2.0).mul_(b).sum(1).add_(squares)
     # What is summed for B A alone may cancel, too: by far, before it counts.
-    summed = (b.abs() @ gram.abs()).mul_(b.abs()).sum(1)
-    left = (CANCELS * squares).add_(summed, alpha=CANCELS / 8).sub_(total)
+    size = b.abs()
+    summed = (size @ gram.abs()).mul_(size).sum(1)
+    left = torch.add(squares, summed, alpha=1 / 8).sub_(total, alpha=1 / CANCELS)
     if weight.is_cpu and not is_compiling():
         rows = (left > 0.0).nonzero().squeeze(1)
     else:
@@ -83,11 +83,8 @@ def norm(weight: Tensor | Quantised, own: Tensor, a: Tensor, b: Tensor, scaling)
 
 def _product(weight: Tensor, a: Tensor) -> Tensor:
     """Return W Aᵀ [N, R] in the dtype of a."""
-    if weight.dtype == a.dtype:
-        return weight @ a.t()
-    rows = max(1, ELEMENTS.get(weight.device.type, MORE_ELEMENTS) // max(1, weight.shape[1]))
-    parts = [part.to(a.dtype) @ a.t() for part in weight.split(rows)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    parts = weight.split(max(1, ELEMENTS // max(1, weight.shape[1])))
+    return torch.cat([shrink_rows(part, a, None, 0.0) for part in parts])
 
 
 def forget(magnitude: nn.Module) -> None:

@@ -308,6 +308,7 @@ def _part(t: Tensor, rows: slice | None) -> Tensor:
 
 def _rows(t: Tensor) -> list[slice]:
     """Return the blocks of rows that ``t`` is read in: one of no rows where it has none."""
-    size = max(ROWS.get(t.device.type, MORE_ROWS), LEAST_ELEMENTS // max(1, t.shape[1]))
-    starts = range(0, max(1, t.shape[0]), size)
-    return [slice(start, min(start + size, t.shape[0])) for start in starts]
+    M, K = t.shape
+    size = max(ROWS.get(t.device.type, MORE_ROWS), LEAST_ELEMENTS // max(1, K))
+    size = max(1, -(-M // max(1, round(M / size))))  # no short one after the others
+    return [slice(start, min(start + size, M)) for start in range(0, max(1, M), size)]

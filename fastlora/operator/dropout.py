@@ -43,12 +43,9 @@ def kept_scale(p: float) -> float:
 
 def keep_mask(seed: Tensor, rows: range, columns: int, p: float) -> Tensor:
     """Return [len(rows), columns]: True where an input ``columns`` wide is kept in ``rows``."""
-    groups = -(-columns // GROUP)
-    z = torch.arange(rows.start * groups, rows.stop * groups, device=seed.device)
     # In new memory each time: under vmap there may be a seed for each sample.
-    z = _mixed(z.mul_(GAMMA) + seed, None, None)
-    bits = z.view(torch.int16).view(len(rows), GROUP * groups)
-    return bits[:, :columns] >= lowest_kept(p)
+    z = _mixed(torch.add(*_numbers(seed, rows, columns)), None, None)
+    return z.view(torch.int16)[:, :columns] >= lowest_kept(p)
 
 
 # 1.0 of a 16-bit dtype as the integer of the same bits.
@@ -65,24 +62,28 @@ def kept_ones(
     comparisons and Booleans, which PyTorch does not vectorise, and as conversions.
     """
     (M, K), lowest = shape, lowest_kept(p)
-    groups = -(-K // GROUP)
-    start = torch.arange(rows * groups, device=seed.device).mul_(GAMMA).add_(seed)
-    if begin:
-        start.add_(_signed(begin * groups * GAMMA % (1 << 64)))
-    z, other = torch.empty_like(start), torch.empty_like(start)
+    firsts, groups = _numbers(seed, range(begin, begin + M), K)
+    z = torch.empty(rows, groups.shape[0], dtype=torch.int64, device=seed.device)
+    other = torch.empty_like(z)
     for first in range(0, max(1, M), max(1, rows)):
-        if first:
-            start.add_(_signed(rows * groups * GAMMA % (1 << 64)))
         here = min(rows, M - first)
-        size = here * groups
-        bits = _mixed(start[:size], z[:size], other[:size]).view(torch.int16)
+        mine = torch.add(firsts[first : first + here], groups, out=z[:here])
+        bits = _mixed(mine, mine, other[:here]).view(torch.int16)
         if lowest == -32768:
             bits.fill_(1)
         else:
             bits.clamp_(lowest - 1, lowest).sub_(lowest - 1)
         one = _ONE_BITS.get(dtype)
         ones = bits.to(dtype) if one is None else bits.mul_(one).view(dtype)
-        yield ones.view(here, GROUP * groups)[:, :K]
+        yield ones[:, :K]
+
+
+def _numbers(seed: Tensor, rows: range, columns: int) -> tuple[Tensor, Tensor]:
+    """Return what is hashed as a sum: of each row [M, 1], and of each group in a row [groups]."""
+    groups = -(-columns // GROUP)
+    first = torch.arange(rows.start, rows.stop, device=seed.device)
+    first = first.mul_(_signed(groups * GAMMA % (1 << 64))) + seed
+    return first.unsqueeze(1), torch.arange(groups, device=seed.device).mul_(GAMMA)
 
 
 def _mixed(z: Tensor, out: Tensor | None, other: Tensor | None) -> Tensor:

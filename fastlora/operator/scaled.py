@@ -209,15 +209,16 @@ def _changed(one: Operands) -> Tensor:
 
 def dropped(x: Tensor, one: Operands, masked: bool = False) -> tuple[Tensor, Tensor | None]:
     """Return the elements of x [M, K] that are kept, zeros for the others; and the mask as x."""
-    (M, K), x_hat, at = x.shape, x.new_empty(x.shape), 0
-    ones = torch.empty_like(x_hat) if masked else None
-    rows = max(ROWS, ELEMENTS // max(1, K)) if x.is_cpu else M
-    for part in kept_ones(one.seed, x.shape, one.p, x.dtype, min(rows, M)):
-        here = slice(at, at + len(part))
-        torch.mul(x[here], part, out=x_hat[here])
+    M, K = x.shape
+    rows = min(M, max(ROWS, ELEMENTS // max(1, K))) if x.is_cpu else M
+    parts = kept_ones(one.seed, x.shape, one.p, x.dtype, rows)
+    if rows == M:
+        return x * (ones := next(parts)), ones
+    x_hat, ones = torch.empty_like(x), torch.empty_like(x) if masked else None
+    for at, part in zip(range(0, M, rows), parts, strict=True):
+        torch.mul(x[at : at + rows], part, out=x_hat[at : at + rows])
         if masked:
-            ones[here] = part
-        at += len(part)
+            ones[at : at + rows] = part
     return x_hat, ones
 
 

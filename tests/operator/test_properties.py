@@ -130,12 +130,12 @@ def drawn(asked: Asked) -> tuple[Tensor, list[Tensor], list[fastlora.Projection]
 
 
 def answer(asked: Asked, x: Tensor, dys, made, dtype) -> dict:
-    """Return y and gradients of everything by the plain formula, in ``dtype`` or as it is."""
+    """Return y and gradients of everything by the plain formula, in ``dtype`` or as all lies."""
     torch.manual_seed(asked.seed)
     seeds = [new_seed(x.device) if one.p and one.r else None for one in asked.ones]
 
     def leaf(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.detach().to(dtype or t.dtype).clone().requires_grad_()
+        return None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
 
     x, ys = leaf(x), []
     leaves = {"x": x}

@@ -33,11 +33,11 @@ COPIES = {
         ("scaling counts once", "to(own.dtype) * scaling", "to(own.dtype)"),
     ],
     ("dora", f"{NORM}factors_that_cancel_each_other"): [
-        ("factors may cancel each other", "alpha=CANCELS / 8", "alpha=0.0"),
+        ("factors may cancel each other", "alpha=1 / 8", "alpha=0.0"),
     ],
     ("dora", f"{NORM}nothing_as_large_as_the_weight_is_made"): [
-        ("rows are formed of large adapters", "alpha=CANCELS / 8", "alpha=8.0"),
-        ("the whole weight in float32", "for part in weight.split(rows)", "for part in [weight]"),
+        ("rows are formed of large adapters", "alpha=1 / 8", "alpha=64.0"),
+        ("the whole weight in float32", "for part in parts]", "for part in [weight]]"),
     ],
     ("dora", f"{NORM}where_nobody_may_wait_for_a_number"): [
         ("no row is formed", "min(MOST_FORMED, len(left))", "0"),

@@ -68,7 +68,7 @@ COPIES = {
         ),
     ],
     ("dropout", "blocks::acceptance_rule"): [
-        ("every block drops the same elements", "        if first:\n", "        if False:\n"),
+        ("every block drops the same elements", "firsts[first : first + here]", "firsts[:here]"),
     ],
     (
         "dropout",
@@ -199,7 +199,7 @@ COPIES = {
         ),
     ],
     ("dropout", "batched_gradients::per_sample_gradients"): [
-        ("a seed for each sample meets a mask for all", " + seed, None, ", ".add_(seed), None, "),
+        ("a seed for each sample meets a mask for all", "64))) + seed", "64))).add_(seed)"),
     ],
     ("blocks", "projections::acceptance_rule"): [
         ("dx is that of the last projection", "@ w if dx is None else dx.addmm_(dy, w)", "@ w"),
