@@ -25,7 +25,7 @@ ROWS = (
     ("fastlora.commands", "fastlora.__main__"),
 )
 # Lines are what they are: they may shrink.
-FLOORS, LINES, TEST_LINES = 9, 10_473, 21_432
+FLOORS, LINES, TEST_LINES = 9, 10_473, 21_406
 
 MODULES = {
     ".".join(path.relative_to(above).with_suffix("").parts).removesuffix(".__init__"): path

@@ -80,9 +80,7 @@ def test_the_speed_is_that_of_all_steps_and_of_nothing_else(run, tmp_path, monke
     spent, step, measure = [], trainer.Trainer.training_step, trainer.Trainer.measure
 
     def slow(*of):
-        began = time.monotonic()
-        time.sleep(0.5)
-        loss = step(*of)
+        began, loss = time.monotonic(), time.sleep(0.5) or step(*of)
         spent.append(time.monotonic() - began)
         return loss
 
@@ -92,8 +90,7 @@ def test_the_speed_is_that_of_all_steps_and_of_nothing_else(run, tmp_path, monke
         assert run(tmp_path, steps=4, **{"save-every": 2}) == 130
     assert run(tmp_path, steps=4, **{"save-every": 2}) == 0
     found = json.loads((tmp_path / "metrics.json").read_text())
-    steps = sum(spent[:2] + spent[-2:])  # what comes between was lost
-    assert steps < found["seconds"] < steps + 2
+    assert 0 < found["seconds"] - sum(spent[:2] + spent[-2:]) < 2  # what is between was lost
     assert f" {found['tokens'] / found['seconds']:.0f} tokens/s" in capsys.readouterr().out
 
 

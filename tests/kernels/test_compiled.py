@@ -46,8 +46,8 @@ def kept_for_this_triton(capability: int) -> dict:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_resources(found, capability):
-    mine = [r for r in found[1:] if r["capability"] == capability]
+def test_resources(found, order, capability):
+    mine = [r for r in found[1:] + order if r["capability"] == capability]
     assert products(map(kernel_of, mine)) == STEPS | (PERSISTENT if capability >= 90 else set())
     # Tiles are chosen so that this one Triton spills nothing; others may.
     spills = figures.read(capability)["triton"] == triton.__version__
@@ -70,9 +70,9 @@ def test_what_is_kept_is_in_bounds_and_of_these_kernels(found, capability):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_figures_are_those_kept(found, capability):
+def test_figures_are_those_kept(found, order, capability):
     kept = kept_for_this_triton(capability)["programs"]
-    mine = [r for r in found[1:] if r["capability"] == capability and r["name"] in kept]
+    mine = [r for r in found[1:] + order if r["capability"] == capability and r["name"] in kept]
     assert mine
     differing = [
         f"{r['name']}: {figure} {r['figures'].get(figure)}, {kept[r['name']].get(figure)} before"

@@ -58,7 +58,7 @@ def cases() -> list[tuple[Joint, int]]:
     for kind, mode, p in itertools.product(KINDS, MODES, (0.0, 0.3)):
         found.append((Joint(33, 70, (50,), (5,), kind, mode, (p,), biases=(p > 0,)), 0))
     # Rows that are cut, into one segment, several in a tile, and some without any.
-    cuts = (0, 70), (0, 0, 37, 37, 40, 70, 70), tuple(range(0, 71, 14))
+    cuts = (0, 70), (0, 0, 37, 37, 40, 70, 70), tuple(range(0, 71, 10))
     shapes = ((50,), (5,)), ((40, 20, 33), (17, 0, 3)), ((24, 33), (40, 64))
     some = {"dropout_p": (0.0,) * 5, "biases": (True,) * 5, "ends": (0, 4, 20)}
     found.append((Joint(20, 24, (8,) * 5, (3, 0, 0, 0, 0), "bf16", **some), 0))  # two launches
@@ -209,7 +209,7 @@ def test_a_launch_has_pointers_of_one_type(chip):
 @example(35, 8, [(8, 2)], "fp16", (0.5,), set(), [*range(1, 35)], False)
 @example(65, 64, [(1, 2), (5, 17)], "fp16-fp32", (0.5, 0.0), set(), [], False)
 @example(35, 17, [(9, 2), (20, 0)], "bf16", (0.5,), {"w"}, [3, 3, 20], True)
-@settings(max_examples=8, derandomize=True, deadline=None)
+@settings(max_examples=15, derandomize=True, deadline=None)
 def test_small_integers_are_exact(m, k, each, kind, p, turned, cuts, experts):
     """Of experts, of factors that are cut, or of those with scales."""
     scaled = experts is None
@@ -231,7 +231,7 @@ def test_small_integers_are_exact(m, k, each, kind, p, turned, cuts, experts):
         (Joint(300, 33, (40,), (4,), "bf16", dropout_p=(0.1,), ends=(0, 290, 300)), 2),
         (Joint(300, 33, (40,), (4,), "bf16", scaled=True), 2),
         (Joint(40, 20, (300,), (40,), "bf16", dropout_p=(0.2,), scaled=True), 100),
-        (Joint(80, 20, (150,), (200,), "bf16-fp32", scaled=True), 30),
+        (Joint(80, 20, (150,), (200,), "bf16-fp32", scaled=True), 100),
     ],
     ids=str,
 )
@@ -253,9 +253,8 @@ def test_dropout_at_the_ends(p, scaled):
     "change", [{"M": 0}, {"sizes": (40, 0, 24)}, {"sizes": (0,), "ranks": (2,)}, {"K": 1}], ids=str
 )
 def test_empty_dimensions(change, scaled):
-    joint = Joint(70, 50, (40, 20, 24), (2, 3, 0), dropout_p=(0.3,), scaled=scaled)
-    joint = replace(joint, **change)
-    ts = joint.tensors()
+    of = {"M": 70, "K": 50, "sizes": (40, 20, 24), "ranks": (2, 3, 0), "dropout_p": (0.3,)} | change
+    ts = (joint := Joint(**of, scaled=scaled)).tensors()
     if joint.K == 1:  # of which nothing is left
         joint, ts = replace(joint, K=0), [t | {n: t[n][:, :0] for n in "xwa"} for t in ts]
     verify(fastlora_kernels, joint, ts=[{**t, "x": ts[0]["x"]} for t in ts])

@@ -190,7 +190,7 @@ def result(asked: Asked, x: Tensor, dys, made) -> dict:
     return found
 
 
-def examples(request, check, strategy, count: int = 20) -> None:
+def examples(request, check, strategy, count: int = 30) -> None:
     """Check the suite's ``count`` examples, or new ones for as many minutes as were asked for."""
     minutes = request.config.getoption("--minutes")
     if minutes is None:
@@ -222,7 +222,7 @@ infinite = st.tuples(
 
 
 def test_infinities_are_where_the_formula_has_them(request):
-    examples(request, infinite_alike, infinite, count=10)
+    examples(request, infinite_alike, infinite, count=15)
 
 
 def infinite_alike(drawn_case: tuple) -> None:

@@ -255,7 +255,7 @@ def llama_s_loss(model, length):
     ("make", "targets", "loss"),
     [
         (mlp, ["0", "2"], lambda model, rows: model(torch.randn(rows, 6)).sum()),
-        (lambda: llama(num_hidden_layers=1), ["q_proj", "down_proj"], llama_s_loss),
+        (lambda: llama(num_hidden_layers=1), "all-linear", llama_s_loss),
     ],
 )
 def test_compiled_without_a_break_or_a_second_compilation(make, targets, loss):

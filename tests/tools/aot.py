@@ -4,12 +4,11 @@
 With the tools of Triton's own package, in a process in which the interpreter is off.
 """
 
-import contextlib
 import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,20 +73,6 @@ def compiled(call: Call, capability: int | str):
     options = {"num_warps": call.config.num_warps, "num_stages": call.config.num_stages}
     source = ASTSource(call.kernel, signature, constexprs, attrs)
     return triton.compile(source, target=target, options=options)
-
-
-@contextlib.contextmanager
-def until(stage: str) -> Iterator[None]:
-    """Have Triton compile no further than "ttgir" or "ptx"; versions before 3.5 go on."""
-
-    def hook(backend=None, stages=(), *_):
-        for after in [*stages][[*stages, stage].index(stage) + 1 :]:
-            stages[after] = lambda _, made: made.update({"name": "", "shared": 0} | made) or b""
-        return stage, stage  # a part of the key in Triton's cache
-
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.add_stages_inspection_hook = hook
-        yield
 
 
 @functools.cache

@@ -32,8 +32,8 @@ from fastlora.operator import library
 
 # `make figures` compiles everything for every chip and keeps what it found with a hash of the
 # kernels. The test suite compiles a sample, which has to come out as kept, where the matrix
-# instructions differ: those that are left out have sm_80's; and of sm_90's, which are the most,
-# every second one. All defaults where what is kept is of another Triton or of other kernels.
+# instructions differ: those that are left out have sm_80's. All defaults where what is kept is of
+# another Triton or of other kernels.
 CAPABILITIES = (80, 90, 100)
 MORE_CAPABILITIES = (86, 89, 120)
 SIZES = {"even": (4096, 4096, 4096), "ragged": (1000, 1001, 999), "uneven": (1000, 1001, 1008)}
@@ -173,14 +173,12 @@ def jobs(asked: str) -> list[tuple[int | str, str, Call]]:
     for capability, problems in ASKED[asked].items():
         seen = set()
         for size, kind, r, *which in problems:
-            several = asked == "every" or capability == 90
+            several = asked == "every" or capability in (90, "gfx942")
             for call in calls(aot.CHIPS[capability], size, kind, r, *which, joint=several):
-                if key(call) in seen:
+                left_out = asked == "order" and which and call.kernel.__name__ != "ds_db_kernel"
+                if left_out or key(call) in seen:
                     continue
                 seen.add(key(call))
-                left_out = asked == "order" and which and call.kernel.__name__ != "ds_db_kernel"
-                if left_out or (asked == "sample" and several and len(seen) % 2):
-                    continue
                 name = program_name(call, f"{kind} r={r} {size}")
                 if (capability, name) in found:
                     raise ValueError(f"two programs of {capability} are called {name!r}")
@@ -254,10 +252,10 @@ def program_name(call: Call, problem: str) -> str:
 def report(capability: int | str, name: str, call: Call) -> dict:
     """Compile a program and return what is kept of it (`figures.py` says what each figure is).
 
-    And what it has that none may have. Of one for gfx942 other figures: those of a thread, its
-    spills and bytes of scratch, and the matrix instructions of the whole program.
+    And what it has that none may have, and `order_of` it. Of one for gfx942 other figures: those of
+    a thread, its spills and bytes of scratch, and the matrix instructions of the whole program.
     """
-    about = {"capability": capability, "name": name}
+    about = {"capability": capability, "name": name, "stages": call.config.num_stages}
     try:
         program = aot.compiled(call, capability)
     except Exception as error:  # Triton 3.4 has no linker of its own for AMD chips
@@ -281,21 +279,20 @@ def report(capability: int | str, name: str, call: Call) -> dict:
         kept |= {"loop_instructions": loop.instructions}
         kept |= {"loop_ldgsts": loop.opcodes["LDGSTS"], "loop_tma": loop.opcodes["UTMALDG"]}
         kept |= {"loop_lds": loop.opcodes["LDS"] + loop.opcodes["LDSM"]}
-    return about | {"figures": kept, "forbidden": forbidden(program.asm["ptx"])}
+    found = {"figures": kept, "forbidden": forbidden(program.asm["ptx"])}
+    return about | found | order_of(program.asm["ttgir"])
 
 
 def forbidden(ptx: str) -> list[str]:
     return [what for what, pattern in FORBIDDEN.items() if re.search(pattern, ptx)]
 
 
-def order(capability: int, name: str, call: Call) -> dict:
-    """Return what Triton makes of an order, by what ``ttgir`` says: nothing after it is compiled.
+def order_of(ir: str) -> dict:
+    """Return what Triton makes of an order, by what ``ttgir`` says.
 
     What its float32 products start from, "zero" or a name; of how many buffers the rings are that
     wgmma reads; how many wgmma may still read when a loop turns.
     """
-    with aot.until("ttgir"):
-        ir = aot.compiled(call, capability).asm["ttgir"]
     zeros = re.findall(r"(%\w+) = arith\.constant dense<0\.0", ir)
     starts = re.findall(r" tt\.dot \S+, \S+, (%\w+)", ir)
     rings, read = {}, {}  # of a name as it was last given: those of two branches may be the same
@@ -308,8 +305,6 @@ def order(capability: int, name: str, call: Call) -> dict:
             read |= dict(rings[tile] for tile in both.groups() if tile in rings)
     waits = map(int, re.findall(r"warp_group_dot_wait .*pendings = (\d+)", ir))
     return {
-        "name": name,
-        "stages": call.config.num_stages,
         "starts": ["zero" if start in zeros else start for start in starts],
         "rings": sorted(buffers for buffers in read.values() if buffers),
         "unfinished": max(waits, default=0),
@@ -383,8 +378,7 @@ def main(share: int, of: int, which: str) -> None:
         print(json.dumps({"all": programs, "kernels": fingerprint()}), flush=True)
     known = set(map(tuple, json.load(sys.stdin))) if which == "every" else ()
     todo = [job for job in jobs(which) if job[:2] not in known] if which in ASKED else []
-    made = order if which == "order" else report
-    for row in lengths() if which == "lengths" else (made(*job) for job in todo[share::of]):
+    for row in lengths() if which == "lengths" else (report(*job) for job in todo[share::of]):
         print(json.dumps(row), flush=True)
 
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import triton
-from aot import binder, until
+from aot import binder
 from fastlora_kernels.configs import Chip
 from recorder import Call, recording
 from triton.backends.compiler import GPUTarget
@@ -74,8 +74,7 @@ class Executor:
         if key not in self.compiled:
             packed = call.kernel._pack_args(backend, uses, bound, special, options)
             source = ASTSource(call.kernel, *packed[1:])
-            with until("ptx"):
-                program = triton.compile(source, target=self.target, options=uses)
+            program = triton.compile(source, target=self.target, options=uses)
             self.compiled[key] = program, list(packed[1].values())
         return self.compiled[key]
 
